@@ -1,0 +1,46 @@
+"""Install trsr_dist. The ranges cover the pinned CPU set of constraints.txt and torch 2.11 on CUDA."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+
+INSTALL = [
+    "torch>=2.11",
+    "deepspeed>=0.19.8,<0.20",
+    "transformers>=5.17,<6",
+    "accelerate>=1.10",
+    "peft>=0.21,<0.22",
+    "safetensors>=0.5",
+    "webdataset>=1.0.2,<2",
+    "tensorboard>=2.20",
+    "pyarrow>=18",
+    "pydantic>=2.11,<3",
+    "pyyaml>=6",
+    "numpy>=2",
+    "tqdm>=4.66",
+    "matplotlib>=3.9",
+]
+
+EXTRAS = {
+    "flash-attn": ["flash-attn>=2.7"],
+    "openai": ["openai>=2"],
+    "quantization": ["bitsandbytes>=0.46"],
+    "dev": ["openai>=2", "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6", "ruff>=0.14"],
+}
+
+setup(
+    name="trsr_dist",
+    version="0.1.0",
+    description="LLM-TRSR at cluster scale: text-rich sequential recommendation with summarized histories",
+    long_description=(ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    author="the trsr_dist authors",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["trsr_dist", "trsr_dist.*"]),
+    package_data={"trsr_dist": ["**/*.html"]},
+    install_requires=INSTALL,
+    extras_require=EXTRAS,
+)
