@@ -5,7 +5,7 @@ import pytest
 from trsr_dist.records import Candidate, Item
 
 
-def test_records_are_frozen_and_compare_by_value():
+def test_records_are_frozen_and_compare_by_value() -> None:
     item = Item("n1", "a title")
     assert item == Item("n1", "a title", category="")
     with pytest.raises(dataclasses.FrozenInstanceError):

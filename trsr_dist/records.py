@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -56,6 +57,35 @@ class Sample:
     candidates: tuple[Candidate, ...]
     provenance: dict[str, Any] = field(default_factory=dict)
     """Block ids, engine, model, prompt hash, decoding, seed, history item ids and flags."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenizedUser:
+    """A user's prompts: candidate i reads ``prefix + suffixes[i]``."""
+
+    user: str
+    prefix: tuple[int, ...]
+    """Longest common token prefix of all the user's prompts, short of at least one token of each."""
+    suffixes: tuple[tuple[int, ...], ...]
+    labels: tuple[int, ...]
+    items: tuple[str, ...]
+    trims: dict[str, int] = field(default_factory=dict)
+    """What was cut to fit the token limit; empty where nothing was."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prefix) + sum(map(len, self.suffixes))
+
+    def choose(self, candidates: Sequence[int]) -> TokenizedUser:
+        """The same user with some of the candidates, in the given order."""
+        return TokenizedUser(
+            self.user,
+            self.prefix,
+            tuple(self.suffixes[i] for i in candidates),
+            tuple(self.labels[i] for i in candidates),
+            tuple(self.items[i] for i in candidates),
+            self.trims,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,46 @@
+"""What every command shares: ``--config``, ``key=value``, ``--dry-run``, ``--force``, exit status."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from trsr_dist.config import Config, load_config
+from trsr_dist.errors import TrsrError
+
+EXIT_ERROR = 1
+EXIT_REQUEUE = 75
+"""EX_TEMPFAIL: the work was checkpointed and asks to be run again."""
+
+
+def config_parser(description: str, example: str) -> argparse.ArgumentParser:
+    """Parser of a command that reads a run's config."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
+    parser.add_argument("--dry-run", action="store_true", help="print the merged config and the plan; touch nothing")
+    parser.add_argument("--force", action="store_true", help="redo a finished stage")
+    # The deepspeed launcher appends --local_rank; the rank itself is read from the environment.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a setting of the file")
+    return parser
+
+
+def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """Arguments and merged config; the overrides may stand before or after the options."""
+    args = parser.parse_intermixed_args(argv)
+    return args, load_config(args.config, args.overrides)
+
+
+def run_command(command: Callable[[], int | None]) -> None:
+    """Run a command and leave with its status; an error that a user can mend is printed without a traceback."""
+    try:
+        status = command() or 0
+    except TrsrError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        status = EXIT_ERROR
+    except KeyboardInterrupt:
+        status = 130
+    sys.exit(status)

@@ -1,0 +1,313 @@
+"""Every setting, with its unit and the meaning of 0 and null under it.
+
+Config stops at the builders (``launch/``, ``tools/`` and the ``job`` modules): inner code takes plain arguments.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Settings are frozen and unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+
+
+class RunSection(Section):
+    dir: str = "runs/default"
+    """Folder of this run: everything the stages write lies below it."""
+    seed: int = 0
+    """Fixes data order, negatives, splits of ties, dropout and sampling."""
+    tensorboard: bool = True
+    """Write TensorBoard events beside metrics.jsonl."""
+
+
+class DemoSection(Section):
+    num_users: int = Field(6000, ge=20)
+    """Users the generator writes (data.format: demo)."""
+    num_items: int = Field(1200, ge=100)
+    """News items the generator writes."""
+
+
+class DataSection(Section):
+    format: Literal["mind", "amazon_m2", "jsonl", "demo"] = "mind"
+    """Layout of the raw files; demo writes a small data set in MIND's layout first."""
+    path: str = ""
+    """Folder with the raw files. Ignored by demo, which writes RUN/raw."""
+    domain: Literal["auto", "news", "products", "items"] = "auto"
+    """Wording of the prompts; auto: news for mind and demo, products for amazon_m2, items for jsonl."""
+    behaviors_file: str = "behaviors.tsv"
+    """MIND: name of the behaviours file in data.path."""
+    items_file: str = ""
+    """Name of the item file; empty: the format's own (news.tsv, products_train.csv, items.jsonl)."""
+    sessions_file: str = "sessions_train.csv"
+    """Amazon-M2: name of the sessions file."""
+    locale: str = ""
+    """Amazon-M2: keep only this locale (the paper: UK); empty keeps all."""
+    item_fields: tuple[str, ...] = ()
+    """Fields that make an item's text, in order; empty: the format's default (MIND: category, subcategory, title)."""
+    target: Literal["last", "impression"] = "last"
+    """MIND: the last click of the history (the paper), or the clicked impressions."""
+    min_history: int = Field(1, ge=1)
+    """Users with fewer items before the target are skipped and counted."""
+    max_history: int = Field(0, ge=0)
+    """Users with more items before the target are skipped and counted (or cut, see long_histories); 0: no limit."""
+    long_histories: Literal["skip", "cut"] = "skip"
+    """What happens to users above max_history: skip them (the paper) or keep their latest items."""
+    repeated_target: Literal["drop", "keep"] = "drop"
+    """A user whose target was consumed before: dropped or kept; counted either way."""
+    unknown_items: Literal["fail", "skip"] = "fail"
+    """An id in a history that the catalogue lacks: an error, or removed and counted."""
+    empty_items: Literal["fail", "skip"] = "fail"
+    """An item without text: an error, or removed (with its clicks) and counted."""
+    too_few_negatives: Literal["fail", "skip"] = "fail"
+    """A user with fewer eligible catalogue items than negatives needed: an error, or skipped and counted."""
+    encoding_errors: Literal["fail", "replace"] = "fail"
+    """Bytes that are not UTF-8: an error naming file and line, or replaced and counted."""
+    candidates: Literal["uniform", "popularity", "targets", "category", "impressions"] = "uniform"
+    """How negatives are drawn: uniformly over the catalogue (the paper), by click count, among other users' targets,
+    within the target's category, or from the impressions shown with the target (MIND)."""
+    seen_before_target: bool = False
+    """Draw negatives only among items that someone had consumed or was shown before the target's time."""
+    split: tuple[int, int, int] = (10, 1, 1)
+    """Shares of train, valid and test users, from a hash of the user key."""
+    split_by: Literal["user", "time"] = "user"
+    """user: hash of the key (stable when users are added); time: the latest targets are test, those before valid."""
+    max_users: int = Field(0, ge=0)
+    """Keep only the first users in hash order, for trials; 0: all."""
+
+
+class SummarizeSection(Section):
+    scheme: Literal["hierarchical", "recurrent", "none"] = "hierarchical"
+    """A summary of block summaries (as a CNN pools); summary t from summary t-1 and block t (as an RNN); no summary."""
+    engine: Literal["extractive", "transformers", "openai", "vllm"] = "extractive"
+    """extractive: deterministic, no model; transformers: Hugging Face; openai: any OpenAI-compatible server."""
+    model: str = ""
+    """Model folder, hub id, or the server's model name."""
+    revision: str = ""
+    """Pinned revision of a hub model; empty: the default branch."""
+    base_url: str = ""
+    """openai: address of the server, such as http://node1:8000/v1. The key comes from OPENAI_API_KEY."""
+    trust_remote_code: bool = False
+    """Run model code from the hub. Off unless you have read that code."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Weights of the transformers engine; auto: bfloat16 on a GPU, float32 on CPU."""
+    block_size: int = Field(5, ge=1)
+    """Items per block (the paper: 5)."""
+    fan_in: int = Field(8, ge=2)
+    """Hierarchical: at most this many summaries are merged by one prompt; more make a deeper tree."""
+    prompt_style: Literal["auto", "plain", "chat"] = "auto"
+    """chat: through the model's chat template; auto: when it has one."""
+    max_prompt_tokens: int = Field(2048, ge=64)
+    """Longer prompts are trimmed by parts: item descriptions evenly, never the instruction."""
+    max_new_tokens: int = Field(150, ge=1)
+    """Length limit of one summary, in tokens (extractive: words)."""
+    temperature: float = Field(0.0, ge=0)
+    """0: greedy, which makes the text independent of batch and restart."""
+    max_in_flight: int = Field(32, ge=1)
+    """Requests the engine works on at once (batch size, or concurrent HTTP requests)."""
+    timeout_seconds: float = Field(120, gt=0)
+    """openai: a request is given up after this time and retried."""
+    max_retries: int = Field(5, ge=0)
+    """openai: retries of a request, with growing waits."""
+    failed_users: Literal["fail", "skip", "recent_only"] = "fail"
+    """A user whose summary fails for good: stop the job, leave the user out, or keep the user without a summary."""
+    max_failures: int = Field(100, ge=0)
+    """More failed users than this stop the job whatever failed_users says."""
+    users_per_shard: int = Field(1000, ge=1)
+    """Samples in one tar shard; also the unit of work that tasks share."""
+    lease_seconds: float = Field(120, gt=0)
+    """A unit whose holder shows no life for this long is taken over by another task."""
+
+
+class PromptSection(Section):
+    style: Literal["auto", "plain", "chat"] = "auto"
+    """chat: through the tokenizer's chat template; auto: when it has one."""
+    recent_items: int = Field(5, ge=0)
+    """Items shown in full after the summary (the paper's text suggests 3 is best)."""
+    max_tokens: int = Field(1024, ge=32)
+    """Length limit of one prompt with one candidate, in tokens; longer ones are trimmed by parts."""
+    max_candidate_tokens: int = Field(256, ge=8)
+    """Limit of one candidate's text, in tokens."""
+    answers: tuple[str, str] = ("yes", "no")
+    """The two answers; each must be one token where the prompt ends."""
+
+
+class ModelSection(Section):
+    name_or_path: str = ""
+    """Folder or hub id of the base model. RUN/base stands for the model that tools/make_tiny_base.py made."""
+    revision: str = ""
+    """Pinned revision of a hub model; empty: the default branch."""
+    trust_remote_code: bool = False
+    """Run model code from the hub. Off unless you have read that code."""
+    attention: Literal["auto", "flash_attn", "torch", "flex", "cpu", "dense"] = "auto"
+    """Back end of the shared-prefix attention."""
+    quantization: Literal["none", "4bit", "8bit"] = "none"
+    """Load the frozen base through bitsandbytes (extra: quantization)."""
+
+
+class LoraSection(Section):
+    r: int = Field(8, ge=1)
+    """Rank: higher raises accuracy and memory."""
+    alpha: float = Field(16, gt=0)
+    """Scale: the update is alpha / r * BA."""
+    dropout: float = Field(0.05, ge=0, lt=1)
+    """Dropout on the adapter's input while training."""
+    target_modules: tuple[str, ...] | Literal["all-linear"] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Names of linear modules, or all-linear."""
+    use_rslora: bool = False
+    """Scale by alpha / sqrt(r) instead (arXiv 2312.03732)."""
+
+
+class TrainSection(Section):
+    loss: Literal["answer", "full_text", "pairwise", "listwise"] = "answer"
+    """answer: cross-entropy of the answer token; full_text: of all tokens, as the paper's code; pairwise and listwise:
+    over a user's candidates."""
+    negatives_per_positive: int = Field(1, ge=1)
+    """Negatives drawn per epoch from the sample's pool (the paper: 1)."""
+    pool_size: int = Field(20, ge=1)
+    """Negatives kept in each train sample, to draw from."""
+    learning_rate: float = Field(1e-4, gt=0)
+    """Peak learning rate of AdamW."""
+    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    """Share of the steps in which the rate rises linearly from 0."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """What the rate does after the warm-up; linear and cosine end at 0."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    adam_betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas (the paper's code: 0.9, 0.95)."""
+    max_grad_norm: float = Field(1.0, ge=0)
+    """Gradients are clipped to this global norm; 0: no clipping."""
+    num_epochs: float = Field(1.0, gt=0)
+    """Passes over the train users."""
+    max_steps: int = Field(0, ge=0)
+    """Optimizer steps in all; 0: by num_epochs."""
+    row_tokens: int = Field(4096, ge=64)
+    """Length of one packed row, in tokens. Memory grows with it."""
+    rows_per_step: int = Field(8, ge=1)
+    """Rows in one optimizer step over all ranks: row_tokens * rows_per_step is the global batch in tokens."""
+    deepspeed_config: str = "ds_configs/zero2.json"
+    """ZeRO stage, buckets and offload. Batch, precision, clipping and schedule stay in this file."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """auto: bfloat16 on a GPU that has it, float32 on CPU."""
+    activation_checkpointing: bool = True
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    num_workers: int = Field(1, ge=0)
+    """Reader processes per rank; 0 reads in the training process."""
+    save_every_steps: int = Field(100, ge=1)
+    """Steps between checkpoints; one is always written at the end."""
+    keep_checkpoints: int = Field(3, ge=2)
+    """Recent checkpoints kept, beside the best; 1 is refused since the newest may be the corrupt one."""
+    evaluate_every_steps: int = Field(0, ge=0)
+    """Steps between rankings of the validation users; 0: never."""
+    best_metric: str = "ndcg@10"
+    """Validation metric that names the best checkpoint."""
+    early_stopping_patience: int = Field(0, ge=0)
+    """Stop after this many evaluations without a better best_metric; 0: never."""
+    log_every_steps: int = Field(10, ge=1)
+    """Steps between log lines and metric rows."""
+    timeout_seconds: float = Field(600, gt=0)
+    """A collective that takes longer ends the job and names the rank that was missing."""
+    data_errors: Literal["fail", "skip"] = "fail"
+    """A damaged sample stops the run, or is replaced by an empty one and counted."""
+    max_data_errors: int = Field(100, ge=0)
+    """With data_errors: skip, more than this many stop the run."""
+    max_bad_steps: int = Field(5, ge=0)
+    """Steps with a non-finite loss or gradient are skipped; more than this many in a row stop the run."""
+    walltime_seconds: float = Field(0, ge=0)
+    """Checkpoint and leave in time for this limit, counted from the start; 0: ask Slurm, else none."""
+
+
+class EvaluateSection(Section):
+    split: Literal["valid", "test"] = "test"
+    """Users to rank for."""
+    negatives_per_positive: int = Field(20, ge=1)
+    """Negatives in a valid or test user's fixed candidate list."""
+    top_k: tuple[int, ...] = (3, 5, 10)
+    """Cut-offs of Recall, MRR and NDCG."""
+    row_tokens: int = Field(8192, ge=64)
+    """Length of one packed row in evaluation, in tokens."""
+    baselines: tuple[Literal["popularity", "base", "control"], ...] = ("popularity", "base", "control")
+    """Scored beside the model: popularity; base (the model before fine-tuning); control (another user's summary and
+    recent items). Random is always there, by its exact expectation."""
+    bootstrap_samples: int = Field(1000, ge=0)
+    """Resamples of the users for the 95% confidence intervals; 0: none."""
+    max_users: int = Field(0, ge=0)
+    """Rank only for the first users of the split, for trials; 0: all."""
+
+
+class BaseSection(Section):
+    """The small model that tools/make_tiny_base.py makes where no weights are at hand."""
+
+    hidden_size: int = Field(128, ge=16)
+    """Width of the model."""
+    num_layers: int = Field(4, ge=1)
+    """Transformer layers."""
+    num_heads: int = Field(4, ge=1)
+    """Attention heads."""
+    num_kv_heads: int = Field(2, ge=1)
+    """Key and value heads; fewer than heads: grouped-query attention."""
+    intermediate_size: int = Field(352, ge=16)
+    """Width of the MLP."""
+    vocab_size: int = Field(2048, ge=300)
+    """Size of the byte-level BPE vocabulary trained on the texts."""
+    context_tokens: int = Field(256, ge=32)
+    """Length of the pre-training rows, in tokens."""
+    steps: int = Field(400, ge=1)
+    """Pre-training steps."""
+    batch_size: int = Field(16, ge=1)
+    """Rows in a pre-training step."""
+    learning_rate: float = Field(3e-3, gt=0)
+    """Peak learning rate of the pre-training."""
+    prompt_share: float = Field(0.5, ge=0, le=1)
+    """Share of prompt-shaped documents; their answers are drawn at random, so nothing of the labels is learned."""
+
+
+class Config(Section):
+    """All sections of a run."""
+
+    run: RunSection = RunSection()
+    demo: DemoSection = DemoSection()
+    data: DataSection = DataSection()
+    summarize: SummarizeSection = SummarizeSection()
+    prompt: PromptSection = PromptSection()
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    base: BaseSection = BaseSection()
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Config:
+        if self.data.format != "demo" and not self.data.path:
+            raise ValueError(f"data.path is empty: data.format={self.data.format} needs the folder of the raw files")
+        if self.data.max_history and self.data.max_history < self.data.min_history:
+            raise ValueError(
+                f"data.max_history={self.data.max_history} is below data.min_history={self.data.min_history}"
+            )
+        if self.train.negatives_per_positive > self.train.pool_size:
+            raise ValueError(
+                f"train.negatives_per_positive={self.train.negatives_per_positive} is above "
+                f"train.pool_size={self.train.pool_size}: a sample keeps only that many negatives to draw from"
+            )
+        if self.prompt.max_tokens > self.train.row_tokens:
+            raise ValueError(
+                f"prompt.max_tokens={self.prompt.max_tokens} is above train.row_tokens={self.train.row_tokens}: "
+                "a row must hold at least one prompt"
+            )
+        if self.summarize.engine != "extractive" and self.summarize.scheme != "none" and not self.summarize.model:
+            raise ValueError(f"summarize.model is empty: summarize.engine={self.summarize.engine} needs a model")
+        if self.prompt.answers[0] == self.prompt.answers[1]:
+            raise ValueError(f"prompt.answers={self.prompt.answers} are equal: two different answers are needed")
+        return self
+
+    @property
+    def domain(self) -> str:
+        """The prompts' wording: ``news``, ``products`` or ``items``."""
+        if self.data.domain != "auto":
+            return self.data.domain
+        return {"mind": "news", "demo": "news", "amazon_m2": "products", "jsonl": "items"}[self.data.format]

@@ -1,0 +1,164 @@
+"""The one place that reads and sets environment variables: ranks, threads, traps of the libraries, secrets.
+
+Imports nothing heavy: entry points call ``prepare_process`` before torch is imported.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from trsr_dist.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Ranks:
+    """Who this process is among its peers."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    host: str = ""
+    restart: int = 0
+    """How often Slurm has requeued this job; higher restarts fence lower ones."""
+    job_id: str = ""
+    source: str = "single"
+    """launcher (deepspeed, torchrun), slurm or single."""
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def detect_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
+    """Read rank and world size from the launcher's variables, else from srun's, else one process.
+
+    Raises:
+        ConfigError: a variable is not a number or is inconsistent with the others.
+    """
+    env = os.environ if environment is None else environment
+    common = {
+        "host": socket.gethostname(),
+        "restart": _number(env, "SLURM_RESTART_COUNT", 0),
+        "job_id": env.get("SLURM_JOB_ID", ""),
+    }
+    if "RANK" in env and "WORLD_SIZE" in env:
+        found = Ranks(
+            _number(env, "RANK"),
+            _number(env, "WORLD_SIZE"),
+            _number(env, "LOCAL_RANK", 0),
+            _number(env, "LOCAL_WORLD_SIZE", _number(env, "WORLD_SIZE")),
+            source="launcher",
+            **common,
+        )
+    elif "SLURM_PROCID" in env and _number(env, "SLURM_NTASKS", 1) > 1 and "SLURM_STEP_ID" in env:
+        found = Ranks(
+            _number(env, "SLURM_PROCID"),
+            _number(env, "SLURM_NTASKS"),
+            _number(env, "SLURM_LOCALID", 0),
+            _tasks_on_this_node(env),
+            source="slurm",
+            **common,
+        )
+    else:
+        found = Ranks(**common)
+    if not 0 <= found.rank < found.world_size:
+        raise ConfigError(f"rank {found.rank} of {found.world_size} ({found.source}): check RANK and WORLD_SIZE")
+    return found
+
+
+def array_task(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
+    """Index and number of tasks of the Slurm array that this process belongs to, (0, 1) outside one."""
+    env = os.environ if environment is None else environment
+    if "SLURM_ARRAY_TASK_ID" not in env:
+        return 0, 1
+    first = _number(env, "SLURM_ARRAY_TASK_MIN", 0)
+    return _number(env, "SLURM_ARRAY_TASK_ID") - first, _number(env, "SLURM_ARRAY_TASK_COUNT", 1)
+
+
+def export_ranks(ranks: Ranks) -> None:
+    """Set the five variables that torch.distributed and DeepSpeed read, where srun did not."""
+    os.environ.update(
+        RANK=str(ranks.rank),
+        WORLD_SIZE=str(ranks.world_size),
+        LOCAL_RANK=str(ranks.local_rank),
+        LOCAL_WORLD_SIZE=str(ranks.local_world_size),
+    )
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(ranks.job_id or os.getpid()) % 20000))
+
+
+def prepare_process(num_threads: int | None = None) -> None:
+    """Set what the libraries need before they are imported. Call first in an entry point.
+
+    Without the oneDNN limit, bf16 on CPUs whose AMX is advertised but blocked by a hypervisor dies of SIGILL.
+    """
+    has_gpu = Path("/proc/driver/nvidia/version").exists()
+    ranks = detect_ranks()
+    cores = len(os.sched_getaffinity(0))
+    threads = num_threads or max(1, cores // ranks.local_world_size)
+    defaults = {
+        "OMP_NUM_THREADS": str(threads),
+        "TOKENIZERS_PARALLELISM": "false",
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "DS_LOG_LEVEL": "error",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "PYTHONWARNINGS": "ignore",
+    }
+    if not has_gpu:
+        defaults |= {"DS_ACCELERATOR": "cpu", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the launcher dies: DeepSpeed's runner leaves its ranks behind as orphans.
+
+    Linux only; elsewhere nothing happens.
+    """
+    import ctypes
+
+    set_parent_death_signal = 1
+    try:
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM)
+    except (OSError, AttributeError):
+        return
+
+
+def secret(name: str) -> str:
+    """A key or token; read when needed, kept in no config, log or file. Empty where unset."""
+    return os.environ.get(name, "")
+
+
+def slurm_end_time() -> float | None:
+    """Unix seconds at which Slurm ends this job, None outside Slurm."""
+    value = os.environ.get("SLURM_JOB_END_TIME")
+    return float(value) if value and value.isdigit() else None
+
+
+def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
+    text = env.get(name, "" if default is None else str(default))
+    if not text.isdigit():
+        raise ConfigError(f"environment variable {name}={text!r}: expected a whole number")
+    return int(text)
+
+
+def _tasks_on_this_node(env: Mapping[str, str]) -> int:
+    """``SLURM_STEP_TASKS_PER_NODE`` is written as ``2(x3),1``: counts with repetitions, in node order."""
+    counts: list[int] = []
+    for part in env.get("SLURM_STEP_TASKS_PER_NODE", "1").split(","):
+        count, _, times = part.partition("(x")
+        counts += [int(count)] * int(times.rstrip(")") or 1)
+    return counts[min(_number(env, "SLURM_NODEID", 0), len(counts) - 1)]

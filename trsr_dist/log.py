@@ -1,0 +1,97 @@
+"""Lines on the terminal, progress bars, metrics.jsonl and TensorBoard."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+T = TypeVar("T")
+
+NOISY_LOGGERS = ("transformers", "peft", "deepspeed", "DeepSpeed", "httpx", "openai", "torch", "torch.distributed")
+
+
+def get_logger(name: str) -> logging.Logger:
+    """A logger below ``trsr``; ``setup_logging`` decides where its lines go."""
+    return logging.getLogger(f"trsr.{name}")
+
+
+def setup_logging(rank: int = 0, stage: str = "") -> None:
+    """Rank 0 writes information to standard output; the others only warnings, to standard error."""
+    logger = logging.getLogger("trsr")
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    handler = _BarSafeHandler(sys.stdout if rank == 0 else sys.stderr)
+    tag = stage if rank == 0 else f"{stage} rank {rank}"
+    handler.setFormatter(logging.Formatter(f"[{tag}] %(message)s" if tag else "%(message)s"))
+    logger.addHandler(handler)
+    for name in NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+class _BarSafeHandler(logging.StreamHandler):
+    """Writes above a running progress bar, not through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=self.stream)
+        self.stream.flush()
+
+
+def progress(items: Iterable[T] | None = None, *, total: int | None = None, description: str, unit: str = "it") -> tqdm:
+    """A progress bar on a terminal, silent elsewhere."""
+    quiet = not sys.stderr.isatty()
+    return tqdm(items, total=total, desc=description, unit=unit, disable=quiet, leave=False, dynamic_ncols=True)
+
+
+class MetricLog:
+    """Scalars to ``metrics.jsonl`` and TensorBoard; one writer a run, on rank 0.
+
+    Args:
+        run_dir: the run's folder.
+        stage: goes into each row.
+        tensorboard: also write TensorBoard events.
+        purge_step: rows of TensorBoard at and above this step are superseded (a resumed run).
+    """
+
+    def __init__(self, run_dir: Path, stage: str, tensorboard: bool = True, purge_step: int | None = None) -> None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        self._stage = stage
+        self._rows = open(run_dir / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self.writer = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.writer = SummaryWriter(str(run_dir / "tensorboard" / stage), purge_step=purge_step, flush_secs=10)
+
+    def write(self, step: int, scalars: dict[str, float]) -> None:
+        """Append one row; names are TensorBoard's, such as ``train/loss``."""
+        row: dict[str, Any] = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **scalars}
+        self._rows.write(json.dumps(row) + "\n")
+        if self.writer is not None:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._rows.close()
+        if self.writer is not None:
+            self.writer.close()
+
+
+def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Rows of ``metrics.jsonl``; a torn last line (the writer was killed) is passed over."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        return
+    with open(path, encoding="utf-8") as stream:
+        for line in stream:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue

@@ -1,0 +1,166 @@
+"""From a sample to token ids: one shared prefix, one suffix a candidate, and the two answer tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trsr_dist.errors import ModelError
+from trsr_dist.hashing import digest
+from trsr_dist.prompts.text import recommend_text
+from trsr_dist.prompts.trimming import Parts, cap_text, trim
+from trsr_dist.prompts.wording import WORDING_VERSION
+from trsr_dist.records import Sample, TokenizedUser
+
+
+class PromptBuilder:
+    """Writes and tokenizes prompts the same way in training, evaluation and prediction.
+
+    Args:
+        tokenizer: a Hugging Face tokenizer.
+        style: ``plain``, ``chat`` or ``auto`` (chat where the tokenizer has a template).
+        max_tokens: limit of one prompt.
+        max_candidate_tokens: limit of one candidate's text.
+        recent_items: at most this many recent items are shown.
+        answers: the two answer words, positive first.
+
+    Raises:
+        ModelError: an answer is not a single, known token where a prompt ends, or both are the same token.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        style: str = "auto",
+        max_tokens: int = 1024,
+        max_candidate_tokens: int = 256,
+        recent_items: int = 5,
+        answers: tuple[str, str] = ("yes", "no"),
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.style = resolve_style(tokenizer, style)
+        self.max_tokens = max_tokens
+        self.max_candidate_tokens = max_candidate_tokens
+        self.recent_items = recent_items
+        self.answers = answers
+        self.answer_ids = self._resolve_answers()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What ``PromptBuilder(tokenizer, **settings)`` needs; kept with checkpoints and merged models."""
+        return {
+            "style": self.style,
+            "max_tokens": self.max_tokens,
+            "max_candidate_tokens": self.max_candidate_tokens,
+            "recent_items": self.recent_items,
+            "answers": list(self.answers),
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes whenever token ids of a prompt could: names token-length indexes."""
+        backend = getattr(self.tokenizer, "backend_tokenizer", None)
+        vocabulary = backend.to_str() if backend is not None else sorted(self.tokenizer.get_vocab().items())
+        probe = self.encode(self.render("instruction", "summary", ("a", "b"), "candidate 123"))
+        return digest([vocabulary, probe, list(self.answer_ids), self.settings, WORDING_VERSION])[:16]
+
+    def render(self, instruction: str, summary: str, recent: Sequence[str], candidate: str) -> str:
+        """Prompt text, through the chat template where the style says so."""
+        text = recommend_text(instruction, summary, recent, candidate)
+        if self.style == "plain":
+            return text
+        messages = [{"role": "user", "content": text}]
+        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a whole prompt. Chat templates write their own special tokens."""
+        return self.tokenizer(text, add_special_tokens=self.style == "plain")["input_ids"]
+
+    def build(self, sample: Sample) -> TokenizedUser:
+        """Trim once for all candidates, tokenize each whole prompt, split off the common prefix.
+
+        Raises:
+            DataError: the instruction alone does not fit.
+        """
+        ids, trims = self._encode_within_limit(sample)
+        length = common_prefix_length(ids)
+        return TokenizedUser(
+            user=sample.user,
+            prefix=tuple(ids[0][:length]),
+            suffixes=tuple(tuple(prompt[length:]) for prompt in ids),
+            labels=tuple(candidate.label for candidate in sample.candidates),
+            items=tuple(candidate.item for candidate in sample.candidates),
+            trims=trims,
+        )
+
+    def _encode_within_limit(self, sample: Sample) -> tuple[list[list[int]], dict[str, int]]:
+        recent = sample.recent[-self.recent_items :] if self.recent_items else ()
+        texts = [candidate.text for candidate in sample.candidates]
+        capped = tuple(cap_text(text, self.max_candidate_tokens, self._count) for text in texts)
+        parts = Parts(sample.summary, recent, capped)
+        ids = self._encode_all(sample.instruction, parts)
+        if max(map(len, ids)) > self.max_tokens:
+            parts = trim(parts, lambda tried: self._fits(sample.instruction, tried), sample.user)
+            ids = self._encode_all(sample.instruction, parts)
+        num_capped = sum(text != cap for text, cap in zip(texts, capped, strict=True))
+        return ids, parts.trims | ({"candidates_capped": num_capped} if num_capped else {})
+
+    def _encode_all(self, instruction: str, parts: Parts) -> list[list[int]]:
+        prompts = [self.render(instruction, parts.summary, parts.recent, text) for text in parts.candidates]
+        return self.tokenizer(prompts, add_special_tokens=self.style == "plain")["input_ids"]
+
+    def _fits(self, instruction: str, parts: Parts) -> bool:
+        return max(map(len, self._encode_all(instruction, parts))) <= self.max_tokens
+
+    def _count(self, text: str) -> int:
+        """Tokens of a bare text; short texts cannot exceed the limit (a token holds at least one byte)."""
+        if len(text.encode()) <= self.max_candidate_tokens:
+            return len(text)
+        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def _resolve_answers(self) -> tuple[int, int]:
+        """Ids of the answers in context: the prompt's own tokens must stay, and one token must follow.
+
+        A bare lookup of "yes" in the vocabulary gives another token, or none, with many tokenizers.
+        """
+        prompt = self.render("instruction", "summary", ("item",), "candidate")
+        base = self.encode(prompt)
+        spaced = [f" {answer}" for answer in self.answers]
+        variants = [list(self.answers), spaced] if prompt[-1].isspace() else [spaced, list(self.answers)]
+        for variant in variants:
+            ids = [self._answer_id(prompt, base, answer) for answer in variant]
+            if None not in ids and ids[0] != ids[1]:
+                return ids[0], ids[1]
+        raise ModelError(
+            f"tokenizer {getattr(self.tokenizer, 'name_or_path', '')!r}: {self.answers} are not two different single "
+            f"tokens after {prompt[-20:]!r}; choose other words with prompt.answers"
+        )
+
+    def _answer_id(self, prompt: str, base: list[int], answer: str) -> int | None:
+        ids = self.encode(prompt + answer)
+        known = ids[-1:] != [self.tokenizer.unk_token_id]
+        return ids[-1] if ids[:-1] == base and known else None
+
+
+def resolve_style(tokenizer: Any, style: str) -> str:
+    """``auto`` becomes ``chat`` where the tokenizer has a chat template.
+
+    Raises:
+        ModelError: chat was asked for and there is no template.
+    """
+    has_template = bool(getattr(tokenizer, "chat_template", None))
+    if style == "chat" and not has_template:
+        raise ModelError(
+            f"tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template; use prompt.style=plain"
+        )
+    return "chat" if style == "chat" or (style == "auto" and has_template) else "plain"
+
+
+def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
+    """Length of the longest common token prefix that leaves at least one token of every prompt."""
+    first, last = min(prompts), max(prompts)
+    limit = min(map(len, prompts)) - 1
+    for position in range(limit):
+        if first[position] != last[position]:
+            return position
+    return limit

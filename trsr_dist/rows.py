@@ -1,0 +1,73 @@
+"""The packed row: several users' prompts as one sequence, each prefix once. Pure: numpy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trsr_dist.records import TokenizedUser
+
+
+@dataclass(frozen=True, slots=True)
+class PackedRow:
+    """Users laid out prefix first: ``[P_1 | ... | P_U | C_11 ... C_1n | C_21 ... ]``.
+
+    Prefixes first make every operand of the shared-prefix attention a slice. A candidate's positions go on where its
+    user's prefix ends. A row without users is a rank's padding and has weight 0.
+    """
+
+    token_ids: np.ndarray
+    """int64, shape (num_tokens,)."""
+    position_ids: np.ndarray
+    """int64, shape (num_tokens,)."""
+    answer_index: np.ndarray
+    """int64, shape (num_answers,): the last token of every suffix, whose logits are the answer's."""
+    labels: np.ndarray
+    """int64, shape (num_answers,): 1 for yes."""
+    group: np.ndarray
+    """int64, shape (num_answers,): index of the user an answer belongs to."""
+    prefix_lengths: tuple[int, ...]
+    suffix_lengths: tuple[tuple[int, ...], ...]
+    users: tuple[str, ...]
+    items: tuple[str, ...]
+    """Item id of each answer, in the order of ``answer_index``."""
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.token_ids.size)
+
+    @property
+    def num_answers(self) -> int:
+        return int(self.labels.size)
+
+    @property
+    def num_separate_tokens(self) -> int:
+        """Tokens of the same prompts as separate sequences: what sharing saves."""
+        pairs = zip(self.prefix_lengths, self.suffix_lengths, strict=True)
+        return sum(prefix * len(lengths) + sum(lengths) for prefix, lengths in pairs)
+
+
+def pack_row(tokenized: Sequence[TokenizedUser]) -> PackedRow:
+    """Lay users out as one row; each with its prefix and the suffixes it holds."""
+    prefixes = [np.asarray(user.prefix, dtype=np.int64) for user in tokenized]
+    suffixes = [(user, np.asarray(suffix, dtype=np.int64)) for user in tokenized for suffix in user.suffixes]
+    positions = [np.arange(len(user.prefix)) for user in tokenized]
+    positions += [len(user.prefix) + np.arange(len(suffix)) for user, suffix in suffixes]
+    ends = sum(map(len, prefixes)) + np.cumsum([len(suffix) for _, suffix in suffixes], dtype=np.int64)
+    return PackedRow(
+        token_ids=_concatenate([*prefixes, *(suffix for _, suffix in suffixes)]),
+        position_ids=_concatenate(positions),
+        answer_index=(ends - 1).astype(np.int64),
+        labels=np.asarray([label for user in tokenized for label in user.labels], dtype=np.int64),
+        group=np.repeat(np.arange(len(tokenized), dtype=np.int64), [len(user.suffixes) for user in tokenized]),
+        prefix_lengths=tuple(len(user.prefix) for user in tokenized),
+        suffix_lengths=tuple(tuple(map(len, user.suffixes)) for user in tokenized),
+        users=tuple(user.user for user in tokenized),
+        items=tuple(item for user in tokenized for item in user.items),
+    )
+
+
+def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate(arrays).astype(np.int64) if arrays else np.zeros(0, dtype=np.int64)
