@@ -149,7 +149,8 @@ def folder_lock(folder: Path) -> Iterator[None]:
     finally:
         stop.set()
         beat.join()
-        path.unlink(missing_ok=True)
+        if _holder(path) == _myself():
+            path.unlink(missing_ok=True)
 
 
 def _acquire(path: Path) -> None:
@@ -160,16 +161,27 @@ def _acquire(path: Path) -> None:
             _remove_if_stale(path)
             continue
         with os.fdopen(descriptor, "w") as stream:
-            json.dump({"host": socket.gethostname(), "pid": os.getpid()}, stream)
+            json.dump(_myself(), stream)
         return
     raise RunError(f"{path}: another process has just taken this lock; wait for it to end")
 
 
+def _myself() -> dict[str, Any]:
+    return {"host": socket.gethostname(), "pid": os.getpid()}
+
+
+def _holder(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text() or "{}")
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
 def _remove_if_stale(path: Path) -> None:
+    holder = _holder(path)
     try:
         age = time.time() - path.stat().st_mtime
-        holder = json.loads(path.read_text() or "{}")
-    except (FileNotFoundError, json.JSONDecodeError):
+    except FileNotFoundError:
         return
     same_host = holder.get("host") == socket.gethostname()
     dead = same_host and not Path(f"/proc/{holder.get('pid')}").exists()

@@ -1,0 +1,68 @@
+"""Promises of the structure: what may import what, and who reads the environment."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "trsr_dist"
+HEAVY = ("torch", "deepspeed", "transformers", "peft", "webdataset", "matplotlib")
+PURE = [
+    "trsr_dist.records",
+    "trsr_dist.errors",
+    "trsr_dist.hashing",
+    "trsr_dist.rows",
+    "trsr_dist.config",
+    "trsr_dist.environment",
+    "trsr_dist.prompts.builder",
+]
+LAYERS = ["data", "prompts", "shards", "summarize", "model", "train", "merge", "evaluate"]
+MAY_IMPORT = {
+    "prompts": set(),
+    "data": {"prompts"},
+    "shards": {"prompts"},
+    "summarize": {"prompts", "data", "shards"},
+    "model": {"prompts", "shards", "data"},
+    "train": {"prompts", "shards", "model"},
+    "merge": {"prompts", "shards", "model"},
+    "evaluate": {"prompts", "shards", "data", "model"},
+}
+
+
+def imports_of(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def test_pure_modules_load_no_heavy_library() -> None:
+    code = f"import sys\nfor name in {PURE!r}: __import__(name)\nprint([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("layer", LAYERS)
+def test_stages_import_only_what_stands_before_them(layer: str) -> None:
+    for path in (PACKAGE / layer).rglob("*.py"):
+        used = {name.split(".")[1] for name in imports_of(path) if name.startswith("trsr_dist.")}
+        above = (used & set(LAYERS)) - MAY_IMPORT[layer] - {layer}
+        assert not above, f"{path.relative_to(ROOT)} imports {above}"
+
+
+def test_one_module_reads_the_environment() -> None:
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
+        if path.name != "environment.py":
+            used = {n.attr for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Attribute)}
+            assert not used & {"environ", "getenv"}, path
+
+
+def test_entry_points_stay_thin() -> None:
+    for path in [*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
+        assert len(path.read_text().splitlines()) <= 80, f"{path.name} holds logic"

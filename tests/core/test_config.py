@@ -1,0 +1,82 @@
+from pathlib import Path
+
+import pytest
+
+from trsr_dist.config import dump_config, load_config
+from trsr_dist.config.loading import known_keys
+from trsr_dist.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {path: somewhere}\ntrain: {learning_rate: 1e-3}\n")
+    return path
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_config_loads_and_opens_with_its_command(path: Path) -> None:
+    assert load_config(path).run.dir.startswith("runs/")
+    head = path.read_text().split("run:")[0]
+    assert "python tools/" in head or "make " in head
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_dumped_config_loads_back_equal(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    copy = tmp_path / "copy.yaml"
+    copy.write_text(dump_config(config))
+    assert load_config(copy) == config
+
+
+def test_override_wins_over_file_over_default(config_file: Path) -> None:
+    assert load_config(config_file).train.learning_rate == 1e-3
+    config = load_config(config_file, ["train.learning_rate=2e-5", "evaluate.top_k=[1, 20]", "data.locale="])
+    assert (config.train.learning_rate, config.evaluate.top_k, config.data.locale) == (2e-5, (1, 20), "")
+    assert config.train.warmup_ratio == 0.03
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.lerning_rate=1", ["train.lerning_rate", "did you mean 'train.learning_rate'"]),
+        ("trian.learning_rate=1", ["unknown section 'trian'", "'train'"]),
+        ("train.learning_rate=fast", ["train.learning_rate='fast'", "number"]),
+        ("data.format=csv", ["data.format='csv'", "'mind', 'amazon_m2', 'jsonl' or 'demo'"]),
+        ("train.keep_checkpoints=1", ["train.keep_checkpoints=1", "greater than or equal to 2"]),
+        ("train.negatives_per_positive=30", ["train.pool_size=20"]),
+        ("prompt.max_tokens=5000", ["train.row_tokens=4096"]),
+        ("summarize.engine=transformers", ["summarize.model is empty"]),
+        ("learning_rate=1", ["section.key=value"]),
+        ("run.dir", ["section.key=value"]),
+    ],
+)
+def test_mistakes_are_named_with_the_way_out(config_file: Path, override: str, words: list[str]) -> None:
+    with pytest.raises(ConfigError) as error:
+        load_config(config_file, [override])
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_bad_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no such config file"):
+        load_config(tmp_path / "missing.yaml")
+    broken = tmp_path / "broken.yaml"
+    broken.write_text("run: [")
+    with pytest.raises(ConfigError, match=r"broken.yaml: not valid YAML"):
+        load_config(broken)
+    broken.write_text("run: 3")
+    with pytest.raises(ConfigError, match="section 'run' must hold"):
+        load_config(broken)
+
+
+def test_every_setting_says_what_it_means() -> None:
+    from trsr_dist.config.sections import Config
+
+    for section in Config.model_fields.values():
+        for name, field in section.annotation.model_fields.items():
+            assert field.description and len(field.description) > 15, name
+    assert "train.row_tokens" in known_keys()

@@ -1,0 +1,50 @@
+import pytest
+
+from trsr_dist.environment import array_task, detect_ranks
+from trsr_dist.errors import ConfigError
+
+
+def test_one_process_without_a_launcher() -> None:
+    ranks = detect_ranks({})
+    assert (ranks.rank, ranks.world_size, ranks.source, ranks.is_main) == (0, 1, "single", True)
+
+
+def test_torchrun_and_deepspeed_variables() -> None:
+    env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+    ranks = detect_ranks(env)
+    assert (ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size) == (5, 8, 1, 4)
+
+
+@pytest.mark.parametrize(("node", "tasks"), [("0", 2), ("2", 2), ("3", 1)])
+def test_srun_variables(node: str, tasks: int) -> None:
+    env = {
+        "SLURM_STEP_ID": "0",
+        "SLURM_PROCID": "4",
+        "SLURM_NTASKS": "7",
+        "SLURM_LOCALID": "0",
+        "SLURM_NODEID": node,
+        "SLURM_STEP_TASKS_PER_NODE": "2(x3),1",
+        "SLURM_JOB_ID": "42",
+        "SLURM_RESTART_COUNT": "3",
+    }
+    ranks = detect_ranks(env)
+    assert (ranks.rank, ranks.world_size, ranks.local_world_size) == (4, 7, tasks)
+    assert (ranks.job_id, ranks.restart, ranks.source) == ("42", 3, "slurm")
+
+
+def test_a_batch_script_is_not_a_rank() -> None:
+    assert detect_ranks({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}).world_size == 1
+
+
+def test_array_tasks_count_from_zero() -> None:
+    assert array_task({}) == (0, 1)
+    env = {"SLURM_ARRAY_TASK_ID": "12", "SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_COUNT": "4"}
+    assert array_task(env) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    "env", [{"RANK": "x", "WORLD_SIZE": "2"}, {"RANK": "2", "WORLD_SIZE": "2"}], ids=["not a number", "too high"]
+)
+def test_bad_ranks_are_named(env: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="RANK|rank 2 of 2"):
+        detect_ranks(env)

@@ -1,0 +1,93 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trsr_dist.errors import DataError, RunError
+from trsr_dist.files import atomic_file, atomic_folder, read_json, sha256_of, write_json
+from trsr_dist.run import MANIFEST, check_inputs, folder_lock, is_finished, manifest_hash, write_manifest
+
+
+def test_atomic_file_keeps_the_old_content_on_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with pytest.raises(RuntimeError), atomic_file(path) as stream:
+        stream.write("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_atomic_folder_replaces_or_leaves_whole(tmp_path: Path) -> None:
+    path = tmp_path / "out"
+    for text in ("one", "two"):
+        with atomic_folder(path) as folder:
+            (folder / "f").write_text(text)
+    assert (path / "f").read_text() == "two"
+    with pytest.raises(RuntimeError), atomic_folder(path) as folder:
+        (folder / "f").write_text("half")
+        raise RuntimeError
+    assert (path / "f").read_text() == "two"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_killed_writer_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, signal\nfrom trsr_dist.files import atomic_file\n"
+        "with atomic_file(sys.argv[1]) as f:\n    f.write('half'); f.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")])
+    assert done.returncode == -9
+    assert not (tmp_path / "x").exists()
+
+
+def test_json_errors_name_the_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"none.json: missing"):
+        read_json(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(DataError, match=r"bad.json: not valid JSON"):
+        read_json(tmp_path / "bad.json")
+    write_json(tmp_path / "good.json", {"é": 1})
+    assert read_json(tmp_path / "good.json") == {"é": 1}
+    assert len(sha256_of(tmp_path / "good.json")) == 64
+
+
+def test_a_finished_stage_is_known_by_settings_and_inputs(tmp_path: Path) -> None:
+    folder = tmp_path / "histories"
+    assert not is_finished(folder, {"seed": 0}, {})
+    folder.mkdir()
+    write_manifest(folder, "prepare", {"seed": 0, "split": (10, 1, 1)}, {"raw": "abc"}, num_users=3)
+    assert is_finished(folder, {"seed": 0, "split": (10, 1, 1)}, {"raw": "abc"})
+    assert not is_finished(folder, {"seed": 1}, {}, force=True)
+    with pytest.raises(RunError, match="seed=0, now 1"):
+        is_finished(folder, {"seed": 1, "split": (10, 1, 1)}, {"raw": "abc"})
+    with pytest.raises(RunError, match="'abc', now 'xyz'"):
+        check_inputs(folder, {"raw": "xyz"})
+    first = manifest_hash(folder)
+    write_manifest(folder, "prepare", {"seed": 0, "split": (10, 1, 1)}, {"raw": "abc"}, num_users=3)
+    assert manifest_hash(folder) == first
+
+
+def test_foreign_files_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "thesis.doc").write_text("mine")
+    with pytest.raises(RunError, match=MANIFEST):
+        is_finished(tmp_path, {}, {})
+    with pytest.raises(RunError, match="no manifest"):
+        manifest_hash(tmp_path)
+
+
+def test_lock_refuses_a_second_holder_and_survives_a_dead_one(tmp_path: Path) -> None:
+    folder = tmp_path / "shards"
+    with folder_lock(folder):
+        with pytest.raises(RunError, match=f"held by pid {os.getpid()}"), folder_lock(folder):
+            pass
+        assert (tmp_path / ".shards.lock").exists()
+    assert not (tmp_path / ".shards.lock").exists()
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    holder = {"host": os.uname().nodename, "pid": int(gone.stdout)}
+    (tmp_path / ".shards.lock").write_text(json.dumps(holder))
+    with folder_lock(folder):
+        assert json.loads((tmp_path / ".shards.lock").read_text())["pid"] == os.getpid()

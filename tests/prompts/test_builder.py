@@ -1,0 +1,151 @@
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.tokenizers import byte_level, word_level
+from trsr_dist.errors import DataError, ModelError
+from trsr_dist.prompts.builder import PromptBuilder, common_prefix_length
+from trsr_dist.prompts.text import SummaryPrompt, recommend_text
+from trsr_dist.prompts.wording import WORDINGS, block_instruction, recommend_instruction
+from trsr_dist.records import Candidate, Sample
+
+
+def make_sample(num_candidates: int = 3, words: int = 6, recent: int = 4, summary_words: int = 12) -> Sample:
+    def text(tag: str, count: int) -> str:
+        return " ".join(f"{tag}{i}" for i in range(count))
+
+    return Sample(
+        user="u1",
+        instruction=recommend_instruction("news"),
+        summary=text("likes", summary_words),
+        recent=tuple(text(f"old{n}x", words) for n in range(recent)),
+        candidates=tuple(Candidate(f"i{n}", text(f"new{n}x", words + n), int(n == 0)) for n in range(num_candidates)),
+    )
+
+
+def test_golden_prompt() -> None:
+    assert recommend_text("Do it.", "Likes tea.", ("green tea", "cups"), "black tea") == (
+        "Do it.\n\n[Preference Summary]\nLikes tea.\n\n[Recent Items]\n- green tea\n- cups\n\n"
+        "[Candidate]\nblack tea\n\nAnswer:"
+    )
+    assert "[Recent Items]\n(none)" in recommend_text("Do it.", "", (), "black tea")
+
+
+def test_golden_summary_prompt() -> None:
+    prompt = SummaryPrompt("Update.", previous=("Likes tea.",), items=("cups",))
+    assert prompt.text() == "Update.\n\n[Summaries]\n- Likes tea.\n\n[Items]\n- cups\n\nSummary:"
+
+
+@pytest.mark.parametrize("domain", WORDINGS)
+def test_instructions_name_the_domain(domain: str) -> None:
+    assert WORDINGS[domain].item in recommend_instruction(domain)
+    assert WORDINGS[domain].items in block_instruction(domain)
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+def test_prefix_and_suffixes_are_the_whole_prompts(chat: bool) -> None:
+    builder = PromptBuilder(byte_level(chat))
+    assert builder.style == ("chat" if chat else "plain")
+    sample = make_sample()
+    user = builder.build(sample)
+    for suffix, candidate in zip(user.suffixes, sample.candidates, strict=True):
+        text = builder.render(sample.instruction, sample.summary, sample.recent, candidate.text)
+        assert list(user.prefix + suffix) == builder.encode(text)
+        assert len(suffix) >= 1
+    assert len({suffix[0] for suffix in user.suffixes}) > 1, "the common prefix is as long as it can be"
+    assert (user.labels, user.items, user.trims) == ((1, 0, 0), ("i0", "i1", "i2"), {})
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["plain", "chat"])
+def test_answers_are_single_tokens_in_context(chat: bool) -> None:
+    builder = PromptBuilder(byte_level(chat))
+    prompt = builder.render("a", "b", (), "c")
+    for answer, token in zip(("yes", "no"), builder.answer_ids, strict=True):
+        spaced = answer if chat else f" {answer}"
+        assert builder.encode(prompt + spaced) == [*builder.encode(prompt), token]
+
+
+def test_answers_that_are_not_single_known_tokens_are_refused() -> None:
+    with pytest.raises(ModelError, match="prompt.answers"):
+        PromptBuilder(byte_level(), answers=("yes", "certainly not"))
+    with pytest.raises(ModelError, match="prompt.answers"):
+        PromptBuilder(word_level(("Answer", ":", "yes")))
+    with pytest.raises(ModelError, match="no chat template"):
+        PromptBuilder(byte_level(), style="chat")
+
+
+def test_one_candidate_leaves_one_token_of_suffix() -> None:
+    user = PromptBuilder(byte_level()).build(make_sample(num_candidates=1))
+    assert len(user.suffixes[0]) == 1
+    assert common_prefix_length([[1, 2], [1, 2, 3]]) == 1
+
+
+def test_trimming_drops_the_oldest_recent_item_first() -> None:
+    whole = PromptBuilder(byte_level(), max_tokens=2000)
+    sample = make_sample()
+    length = longest(whole.build(sample))
+    user = PromptBuilder(byte_level(), max_tokens=length - 1).build(sample)
+    assert user.trims == {"recent_dropped": 1}
+    kept = dataclasses.replace(sample, recent=sample.recent[1:])
+    assert user.suffixes == whole.build(kept).suffixes and user.prefix == whole.build(kept).prefix
+
+
+def test_trimming_goes_on_with_the_summary_then_all_item_texts() -> None:
+    sample = make_sample(words=60)
+    limit = longest(PromptBuilder(byte_level(), max_tokens=9999).build(make_sample(words=8, recent=1, summary_words=0)))
+    user = PromptBuilder(byte_level(), max_tokens=limit, max_candidate_tokens=5000).build(sample)
+    assert longest(user) <= limit
+    assert user.trims["recent_dropped"] == 3
+    assert user.trims["summary_words_cut"] == 12
+    assert user.trims["item_words_cut"] > 100
+    assert len(set(user.suffixes)) == 3, "candidates stay distinct"
+
+
+def test_long_candidates_are_capped_and_counted() -> None:
+    sample = make_sample(words=100)
+    user = PromptBuilder(byte_level(), max_tokens=9999, max_candidate_tokens=20).build(sample)
+    assert user.trims == {"candidates_capped": 3}
+    assert max(map(len, user.suffixes)) < 40
+
+
+def test_a_limit_below_the_instruction_is_an_error() -> None:
+    with pytest.raises(DataError, match=r"user 'u1'.*raise prompt.max_tokens"):
+        PromptBuilder(byte_level(), max_tokens=20).build(make_sample())
+
+
+def test_recent_items_of_the_builder_bound_those_of_the_sample() -> None:
+    builder = PromptBuilder(byte_level(), recent_items=0)
+    assert "old3x" not in builder.tokenizer.decode(builder.build(make_sample()).prefix)
+
+
+def test_fingerprint_changes_with_what_changes_tokens() -> None:
+    base = PromptBuilder(byte_level())
+    assert base.fingerprint == PromptBuilder(byte_level(), **base.settings).fingerprint
+    others = [
+        PromptBuilder(byte_level(), recent_items=2),
+        PromptBuilder(byte_level(), max_tokens=99),
+        PromptBuilder(byte_level(vocab_size=300)),
+        PromptBuilder(byte_level(chat=True)),
+    ]
+    assert len({base.fingerprint, *(builder.fingerprint for builder in others)}) == 5
+
+
+def longest(user) -> int:  # noqa: ANN001
+    return len(user.prefix) + max(map(len, user.suffixes))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.text(min_size=1, max_size=200), min_size=1, max_size=4),
+    st.lists(st.text(max_size=200), max_size=6),
+    st.text(max_size=400),
+    st.integers(90, 400),
+)
+def test_any_text_fits_or_is_refused(candidates: list[str], recent: list[str], summary: str, limit: int) -> None:
+    sample = Sample("u", "Answer yes or no.", summary, tuple(recent), tuple(Candidate(c, c, 0) for c in candidates))
+    builder = PromptBuilder(byte_level(), max_tokens=limit, max_candidate_tokens=64)
+    user = builder.build(sample)
+    assert longest(user) <= limit
+    assert all(user.suffixes)
