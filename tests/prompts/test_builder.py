@@ -126,7 +126,7 @@ def test_fingerprint_changes_with_what_changes_tokens() -> None:
     others = [
         PromptBuilder(byte_level(), recent_items=2),
         PromptBuilder(byte_level(), max_tokens=99),
-        PromptBuilder(byte_level(vocab_size=300)),
+        PromptBuilder(byte_level(vocab_size=420)),
         PromptBuilder(byte_level(chat=True)),
     ]
     assert len({base.fingerprint, *(builder.fingerprint for builder in others)}) == 5
