@@ -2,10 +2,12 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-RUN ?= runs/quickstart
 STAMP := $(VENV)/.installed
+SEED ?= 0
+RUN ?= runs/quickstart$(if $(filter-out 0,$(SEED)),-$(SEED))
+QUICKSTART := --config configs/quickstart.yaml run.dir=$(RUN) run.seed=$(SEED)
 
-.PHONY: help env quickstart test lint format clean
+.PHONY: help env quickstart test test-slurm soak lint format bench gpu-check clean
 
 help:  ## list the goals
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -20,8 +22,22 @@ $(STAMP): setup.py constraints.txt
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
-test: env  ## all tests that need neither a GPU nor Slurm
-	$(BIN)/python -m pytest
+quickstart: env  ## the whole method on built-in data, on 2 CPU cores (SEED=1 for other data)
+	@$(BIN)/python tools/prepare_data.py $(QUICKSTART)
+	@$(BIN)/python launch/summarize.py $(QUICKSTART)
+	@$(BIN)/python tools/make_tiny_base.py $(QUICKSTART)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --quiet --num_gpus 2 launch/train.py $(QUICKSTART)
+	@$(BIN)/python tools/merge_lora.py --checkpoint $(RUN)/checkpoints/latest --output $(RUN)/merged
+	@$(BIN)/torchrun --nproc_per_node 2 tools/evaluate.py $(QUICKSTART) --model $(RUN)/merged
+
+test: env  ## all tests that need neither a GPU nor Slurm, under 10 minutes
+	$(BIN)/python -m pytest -m "not slurm and not soak"
+
+test-slurm: env  ## the tests on a real Slurm cluster of this machine (Linux, root)
+	$(BIN)/python -m pytest -m "slurm and not soak" tests/slurm
+
+soak: env  ## the long fault runs
+	$(BIN)/python -m pytest -m soak
 
 lint: env  ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -30,6 +46,12 @@ lint: env  ## ruff: rules and format
 format: env  ## apply ruff's fixes and format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench: env  ## the benchmark suites, side by side with the alternatives
+	$(BIN)/python tools/benchmark.py --suite all
+
+gpu-check:  ## every check and benchmark that needs a GPU, in the current environment
+	$(PYTHON) tools/gpu_check.py
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs
