@@ -18,15 +18,19 @@ PURE = [
     "trsr_dist.config",
     "trsr_dist.environment",
     "trsr_dist.prompts.builder",
+    "trsr_dist.planning.cost",
+    "trsr_dist.planning.communication",
+    "trsr_dist.planning.flops",
 ]
-LAYERS = ["data", "prompts", "shards", "summarize", "model", "train", "merge", "evaluate"]
+LAYERS = ["planning", "data", "prompts", "shards", "summarize", "model", "train", "merge", "evaluate"]
 MAY_IMPORT = {
+    "planning": set(),
     "prompts": set(),
     "data": {"prompts"},
     "shards": {"prompts"},
     "summarize": {"prompts", "data", "shards"},
     "model": {"prompts", "shards", "data"},
-    "train": {"prompts", "shards", "model"},
+    "train": {"planning", "prompts", "shards", "model"},
     "merge": {"prompts", "shards", "model"},
     "evaluate": {"prompts", "shards", "data", "model"},
 }

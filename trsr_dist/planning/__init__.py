@@ -1,0 +1,1 @@
+"""What a run will cost, from a model's config and token counts alone. Pure: no torch, no weights."""

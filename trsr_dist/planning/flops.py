@@ -1,0 +1,36 @@
+"""Floating point operations of LoRA training and scoring; one multiply-add counts as two."""
+
+from __future__ import annotations
+
+from trsr_dist.planning.shape import ModelShape
+from trsr_dist.planning.tokens import Workload
+
+
+def forward_flops(shape: ModelShape, work: Workload, num_lora_parameters: int = 0, full_head: bool = False) -> int:
+    """One forward pass: ``2 N`` a token in the linear modules, ``4 d`` a pair in attention (scores and values).
+
+    Args:
+        shape: the base model.
+        work: tokens, pairs and answers of the pass.
+        num_lora_parameters: of an adapter that is not merged.
+        full_head: multiply the output head at every token (reference practice), not two of its rows at the answers.
+    """
+    linear = 2 * (shape.num_linear_parameters + num_lora_parameters) * work.tokens
+    attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * work.pairs
+    outputs = work.tokens * shape.vocab_size if full_head else work.answers * 2
+    return linear + attention + 2 * shape.hidden_size * outputs
+
+
+def training_flops(
+    shape: ModelShape, work: Workload, num_lora_parameters: int, full_head: bool = False, recompute: bool = False
+) -> int:
+    """Forward and backward of one pass with a frozen base.
+
+    The backward pass of a frozen weight costs one product (the input's gradient), of a trained one two, of attention
+    two. Activation checkpointing adds a second forward pass.
+    """
+    forward = forward_flops(shape, work, num_lora_parameters, full_head)
+    trained = 2 * num_lora_parameters * work.tokens
+    attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * work.pairs
+    backward = forward + trained + attention
+    return forward + backward + (forward if recompute else 0)

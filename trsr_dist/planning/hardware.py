@@ -1,0 +1,48 @@
+"""Peak rates of common devices, from their makers' data sheets (dense bf16)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trsr_dist.errors import ConfigError
+
+GB = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """One kind of device and the links between devices."""
+
+    name: str
+    flops_per_second: float
+    """Dense bf16 matrix products."""
+    memory_bytes: int
+    memory_bytes_per_second: float
+    node_bytes_per_second: float
+    """One device to the others of its node, one direction."""
+    network_bytes_per_second: float = 25 * GB
+    """One device's share of the network between nodes, one direction; the usual 200 Gb/s a device."""
+
+
+CATALOGUE = {
+    device.name: device
+    for device in (
+        Hardware("v100-32gb", 125e12, 32 * GB, 900 * GB, 150 * GB, 12.5 * GB),
+        Hardware("a100-40gb", 312e12, 40 * GB, 1555 * GB, 300 * GB),
+        Hardware("a100-80gb", 312e12, 80 * GB, 2039 * GB, 300 * GB),
+        Hardware("l40s", 362e12, 48 * GB, 864 * GB, 32 * GB),
+        Hardware("h100", 989e12, 80 * GB, 3350 * GB, 450 * GB, 50 * GB),
+        Hardware("h200", 989e12, 141 * GB, 4800 * GB, 450 * GB, 50 * GB),
+    )
+}
+
+
+def hardware(name: str) -> Hardware:
+    """A device of the catalogue.
+
+    Raises:
+        ConfigError: the name is unknown; lists the known ones.
+    """
+    if name not in CATALOGUE:
+        raise ConfigError(f"hardware {name!r}: expected one of {', '.join(CATALOGUE)}")
+    return CATALOGUE[name]
