@@ -8,14 +8,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trsr_dist import __version__
 from trsr_dist.errors import RunError
-from trsr_dist.files import atomic_file, read_json, sha256_of, write_json
+from trsr_dist.files import atomic_file, read_json, sha256_of, temporary_name, write_json
 
 MANIFEST = "manifest.json"
 LOCK_BEAT_SECONDS = 10.0
@@ -190,7 +190,20 @@ def _remove_if_stale(path: Path) -> None:
             f"{path}: held by pid {holder.get('pid')} on {holder.get('host')} ({age:.0f} s since its last sign of "
             "life); wait for it to end, or remove the file if that process is gone"
         )
-    path.unlink(missing_ok=True)
+    _take_away(path, holder)
+
+
+def _take_away(path: Path, holder: dict[str, Any]) -> None:
+    """Remove a stale lock, but give back the one that another process has put in its place since it was read."""
+    aside = temporary_name(path)
+    try:
+        path.rename(aside)
+    except FileNotFoundError:
+        return
+    if _holder(aside) != holder:
+        with suppress(FileExistsError):
+            os.link(aside, path)
+    aside.unlink()
 
 
 def _keep_alive(path: Path, stop: threading.Event) -> None:

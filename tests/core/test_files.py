@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -91,3 +92,31 @@ def test_lock_refuses_a_second_holder_and_survives_a_dead_one(tmp_path: Path) ->
     (tmp_path / ".shards.lock").write_text(json.dumps(holder))
     with folder_lock(folder):
         assert json.loads((tmp_path / ".shards.lock").read_text())["pid"] == os.getpid()
+
+
+RACER = """
+import os, sys, time
+from pathlib import Path
+from trsr_dist.errors import RunError
+from trsr_dist.run import folder_lock
+folder, start = Path(sys.argv[1]), float(sys.argv[2])
+time.sleep(max(0.0, start - time.time()))
+try:
+    with folder_lock(folder):
+        os.close(os.open(folder.parent / "inside", os.O_CREAT | os.O_EXCL))
+        time.sleep(0.5)
+        (folder.parent / "inside").unlink()
+        print("held")
+except RunError:
+    print("refused")
+"""
+
+
+def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
+    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    (tmp_path / ".shards.lock").write_text(json.dumps({"host": os.uname().nodename, "pid": int(gone.stdout)}))
+    command = [sys.executable, "-c", RACER, str(tmp_path / "shards"), str(time.time() + 1.0)]
+    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    said = [racer.communicate()[0].strip() for racer in racers]
+    assert sorted(said) == ["held"] + ["refused"] * 5
+    assert [racer.returncode for racer in racers] == [0] * 6
