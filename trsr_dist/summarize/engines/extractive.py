@@ -1,0 +1,45 @@
+"""The engine without a model: deterministic, immediate, standard library only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.summarize.extract import extract
+from trsr_dist.summarize.requests import Completion, Request
+
+EXTRACTIVE_VERSION = 1
+"""Raised whenever the texts change."""
+
+
+class ExtractiveEngine:
+    """Lists what a user's items have in common.
+
+    Args:
+        max_new_words: length limit of one summary.
+        capacity: requests between two polls.
+    """
+
+    def __init__(self, max_new_words: int, capacity: int) -> None:
+        self.capacity = capacity
+        self.identity: dict[str, Any] = {
+            "engine": "extractive",
+            "version": EXTRACTIVE_VERSION,
+            "max_new_words": max_new_words,
+        }
+        self._max_new_words = max_new_words
+        self._done: list[Completion] = []
+
+    def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
+        return prompt, 0
+
+    def submit(self, request: Request) -> None:
+        text = extract(request.prompt, self._max_new_words)
+        self._done.append(Completion(request.key, text, new_tokens=len(text.split())))
+
+    def poll(self) -> list[Completion]:
+        done, self._done = self._done, []
+        return done
+
+    def close(self) -> None:
+        self._done.clear()

@@ -1,0 +1,131 @@
+"""Summaries without a model: what a user's items have in common, by frequency. Pure and deterministic.
+
+A summary reads ``sports/tennis (4), finance/markets (2); words: final (2), rain``. It can be read back, so that merges
+and updates add the counts up. A count of 1 is not written.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from trsr_dist.prompts.text import SummaryPrompt
+
+SHORT_WORDS = 3
+"""A field's value of up to this many words is a topic, a longer one is free text."""
+MIN_LETTERS = 4
+TOPIC_SHARE = 0.75
+"""Share of the words that topics may take while there are free-text words to show."""
+WORDS_MARK = "words:"
+_FIELD = re.compile(r"(?:^|; )([\w ]{1,30}): ")
+_TERM = re.compile(r"(?P<term>.+?)(?: \((?P<count>\d+)\))?$")
+_WORD = re.compile(r"[^\W\d_][\w'-]+")
+STOP_WORDS = frozenset(
+    "about after again against also another because been before being between both cannot could does doing down during "
+    "each every first from further have having here into just last made make many might more most much must near never "
+    "next only other over said same should since some still such take than that their them then there these they this "
+    "those through under until upon very want were what when where which while whom will with within without would "
+    "year years your yours".split()
+)
+
+
+@dataclass(slots=True)
+class Terms:
+    """Counts of topics and words; the position of the latest sight breaks ties in favour of what is recent."""
+
+    topics: Counter[str] = field(default_factory=Counter)
+    words: Counter[str] = field(default_factory=Counter)
+    seen: dict[str, int] = field(default_factory=dict)
+    num_seen: int = 0
+
+    def add(self, counter: Counter[str], term: str, count: int = 1) -> None:
+        counter[term] += count
+        self.num_seen += 1
+        self.seen[term] = self.num_seen
+
+    def ranked(self, counter: Counter[str]) -> list[str]:
+        """Most frequent first, then the most recent."""
+        terms = sorted(counter, key=lambda term: (-counter[term], -self.seen[term], term))
+        return [f"{term} ({counter[term]})" if counter[term] > 1 else term for term in terms]
+
+
+def extract(prompt: SummaryPrompt, max_words: int) -> str:
+    """The summary of a prompt's parts, in at most ``max_words`` words (or one term, where that is longer)."""
+    terms = Terms()
+    for summary in prompt.previous:
+        read_summary(terms, summary)
+    for item in prompt.items:
+        read_item(terms, item)
+    text = write_summary(terms, max_words)
+    return text or " ".join(" ".join((*prompt.previous, *prompt.items)).split()[:max_words])
+
+
+def read_item(terms: Terms, text: str) -> None:
+    """Leading short fields make one topic (``sports/tennis``), later short ones a topic each, the rest gives words."""
+    leading, topics, free = split_fields(text)
+    for topic in ["/".join(leading)] * bool(leading) + topics:
+        terms.add(terms.topics, topic)
+    for word in dict.fromkeys(informative_words(free)):
+        terms.add(terms.words, word)
+
+
+def split_fields(text: str) -> tuple[list[str], list[str], str]:
+    """Values of the leading short fields, of later short ones that hold letters, and the free text."""
+    marks = list(_FIELD.finditer(text))
+    if not marks or marks[0].start() != 0:
+        return [], [], text
+    ends = [mark.start() for mark in marks[1:]] + [len(text)]
+    values = [text[mark.end() : end].strip(" ;,") for mark, end in zip(marks, ends, strict=True)]
+    leading: list[str] = []
+    for value in values:
+        if not _is_short(value):
+            break
+        leading.append(value)
+    rest = values[len(leading) :]
+    return leading, [value for value in rest if _is_short(value)], " ".join(v for v in rest if not _is_short(v))
+
+
+def _is_short(value: str) -> bool:
+    return len(value.split()) <= SHORT_WORDS and _WORD.search(value) is not None and "," not in value
+
+
+def informative_words(text: str) -> list[str]:
+    """Words of some length that are no function words, in lower case."""
+    words = (word.lower() for word in _WORD.findall(text))
+    return [word for word in words if len(word) >= MIN_LETTERS and word not in STOP_WORDS]
+
+
+def read_summary(terms: Terms, text: str) -> None:
+    """Add a summary written here; any other text counts as free text."""
+    topics, _, words = text.partition(WORDS_MARK)
+    for counter, part in ((terms.topics, topics), (terms.words, words)):
+        for term in reversed([term for term in part.strip(" ;").split(", ") if term]):
+            match = _TERM.match(term)
+            terms.add(counter, match["term"], int(match["count"] or 1))
+
+
+def write_summary(terms: Terms, max_words: int) -> str:
+    """Topics first; words fill what is left."""
+    topics, words = terms.ranked(terms.topics), terms.ranked(terms.words)
+    room = int(max_words * TOPIC_SHARE) if words else max_words
+    shown = _within(topics, room) or topics[:1]
+    others = _within(words, max_words - _num_words(shown) - 1) if words else []
+    if not shown and not others:
+        others = words[:1]
+    parts = [", ".join(shown)] * bool(shown) + [f"{WORDS_MARK} {', '.join(others)}"] * bool(others)
+    return "; ".join(parts)
+
+
+def _within(terms: Iterable[str], max_words: int) -> list[str]:
+    kept: list[str] = []
+    for term in terms:
+        if _num_words([*kept, term]) > max_words:
+            break
+        kept.append(term)
+    return kept
+
+
+def _num_words(terms: Iterable[str]) -> int:
+    return sum(len(term.split()) for term in terms)

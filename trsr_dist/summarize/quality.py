@@ -1,0 +1,62 @@
+"""What is wrong with a generated summary. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from trsr_dist.prompts.text import SUMMARY_CUE, SummaryPrompt
+
+TURN_MARKERS = ("[Summaries]", "[Items]", SUMMARY_CUE, "[Candidate]", "\nUser:", "\nHuman:", "\nAssistant:", "<|")
+"""Text after one of these belongs to a turn that the model made up."""
+ECHO_WORDS = 8
+"""So many words in a row taken from the instruction count as its echo."""
+REPEAT_WORDS = 3
+REPEAT_SHARE = 0.5
+"""A text whose most common or repeated word triples make up this share of it is a repetition."""
+REPEAT_MIN_WORDS = 12
+"""Shorter texts are never called repetitive."""
+
+
+def clean(text: str, markers: Iterable[str] = TURN_MARKERS) -> tuple[str, bool]:
+    """One line without what follows a turn marker, and whether there was one (a run-on)."""
+    places = [place for place in (text.find(marker, 1) for marker in markers) if place > 0]
+    kept = text[: min(places)] if places else text
+    return " ".join(kept.split()), bool(places)
+
+
+def flags_of(text: str, prompt: SummaryPrompt, run_on: bool, cut: bool) -> tuple[str, ...]:
+    """Names of the faults: empty, echo, run_on, repetition, cut.
+
+    Args:
+        text: cleaned text.
+        prompt: what it answers.
+        run_on: a turn marker was found and cut away.
+        cut: the token limit ended it.
+    """
+    faults = {
+        "empty": not any(character.isalnum() for character in text),
+        "echo": is_echo(text, prompt.instruction),
+        "run_on": run_on,
+        "repetition": is_repetitive(text),
+        "cut": cut,
+    }
+    return tuple(name for name, found in faults.items() if found)
+
+
+def is_echo(text: str, instruction: str) -> bool:
+    """Whether the text holds a run of words of the instruction."""
+    words = instruction.lower().split()
+    runs = (" ".join(words[i : i + ECHO_WORDS]) for i in range(len(words) - ECHO_WORDS + 1))
+    lowered = " ".join(text.lower().split())
+    return any(run in lowered for run in runs)
+
+
+def is_repetitive(text: str) -> bool:
+    """Whether repeated word triples make up most of the text."""
+    words = text.lower().split()
+    if len(words) < REPEAT_MIN_WORDS:
+        return False
+    triples = Counter(tuple(words[i : i + REPEAT_WORDS]) for i in range(len(words) - REPEAT_WORDS + 1))
+    repeated = sum(number - 1 for number in triples.values())
+    return repeated >= REPEAT_SHARE * sum(triples.values())

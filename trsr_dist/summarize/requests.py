@@ -1,0 +1,64 @@
+"""What passes between the scheduler and an engine. Pure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from trsr_dist.prompts.text import SummaryPrompt
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One text to be generated."""
+
+    key: str
+    """Hash of all that the text depends on."""
+    prompt: SummaryPrompt
+    temperature: float = 0.0
+    """0: greedy."""
+    seed: int = 0
+    """Of the sampling; without effect when greedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """An engine's answer to one request."""
+
+    key: str
+    text: str = ""
+    cut: bool = False
+    """The token limit ended the text."""
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    error: str = ""
+    """Why there is no text, for good; empty where there is one."""
+
+
+class Engine(Protocol):
+    """Takes requests while others are running and hands out completions as they come, in any order."""
+
+    capacity: int
+    """Requests worth having in flight; may shrink."""
+    identity: dict[str, Any]
+    """All that a text depends on beside the prompt: engine, model, revision, template, decoding. Part of every key."""
+
+    def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
+        """The prompt within the token limit, and how many words were cut.
+
+        Raises:
+            DataError: the instruction alone is over the limit.
+        """
+
+    def submit(self, request: Request) -> None:
+        """Take a request; returns at once."""
+
+    def poll(self) -> list[Completion]:
+        """Completions since the last call; waits for one while any request is in flight.
+
+        Raises:
+            EngineError: the engine itself is gone.
+        """
+
+    def close(self) -> None:
+        """Release threads, connections and memory."""

@@ -1,0 +1,245 @@
+"""Runs plans of many users on one engine: a node is submitted the moment its parents are done.
+
+No waves and no barriers between users or levels. Users are admitted only when the engine has room, so memory does not
+grow with their number; the longest remaining chain goes first.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from trsr_dist.errors import DataError
+from trsr_dist.hashing import hash64
+from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.summarize.cache import TextCache, text_key
+from trsr_dist.summarize.plans import Plan, heights, node_prompt
+from trsr_dist.summarize.quality import clean, flags_of
+from trsr_dist.summarize.requests import Completion, Engine, Request
+
+RETRY_TEMPERATURE = 0.7
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One user's plan."""
+
+    tag: Any
+    """Comes back with the result."""
+    plan: Plan
+    items: Sequence[str]
+    """Texts of the history, oldest first."""
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """A user's finished plan."""
+
+    tag: Any
+    records: tuple[dict[str, Any], ...]
+    """One a node: key, text, flags, counts. Empty where the plan is empty or has failed."""
+    error: str = ""
+    """Why the plan failed; empty where it did not."""
+
+
+@dataclass(slots=True)
+class Counts:
+    """What a scheduler has done; read by the status."""
+
+    nodes: int = 0
+    cache_hits: int = 0
+    requests: int = 0
+    retries: int = 0
+    failures: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    words_cut: int = 0
+    flags: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _User:
+    work: Work
+    records: list[dict[str, Any] | None]
+    height: list[int]
+    order: int
+    left: int
+    failed: bool = False
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A request in flight and the nodes that wait for it."""
+
+    request: Request
+    words_cut: int
+    waiting: list[tuple[_User, int]]
+    first: dict[str, Any] | None = None
+    """The record of the first try, while the second one runs."""
+
+
+class Scheduler:
+    """Keeps an engine full.
+
+    Args:
+        engine: does the work.
+        cache: asked first; every new text is kept there.
+        domain: wording of the prompts.
+        temperature: of the first try; 0 is greedy.
+        seed: of the sampling.
+    """
+
+    def __init__(self, engine: Engine, cache: TextCache, domain: str, temperature: float = 0.0, seed: int = 0) -> None:
+        self.engine = engine
+        self.cache = cache
+        self.domain = domain
+        self.temperature = temperature
+        self.seed = seed
+        self.identity = engine.identity | {"temperature": temperature} | ({"seed": seed} if temperature else {})
+        self.counts = Counts()
+        self._ready: list[tuple[int, int, int, _User]] = []
+        self._pending: dict[str, _Pending] = {}
+        self._orders = itertools.count()
+        self._finished: list[Result] = []
+
+    @property
+    def num_in_flight(self) -> int:
+        return len(self._pending)
+
+    def run(self, next_work: Callable[[], Work | None]) -> Iterator[Result]:
+        """Results as users finish, in any order.
+
+        Args:
+            next_work: the next user, or None when there is none at the moment.
+
+        Raises:
+            EngineError: the engine is gone.
+        """
+        while True:
+            self._fill(next_work)
+            finished, self._finished = self._finished, []
+            yield from finished
+            if self._pending:
+                for completion in self.engine.poll():
+                    self._complete(completion)
+            elif not finished:
+                return
+
+    def _fill(self, next_work: Callable[[], Work | None]) -> None:
+        """Submit until the engine is full, admitting users as room appears."""
+        while len(self._pending) < self.engine.capacity:
+            if self._ready:
+                *_, position, user = heapq.heappop(self._ready)
+                self._start(user, position)
+                continue
+            if len(self._finished) >= self.engine.capacity:
+                return
+            work = next_work()
+            if work is None:
+                return
+            self._admit(work)
+
+    def _admit(self, work: Work) -> None:
+        size = len(work.plan)
+        user = _User(work, [None] * size, heights(work.plan), next(self._orders), size)
+        for position, node in enumerate(work.plan):
+            if not node.parents:
+                self._push(user, position)
+        if not size:
+            self._finished.append(Result(work.tag, ()))
+
+    def _push(self, user: _User, position: int) -> None:
+        heapq.heappush(self._ready, (-user.height[position], user.order, position, user))
+
+    def _start(self, user: _User, position: int) -> None:
+        if user.failed:
+            return
+        texts = [record["text"] if record else "" for record in user.records]
+        prompt = node_prompt(user.work.plan[position], user.work.items, texts, self.domain)
+        key = text_key(self.identity, prompt)
+        if key in self._pending:
+            self._pending[key].waiting.append((user, position))
+            return
+        record = self.cache.get(key)
+        if record is not None:
+            self.counts.cache_hits += 1
+            self._deliver(record, [(user, position)])
+            return
+        self._submit(key, prompt, user, position)
+
+    def _submit(self, key: str, prompt: SummaryPrompt, user: _User, position: int) -> None:
+        try:
+            fitted, words_cut = self.engine.fit(prompt)
+        except DataError as error:
+            self._fail([(user, position)], str(error))
+            return
+        self.counts.words_cut += words_cut
+        self.counts.requests += 1
+        request = Request(key, fitted, self.temperature, hash64(self.seed, key) >> 1)
+        self._pending[key] = _Pending(request, words_cut, [(user, position)])
+        self.engine.submit(request)
+
+    def _complete(self, completion: Completion) -> None:
+        pending = self._pending.pop(completion.key)
+        self.counts.prompt_tokens += completion.prompt_tokens
+        self.counts.new_tokens += completion.new_tokens
+        if completion.error:
+            self._fail(pending.waiting, completion.error)
+            return
+        record = self._record(completion, pending)
+        if record["flags"] and pending.first is None:
+            self._retry(pending, record)
+            return
+        if pending.first is not None and len(pending.first["flags"]) <= len(record["flags"]):
+            record = pending.first
+        if "empty" in record["flags"]:
+            self._fail(pending.waiting, "the engine wrote no text, and none when sampled")
+            return
+        self.cache.add(record)
+        for flag in record["flags"]:
+            self.counts.flags[flag] = self.counts.flags.get(flag, 0) + 1
+        self._deliver(record, pending.waiting)
+
+    def _record(self, completion: Completion, pending: _Pending) -> dict[str, Any]:
+        text, run_on = clean(completion.text)
+        record = {
+            "key": completion.key,
+            "text": text,
+            "flags": list(flags_of(text, pending.request.prompt, run_on, completion.cut)),
+            "prompt_tokens": completion.prompt_tokens,
+            "new_tokens": completion.new_tokens,
+        }
+        if pending.words_cut:
+            record["words_cut"] = pending.words_cut
+        if pending.first is not None:
+            record["sampled"] = True
+        return record
+
+    def _retry(self, pending: _Pending, record: dict[str, Any]) -> None:
+        """Once more, alone and sampled: the same greedy text would come again."""
+        self.counts.retries += 1
+        old = pending.request
+        request = Request(old.key, old.prompt, self.temperature or RETRY_TEMPERATURE, hash64("retry", old.key) >> 1)
+        self._pending[old.key] = _Pending(request, pending.words_cut, pending.waiting, record)
+        self.engine.submit(request)
+
+    def _deliver(self, record: dict[str, Any], waiting: list[tuple[_User, int]]) -> None:
+        for user, position in waiting:
+            self.counts.nodes += 1
+            user.records[position] = record
+            user.left -= 1
+            if not user.left and not user.failed:
+                self._finished.append(Result(user.work.tag, tuple(user.records)))
+            for child, node in enumerate(user.work.plan):
+                if position in node.parents and all(user.records[parent] for parent in node.parents):
+                    self._push(user, child)
+
+    def _fail(self, waiting: list[tuple[_User, int]], reason: str) -> None:
+        for user, position in waiting:
+            self.counts.failures += not user.failed
+            if not user.failed:
+                user.failed = True
+                self._finished.append(Result(user.work.tag, (), f"node {position}: {reason}"))
