@@ -8,14 +8,14 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trsr_dist import __version__
 from trsr_dist.errors import RunError
-from trsr_dist.files import atomic_file, read_json, sha256_of, temporary_name, write_json
+from trsr_dist.files import atomic_file, read_json, sha256_of, write_json
 
 MANIFEST = "manifest.json"
 LOCK_BEAT_SECONDS = 10.0
@@ -194,16 +194,19 @@ def _remove_if_stale(path: Path) -> None:
 
 
 def _take_away(path: Path, holder: dict[str, Any]) -> None:
-    """Remove a stale lock, but give back the one that another process has put in its place since it was read."""
-    aside = temporary_name(path)
+    """Remove a stale lock, inside a lock of its own: of many that saw it stale, none may remove its successor."""
+    guard = path.with_name(f"{path.name}.takeover")
     try:
-        path.rename(aside)
-    except FileNotFoundError:
-        return
-    if _holder(aside) != holder:
-        with suppress(FileExistsError):
-            os.link(aside, path)
-    aside.unlink()
+        os.close(os.open(guard, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        raise RunError(
+            f"{guard}: another process is taking over {path.name}; try again, or remove both if none is running"
+        ) from None
+    try:
+        if _holder(path) == holder:
+            path.unlink(missing_ok=True)
+    finally:
+        guard.unlink()
 
 
 def _keep_alive(path: Path, stop: threading.Event) -> None:
