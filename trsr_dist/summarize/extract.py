@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 from trsr_dist.prompts.text import SummaryPrompt
 
+EXTRACT_VERSION = 1
+"""Raised whenever the texts change; part of their keys."""
 SHORT_WORDS = 3
 """A field's value of up to this many words is a topic, a longer one is free text."""
 MIN_LETTERS = 4
@@ -22,12 +24,14 @@ WORDS_MARK = "words:"
 _FIELD = re.compile(r"(?:^|; )([\w ]{1,30}): ")
 _TERM = re.compile(r"(?P<term>.+?)(?: \((?P<count>\d+)\))?$")
 _WORD = re.compile(r"[^\W\d_][\w'-]+")
-STOP_WORDS = frozenset(
-    "about after again against also another because been before being between both cannot could does doing down during "
-    "each every first from further have having here into just last made make many might more most much must near never "
-    "next only other over said same should since some still such take than that their them then there these they this "
-    "those through under until upon very want were what when where which while whom will with within without would "
-    "year years your yours".split()
+_FUNCTION_WORDS = """
+about after again against also another because been before being between both cannot could does
+doing down during each every first from further have having here into just last made make many might
+more most much must near never next only other over said same should since some still such take than
+that their them then there these they this those through under until upon very want were what when
+where which while whom will with within without would year years your yours
+"""
+STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
 )
 
 

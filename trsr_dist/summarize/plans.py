@@ -74,20 +74,25 @@ PLANS: dict[str, Callable[[int, int, int], Plan]] = {
 }
 
 
-def node_prompt(node: Node, items: Sequence[str], texts: Sequence[str], domain: str) -> SummaryPrompt:
+def node_prompt(node: Node, items: Sequence[str], previous: Sequence[str], domain: str) -> SummaryPrompt:
     """The prompt of a node.
 
     Args:
         node: the node.
         items: texts of the whole history, oldest first.
-        texts: texts of the plan's nodes made so far, by position.
+        previous: texts of the node's parents.
         domain: wording of the instructions.
     """
-    return SummaryPrompt(
-        instruction=INSTRUCTIONS[node.kind](domain),
-        previous=tuple(texts[parent] for parent in node.parents),
-        items=tuple(items[node.start : node.stop]),
-    )
+    return SummaryPrompt(INSTRUCTIONS[node.kind](domain), tuple(previous), tuple(items[node.start : node.stop]))
+
+
+def children(plan: Plan) -> list[list[int]]:
+    """For each node, the positions of the nodes that read its text."""
+    found: list[list[int]] = [[] for _ in plan]
+    for position, node in enumerate(plan):
+        for parent in node.parents:
+            found[parent].append(position)
+    return found
 
 
 def heights(plan: Plan) -> list[int]:

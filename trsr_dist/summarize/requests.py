@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from trsr_dist.prompts.text import SummaryPrompt
 
@@ -40,8 +40,6 @@ class Engine(Protocol):
 
     capacity: int
     """Requests worth having in flight; may shrink."""
-    identity: dict[str, Any]
-    """All that a text depends on beside the prompt: engine, model, revision, template, decoding. Part of every key."""
 
     def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
         """The prompt within the token limit, and how many words were cut.

@@ -16,7 +16,7 @@ from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.cache import TextCache, text_key
-from trsr_dist.summarize.plans import Plan, heights, node_prompt
+from trsr_dist.summarize.plans import Plan, children, heights, node_prompt
 from trsr_dist.summarize.quality import clean, flags_of
 from trsr_dist.summarize.requests import Completion, Engine, Request
 
@@ -65,6 +65,7 @@ class _User:
     work: Work
     records: list[dict[str, Any] | None]
     height: list[int]
+    children: list[list[int]]
     order: int
     left: int
     failed: bool = False
@@ -86,19 +87,28 @@ class Scheduler:
 
     Args:
         engine: does the work.
+        identity: all that a text depends on beside the prompt; part of every key.
         cache: asked first; every new text is kept there.
         domain: wording of the prompts.
         temperature: of the first try; 0 is greedy.
         seed: of the sampling.
     """
 
-    def __init__(self, engine: Engine, cache: TextCache, domain: str, temperature: float = 0.0, seed: int = 0) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        identity: dict[str, Any],
+        cache: TextCache,
+        domain: str,
+        temperature: float = 0.0,
+        seed: int = 0,
+    ) -> None:
         self.engine = engine
         self.cache = cache
         self.domain = domain
         self.temperature = temperature
         self.seed = seed
-        self.identity = engine.identity | {"temperature": temperature} | ({"seed": seed} if temperature else {})
+        self.identity = identity
         self.counts = Counts()
         self._ready: list[tuple[int, int, int, _User]] = []
         self._pending: dict[str, _Pending] = {}
@@ -144,7 +154,7 @@ class Scheduler:
 
     def _admit(self, work: Work) -> None:
         size = len(work.plan)
-        user = _User(work, [None] * size, heights(work.plan), next(self._orders), size)
+        user = _User(work, [None] * size, heights(work.plan), children(work.plan), next(self._orders), size)
         for position, node in enumerate(work.plan):
             if not node.parents:
                 self._push(user, position)
@@ -157,8 +167,9 @@ class Scheduler:
     def _start(self, user: _User, position: int) -> None:
         if user.failed:
             return
-        texts = [record["text"] if record else "" for record in user.records]
-        prompt = node_prompt(user.work.plan[position], user.work.items, texts, self.domain)
+        node = user.work.plan[position]
+        previous = [user.records[parent]["text"] for parent in node.parents]
+        prompt = node_prompt(node, user.work.items, previous, self.domain)
         key = text_key(self.identity, prompt)
         if key in self._pending:
             self._pending[key].waiting.append((user, position))
@@ -233,8 +244,8 @@ class Scheduler:
             user.left -= 1
             if not user.left and not user.failed:
                 self._finished.append(Result(user.work.tag, tuple(user.records)))
-            for child, node in enumerate(user.work.plan):
-                if position in node.parents and all(user.records[parent] for parent in node.parents):
+            for child in user.children[position]:
+                if all(user.records[parent] for parent in user.work.plan[child].parents):
                     self._push(user, child)
 
     def _fail(self, waiting: list[tuple[_User, int]], reason: str) -> None:

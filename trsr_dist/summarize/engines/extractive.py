@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.extract import extract
 from trsr_dist.summarize.requests import Completion, Request
-
-EXTRACTIVE_VERSION = 1
-"""Raised whenever the texts change."""
 
 
 class ExtractiveEngine:
@@ -22,11 +17,6 @@ class ExtractiveEngine:
 
     def __init__(self, max_new_words: int, capacity: int) -> None:
         self.capacity = capacity
-        self.identity: dict[str, Any] = {
-            "engine": "extractive",
-            "version": EXTRACTIVE_VERSION,
-            "max_new_words": max_new_words,
-        }
         self._max_new_words = max_new_words
         self._done: list[Completion] = []
 

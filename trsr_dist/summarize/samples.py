@@ -1,0 +1,83 @@
+"""From a user's history and summaries to a sample, with the leak guard and the provenance. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trsr_dist.errors import DataError
+from trsr_dist.records import Candidate, Item, Sample
+from trsr_dist.summarize.plans import Plan
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFacts:
+    """What a user's sample adds to the counts of its unit."""
+
+    repeated_targets: int
+    """Targets consumed before, which data.repeated_target kept."""
+    near_duplicates: int
+    """Targets whose text equals that of another item in the history."""
+
+
+def check_leaks(user: str, history: Sequence[Item], targets: Sequence[Item], repeated_kept: bool) -> SampleFacts:
+    """Compare a user's targets with the sources of the summary.
+
+    Raises:
+        DataError: a target is among them, and data.repeated_target is not ``keep``.
+    """
+    ids, texts = {item.id for item in history}, {_normal(item.text) for item in history}
+    repeated = [item.id for item in targets if item.id in ids]
+    if repeated and not repeated_kept:
+        raise DataError(
+            f"user {user!r}: target {repeated[0]!r} is also in the history that the summary is made from; prepare the "
+            "data anew, or count such users in with data.repeated_target=keep"
+        )
+    near = sum(item.id not in ids and _normal(item.text) in texts for item in targets)
+    return SampleFacts(len(repeated), near)
+
+
+def make_sample(
+    user: str,
+    instruction: str,
+    history: Sequence[Item],
+    candidates: Sequence[Candidate],
+    num_recent: int,
+    records: Sequence[dict[str, Any]],
+    provenance: dict[str, Any],
+) -> Sample:
+    """A user's sample.
+
+    Args:
+        user: the user's key.
+        instruction: of the recommender.
+        history: the whole history, oldest first.
+        candidates: to be scored.
+        num_recent: so many of the latest items are shown in full.
+        records: of the plan's nodes, the summary last; empty: no summary.
+        provenance: kept with the sample.
+    """
+    return Sample(
+        user=user,
+        instruction=instruction,
+        summary=records[-1]["text"] if records else "",
+        recent=tuple(item.text for item in history[-num_recent:]) if num_recent else (),
+        candidates=tuple(candidates),
+        provenance=provenance | {"history": [item.id for item in history]},
+    )
+
+
+def node_provenance(plan: Plan, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Which nodes a summary was made of: kind, span of the history, key; and the quality flags met on the way."""
+    nodes = [
+        [node.kind, node.start, node.stop, record["key"]] for node, record in zip(plan, records, strict=bool(records))
+    ]
+    flags = sorted({flag for record in records for flag in record["flags"]})
+    sampled = sum(record.get("sampled", False) for record in records)
+    words_cut = sum(record.get("words_cut", 0) for record in records)
+    return {"nodes": nodes, "flags": flags, "sampled": sampled, "words_cut": words_cut}
+
+
+def _normal(text: str) -> str:
+    return " ".join("".join(c if c.isalnum() else " " for c in text.casefold()).split())

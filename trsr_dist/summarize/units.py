@@ -1,0 +1,153 @@
+"""Units of work and their commit: a unit is a range of a split's users and becomes one shard.
+
+A unit is committed by renaming its attempt's folder, which fails where a committed one stands: the first commit counts,
+whoever wakes up late. When all units are committed, their files move into one folder that takes its public name last.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from trsr_dist.files import read_json, sync_folder, write_json
+from trsr_dist.records import Sample
+from trsr_dist.run import MANIFEST
+from trsr_dist.shards.writer import ShardFacts, write_shard, write_split_manifest
+
+FACTS = "facts.json"
+
+
+class SplitWork:
+    """The units of one split under one set of settings.
+
+    Args:
+        folder: work folder of the split; its name holds a hash of the settings, so that different ones never mix.
+        split: ``train``, ``valid`` or ``test``.
+        num_users: users of the split.
+        users_per_unit: users of a unit; the last one may have fewer.
+    """
+
+    def __init__(self, folder: Path, split: str, num_users: int, users_per_unit: int) -> None:
+        self.folder = folder
+        self.split = split
+        self.num_users = num_users
+        self.users_per_unit = users_per_unit
+        self.num_units = -(-num_users // users_per_unit)
+        self._done: set[int] = set()
+
+    def open(self) -> None:
+        """Make the work folder, or find the one that earlier tasks have begun."""
+        for part in ("units", "attempts"):
+            (self.folder / part).mkdir(parents=True, exist_ok=True)
+
+    def users(self, unit: int) -> range:
+        """Positions of the unit's users in the split."""
+        first = unit * self.users_per_unit
+        return range(first, min(first + self.users_per_unit, self.num_users))
+
+    def is_done(self, unit: int) -> bool:
+        """Whether the unit is committed, by anyone."""
+        if unit not in self._done and (self._unit(unit) / FACTS).is_file():
+            self._done.add(unit)
+        return unit in self._done
+
+    def is_complete(self) -> bool:
+        return all(self.is_done(unit) for unit in range(self.num_units))
+
+    def facts(self, unit: int) -> dict[str, Any]:
+        """What a committed unit holds: ``shard``, ``num_users``, ``failed`` and counts."""
+        return read_json(self._unit(unit) / FACTS)
+
+    def commit(self, unit: int, samples: Iterable[Sample], facts: dict[str, Any], task: str) -> bool:
+        """Write a unit's shard and make it count, unless another task's already does.
+
+        Raises:
+            RunError: the work folder is gone: the set was published by others meanwhile, or removed.
+        """
+        attempt = self.folder / "attempts" / f"{unit:06d}-{task}"
+        try:
+            attempt.mkdir()
+            shard = write_shard(attempt / f"{self.split}-{unit:06d}.tar", samples)
+            write_json(attempt / FACTS, {"shard": asdict(shard), **facts})
+            return self._rename(attempt, self._unit(unit))
+        finally:
+            shutil.rmtree(attempt, ignore_errors=True)
+
+    def publish(self, target: Path, task: str, settings: dict[str, Any], inputs: dict[str, str], **facts: Any) -> bool:
+        """Give the complete set its public name, in one rename.
+
+        Each publisher links the files into a set of its own, so that two at once, or one that was killed, do no harm.
+
+        Args:
+            target: ``RUN/shards/{split}``; an older set there is replaced.
+            task: this task's name.
+            settings: for the manifest.
+            inputs: for the manifest.
+            **facts: for the manifest.
+
+        Returns:
+            False where another task was faster.
+        """
+        whole = self.folder / f"set-{task}"
+        whole.mkdir()
+        try:
+            for unit in range(self.num_units):
+                self._link_files(self._unit(unit), whole)
+            shards = [ShardFacts(**self.facts(unit)["shard"]) for unit in range(self.num_units)]
+            write_split_manifest(whole, shards, settings, inputs, **facts)
+            return self._take_name(whole, target, task)
+        except FileNotFoundError:
+            if (target / MANIFEST).is_file():
+                return False
+            raise
+        finally:
+            shutil.rmtree(whole, ignore_errors=True)
+
+    def clear(self, task: str) -> None:
+        """After publishing: remove the work folder, in one step, so that no half of it is ever taken up again."""
+        gone = self.folder.with_name(f".gone-{self.folder.name}-{task}")
+        os.rename(self.folder, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+    def _unit(self, unit: int) -> Path:
+        return self.folder / "units" / f"{unit:06d}"
+
+    def _rename(self, attempt: Path, unit: Path) -> bool:
+        try:
+            os.rename(attempt, unit)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return False
+            raise
+        sync_folder(unit.parent)
+        return True
+
+    def _take_name(self, whole: Path, target: Path, task: str) -> bool:
+        """Put the set in place; an older one is moved aside first and removed last."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        old = self.folder / f"old-{task}"
+        if target.exists():
+            os.rename(target, old)
+        published = self._rename(whole, target)
+        shutil.rmtree(old, ignore_errors=True)
+        return published
+
+    def _link_files(self, unit: Path, whole: Path) -> None:
+        for path in sorted(unit.iterdir()):
+            if path.name != FACTS:
+                link_or_copy(path, whole / path.name)
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file; a copy where the file system has no hard links."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        shutil.copyfile(source, target)
