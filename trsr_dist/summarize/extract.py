@@ -32,7 +32,6 @@ that their them then there these they this those through under until upon very w
 where which while whom will with within without would year years your yours
 """
 STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
-)
 
 
 @dataclass(slots=True)
