@@ -125,7 +125,13 @@ class Job:
         settings = self.config.summarize
         engine = build_engine(settings, self.run_folder.resolve(settings.model))
         scheduler = Scheduler(
-            engine, self.identity, cache, self.config.domain, settings.temperature, self.config.run.seed
+            engine,
+            self.identity,
+            cache,
+            self.config.domain,
+            settings.max_new_tokens,
+            settings.temperature,
+            self.config.run.seed,
         )
         try:
             while self.unpublished:

@@ -15,6 +15,7 @@ class Request:
     key: str
     """Hash of all that the text depends on."""
     prompt: SummaryPrompt
+    max_new_tokens: int
     temperature: float = 0.0
     """0: greedy."""
     seed: int = 0

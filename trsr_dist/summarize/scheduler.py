@@ -9,7 +9,7 @@ from __future__ import annotations
 import heapq
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trsr_dist.errors import DataError
@@ -90,6 +90,7 @@ class Scheduler:
         identity: all that a text depends on beside the prompt; part of every key.
         cache: asked first; every new text is kept there.
         domain: wording of the prompts.
+        max_new_tokens: length limit of a text.
         temperature: of the first try; 0 is greedy.
         seed: of the sampling.
     """
@@ -100,12 +101,14 @@ class Scheduler:
         identity: dict[str, Any],
         cache: TextCache,
         domain: str,
+        max_new_tokens: int,
         temperature: float = 0.0,
         seed: int = 0,
     ) -> None:
         self.engine = engine
         self.cache = cache
         self.domain = domain
+        self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         self.seed = seed
         self.identity = identity
@@ -189,7 +192,7 @@ class Scheduler:
             return
         self.counts.words_cut += words_cut
         self.counts.requests += 1
-        request = Request(key, fitted, self.temperature, hash64(self.seed, key) >> 1)
+        request = Request(key, fitted, self.max_new_tokens, self.temperature, hash64(self.seed, key) >> 1)
         self._pending[key] = _Pending(request, words_cut, [(user, position)])
         self.engine.submit(request)
 
@@ -233,7 +236,7 @@ class Scheduler:
         """Once more, alone and sampled: the same greedy text would come again."""
         self.counts.retries += 1
         old = pending.request
-        request = Request(old.key, old.prompt, self.temperature or RETRY_TEMPERATURE, hash64("retry", old.key) >> 1)
+        request = replace(old, temperature=self.temperature or RETRY_TEMPERATURE, seed=hash64("retry", old.key) >> 1)
         self._pending[old.key] = _Pending(request, pending.words_cut, pending.waiting, record)
         self.engine.submit(request)
 

@@ -66,6 +66,18 @@ def build_engine(settings: SummarizeSection, model: str) -> Engine:
         ModelError: the model cannot be loaded.
         ConfigError: the engine's library is not installed.
     """
-    from trsr_dist.summarize.engines.extractive import ExtractiveEngine
+    if settings.engine == "extractive" or settings.scheme == "none":
+        from trsr_dist.summarize.engines.extractive import ExtractiveEngine
 
-    return ExtractiveEngine(settings.max_new_tokens, settings.max_in_flight)
+        return ExtractiveEngine(settings.max_in_flight)
+    from trsr_dist.summarize.engines.transformers import TransformersEngine
+
+    return TransformersEngine.load(
+        model,
+        settings.revision,
+        settings.trust_remote_code,
+        settings.precision,
+        settings.prompt_style,
+        settings.max_prompt_tokens,
+        settings.max_in_flight,
+    )

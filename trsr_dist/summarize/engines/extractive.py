@@ -11,20 +11,18 @@ class ExtractiveEngine:
     """Lists what a user's items have in common.
 
     Args:
-        max_new_words: length limit of one summary.
         capacity: requests between two polls.
     """
 
-    def __init__(self, max_new_words: int, capacity: int) -> None:
+    def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self._max_new_words = max_new_words
         self._done: list[Completion] = []
 
     def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
         return prompt, 0
 
     def submit(self, request: Request) -> None:
-        text = extract(request.prompt, self._max_new_words)
+        text = extract(request.prompt, request.max_new_tokens)
         self._done.append(Completion(request.key, text, new_tokens=len(text.split())))
 
     def poll(self) -> list[Completion]:

@@ -1,0 +1,280 @@
+"""Hugging Face transformers with continuous batching: a finished sequence's place is taken at once by a waiting one.
+
+Prompts are prefilled in small batches of similar length without a mask, then decoded together. Greedy decoding in
+float32 gives the text that ``generate`` gives for each prompt alone.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
+from trsr_dist.errors import ModelError
+from trsr_dist.log import get_logger
+from trsr_dist.prompts.builder import resolve_style
+from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.summarize.engines.slots import Slots
+from trsr_dist.summarize.quality import TURN_MARKERS
+from trsr_dist.summarize.requests import Completion, Request
+from trsr_dist.summarize.trimming import trim_prompt
+
+PREFILL_ROWS = 8
+PREFILL_WASTE = 1.25
+"""Prompts are prefilled together while padding adds at most this factor."""
+STOP_CHECK_TOKENS = 8
+"""Between two looks for a stop string."""
+
+log = get_logger("summarize")
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A request as the engine sees it."""
+
+    request: Request
+    prompt: list[int]
+    tokens: list[int] = field(default_factory=list)
+    generator: torch.Generator | None = None
+
+
+class TransformersEngine:
+    """Generates with a model of this process.
+
+    Args:
+        model: a decoder with full attention in all layers, in eval mode.
+        tokenizer: its tokenizer.
+        prompt_style: ``plain``, ``chat`` or ``auto``.
+        max_prompt_tokens: longer prompts are trimmed.
+        num_slots: sequences decoded at once.
+
+    Raises:
+        ModelError: the model has layers that this engine's cache does not serve.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: Any, prompt_style: str, max_prompt_tokens: int, num_slots: int
+    ) -> None:
+        check_attention(model, max_prompt_tokens)
+        self.capacity = 2 * num_slots
+        self.model = model
+        self.tokenizer = tokenizer
+        self.style = resolve_style(tokenizer, prompt_style)
+        self.max_prompt_tokens = max_prompt_tokens
+        self.num_slots = num_slots
+        self._stop_ids = stop_ids(model, tokenizer)
+        self._waiting: deque[Sequence] = deque()
+        self._prefilling: list[Sequence] = []
+        self._active: list[Sequence] = []
+        self._done: list[Completion] = []
+        self._slots = self._new_slots()
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str,
+        revision: str,
+        trust_remote_code: bool,
+        precision: str,
+        prompt_style: str,
+        max_prompt_tokens: int,
+        num_slots: int,
+    ) -> TransformersEngine:
+        """Load model and tokenizer, onto the GPU where there is one.
+
+        Raises:
+            ModelError: they cannot be loaded.
+        """
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if precision == "auto":
+            precision = "bfloat16" if device.type == "cuda" else "float32"
+        options = {"revision": revision or None, "trust_remote_code": trust_remote_code}
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
+            model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=getattr(torch, precision), **options)
+        except (OSError, ValueError) as error:
+            raise ModelError(f"summarize.model={name_or_path!r}: cannot be loaded: {error}") from None
+        return cls(model.to(device).eval(), tokenizer, prompt_style, max_prompt_tokens, num_slots)
+
+    def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
+        """Trim by true token count. A token holds at least one byte, so short prompts need no counting."""
+        if self.style == "plain" and len(prompt.text().encode()) < self.max_prompt_tokens:
+            return prompt, 0
+        return trim_prompt(prompt, lambda tried: len(self._encode(tried)), self.max_prompt_tokens)
+
+    def submit(self, request: Request) -> None:
+        self._waiting.append(Sequence(request, self._encode(request.prompt)))
+
+    def poll(self) -> list[Completion]:
+        while not self._done and (self._waiting or self._active):
+            try:
+                if self._has_room():
+                    self._prefill(self._take_waiting())
+                elif self._active:
+                    self._decode()
+            except (torch.OutOfMemoryError, RuntimeError) as error:
+                self._shrink(error)
+        done, self._done = self._done, []
+        return done
+
+    def close(self) -> None:
+        self._waiting.clear()
+        self._active.clear()
+        self._slots = self._new_slots()
+
+    def _new_slots(self) -> Slots:
+        return Slots(self.model.config.get_text_config().num_hidden_layers, self.num_slots, self.model.device)
+
+    def _encode(self, prompt: SummaryPrompt) -> list[int]:
+        text = prompt.text()
+        if self.style == "chat":
+            messages = [{"role": "user", "content": text}]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=self.style == "plain")["input_ids"]
+
+    def _has_room(self) -> bool:
+        """Whether to prefill now: while others are decoding, a few places at a time, for a step costs as much for one."""
+        free = min(self.num_slots - len(self._active), len(self._waiting))
+        return free > 0 and (not self._active or free >= min(len(self._waiting), max(1, self.num_slots // 8)))
+
+    def _take_waiting(self) -> list[Sequence]:
+        """The first in the queue and those of similar length among the next."""
+        free = min(self.num_slots - len(self._active), len(self._waiting))
+        nearby = sorted((self._waiting.popleft() for _ in range(free)), key=lambda sequence: -len(sequence.prompt))
+        taken = [nearby[0]]
+        for sequence in nearby[1:PREFILL_ROWS]:
+            lengths = [len(other.prompt) for other in (*taken, sequence)]
+            if lengths[0] * len(lengths) > PREFILL_WASTE * sum(lengths):
+                break
+            taken.append(sequence)
+        self._waiting.extendleft(reversed(nearby[len(taken) :]))
+        self._prefilling = taken
+        return taken
+
+    @torch.inference_mode()
+    def _prefill(self, sequences: list[Sequence]) -> None:
+        """Run prompts, padded on the right: what stands behind a token does not touch it, so no mask is needed."""
+        lengths = [len(sequence.prompt) for sequence in sequences]
+        ids = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
+        for row, sequence in enumerate(sequences):
+            ids[row, : lengths[row]] = torch.tensor(sequence.prompt)
+        last = torch.tensor([length - 1 for length in lengths], device=self.model.device)
+        wanted, place = torch.unique(last, return_inverse=True)
+        cache = DynamicCache()
+        logits = self.model(
+            input_ids=ids.to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=wanted
+        ).logits
+        room = max(length + s.request.max_new_tokens for length, s in zip(lengths, sequences, strict=True))
+        self._slots.admit(cache, lengths, room)
+        self._active += sequences
+        first = len(self._active) - len(sequences)
+        self._append(logits[torch.arange(len(sequences)), place], first)
+
+    @torch.inference_mode()
+    def _decode(self) -> None:
+        """One token for every active sequence."""
+        ids = torch.tensor([[sequence.tokens[-1]] for sequence in self._active], device=self.model.device)
+        logits = self.model(
+            input_ids=ids,
+            position_ids=self._slots.positions[:, None],
+            attention_mask=self._slots.mask(self.model.dtype),
+            past_key_values=self._slots,
+            use_cache=True,
+        ).logits[:, -1]
+        self._slots.advance()
+        self._append(logits, 0)
+
+    def _append(self, logits: torch.Tensor, first: int) -> None:
+        """Add a token to the active sequences from ``first`` on; those that end leave their place.
+
+        Args:
+            logits: [sequences, vocabulary].
+            first: position of the first one.
+        """
+        choices = logits.argmax(-1).tolist()
+        for row in range(len(choices) - 1, -1, -1):
+            sequence = self._active[first + row]
+            if sequence.request.temperature:
+                choices[row] = sample(logits[row], sequence)
+            sequence.tokens.append(choices[row])
+            completion = self._ended(sequence)
+            if completion is not None:
+                self._done.append(completion)
+                self._slots.drop(first + row)
+                self._active[first + row] = self._active[-1]
+                self._active.pop()
+
+    def _ended(self, sequence: Sequence) -> Completion | None:
+        tokens = sequence.tokens
+        by_token = tokens[-1] in self._stop_ids
+        full = len(tokens) >= sequence.request.max_new_tokens
+        if not (by_token or full or len(tokens) % STOP_CHECK_TOKENS == 0):
+            return None
+        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        stopped = self._stop_place(text)
+        if not (by_token or full or stopped is not None):
+            return None
+        cut = full and not by_token and stopped is None
+        return Completion(sequence.request.key, text[:stopped], cut, len(sequence.prompt), len(tokens))
+
+    def _stop_place(self, text: str) -> int | None:
+        """Where the next turn begins. With a chat template the model ends its turn itself."""
+        if self.style == "chat":
+            return None
+        places = [place for place in (text.find(marker, 1) for marker in TURN_MARKERS) if place > 0]
+        return min(places, default=None)
+
+    def _shrink(self, error: RuntimeError) -> None:
+        """Out of memory: start over with half the places; a single sequence that does not fit has failed."""
+        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+            raise error
+        started = [*self._active, *(s for s in self._prefilling if s not in self._active)]
+        self._active = []
+        if self.num_slots == 1:
+            failed = started.pop(0)
+            reason = f"out of memory with a prompt of {len(failed.prompt)} tokens alone"
+            self._done.append(Completion(failed.request.key, error=reason))
+        self.num_slots = max(1, self.num_slots // 2)
+        self.capacity = 2 * self.num_slots
+        self._waiting.extendleft(reversed([Sequence(s.request, s.prompt) for s in started]))
+        self._slots = self._new_slots()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        log.warning("out of memory: going on with %d sequences at once", self.num_slots)
+
+
+def sample(logits: torch.Tensor, sequence: Sequence) -> int:
+    """Draw a token, from a random stream of the sequence's own."""
+    if sequence.generator is None:
+        sequence.generator = torch.Generator().manual_seed(sequence.request.seed)
+    probabilities = (logits.float() / sequence.request.temperature).softmax(-1).cpu()
+    return int(torch.multinomial(probabilities, 1, generator=sequence.generator))
+
+
+def stop_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
+    """Tokens that end a text, as the model's generation config and the tokenizer name them."""
+    configured = model.generation_config.eos_token_id
+    ids = configured if isinstance(configured, list) else [configured]
+    return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
+
+
+def check_attention(model: PreTrainedModel, max_prompt_tokens: int) -> None:
+    """Refuse models whose cache is more than keys and values of all tokens.
+
+    Raises:
+        ModelError: names the kind of layer and the way out.
+    """
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
+    window = getattr(config, "sliding_window", None)
+    if kinds == {"sliding_attention"} or not kinds:
+        kinds = {"sliding_attention"} if window and kinds and window < max_prompt_tokens else set()
+    if kinds:
+        raise ModelError(
+            f"model {model.config.name_or_path!r} has {', '.join(sorted(kinds))} layers, which engine=transformers "
+            "does not batch; serve the model with vLLM and use engine=openai"
+        )
