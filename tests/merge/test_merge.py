@@ -1,0 +1,89 @@
+"""Merged folders equal PEFT's own merge, for every architecture and kind of adapter."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.merge.models import load, make_adapter, make_base, make_checkpoint, random_peft_model, tensors_of
+from trsr_dist.files import read_json, sha256_of
+from trsr_dist.merge.job import MergeOptions, merge
+
+WEIGHTS_ONLY = MergeOptions(verify="weights")
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "patterns": {"rank_pattern": {"q_proj": 2, "layers.1.self_attn.o_proj": 6}, "alpha_pattern": {"v_proj": 3}},
+    "dora": {"use_dora": True},
+    "all-linear": {"target_modules": "all-linear"},
+    "regex": {"target_modules": r".*layers\.1\..*(up|down)_proj"},
+    "layers": {"layers_to_transform": [1]},
+    "embedding": {"target_modules": ["q_proj", "embed_tokens"]},
+    "head": {"target_modules": ["q_proj", "lm_head"]},
+    "modules-to-save": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "norms": {"modules_to_save": ["norm"]},
+}
+
+
+def assert_equals_peft(merged: Path, base: Path, **settings: Any) -> None:
+    expected = random_peft_model(base, **settings).merge_and_unload().state_dict()
+    found = load(merged).state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert (found[name] - tensor).abs().max() <= 1e-6 * tensor.abs().max(), name
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral"])
+def test_architectures(kind: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", kind)
+    merge(make_checkpoint(base, tmp_path / "step-000007"), tmp_path / "merged", WEIGHTS_ONLY)
+    assert_equals_peft(tmp_path / "merged", base)
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_kinds_of_adapters(name: str, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", "qwen2")
+    merge(make_adapter(base, tmp_path / "adapter", **ADAPTERS[name]), tmp_path / "merged", WEIGHTS_ONLY)
+    assert_equals_peft(tmp_path / "merged", base, **ADAPTERS[name])
+
+
+def test_untouched_tensors_keep_their_bytes_and_runs_are_identical(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", dtype="bfloat16")
+    checkpoint = make_checkpoint(base, tmp_path / "step-000007")
+    for name in ("one", "two"):
+        merge(checkpoint, tmp_path / name, WEIGHTS_ONLY)
+    before, after = tensors_of(base), tensors_of(tmp_path / "one")
+    for name, tensor in before.items():
+        assert after[name].dtype == tensor.dtype
+        changed = any(target in name for target in ("q_proj", "k_proj", "v_proj", "o_proj"))
+        assert torch.equal(after[name].view(torch.int16), tensor.view(torch.int16)) != changed, name
+    for path in sorted((tmp_path / "one").iterdir()):
+        assert sha256_of(path) == sha256_of(tmp_path / "two" / path.name), path.name
+
+
+def test_bfloat16_is_the_float32_merge_rounded_once(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", dtype="bfloat16")
+    merge(make_checkpoint(base, tmp_path / "step-000007"), tmp_path / "merged", WEIGHTS_ONLY)
+    expected = random_peft_model(base).merge_and_unload().state_dict()
+    for name, tensor in tensors_of(tmp_path / "merged").items():
+        assert torch.equal(tensor, expected[name].bfloat16()), name
+
+
+@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"]])
+def test_tied_embeddings_are_untied_where_only_one_side_is_trained(saved: list[str], tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=True)
+    merge(make_adapter(base, tmp_path / "adapter", modules_to_save=saved), tmp_path / "merged", WEIGHTS_ONLY)
+    assert read_json(tmp_path / "merged" / "config.json")["tie_word_embeddings"] is False
+    ids = torch.arange(20).unsqueeze(0)
+    with torch.no_grad():
+        expected = random_peft_model(base, modules_to_save=saved)(ids).logits
+        found = load(tmp_path / "merged")(ids).logits
+    assert (found - expected).abs().max() < 1e-4
+
+
+def test_tied_embeddings_stay_tied_where_untouched(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=True)
+    merge(make_adapter(base, tmp_path / "adapter"), tmp_path / "merged", WEIGHTS_ONLY)
+    assert "lm_head.weight" not in tensors_of(tmp_path / "merged")
+    assert (tmp_path / "merged" / "config.json").read_bytes() == (base / "config.json").read_bytes()

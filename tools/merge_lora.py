@@ -1,0 +1,77 @@
+"""Merge a checkpoint or a LoRA adapter into a plain Hugging Face folder, streamed and verified.
+
+DIR of --checkpoint is a checkpoint folder of any ZeRO stage and world size, a run folder or its checkpoints/latest or
+checkpoints/best, a DeepSpeed checkpoint, or a PEFT adapter folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trsr_dist.environment import prepare_process
+
+prepare_process()  # before torch is imported
+
+from trsr_dist.cli import run_command  # noqa: E402
+from trsr_dist.log import setup_logging  # noqa: E402
+
+EXAMPLE = "python tools/merge_lora.py --checkpoint runs/quickstart/checkpoints/best --output runs/quickstart/merged"
+
+
+def main() -> None:
+    """Parse, merge."""
+    args = parse_arguments()
+    setup_logging(stage="merge")
+    from trsr_dist.merge.job import MergeOptions, merge
+
+    options = MergeOptions(
+        base=args.base,
+        adapter_only=args.adapter_only,
+        dtype=args.dtype,
+        max_shard_bytes=args.max_shard_size,
+        verify=args.verify,
+        tolerance=args.tolerance,
+        force=args.force,
+        dry_run=args.dry_run,
+    )
+    merge(args.checkpoint, args.output, options)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line; no config is read, the checkpoint holds all that is needed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, type=Path, metavar="DIR", help="what to merge")
+    add("--output", required=True, type=Path, metavar="DIR", help="new folder; appears whole or not at all")
+    add("--base", metavar="DIR", help="base model, where the checkpoint names none or it has moved")
+    add("--adapter-only", action="store_true", help="write just the PEFT adapter")
+    add("--dtype", choices=["base", "float32", "bfloat16", "float16"], default="base", help="of the merged weights")
+    add("--max-shard-size", type=size, metavar="SIZE", help="such as 5GB or 512MiB; default: the base's files")
+    add(
+        "--verify",
+        choices=["auto", "scores", "weights", "none"],
+        default="auto",
+        help="auto: scores as memory allows",
+    )
+    add("--tolerance", type=float, metavar="X", help="largest log-odds difference; default 1e-4 in float32, else 0.1")
+    add("--force", action="store_true", help="replace an earlier merge once the new one is whole")
+    add("--dry-run", action="store_true", help="check the inputs and print the plan; write nothing")
+    return parser.parse_args()
+
+
+def size(text: str) -> int:
+    """Bytes of a size such as 5GB, 512MiB or 1000000."""
+    units = {"KB": 1000, "MB": 1000**2, "GB": 1000**3, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+    upper = text.upper().strip()
+    unit = next((name for name in units if upper.endswith(name)), "")
+    number = float(upper.removesuffix(unit)) * units.get(unit, 1)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: not a size")
+    return int(number)
+
+
+if __name__ == "__main__":
+    run_command(main)

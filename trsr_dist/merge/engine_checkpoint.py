@@ -1,0 +1,78 @@
+"""LoRA tensors out of DeepSpeed's own checkpoint folders, any ZeRO stage and world size.
+
+These files are pickles: reading one runs the code in it. Merge only engine checkpoints that you wrote yourself.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from trsr_dist.errors import CheckpointError
+from trsr_dist.merge.adapter import CONFIG, Adapter, make_adapter, read_config
+
+NAMED_PART = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.([^.]+)(?=\.|$)")
+SAVED_MODULE = re.compile(r"\.modules_to_save\.([^.]+)(?=\.)")
+
+
+def find_engine_folder(folder: Path) -> Path | None:
+    """The folder of one step: ``folder`` itself, or the one that its ``latest`` names."""
+    if (folder / "latest").is_file():
+        folder = folder / (folder / "latest").read_text(encoding="utf-8").strip()
+    return folder if any(folder.glob("*_model_states.pt")) else None
+
+
+def read_engine_adapter(folder: Path) -> Adapter:
+    """Gather the trainable tensors of an engine checkpoint; those of the frozen base are not needed.
+
+    Raises:
+        CheckpointError: adapter_config.json is neither in the folder nor above it, or a rank's file is missing.
+    """
+    config = next((path for path in (folder / CONFIG, folder.parent / CONFIG) if path.is_file()), None)
+    if config is None:
+        raise CheckpointError(
+            f"{folder}: a DeepSpeed checkpoint does not record the LoRA settings; put the training's {CONFIG} into "
+            f"it or into {folder.parent}"
+        )
+    tensors = _zero_tensors(folder) if any(folder.glob("*_optim_states.pt")) else _plain_tensors(folder)
+    named = {peft_name(name): tensor for name, tensor in tensors.items() if is_trained(name)}
+    if not named:
+        raise CheckpointError(f"{folder}: no LoRA tensors in this DeepSpeed checkpoint; is it of another training?")
+    return make_adapter(folder, read_config(config), named)
+
+
+def _zero_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    try:
+        return get_fp32_state_dict_from_zero_checkpoint(
+            str(folder.parent), tag=folder.name, exclude_frozen_parameters=True
+        )
+    except (ValueError, KeyError, FileNotFoundError, RuntimeError, EOFError) as error:
+        raise CheckpointError(
+            f"{folder}: DeepSpeed cannot gather the ranks' parts ({error}); a rank's file is missing or damaged"
+        ) from None
+
+
+def _plain_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """ZeRO stage 0: rank 0 holds every tensor."""
+    path = folder / "mp_rank_00_model_states.pt"
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: no {path.name}; the checkpoint is incomplete")
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)["module"]
+    except (RuntimeError, EOFError, KeyError) as error:
+        raise CheckpointError(f"{path}: damaged or truncated ({error}); choose an earlier step") from None
+
+
+def is_trained(name: str) -> bool:
+    """Whether a parameter of a PEFT model belongs to the adapter."""
+    return ".lora_" in name or ".modules_to_save." in name
+
+
+def peft_name(name: str) -> str:
+    """The name PEFT saves: without the adapter's own name."""
+    name = SAVED_MODULE.sub("", name.removeprefix("module."))
+    return NAMED_PART.sub(r".\1", name)

@@ -1,0 +1,212 @@
+"""Which tensors the merged folder holds, from what they are made, and in which file each stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from trsr_dist.errors import ModelError
+from trsr_dist.files import read_json
+from trsr_dist.merge.adapter import Change
+from trsr_dist.merge.tensors import CODES, DTYPES, SINGLE, TensorEntry
+
+EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """One tensor of the merged folder."""
+
+    name: str
+    code: str
+    """The format's name of the dtype."""
+    source: TensorEntry
+    change: Change | None
+
+    @property
+    def num_bytes(self) -> int:
+        return prod(self.source.shape) * DTYPES[self.code].itemsize
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether its bytes are the base's."""
+        return self.change is None and self.code == self.source.code
+
+
+@dataclass(frozen=True, slots=True)
+class MergePlan:
+    """Files of the merged folder, each with its tensors in order."""
+
+    files: tuple[tuple[Output, ...], ...]
+    unties: bool
+    """The base shares its embedding with the output head, the merged model cannot."""
+
+    @property
+    def outputs(self) -> list[Output]:
+        return [output for file in self.files for output in file]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(output.num_bytes for output in self.outputs)
+
+    @property
+    def file_names(self) -> list[str]:
+        count = len(self.files)
+        if count == 1:
+            return [SINGLE]
+        return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+    @property
+    def index(self) -> dict[str, object]:
+        """Content of model.safetensors.index.json."""
+        pairs = zip(self.file_names, self.files, strict=True)
+        names = {output.name: name for name, file in pairs for output in file}
+        return {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(names.items()))}
+
+
+def tied_tensors(base: Path) -> dict[str, str]:
+    """Names of tensors that share another's weights, with the other's name, such as lm_head and embed_tokens.
+
+    Raises:
+        ModelError: transformers does not know this architecture without code from elsewhere.
+    """
+    try:
+        config = AutoConfig.from_pretrained(base)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise ModelError(f"{base}: {error}") from None
+    return dict(model.all_tied_weights_keys)
+
+
+def make_plan(
+    by_file: Sequence[Sequence[TensorEntry]],
+    changes: dict[str, Change],
+    tied: dict[str, str],
+    keep_tied: bool,
+    dtype: torch.dtype | None,
+    max_shard_bytes: int | None,
+) -> MergePlan:
+    """Lay the output out in the base's order; without ``max_shard_bytes`` in the base's files too.
+
+    Raises:
+        ModelError: a changed tensor is not in the base, or has another shape there.
+    """
+    entries = {entry.name: entry for file in by_file for entry in file}
+    changes, copies = _resolve_ties(entries, changes, tied, keep_tied)
+    made = {copy for names in copies.values() for copy in names}
+    _check_changes({**entries, **{copy: entries[name] for name, names in copies.items() for copy in names}}, changes)
+    files: list[list[Output]] = []
+    for file in by_file:
+        outputs = []
+        for entry in file:
+            names = [] if entry.name in made else [entry.name]
+            names += copies.get(entry.name, [])
+            outputs += [Output(name, _code(entry, dtype), entry, changes.get(name)) for name in names]
+        files.append(outputs)
+    if max_shard_bytes is not None:
+        files = _shard([output for file in files for output in file], max_shard_bytes)
+    return MergePlan(tuple(tuple(file) for file in files if file), bool(copies))
+
+
+def _resolve_ties(
+    entries: dict[str, TensorEntry], changes: dict[str, Change], tied: dict[str, str], keep_tied: bool
+) -> tuple[dict[str, Change], dict[str, list[str]]]:
+    """A tied pair of which the adapter changes one side, or each differently, becomes two tensors.
+
+    Returns:
+        Changes, and by name of a stored tensor the further tensors that are made from it.
+    """
+    changes, copies = dict(changes), {}
+    for target, source in tied.items():
+        stored = source if source in entries else target
+        if target not in changes and source not in changes or stored not in entries:
+            continue
+        if keep_tied:
+            changes[stored] = changes.get(source) or changes[target]
+            changes.pop(target if stored == source else source, None)
+        else:
+            copies.setdefault(stored, []).append(target if stored == source else source)
+    return changes, copies
+
+
+def _code(entry: TensorEntry, dtype: torch.dtype | None) -> str:
+    return CODES[dtype] if dtype is not None and entry.dtype.is_floating_point else entry.code
+
+
+def _check_changes(entries: dict[str, TensorEntry], changes: dict[str, Change]) -> None:
+    for name, change in changes.items():
+        if name not in entries:
+            raise ModelError(
+                f"the adapter changes {name}, which the base does not have; it was trained on another base "
+                "(name the right one with --base)"
+            )
+        shape = entries[name].shape
+        rows, columns = entries[name].num_rows, prod(shape[1:])
+        if change.replacement is not None and tuple(change.replacement.shape) != shape:
+            raise ModelError(
+                f"the adapter replaces {name} by shape {tuple(change.replacement.shape)}, the base has {shape}: "
+                "another vocabulary or base; resize the base first and name it with --base"
+            )
+        if change.left is not None and change.right is not None:
+            found = (change.left.shape[0], change.right.shape[1])
+            if found != (rows, columns) or len(shape) != 2:
+                raise ModelError(f"the adapter's update of {name} has shape {found}, the base {shape}: another base")
+        for vector in (change.magnitude, change.added):
+            if vector is not None and vector.numel() != rows:
+                raise ModelError(f"the adapter's vector for {name} has {vector.numel()} values, the base {rows} rows")
+
+
+def check_targets(adapter_config: LoraConfig, names: set[str], changes: dict[str, Change]) -> None:
+    """Every module that PEFT would adapt in this base must be adapted, and no other.
+
+    Args:
+        names: tensors of the base, tied ones included.
+
+    Raises:
+        ModelError: names the first missing or extra module.
+    """
+    updated = {name.removesuffix(".weight") for name, change in changes.items() if change.left is not None}
+    modules = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
+    expected = {module for module in modules if check_target_module_exists(adapter_config, module)}
+    for module in sorted(expected - updated):
+        raise ModelError(f"{module}: adapter_config.json targets it, the adapter has no tensors for it: incomplete")
+    for module in sorted(updated - expected):
+        raise ModelError(
+            f"{module}: the adapter has tensors for it, but it is no target of adapter_config.json in this base: "
+            "another base (see --base), or files that do not belong together"
+        )
+
+
+def _shard(outputs: list[Output], max_bytes: int) -> list[list[Output]]:
+    """Greedy, in order; a tensor larger than the limit gets a file of its own."""
+    files: list[list[Output]] = [[]]
+    size = 0
+    for output in outputs:
+        if files[-1] and size + output.num_bytes > max_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(output)
+        size += output.num_bytes
+    return files
+
+
+def check_vocabulary(base: Path, entries: Sequence[TensorEntry]) -> int:
+    """Number of embeddings, which must be the config's vocabulary.
+
+    Raises:
+        ModelError: the embedding has another number of rows.
+    """
+    config = read_json(base / "config.json")
+    expected = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    for entry in entries:
+        if entry.name.endswith(EMBEDDINGS) and entry.num_rows != expected:
+            raise ModelError(f"{base}: {entry.name} has {entry.num_rows} rows, config.json says vocab_size={expected}")
+    return expected

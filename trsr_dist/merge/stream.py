@@ -1,0 +1,91 @@
+"""Writes merged weights in blocks of rows: memory does not grow with the model, nor with its largest tensor."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+from typing import IO
+
+import torch
+from tqdm import tqdm
+
+from trsr_dist.errors import ModelError
+from trsr_dist.files import write_json
+from trsr_dist.log import progress
+from trsr_dist.merge.plan import MergePlan, Output
+from trsr_dist.merge.tensors import DTYPES, INDEX, header_bytes, read_rows
+
+BLOCK_ELEMENTS = 2**22
+"""Elements of a tensor that are merged at once: 16 MiB in float32."""
+COPY_BYTES = 2**26
+UNSUPPORTED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+"""Errors of copy_file_range between file systems that cannot do it."""
+
+
+def write_weights(folder: Path, plan: MergePlan) -> None:
+    """Write the files of ``plan`` and their index into an empty folder.
+
+    Raises:
+        ModelError: a base file ends early, or a value does not fit the asked dtype.
+    """
+    with progress(total=plan.num_bytes, description="merge", unit="B") as bar:
+        for name, outputs in zip(plan.file_names, plan.files, strict=True):
+            with open(folder / name, "wb", buffering=0) as stream:
+                _write_all(stream, header_bytes([(out.name, out.code, out.source.shape) for out in outputs]))
+                for output in outputs:
+                    _write_tensor(stream, output, bar)
+    if len(plan.files) > 1:
+        write_json(folder / INDEX, plan.index)
+
+
+def _write_tensor(stream: IO[bytes], output: Output, bar: tqdm) -> None:
+    if output.is_copy:
+        _copy_bytes(stream, output, bar)
+        return
+    for first, base in read_rows(output.source, BLOCK_ELEMENTS):
+        block = merged_rows(output, base, first)
+        _write_all(stream, block.contiguous().view(torch.uint8).numpy())
+        bar.update(block.nbytes)
+
+
+def merged_rows(output: Output, base: torch.Tensor, first: int) -> torch.Tensor:
+    """Rows of the merged tensor: computed in float32, rounded once to the output's dtype.
+
+    Raises:
+        ModelError: a finite value becomes infinite in the output's dtype.
+    """
+    exact = output.change.rows(base, first) if output.change is not None else base
+    rounded = exact.to(DTYPES[output.code])
+    if not torch.isfinite(rounded).all():
+        raise ModelError(
+            f"{output.name}: merged values are not finite in {DTYPES[output.code]} (largest before rounding: "
+            f"{exact.abs().max().item():.3g}); choose a wider --dtype, or the base or adapter is damaged"
+        )
+    return rounded
+
+
+def _copy_bytes(stream: IO[bytes], output: Output, bar: tqdm) -> None:
+    """Let the kernel copy the bytes; they do not pass through this process."""
+    entry, done = output.source, 0
+    with open(entry.file, "rb", buffering=0) as source:
+        while done < entry.num_bytes:
+            count = min(COPY_BYTES, entry.num_bytes - done)
+            try:
+                copied = os.copy_file_range(source.fileno(), stream.fileno(), count, entry.start + done)
+            except OSError as error:
+                if error.errno not in UNSUPPORTED:
+                    raise
+                data = os.pread(source.fileno(), min(count, 2**24), entry.start + done)
+                _write_all(stream, data)
+                copied = len(data)
+            if not copied:
+                raise ModelError(f"{entry.file}: ends within {entry.name}: truncated; copy it anew")
+            done += copied
+            bar.update(copied)
+
+
+def _write_all(stream: IO[bytes], data: object) -> None:
+    view = memoryview(data).cast("B")  # type: ignore[arg-type]
+    while view:
+        view = view[stream.write(view) :]

@@ -1,0 +1,75 @@
+"""Proof that the written weights are the base plus the adapter: read back, recomputed in float64."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trsr_dist.errors import ModelError
+from trsr_dist.log import progress
+from trsr_dist.merge.plan import MergePlan, Output
+from trsr_dist.merge.stream import BLOCK_ELEMENTS
+from trsr_dist.merge.tensors import TensorEntry, file_entries, read_rows
+
+FLOAT32_NOISE = 1e-6
+"""What float32 arithmetic may add to the rounding of the output, relative to the row's largest value."""
+
+
+@dataclass(slots=True)
+class WeightCheck:
+    """Figures of the read-back."""
+
+    num_changed: int = 0
+    num_copied: int = 0
+    largest_difference: float = 0.0
+    """Absolute, merged weight against base + scale * BA in float64."""
+    largest_relative: float = 0.0
+    """The same over the largest value of its row."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_weights(folder: Path, plan: MergePlan) -> WeightCheck:
+    """Read every changed tensor back and compare it.
+
+    Raises:
+        ModelError: a tensor is missing, or differs by more than one rounding of the output's dtype.
+    """
+    result = WeightCheck()
+    with progress(total=len(plan.outputs), description="verify", unit="tensor") as bar:
+        for name, outputs in zip(plan.file_names, plan.files, strict=True):
+            written = {entry.name: entry for entry in file_entries(folder / name)}
+            for output in outputs:
+                if output.name not in written:
+                    raise ModelError(f"{folder / name}: {output.name} is missing after the merge")
+                if output.is_copy:
+                    result.num_copied += 1
+                else:
+                    result.num_changed += 1
+                    _check_tensor(output, written[output.name], result)
+                bar.update()
+    return result
+
+
+def _check_tensor(output: Output, written: TensorEntry, result: WeightCheck) -> None:
+    eps = torch.finfo(written.dtype).eps if written.dtype.is_floating_point else 0.0
+    pairs = zip(read_rows(output.source, BLOCK_ELEMENTS // 4), read_rows(written, BLOCK_ELEMENTS // 4), strict=True)
+    for (first, base), (_, found) in pairs:
+        exact = base.double() if output.change is None else output.change.rows(base, first, torch.float64)
+        difference = (found.double() - exact).abs()
+        row_scale = torch.maximum(exact.abs(), base.double().abs()).amax(dim=1, keepdim=True)
+        limit = 0.5 * eps * exact.abs() + FLOAT32_NOISE * row_scale + torch.finfo(written.dtype).tiny * eps
+        wrong = ~(difference <= limit)
+        if wrong.any():
+            row = first + int(wrong.any(dim=1).nonzero()[0])
+            raise ModelError(
+                f"{written.file}: row {row} of {output.name} is not base + adapter (difference "
+                f"{difference.max().item():.3g}); the disk or memory is faulty, or the base changed during the merge"
+            )
+        result.largest_difference = max(result.largest_difference, difference.max().item())
+        relative = (difference / row_scale.clamp_min(torch.finfo(torch.float32).tiny)).max().item()
+        result.largest_relative = max(result.largest_relative, relative)
