@@ -137,7 +137,7 @@ class TransformersEngine:
         return self.tokenizer(text, add_special_tokens=self.style == "plain")["input_ids"]
 
     def _has_room(self) -> bool:
-        """Whether to prefill now: while others are decoding, a few places at a time, for a step costs as much for one."""
+        """Whether to prefill now: a few at a time while others are decoding, for a step costs as much for one."""
         free = min(self.num_slots - len(self._active), len(self._waiting))
         return free > 0 and (not self._active or free >= min(len(self._waiting), max(1, self.num_slots // 8)))
 
