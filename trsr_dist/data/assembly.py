@@ -1,0 +1,213 @@
+"""The second pass: order and split the users, count clicks, draw candidates, write the store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from trsr_dist.data.candidates import ItemPool, category_pools, draw_negatives, draw_shown
+from trsr_dist.data.histories import KnownUser, latest
+from trsr_dist.data.source import Counts
+from trsr_dist.data.splits import SPLITS, split_by_time, split_by_user
+from trsr_dist.data.spool import Spool
+from trsr_dist.data.store import ITEM_SCHEMA, USER_SCHEMA, ArrowRows, ArrowWriter
+from trsr_dist.errors import DataError
+from trsr_dist.hashing import hash64, random_stream
+from trsr_dist.log import progress
+
+PoolOf = Callable[[int], ItemPool | None]
+
+
+@dataclass(frozen=True, slots=True)
+class CandidateRules:
+    """How candidate lists are made; the settings of the same names, and run.seed."""
+
+    strategy: str
+    seen_before_target: bool
+    too_few_negatives: str
+    pool_size: int
+    train_negatives: int
+    """Negatives per positive that training draws from the pool: a pool may not be smaller."""
+    evaluation_negatives: int
+    """Negatives per positive of a valid or test user."""
+    seed: int
+
+    def wanted(self, split: str, num_targets: int) -> tuple[int, int]:
+        """Negatives to draw for a user, and the fewest that will do."""
+        if split == "train":
+            least = self.train_negatives * num_targets
+            return max(self.pool_size, least), least
+        return self.evaluation_negatives * num_targets, self.evaluation_negatives * num_targets
+
+
+@dataclass(frozen=True, slots=True)
+class Users:
+    """The users that are kept, in the order of their key's hash."""
+
+    rows: np.ndarray
+    """int64 [users], rows of the spool."""
+    splits: np.ndarray
+    """int8 [users], indices into SPLITS."""
+
+    def mask(self, length: int, *splits: str) -> np.ndarray:
+        """bool [length] over the spool's rows: users of ``splits``."""
+        mask = np.zeros(length, bool)
+        mask[self.rows[np.isin(self.splits, [SPLITS.index(split) for split in splits])]] = True
+        return mask
+
+
+def choose_users(spool: Spool, shares: tuple[int, int, int], split_by: str, max_users: int) -> Users:
+    """Order the users by their key's hash, keep the first ``max_users`` (0: all), and split them.
+
+    Raises:
+        DataError: split by time, and a user has no time.
+    """
+    hashes, splits = np.empty(len(spool), np.uint64), np.empty(len(spool), np.int8)
+    for row, key in enumerate(spool.keys()):
+        hashes[row] = hash64(key)
+        splits[row] = split_by_user(key, shares)
+    rows = np.argsort(hashes, kind="stable")[: max_users or None]
+    if split_by == "time":
+        times = spool.times[rows]
+        check_times(times, "data.split_by=time")
+        return Users(rows, split_by_time(times, hashes[rows], shares))
+    return Users(rows, splits[rows])
+
+
+def check_times(times: np.ndarray, setting: str) -> None:
+    """Refuse a setting that needs times where the data has none.
+
+    Raises:
+        DataError: names the setting.
+    """
+    without = int((times == 0).sum())
+    if without:
+        raise DataError(
+            f"{setting} needs the time of every user's target, and {without} of {len(times)} users have none; give the "
+            "times, or choose another value"
+        )
+
+
+def write_items(path: Path, items: ArrowRows, popularity: np.ndarray, first_seen: np.ndarray) -> None:
+    """The catalogue: the spooled columns and what was counted over the users."""
+    start = 0
+    with ArrowWriter(path, ITEM_SCHEMA) as writer:
+        for batch in items.batches:
+            rows = slice(start, start + batch.num_rows)
+            writer.add_batch([*batch.columns, pa.array(popularity[rows]), pa.array(first_seen[rows])])
+            start += batch.num_rows
+
+
+class CandidateMaker:
+    """Draws the candidate list of any user.
+
+    Args:
+        rules: how.
+        spool: all users.
+        users: the kept ones.
+        items: the spooled catalogue.
+        first_seen: int64 [items], see ``Spool.first_seen``.
+    """
+
+    def __init__(
+        self, rules: CandidateRules, spool: Spool, users: Users, items: ArrowRows, first_seen: np.ndarray
+    ) -> None:
+        self._rules = rules
+        if rules.seen_before_target:
+            check_times(spool.times[users.rows], "data.seen_before_target=true")
+        self._seen = first_seen if rules.seen_before_target else None
+        self._pools = self._build(spool, users, items)
+
+    def _build(self, spool: Spool, users: Users, items: ArrowRows) -> dict[str, PoolOf]:
+        rows = np.arange(len(items))
+        strategy = self._rules.strategy
+        if strategy == "targets":
+            return self._target_pools(spool, users, rows)
+        if strategy == "category":
+            return self._category_pools(items)
+        if strategy == "popularity":
+            weights = spool.count("history", users.mask(len(spool), "train"), len(rows))
+            weights += spool.count("targets", users.mask(len(spool), "train"), len(rows))
+        else:
+            weights = np.ones(len(rows))
+        pool = ItemPool(rows, weights, self._seen)
+        return {split: lambda target: pool for split in SPLITS}
+
+    def _target_pools(self, spool: Spool, users: Users, rows: np.ndarray) -> dict[str, PoolOf]:
+        """Train users draw among train targets, the others among held-out ones: so neither popularity, counted over
+        train users, nor having been a target at all sets a negative apart, and no test target is trained on."""
+        train = ItemPool(rows, spool.count("targets", users.mask(len(spool), "train"), len(rows)), self._seen)
+        others = users.mask(len(spool), "valid", "test")
+        held_out = ItemPool(rows, spool.count("targets", others, len(rows)), self._seen)
+        return {"train": lambda target: train, "valid": lambda target: held_out, "test": lambda target: held_out}
+
+    def _category_pools(self, items: ArrowRows) -> dict[str, PoolOf]:
+        categories = [name for batch in items.batches for name in batch.column(2).to_pylist()]
+        if not any(categories):
+            raise DataError("data.candidates=category, and no item has a category; choose another strategy")
+        pools = category_pools(categories, np.ones(len(categories)), self._seen)
+        return {split: lambda target: pools.get(categories[target]) for split in SPLITS}
+
+    def make(self, user: KnownUser, split: str, counts: Counts) -> tuple[list[int], list[int]] | None:
+        """Candidates and labels; None where the user is skipped for want of negatives.
+
+        Raises:
+            DataError: too few eligible items, and the policy is ``fail``.
+        """
+        stream = random_stream(self._rules.seed, user.user, "negatives")
+        wanted, least = self._rules.wanted(split, len(user.targets))
+        negatives = self._draw(user, split, wanted, stream)
+        if len(negatives) < least:
+            return self._too_few(user, split, len(negatives), least, counts)
+        counts["users_with_small_pool"] += len(negatives) < wanted
+        candidates = user.targets + negatives
+        labels = [1] * len(user.targets) + [0] * len(negatives)
+        if split != "train":
+            order = stream.sample(range(len(candidates)), len(candidates))
+            candidates, labels = [candidates[i] for i in order], [labels[i] for i in order]
+        return candidates, labels
+
+    def _draw(self, user: KnownUser, split: str, count: int, stream) -> list[int]:  # noqa: ANN001
+        history = set(user.history)
+        if self._rules.strategy == "impressions":
+            return draw_shown(user.shown, user.targets, history, count, stream)
+        return draw_negatives(self._pools[split], user.targets, history, count, stream, user.time)
+
+    def _too_few(self, user: KnownUser, split: str, found: int, least: int, counts: Counts) -> None:
+        if self._rules.too_few_negatives == "fail":
+            key = "train.negatives_per_positive" if split == "train" else "evaluate.negatives_per_positive"
+            raise DataError(
+                f"{split} user {user.user!r}: {found} catalogue items are eligible as negatives "
+                f"(data.candidates={self._rules.strategy}), {least} are needed; lower {key}, choose another strategy, "
+                "or set data.too_few_negatives=skip"
+            )
+        counts["users_with_too_few_negatives"] += 1
+
+
+def write_split(
+    folder: Path, split: str, users: Users, spool: Spool, maker: CandidateMaker, max_history: int, counts: Counts
+) -> dict[str, object]:
+    """Write one split and return its facts: users, items, positives, the hash of all candidate lists."""
+    facts = {"users": 0, "history_items": 0, "candidates": 0, "positives": 0}
+    candidate_hash = hashlib.sha256()
+    with ArrowWriter(folder / f"{split}.arrow", USER_SCHEMA) as writer:
+        rows = users.rows[users.splits == SPLITS.index(split)]
+        for row in progress(rows.tolist(), description=f"{split} candidates", unit=" users"):
+            user = spool.user(row)
+            made = maker.make(user, split, counts)
+            if made is None:
+                continue
+            history = latest(user.history, max_history)
+            writer.add(user.user, history, *made, user.time)
+            candidate_hash.update(json.dumps([user.user, *made]).encode())
+            facts["users"] += 1
+            facts["history_items"] += len(history)
+            facts["candidates"] += len(made[0])
+            facts["positives"] += sum(made[1])
+    return {**facts, "candidate_hash": candidate_hash.hexdigest()}

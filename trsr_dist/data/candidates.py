@@ -1,0 +1,110 @@
+"""Negatives: weighted draws without replacement that never hit the user's own items. Pure."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
+
+import numpy as np
+
+DRAWS_PER_ROUND = 4
+MAX_ROUNDS = 16
+
+
+class ItemPool:
+    """Items that may be drawn, each with a weight.
+
+    Args:
+        rows: int64 [items], rows of the catalogue.
+        weights: float64 or int64 [items], not negative; items of weight 0 are never drawn.
+        first_seen: int64 [items], seconds; with it a draw can be limited to items seen before a time.
+    """
+
+    def __init__(self, rows: np.ndarray, weights: np.ndarray, first_seen: np.ndarray | None = None) -> None:
+        kept = np.flatnonzero(weights)
+        if first_seen is not None:
+            kept = kept[np.argsort(first_seen[kept], kind="stable")]
+        self._rows = rows[kept]
+        self._weights = weights[kept].astype(np.float64)
+        self._cumulative = np.cumsum(self._weights)
+        self._first_seen = None if first_seen is None else first_seen[kept]
+
+    def draw(self, count: int, excluded: AbstractSet[int], stream: random.Random, before: int = 0) -> list[int]:
+        """``count`` different rows outside ``excluded``, or all there are where they are fewer.
+
+        Args:
+            count: rows wanted.
+            excluded: rows that may not be drawn.
+            stream: the user's own random stream.
+            before: seconds; only items first seen before it, where the pool knows the times.
+        """
+        limit = len(self._rows)
+        if self._first_seen is not None:
+            limit = int(np.searchsorted(self._first_seen, before, side="left"))
+        if not limit or not count:
+            return []
+        drawn: dict[int, None] = {}
+        for _ in range(MAX_ROUNDS):
+            points = np.array([stream.random() for _ in range(DRAWS_PER_ROUND * count)]) * self._cumulative[limit - 1]
+            places = np.searchsorted(self._cumulative[:limit], points, side="right")
+            for row in self._rows[np.minimum(places, limit - 1)].tolist():
+                if row not in excluded:
+                    drawn[row] = None
+                    if len(drawn) == count:
+                        return list(drawn)
+        return self._draw_from_all(count, excluded, stream, limit, drawn)
+
+    def _draw_from_all(
+        self, count: int, excluded: AbstractSet[int], stream: random.Random, limit: int, drawn: dict[int, None]
+    ) -> list[int]:
+        """Where rejection finds too little: look at every item (Efraimidis and Spirakis, 2006: keys of weights)."""
+        keys = []
+        for row, weight in zip(self._rows[:limit].tolist(), self._weights[:limit].tolist(), strict=True):
+            if row not in excluded and row not in drawn:
+                keys.append((stream.random() ** (1 / weight), row))
+        keys.sort(reverse=True)
+        return [*drawn, *(row for _, row in keys[: count - len(drawn)])]
+
+
+def category_pools(
+    categories: Sequence[str], weights: np.ndarray, first_seen: np.ndarray | None = None
+) -> dict[str, ItemPool]:
+    """One pool per category; items without a category are in none."""
+    names, codes = np.unique(np.asarray(categories, dtype=object).astype(str), return_inverse=True)
+    order = np.argsort(codes, kind="stable")
+    starts = np.searchsorted(codes[order], np.arange(len(names) + 1))
+    pools = {}
+    for i, name in enumerate(names.tolist()):
+        rows = order[starts[i] : starts[i + 1]]
+        if name:
+            pools[name] = ItemPool(rows, weights[rows], None if first_seen is None else first_seen[rows])
+    return pools
+
+
+def draw_negatives(
+    pool_of: Callable[[int], ItemPool | None],
+    targets: Sequence[int],
+    excluded: AbstractSet[int],
+    count: int,
+    stream: random.Random,
+    before: int = 0,
+) -> list[int]:
+    """Up to ``count`` negatives, dealt evenly over the targets, each from its target's pool."""
+    taken = set(excluded) | set(targets)
+    negatives: list[int] = []
+    for i, target in enumerate(targets):
+        pool = pool_of(target)
+        wanted = (count - len(negatives)) // (len(targets) - i)
+        drawn = pool.draw(wanted, taken, stream, before) if pool else []
+        negatives += drawn
+        taken.update(drawn)
+    return negatives
+
+
+def draw_shown(
+    shown: Sequence[int], targets: Sequence[int], excluded: AbstractSet[int], count: int, stream: random.Random
+) -> list[int]:
+    """Up to ``count`` negatives among the items shown with the targets."""
+    eligible = [row for row in dict.fromkeys(shown) if row not in excluded and row not in set(targets)]
+    return stream.sample(eligible, min(count, len(eligible)))

@@ -1,0 +1,120 @@
+"""A small text-rich data set in MIND's file format, from our own seeded generator.
+
+A user has a few interests, which are subcategories, and they drift: at each click one of them may give way to another.
+Clicks, the target included, are drawn from the interests of that moment, with a little noise in the history. The
+subcategories are equally liked and an item is hardly more popular than another, so only a user's own history tells
+which candidate comes next.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from trsr_dist.data.demo_words import FRAMES, SENTENCES, TOPICS
+from trsr_dist.files import atomic_file
+from trsr_dist.hashing import random_stream
+from trsr_dist.log import progress
+
+DEMO_FILES = ("news.tsv", "behaviors.tsv")
+NUM_INTERESTS = (2, 3)
+HISTORY_CLICKS = (9, 41)
+"""The target, which is the last click, included."""
+DRIFT = 0.06
+"""Chance per click that an interest is replaced."""
+NOISE = 0.05
+"""Share of history clicks outside the interests."""
+POPULARITY_SPREAD = 0.25
+"""Standard deviation of the logarithm of an item's weight within its subcategory."""
+START = datetime(2024, 3, 1, tzinfo=UTC)
+DAYS = 30
+NUM_SHOWN = (4, 12)
+
+
+@dataclass(frozen=True, slots=True)
+class DemoItem:
+    """A generated news item."""
+
+    id: str
+    topic: int
+    """Index into ``TOPICS``."""
+    weight: float
+    title: str
+    abstract: str
+
+
+def write_demo(folder: Path, num_users: int, num_items: int, seed: int) -> None:
+    """Write ``news.tsv`` and ``behaviors.tsv``; equal arguments give equal bytes."""
+    items = make_items(num_items, seed)
+    with atomic_file(folder / DEMO_FILES[0]) as stream:
+        for item in items:
+            topic = TOPICS[item.topic]
+            cells = [item.id, topic.category, topic.name, item.title, item.abstract, "", "[]", "[]"]
+            stream.write("\t".join(cells) + "\n")
+    with atomic_file(folder / DEMO_FILES[1]) as stream:
+        stream.writelines(make_rows(items, num_users, seed))
+
+
+def make_items(num_items: int, seed: int) -> list[DemoItem]:
+    """Items dealt evenly over the topics."""
+    stream = random_stream(seed, "demo items")
+    return [_make_item(f"N{1000 + i}", i % len(TOPICS), stream) for i in range(num_items)]
+
+
+def make_rows(items: list[DemoItem], num_users: int, seed: int) -> Iterator[str]:
+    """Lines of ``behaviors.tsv``, one per user."""
+    shelves: list[list[DemoItem]] = [[] for _ in TOPICS]
+    for item in items:
+        shelves[item.topic].append(item)
+    for i in progress(range(num_users), description="demo users", unit=" users"):
+        yield _make_row(i, shelves, random_stream(seed, "demo user", i))
+
+
+def _make_item(key: str, topic: int, stream: random.Random) -> DemoItem:
+    words = TOPICS[topic]
+    first, second = stream.sample(words.words, 2)
+    title = stream.choice(FRAMES).format(first, second)
+    abstract = " ".join(sentence.format(words.name) for sentence in stream.sample(SENTENCES, 2))
+    return DemoItem(key, topic, stream.lognormvariate(0, POPULARITY_SPREAD), title, abstract)
+
+
+def _make_row(index: int, shelves: list[list[DemoItem]], stream: random.Random) -> str:
+    interests = stream.sample(range(len(shelves)), stream.randint(*NUM_INTERESTS))
+    length = stream.randint(*HISTORY_CLICKS)
+    clicks: dict[str, None] = {}
+    while len(clicks) < length:
+        noise = len(clicks) < length - 1 and stream.random() < NOISE
+        topic = stream.randrange(len(shelves)) if noise else stream.choice(interests)
+        clicks[_new_item(topic, shelves, clicks, stream)] = None
+        # Not between the last click and the shown one, so that the user's interests are the same for both.
+        if len(clicks) < length - 1 and stream.random() < DRIFT:
+            interests = _drift(interests, len(shelves), stream)
+    chosen = _new_item(stream.choice(interests), shelves, clicks, stream)
+    shown = [f"{chosen}-1", *(f"{item}-0" for item in _others(shelves, {*clicks, chosen}, stream))]
+    stream.shuffle(shown)
+    when = START + timedelta(seconds=stream.randrange(DAYS * 86400))
+    time = f"{when.month}/{when.day}/{when.year} {when.strftime('%I:%M:%S %p')}"
+    return "\t".join([str(index + 1), f"U{index + 1}", time, " ".join(clicks), " ".join(shown)]) + "\n"
+
+
+def _drift(interests: list[int], num_topics: int, stream: random.Random) -> list[int]:
+    """One interest gives way to a new one."""
+    new = stream.choice([topic for topic in range(num_topics) if topic not in interests])
+    place = stream.randrange(len(interests))
+    return [*interests[:place], new, *interests[place + 1 :]]
+
+
+def _new_item(topic: int, shelves: list[list[DemoItem]], clicked: dict[str, None], stream: random.Random) -> str:
+    """An item the user has not clicked, by weight: of the topic, or of any topic once that one is used up."""
+    fresh = [item for item in shelves[topic] if item.id not in clicked]
+    fresh = fresh or [item for shelf in shelves for item in shelf if item.id not in clicked]
+    return stream.choices(fresh, [item.weight for item in fresh])[0].id
+
+
+def _others(shelves: list[list[DemoItem]], taken: set[str], stream: random.Random) -> list[str]:
+    """Items shown beside the chosen one, of any topic."""
+    shown = {stream.choice(stream.choice(shelves)).id for _ in range(stream.randint(*NUM_SHOWN))}
+    return sorted(shown - taken)

@@ -1,0 +1,89 @@
+"""From raw items to the catalogue's texts: choice of fields, white space, duplicates, items without text."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+from trsr_dist.data.histories import REMOVED
+from trsr_dist.data.source import Counts, RawItem
+from trsr_dist.errors import DataError
+from trsr_dist.hashing import hash64
+from trsr_dist.records import Item
+
+
+def item_text(fields: dict[str, str], chosen: Sequence[str], counts: Counts) -> str:
+    """``field: value`` pairs joined by ``; ``, without empty ones; a field named ``text`` stands without its name.
+
+    White space, line ends included, becomes single blanks; texts that this changed are counted.
+    """
+    parts = []
+    changed = False
+    for name in chosen or fields:
+        value = fields.get(name, "")
+        clean = " ".join(value.split())
+        changed |= clean != value
+        if clean:
+            parts.append(clean if name == "text" else f"{name}: {clean}")
+    counts["items_with_normalized_white_space"] += changed
+    return "; ".join(parts)
+
+
+class CatalogueRules:
+    """Turns raw items into items, one row each, and remembers which id has which row.
+
+    Args:
+        path: the item file, for messages.
+        chosen: fields of the text, in order; empty: all.
+        empty_items: ``fail`` or ``skip``.
+        counts: what happened.
+    """
+
+    def __init__(self, path: Path, chosen: Sequence[str], empty_items: str, counts: Counts) -> None:
+        self.rows: dict[str, int] = {}
+        """Row of each id; ``REMOVED`` for an item left out for want of text."""
+        self._path, self._chosen, self._empty_items, self._counts = path, chosen, empty_items, counts
+        self._texts = array("Q")
+        self._lines = array("Q")
+
+    def admit(self, items: Iterable[RawItem]) -> Iterator[Item]:
+        """Items of the catalogue, in row order.
+
+        Raises:
+            DataError: an id is empty, stands twice with different texts, or has no text and the policy is ``fail``.
+        """
+        for raw in items:
+            self._counts["items_read"] += 1
+            if not raw.id:
+                raise DataError(f"{self._path}:{raw.row}: the item id is empty; every item needs one")
+            text = item_text(raw.fields, self._chosen, self._counts)
+            if raw.id in self.rows:
+                self._check_equal(raw, text)
+            elif not text:
+                self._leave_out(raw)
+            else:
+                self.rows[raw.id] = len(self._texts)
+                self._texts.append(hash64(text))
+                self._lines.append(raw.row)
+                yield Item(raw.id, text, " ".join(raw.category.split()))
+
+    def _check_equal(self, raw: RawItem, text: str) -> None:
+        row = self.rows[raw.id]
+        if row == REMOVED and not text or row != REMOVED and self._texts[row] == hash64(text):
+            self._counts["repeated_items"] += 1
+            return
+        first = f"line {self._lines[row]}" if row != REMOVED else "an earlier line, without text"
+        raise DataError(
+            f"{self._path}:{raw.row}: item {raw.id!r} stands here with another text than in {first}; "
+            f"keep one of the two (here: {text[:80]!r})"
+        )
+
+    def _leave_out(self, raw: RawItem) -> None:
+        if self._empty_items == "fail":
+            raise DataError(
+                f"{self._path}:{raw.row}: item {raw.id!r} has no text in {', '.join(self._chosen) or 'any field'}; "
+                "fill a field, choose others with data.item_fields, or set data.empty_items=skip"
+            )
+        self._counts["items_without_text"] += 1
+        self.rows[raw.id] = REMOVED

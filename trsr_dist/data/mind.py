@@ -1,0 +1,83 @@
+"""MIND's files: ``news.tsv`` and ``behaviors.tsv`` (Wu et al., ACL 2020; https://msnews.github.io)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from trsr_dist.data.source import LineReader, RawItem, check_columns
+from trsr_dist.errors import DataError
+from trsr_dist.hashing import hash64
+from trsr_dist.records import UserLog
+
+NEWS = ("id", "category", "subcategory", "title", "abstract", "url", "title entities", "abstract entities")
+BEHAVIORS = ("impression id", "user id", "time", "history", "impressions")
+TIME = "%m/%d/%Y %I:%M:%S %p"
+
+
+@dataclass(frozen=True, slots=True)
+class MindReader:
+    """News and click histories; a user's first row counts, the others are counted and passed over.
+
+    Args:
+        item_file: ``news.tsv``.
+        log_file: ``behaviors.tsv``.
+        target: ``last``: the last click of the history; ``impression``: the clicked impressions of the row.
+        lines: reads the lines.
+    """
+
+    item_file: Path
+    log_file: Path
+    target: str
+    lines: LineReader
+    default_fields: tuple[str, ...] = NEWS[1:4]
+    allowed_fields: tuple[str, ...] = NEWS[1:5]
+
+    def items(self) -> Iterator[RawItem]:
+        for row, line in self.lines.read(self.item_file):
+            cells = line.rstrip("\r\n").split("\t")
+            check_columns(self.item_file, row, len(cells), NEWS)
+            fields = dict(zip(NEWS[1:5], cells[1:5], strict=True))
+            yield RawItem(cells[0].strip(), fields, row, category=cells[1].strip())
+
+    def logs(self) -> Iterator[UserLog]:
+        seen: set[int] = set()
+        for row, line in self.lines.read(self.log_file):
+            cells = line.rstrip("\r\n").split("\t")
+            check_columns(self.log_file, row, len(cells), BEHAVIORS)
+            user = cells[1].strip()
+            if not user:
+                raise DataError(f"{self.log_file}:{row}: the user id is empty; every row needs one")
+            key = hash64(user)
+            if key in seen:
+                self.lines.counts["further_rows_of_a_user"] += 1
+                continue
+            seen.add(key)
+            yield self._log(user, cells[2], cells[3].split(), cells[4].split(), f"{self.log_file}:{row}")
+
+    def _log(self, user: str, time: str, clicks: list[str], impressions: list[str], source: str) -> UserLog:
+        clicked, shown = _impressions(impressions, source)
+        seconds = _seconds(time, source)
+        if self.target == "last":
+            return UserLog(user, tuple(clicks[:-1]), tuple(clicks[-1:]), seconds, (), source)
+        return UserLog(user, tuple(clicks), clicked, seconds, shown, source)
+
+
+def _impressions(cells: list[str], source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Clicked and not clicked items of ``N1-0 N2-1``."""
+    parts: dict[str, list[str]] = {"0": [], "1": []}
+    for cell in cells:
+        item, _, label = cell.rpartition("-")
+        if label not in parts or not item:
+            raise DataError(f"{source}: impression {cell!r} is not of the form ITEM-0 or ITEM-1; mend the row")
+        parts[label].append(item)
+    return tuple(parts["1"]), tuple(parts["0"])
+
+
+def _seconds(text: str, source: str) -> int:
+    try:
+        return int(datetime.strptime(text.strip(), TIME).replace(tzinfo=UTC).timestamp())
+    except ValueError:
+        raise DataError(f"{source}: time {text!r}, expected such as 11/13/2019 5:53:12 AM; mend the row") from None

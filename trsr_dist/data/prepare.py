@@ -1,0 +1,165 @@
+"""The preparation job: raw files in, RUN/histories out."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from trsr_dist.config import Config, dump_config
+from trsr_dist.data.assembly import CandidateMaker, CandidateRules, choose_users, write_items, write_split
+from trsr_dist.data.demo import DEMO_FILES, write_demo
+from trsr_dist.data.histories import HistoryRules
+from trsr_dist.data.items import CatalogueRules
+from trsr_dist.data.readers import build_reader, check_data_settings, item_fields
+from trsr_dist.data.source import Counts, LineReader, Reader, open_raw
+from trsr_dist.data.splits import SPLITS
+from trsr_dist.data.spool import Spool, spool_items, spool_users
+from trsr_dist.data.store import ArrowRows
+from trsr_dist.errors import DataError
+from trsr_dist.files import atomic_folder, sha256_of, temporary_name
+from trsr_dist.log import get_logger, setup_logging
+from trsr_dist.run import RunFolder, folder_lock, is_finished, write_manifest
+
+log = get_logger("data")
+
+
+def prepare(config: Config, *, force: bool = False, dry_run: bool = False) -> int:
+    """Run the stage; see tools/prepare_data.py.
+
+    Raises:
+        DataError: the raw files are missing or wrong.
+        RunError: the output folder is locked or holds another run's files.
+    """
+    setup_logging(stage="prepare")
+    check_data_settings(config)
+    run = RunFolder(Path(config.run.dir))
+    counts = Counts()
+    reader = build_reader(config, run.raw, LineReader(config.data.encoding_errors, counts))
+    if dry_run:
+        print(dump_config(config) + _plan(config, run, reader))
+        return 0
+    with folder_lock(run.histories):
+        if config.data.format == "demo":
+            _make_demo(config, run, force)
+        settings, inputs = _settings(config), _inputs(reader)
+        if is_finished(run.histories, settings, inputs, force):
+            log.info("%s: already prepared with these settings; nothing to do (--force redoes it)", run.histories)
+            return 0
+        _remove_leftovers(run.histories)
+        with atomic_folder(run.histories) as folder:
+            facts = _build(config, reader, folder, counts)
+            write_manifest(folder, "prepare", settings, inputs, counts=dict(sorted(counts.items())), **facts)
+        run.write_config("prepare", dump_config(config))
+    _report(run.histories, facts, counts)
+    return 0
+
+
+def _build(config: Config, reader: Reader, folder: Path, counts: Counts) -> dict[str, object]:
+    """Fill ``folder`` and return what the manifest tells of it."""
+    data = config.data
+    catalogue = CatalogueRules(reader.item_file, item_fields(config, reader), data.empty_items, counts)
+    items_path, users_path = folder / "items.spool", folder / "users.spool"
+    spool_items(items_path, reader, catalogue)
+    spool_users(users_path, reader.logs(), catalogue.rows, _history_rules(config), counts)
+    catalogue.rows.clear()
+    items, spool = ArrowRows(items_path), Spool(users_path)
+    if not len(spool):
+        raise DataError(f"{reader.log_file}: no user is left ({describe(counts)}); widen data.min_history and the like")
+    users = choose_users(spool, data.split, data.split_by, data.max_users)
+    counts["users_above_max_users"] += len(spool) - len(users.rows)
+    train = users.mask(len(spool), "train")
+    popularity = sum(spool.count(column, train, len(items)) for column in ("history", "targets"))
+    first_seen = spool.first_seen(users.mask(len(spool), *SPLITS), len(items))
+    known = np.where(first_seen == np.iinfo(np.int64).max, 0, np.maximum(first_seen, 0))
+    write_items(folder / "items.arrow", items, popularity, known)
+    maker = CandidateMaker(_candidate_rules(config), spool, users, items, first_seen)
+    splits = {split: write_split(folder, split, users, spool, maker, data.max_history, counts) for split in SPLITS}
+    items_path.unlink()
+    users_path.unlink()
+    return {"num_items": len(items), "splits": splits}
+
+
+def _history_rules(config: Config) -> HistoryRules:
+    data = config.data
+    return HistoryRules(
+        data.min_history, data.max_history, data.long_histories, data.repeated_target, data.unknown_items
+    )
+
+
+def _candidate_rules(config: Config) -> CandidateRules:
+    return CandidateRules(
+        strategy=config.data.candidates,
+        seen_before_target=config.data.seen_before_target,
+        too_few_negatives=config.data.too_few_negatives,
+        pool_size=config.train.pool_size,
+        train_negatives=config.train.negatives_per_positive,
+        evaluation_negatives=config.evaluate.negatives_per_positive,
+        seed=config.run.seed,
+    )
+
+
+def _settings(config: Config) -> dict[str, object]:
+    """All that the output depends on beside the raw files; where those lie does not matter."""
+    settings = config.data.model_dump(mode="json", exclude={"path", "domain"})
+    settings["seed"] = config.run.seed
+    settings["pool_size"] = config.train.pool_size
+    settings["train_negatives_per_positive"] = config.train.negatives_per_positive
+    settings["evaluation_negatives_per_positive"] = config.evaluate.negatives_per_positive
+    return settings
+
+
+def _inputs(reader: Reader) -> dict[str, str]:
+    """Hashes of the raw files, by name."""
+    for path in (reader.item_file, reader.log_file):
+        open_raw(path).close()
+    return {path.name: sha256_of(path) for path in (reader.item_file, reader.log_file)}
+
+
+def _make_demo(config: Config, run: RunFolder, force: bool) -> None:
+    settings = {**config.demo.model_dump(), "seed": config.run.seed}
+    if is_finished(run.raw, settings, {}, force):
+        return
+    with atomic_folder(run.raw) as folder:
+        write_demo(folder, config.demo.num_users, config.demo.num_items, config.run.seed)
+        write_manifest(folder, "demo", settings, {})
+    log.info(
+        "demo: wrote %d users and %d news to %s (%s)",
+        config.demo.num_users, config.demo.num_items, run.raw, ", ".join(DEMO_FILES),
+    )  # fmt: skip
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Temporary folders of earlier jobs that were killed; the lock is held, so nobody is writing them."""
+    pattern = temporary_name(folder).name.split(".tmp-")[0] + ".tmp-*"
+    for old in folder.parent.glob(pattern):
+        shutil.rmtree(old)
+
+
+def _plan(config: Config, run: RunFolder, reader: Reader) -> str:
+    """What the stage would read and write."""
+    lines = ["# plan"]
+    for path in (reader.item_file, reader.log_file):
+        if config.data.format == "demo":
+            lines.append(f"# write and read {path}")
+        else:
+            size = f"{path.stat().st_size:,} bytes" if path.is_file() else "MISSING"
+            lines.append(f"# read {path} ({size})")
+    state = "exists" if (run.histories / "manifest.json").is_file() else "new"
+    lines.append(f"# write {run.histories} ({state})")
+    return "\n".join(lines)
+
+
+def describe(counts: Counts) -> str:
+    """The counts in one line, without zeros."""
+    return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in sorted(counts.items()) if count)
+
+
+def _report(folder: Path, facts: dict, counts: Counts) -> None:
+    sizes = {split: facts["splits"][split]["users"] for split in SPLITS}
+    users = " / ".join(f"{split} {size}" for split, size in sizes.items())
+    log.info("%s: %d items, users %s; %s", folder, facts["num_items"], users, describe(counts))
+    for split, size in sizes.items():
+        if not size:
+            log.warning("the %s split has no user; give more users, or other shares in data.split", split)

@@ -1,0 +1,175 @@
+"""The prepared data on disk: Arrow files, memory-mapped, so that opening them costs neither time nor memory.
+
+items.arrow                    id, text, category, popularity, first_seen
+{train,valid,test}.arrow       user, history, candidates, labels, time
+manifest.json                  settings, input hashes, counts, candidate hashes
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+
+from trsr_dist.data.splits import SPLITS
+from trsr_dist.errors import DataError
+from trsr_dist.records import Item
+from trsr_dist.run import manifest_hash
+
+ROWS_PER_BATCH = 4096
+ITEM_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("text", pa.string()),
+        ("category", pa.string()),
+        ("popularity", pa.int64()),
+        ("first_seen", pa.int64()),
+    ]
+)
+USER_SCHEMA = pa.schema(
+    [
+        ("user", pa.string()),
+        ("history", pa.list_(pa.int32())),
+        ("candidates", pa.list_(pa.int32())),
+        ("labels", pa.list_(pa.int8())),
+        ("time", pa.int64()),
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class UserRow:
+    """A user of a split; items are rows of the catalogue."""
+
+    user: str
+    history: list[int]
+    """Oldest first, before the target."""
+    candidates: list[int]
+    """Valid and test: the fixed list, shuffled. Train: the targets, then the pool of negatives."""
+    labels: list[int]
+    """1 for a target, 0 for a negative."""
+    time: int
+    """Unix seconds of the target, 0 where unknown."""
+
+
+class ArrowWriter:
+    """Writes an uncompressed Arrow file in batches of equal size; the last may be shorter."""
+
+    def __init__(self, path: Path, schema: pa.Schema) -> None:
+        self._schema = schema
+        self._columns: list[list] = [[] for _ in schema]
+        self._writer = pa.ipc.new_file(str(path), schema)
+
+    def __enter__(self) -> ArrowWriter:
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None and self._columns[0]:
+            self._flush()
+        self._writer.close()
+
+    def add(self, *values: object) -> None:
+        """Append one row, values in the schema's order."""
+        for column, value in zip(self._columns, values, strict=True):
+            column.append(value)
+        if len(self._columns[0]) == ROWS_PER_BATCH:
+            self._flush()
+
+    def add_batch(self, columns: list[pa.Array]) -> None:
+        """Append whole columns as one batch."""
+        self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+
+    def _flush(self) -> None:
+        arrays = [pa.array(c, field.type) for c, field in zip(self._columns, self._schema, strict=True)]
+        self.add_batch(arrays)
+        self._columns = [[] for _ in self._schema]
+
+
+class ArrowRows:
+    """Random access to the rows of a file that ``ArrowWriter`` wrote.
+
+    Raises:
+        DataError: the file is missing or not an Arrow file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._source = pa.memory_map(str(path))
+            self._reader = pa.ipc.open_file(self._source)
+        except (FileNotFoundError, pa.ArrowInvalid) as error:
+            raise DataError(f"{path}: not a complete Arrow file ({error}); run tools/prepare_data.py --force") from None
+        self._batches = [self._reader.get_batch(i) for i in range(self._reader.num_record_batches)]
+        self._length = sum(batch.num_rows for batch in self._batches)
+
+    def __len__(self) -> int:
+        return self._length
+
+    @property
+    def batches(self) -> list[pa.RecordBatch]:
+        return self._batches
+
+    def value(self, column: int, row: int) -> object:
+        """One cell as a Python value."""
+        if not 0 <= row < self._length:
+            raise IndexError(f"row {row} of {self._length}")
+        return self._batches[row // ROWS_PER_BATCH].column(column)[row % ROWS_PER_BATCH].as_py()
+
+    def column(self, name: str) -> np.ndarray:
+        """A numeric column as one array."""
+        parts = [batch.column(name).to_numpy() for batch in self._batches]
+        return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+
+class Catalogue:
+    """The items, by row."""
+
+    def __init__(self, path: Path) -> None:
+        self._rows = ArrowRows(path)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def id(self, row: int) -> str:
+        return self._rows.value(0, row)
+
+    def text(self, row: int) -> str:
+        return self._rows.value(1, row)
+
+    def category(self, row: int) -> str:
+        return self._rows.value(2, row)
+
+    def popularity(self, row: int) -> int:
+        """Clicks of train users: their histories and targets."""
+        return self._rows.value(3, row)
+
+    def first_seen(self, row: int) -> int:
+        """Unix seconds at which the first user is known to have met the item; 0 where nobody did or without times."""
+        return self._rows.value(4, row)
+
+    def item(self, row: int) -> Item:
+        return Item(self.id(row), self.text(row), self.category(row))
+
+
+class HistoryStore:
+    """What ``prepare`` wrote. Users of a split stand in the order of their key's hash.
+
+    Raises:
+        RunError: the folder has no manifest.
+        DataError: a file is missing or damaged.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        self.manifest_hash = manifest_hash(folder)
+        self.catalogue = Catalogue(folder / "items.arrow")
+        self._users = {split: ArrowRows(folder / f"{split}.arrow") for split in SPLITS}
+
+    def num_users(self, split: str) -> int:
+        return len(self._users[split])
+
+    def user(self, split: str, index: int) -> UserRow:
+        rows = self._users[split]
+        return UserRow(*(rows.value(column, index) for column in range(5)))
