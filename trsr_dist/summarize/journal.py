@@ -27,7 +27,7 @@ def pack(record: dict[str, Any]) -> bytes:
 def unpack(line: bytes) -> dict[str, Any] | None:
     """The record of a line; None where it is torn or damaged."""
     body = line[FRAME:-1]
-    if line[-1:] != b"\n" or line[: FRAME - 1] != b"%08x" % zlib.crc32(body):
+    if line[-1:] != b"\n" or line[:FRAME] != b"%08x " % zlib.crc32(body):
         return None
     return json.loads(body)
 

@@ -1,0 +1,103 @@
+"""Journal and cache: whatever a kill leaves behind, complete records stay and nothing false is ever read."""
+
+from pathlib import Path
+
+from trsr_dist.hashing import digest
+from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.summarize import cache as cache_module
+from trsr_dist.summarize.cache import TextCache, text_key
+from trsr_dist.summarize.journal import JournalWriter, pack, scan
+
+
+def record(number: int) -> dict:
+    return {"key": digest(number)[:32], "text": f"text {number} é \n line", "flags": []}
+
+
+def test_a_journal_cut_at_any_byte_keeps_its_complete_records(tmp_path: Path) -> None:
+    lines = [pack(record(i)) for i in range(4)]
+    whole, ends = b"".join(lines), [sum(map(len, lines[: i + 1])) for i in range(4)]
+    path = tmp_path / "a.journal"
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        found = [entry for _, _, entry in scan(path)]
+        assert found == [record(i) for i in range(sum(end <= size for end in ends))]
+
+
+def test_any_flipped_byte_is_noticed(tmp_path: Path) -> None:
+    lines = [pack(record(i)) for i in range(3)]
+    start, stop = len(lines[0]), len(lines[0]) + len(lines[1])
+    for place in range(start, stop):
+        damaged = bytearray(b"".join(lines))
+        damaged[place] ^= 0x04
+        (tmp_path / "a.journal").write_bytes(damaged)
+        found = [entry for _, _, entry in scan(tmp_path / "a.journal") if entry is not None]
+        assert found in ([record(0), record(2)], [record(0)])
+
+
+def test_a_torn_record_is_made_again_by_the_next_task(tmp_path: Path) -> None:
+    first = TextCache(tmp_path, "first")
+    for number in range(10):
+        first.add(record(number))
+    first.close()
+    path = tmp_path / "first.journal"
+    path.write_bytes(path.read_bytes()[:-3])
+    second = TextCache(tmp_path, "second")
+    assert [second.get(record(i)["key"]) is not None for i in range(10)] == [True] * 9 + [False]
+    second.add(record(9))
+    third = TextCache(tmp_path, "third")
+    assert [third.get(record(i)["key"]) for i in range(10)] == [record(i) for i in range(10)]
+
+
+def test_a_live_task_sees_what_others_add(tmp_path: Path) -> None:
+    one, two = TextCache(tmp_path, "one"), TextCache(tmp_path, "two")
+    one.add(record(1))
+    assert two.get(record(1)["key"]) is None
+    two.refresh()
+    assert two.get(record(1)["key"]) == record(1)
+    one.add(record(2))
+    two.refresh()
+    assert two.get(record(2)["key"]) == record(2) and one.get(record(2)["key"]) == record(2)
+
+
+def test_a_half_written_line_of_a_live_task_is_read_once_it_is_whole(tmp_path: Path) -> None:
+    line = pack(record(1))
+    path = tmp_path / "live.journal"
+    path.write_bytes(line[:20])
+    reader = TextCache(tmp_path, "reader")
+    path.write_bytes(line)
+    reader.refresh()
+    assert reader.get(record(1)["key"]) == record(1) and reader.num_damaged == 0
+
+
+def test_the_sorted_index_finds_everything(tmp_path: Path, monkeypatch: object) -> None:
+    monkeypatch.setattr(cache_module, "MERGE_AT", 7)
+    cache = TextCache(tmp_path, "a")
+    for number in range(100):
+        cache.add(record(number))
+    newer = {**record(3), "text": "newer"}
+    cache.add(newer)
+    for number in range(100):
+        assert cache.get(record(number)["key"]) == (newer if number == 3 else record(number))
+    assert cache.get(record(1000)["key"]) is None
+
+
+def test_a_journal_is_never_written_by_two(tmp_path: Path) -> None:
+    JournalWriter(tmp_path / "a.journal")
+    try:
+        JournalWriter(tmp_path / "a.journal")
+    except FileExistsError:
+        return
+    raise AssertionError("two writers on one journal")
+
+
+def test_keys_change_with_all_that_a_text_depends_on() -> None:
+    prompt = SummaryPrompt("a", ("b",), ("c",))
+    keys = {
+        text_key({"model": "x"}, prompt),
+        text_key({"model": "y"}, prompt),
+        text_key({"model": "x"}, SummaryPrompt("a", (), ("b", "c"))),
+        text_key({"model": "x"}, SummaryPrompt("a", ("b", "c"), ())),
+        text_key({"model": "x"}, SummaryPrompt("a2", ("b",), ("c",))),
+    }
+    assert len(keys) == 5
+    assert text_key({"model": "x"}, prompt) == text_key({"model": "x"}, SummaryPrompt("a", ("b",), ("c",)))

@@ -1,0 +1,57 @@
+import pytest
+
+from trsr_dist.prompts.wording import block_instruction, merge_instruction, update_instruction
+from trsr_dist.summarize.plans import PLANS, Plan, children, heights, hierarchical, node_prompt, recurrent
+
+
+def sources(plan: Plan, position: int) -> list[int]:
+    """Items that a node's text rests on, in the order in which they are read."""
+    node = plan[position]
+    found = [item for parent in node.parents for item in sources(plan, parent)]
+    return found + list(range(node.start, node.stop))
+
+
+@pytest.mark.parametrize("scheme", ["hierarchical", "recurrent"])
+@pytest.mark.parametrize("num_items", [1, 4, 5, 6, 25, 26, 41, 200, 206, 1000])
+def test_the_summary_reads_each_item_once_in_order(scheme: str, num_items: int) -> None:
+    plan = PLANS[scheme](num_items, 5, 3)
+    assert sources(plan, len(plan) - 1) == list(range(num_items))
+    assert all(parent < position for position, node in enumerate(plan) for parent in node.parents)
+
+
+def test_the_tree_never_merges_more_than_fan_in_nor_one_alone() -> None:
+    for num_items in range(1, 300):
+        sizes = [len(node.parents) for node in hierarchical(num_items, 5, 4) if node.kind == "merge"]
+        assert all(2 <= size <= 4 for size in sizes)
+
+
+def test_depth_of_a_tree_grows_with_the_logarithm_that_of_a_chain_with_the_length() -> None:
+    assert max(heights(hierarchical(5000, 5, 10))) == 3
+    assert max(heights(recurrent(5000, 5, 10))) == 999
+
+
+@pytest.mark.parametrize("scheme", ["hierarchical", "recurrent"])
+def test_new_items_leave_full_blocks_as_they_are(scheme: str) -> None:
+    old, new = PLANS[scheme](25, 5, 8), PLANS[scheme](33, 5, 8)
+    assert old[:5] == new[:5]
+
+
+def test_children_are_the_inverse_of_parents() -> None:
+    plan = hierarchical(100, 5, 3)
+    pairs = {(parent, child) for child, node in enumerate(plan) for parent in node.parents}
+    assert {(parent, child) for parent, found in enumerate(children(plan)) for child in found} == pairs
+
+
+def test_prompts_are_built_from_the_parents_texts() -> None:
+    items = [f"item {i}" for i in range(12)]
+    tree, chain = hierarchical(12, 5, 8), recurrent(12, 5, 8)
+    block = node_prompt(tree[2], items, [], "news")
+    assert (block.instruction, block.previous, block.items) == (block_instruction("news"), (), ("item 10", "item 11"))
+    merge = node_prompt(tree[3], items, ["a", "b", "c"], "news")
+    assert (merge.instruction, merge.previous, merge.items) == (merge_instruction("news"), ("a", "b", "c"), ())
+    update = node_prompt(chain[1], items, ["a"], "news")
+    assert (update.instruction, update.previous, update.items) == (
+        update_instruction("news"),
+        ("a",),
+        ("item 5", "item 6", "item 7", "item 8", "item 9"),
+    )

@@ -1,0 +1,62 @@
+"""Trimming of prompts and the quality gate."""
+
+import pytest
+
+from trsr_dist.errors import DataError
+from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.prompts.wording import block_instruction
+from trsr_dist.summarize.quality import clean, flags_of
+from trsr_dist.summarize.trimming import trim_prompt
+
+
+def num_words(prompt: SummaryPrompt) -> int:
+    return len(prompt.text().split())
+
+
+def test_long_descriptions_pay_first_and_the_instruction_never() -> None:
+    prompt = SummaryPrompt("do this now", ("an earlier summary",), ("short one", "long " * 50, "long " * 40))
+    fitted, cut = trim_prompt(prompt, num_words, 40)
+    assert num_words(fitted) <= 40 < num_words(fitted) + 3
+    assert fitted.instruction == prompt.instruction and fitted.previous == prompt.previous
+    assert fitted.items[0] == "short one"
+    assert len(fitted.items[1].split()) == len(fitted.items[2].split())
+    assert cut == num_words(prompt) - num_words(fitted)
+
+
+def test_summaries_pay_when_items_are_gone() -> None:
+    prompt = SummaryPrompt("do this", ("old " * 30, "new " * 30), ("item " * 5,))
+    fitted, _ = trim_prompt(prompt, num_words, 30)
+    assert fitted.items == ("",) and 0 < len(fitted.previous[0].split()) == len(fitted.previous[1].split())
+
+
+def test_a_prompt_that_fits_is_left_alone() -> None:
+    prompt = SummaryPrompt("do this", (), ("item",))
+    assert trim_prompt(prompt, num_words, 100) == (prompt, 0)
+
+
+def test_an_instruction_over_the_limit_is_an_error() -> None:
+    with pytest.raises(DataError, match="summarize.max_prompt_tokens"):
+        trim_prompt(SummaryPrompt("word " * 30, (), ("item",)), num_words, 10)
+
+
+@pytest.mark.parametrize(
+    ("raw", "cut", "flags"),
+    [
+        ("Likes tennis and finance.", False, ()),
+        ("", False, ("empty",)),
+        (" \n ... ", False, ("empty",)),
+        (f"Sure. {block_instruction('news')}", False, ("echo",)),
+        ("Likes tennis.\n[Items]\n- another", False, ("run_on",)),
+        ("Likes tennis. Summary: likes", False, ("run_on",)),
+        ("the user likes " * 10, False, ("repetition",)),
+        ("Likes tennis and", True, ("cut",)),
+        ("the user likes " * 10, True, ("repetition", "cut")),
+    ],
+)
+def test_faults_have_names(raw: str, cut: bool, flags: tuple[str, ...]) -> None:
+    text, run_on = clean(raw)
+    assert flags_of(text, SummaryPrompt(block_instruction("news")), run_on, cut) == flags
+
+
+def test_what_follows_the_next_turns_marker_is_cut_away() -> None:
+    assert clean("Likes\n tennis.\n[Items]\n- more") == ("Likes tennis.", True)
