@@ -23,7 +23,8 @@ def main() -> None:
     """Parse, merge."""
     args = parse_arguments()
     setup_logging(stage="merge")
-    from trsr_dist.merge.job import MergeOptions, merge
+    from trsr_dist.merge.inputs import MergeOptions
+    from trsr_dist.merge.job import merge
 
     options = MergeOptions(
         base=args.base,

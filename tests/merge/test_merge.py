@@ -8,7 +8,8 @@ import torch
 
 from tests.merge.models import load, make_adapter, make_base, make_checkpoint, random_peft_model, tensors_of
 from trsr_dist.files import read_json, sha256_of
-from trsr_dist.merge.job import MergeOptions, merge
+from trsr_dist.merge.inputs import MergeOptions
+from trsr_dist.merge.job import merge
 
 WEIGHTS_ONLY = MergeOptions(verify="weights")
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -87,3 +88,12 @@ def test_tied_embeddings_stay_tied_where_untouched(tmp_path: Path) -> None:
     merge(make_adapter(base, tmp_path / "adapter"), tmp_path / "merged", WEIGHTS_ONLY)
     assert "lm_head.weight" not in tensors_of(tmp_path / "merged")
     assert (tmp_path / "merged" / "config.json").read_bytes() == (base / "config.json").read_bytes()
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
+def test_scores_are_compared_and_recorded(dtype: str, tolerance: float, tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", dtype=dtype)
+    merge(make_checkpoint(base, tmp_path / "step-000007"), tmp_path / "merged", MergeOptions(verify="scores"))
+    figures = read_json(tmp_path / "merged" / "provenance.json")["merge"]["verification"]["scores"]
+    assert figures["num_prompts"] == 36 and figures["num_pairs"] == 90
+    assert 0 <= figures["mean_difference"] <= figures["largest_difference"] <= tolerance == figures["tolerance"]

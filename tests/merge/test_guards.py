@@ -1,0 +1,258 @@
+"""Inputs that must not be merged: a clear error, nothing half-written, the old output kept."""
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.merge.models import make_adapter, make_base, make_checkpoint, seal, tensors_of
+from trsr_dist.errors import TrsrError
+from trsr_dist.files import read_json, write_json
+from trsr_dist.merge.inputs import MergeOptions
+from trsr_dist.merge.job import merge
+
+WEIGHTS_ONLY = MergeOptions(verify="weights")
+ADAPTER = "adapter/adapter_model.safetensors"
+CONFIG = "adapter/adapter_config.json"
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    return make_base(tmp_path / "base")
+
+
+@pytest.fixture
+def checkpoint(base: Path, tmp_path: Path) -> Path:
+    return make_checkpoint(base, tmp_path / "checkpoints" / "step-000007")
+
+
+def edit_tensors(checkpoint: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
+    tensors = load_file(checkpoint / ADAPTER)
+    edit(tensors)
+    save_file(tensors, checkpoint / ADAPTER)
+    seal(checkpoint)
+
+
+def edit_config(checkpoint: Path, **values: object) -> None:
+    write_json(checkpoint / CONFIG, read_json(checkpoint / CONFIG) | values)
+    seal(checkpoint)
+
+
+def first(tensors: dict[str, torch.Tensor], part: str) -> str:
+    return next(name for name in sorted(tensors) if part in name)
+
+
+def poison(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[first(tensors, "lora_A")][0, 0] = float("nan")
+
+
+def empty(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[first(tensors, "lora_B")] = torch.zeros(0)
+
+
+def clear(tensors: dict[str, torch.Tensor]) -> None:
+    for name in tensors:
+        if "lora_B" in name:
+            tensors[name].zero_()
+
+
+def half(tensors: dict[str, torch.Tensor]) -> None:
+    del tensors[first(tensors, "lora_A")]
+
+
+def lose(tensors: dict[str, torch.Tensor]) -> None:
+    for part in ("lora_A", "lora_B"):
+        del tensors[first(tensors, f"layers.1.self_attn.q_proj.{part}")]
+
+
+def add(tensors: dict[str, torch.Tensor]) -> None:
+    for part in ("lora_A", "lora_B"):
+        name = first(tensors, f"layers.1.self_attn.q_proj.{part}")
+        tensors[name.replace("self_attn.q_proj", "mlp.up_proj")] = tensors[name].clone()
+
+
+def other_rank(tensors: dict[str, torch.Tensor]) -> None:
+    for part, dim in (("lora_A", 0), ("lora_B", 1)):
+        name = first(tensors, part)
+        tensors[name] = tensors[name].narrow(dim, 0, 2).contiguous()
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (poison, "NaN or infinity"),
+        (empty, "is empty"),
+        (clear, "every LoRA B is zero"),
+        (half, "has no lora_A"),
+        (lose, "layers.1.self_attn.q_proj: adapter_config.json targets it"),
+        (add, "layers.1.mlp.up_proj: the adapter has tensors for it"),
+        (other_rank, "has rank 2, adapter_config.json says 4"),
+    ],
+)
+def test_damaged_adapter_tensors(
+    edit: Callable[[dict[str, torch.Tensor]], object], message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    edit_tensors(checkpoint, edit)
+    refuses(checkpoint, tmp_path / "merged", message)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base itself"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"use_dora": True}, "use_dora=True"),
+        ({"some_new_method": True}, "some_new_method"),
+    ],
+)
+def test_methods_are_refused_by_name(values: dict[str, object], message: str, checkpoint: Path, tmp_path: Path) -> None:
+    edit_config(checkpoint, **values)
+    refuses(checkpoint, tmp_path / "merged", message)
+
+
+def refuses(source: Path, output: Path, message: str, options: MergeOptions = WEIGHTS_ONLY) -> None:
+    """The error names the fault, and nothing new stands beside the output."""
+    before = sorted(output.parent.iterdir())
+    with pytest.raises(TrsrError) as caught:
+        merge(source, output, options)
+    assert message in str(caught.value)
+    assert sorted(output.parent.iterdir()) == before
+
+
+def test_another_base(checkpoint: Path, tmp_path: Path) -> None:
+    other = make_base(tmp_path / "other", "llama")
+    tensors = load_file(next(other.glob("*.safetensors")))
+    tensors[min(tensors)].add_(0.25)
+    save_file(tensors, next(other.glob("*.safetensors")), metadata={"format": "pt"})
+    refuses(checkpoint, tmp_path / "merged", "fingerprint", MergeOptions(base=str(other)))
+
+
+def test_another_architecture_without_a_fingerprint(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["up_proj"])
+    small = make_base(tmp_path / "other")
+    name = first(load_file(adapter / "adapter_model.safetensors"), "lora_A")
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    tensors[name] = tensors[name][:, :-1].contiguous()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    refuses(adapter, tmp_path / "merged", "another base", MergeOptions(base=str(small)))
+
+
+def test_another_vocabulary(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", modules_to_save=["embed_tokens"])
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    name = first(tensors, "embed_tokens")
+    tensors[name] = torch.cat([tensors[name], tensors[name][:3]])
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    refuses(adapter, tmp_path / "merged", "another vocabulary")
+
+
+def test_another_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
+    provenance = read_json(checkpoint / "provenance.json")
+    provenance["answer_ids"] = [5, 6]
+    write_json(checkpoint / "provenance.json", provenance)
+    seal(checkpoint)
+    refuses(checkpoint, tmp_path / "merged", "another tokenizer")
+
+
+def test_truncated_files(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "cut")
+    os.truncate(tmp_path / "cut" / ADAPTER, 1000)
+    refuses(tmp_path / "cut", tmp_path / "merged", "truncated or changed")
+    shard = sorted(base.glob("*.safetensors"))[0]
+    os.truncate(shard, shard.stat().st_size - 8)
+    refuses(checkpoint / "adapter", tmp_path / "merged", "truncated")
+
+
+def test_unfinished_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    (checkpoint / "manifest.json").unlink()
+    refuses(checkpoint, tmp_path / "merged", "was not written to its end")
+
+
+def test_pointers_and_what_they_lack(checkpoint: Path, tmp_path: Path) -> None:
+    latest = checkpoint.parent / "latest"
+    refuses(tmp_path, tmp_path / "merged", "no complete checkpoint")
+    latest.write_text("step-000009\n")
+    refuses(tmp_path, tmp_path / "merged", "'step-000009'")
+    latest.write_text(checkpoint.name + "\n")
+    for number, path in enumerate((tmp_path, checkpoint.parent, latest)):
+        merge(path, tmp_path / f"merged-{number}", WEIGHTS_ONLY)
+        assert (tmp_path / f"merged-{number}" / "config.json").is_file()
+
+
+def test_output_with_foreign_files_is_left_alone(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    refuses(checkpoint, tmp_path / "mine", "holds files")
+    refuses(checkpoint, tmp_path / "mine", "no earlier merge", MergeOptions(force=True))
+    assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
+
+
+def test_output_must_not_be_an_input(base: Path, checkpoint: Path) -> None:
+    refuses(checkpoint, base, "is or holds the input")
+    refuses(checkpoint, checkpoint.parent, "is or holds the input")
+
+
+def test_rerun_does_nothing_and_force_redoes(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    merge(checkpoint, output, WEIGHTS_ONLY)
+    before = (output / "config.json").stat()
+    merge(checkpoint, output, WEIGHTS_ONLY)
+    assert (output / "config.json").stat().st_ino == before.st_ino
+    refuses(checkpoint, output, "dtype", MergeOptions(dtype="bfloat16"))
+    merge(checkpoint, output, MergeOptions(dtype="bfloat16", verify="weights", force=True))
+    assert {tensor.dtype for tensor in tensors_of(output).values()} == {torch.bfloat16}
+    merge(output, tmp_path / "again", WEIGHTS_ONLY)
+    assert not (tmp_path / "again").exists()
+
+
+def test_failed_redo_keeps_the_old_output(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    merge(checkpoint, output, WEIGHTS_ONLY)
+    before = {path.name: path.read_bytes() for path in output.iterdir()}
+    refuses(checkpoint, output, "differ by up to", MergeOptions(force=True, verify="scores", tolerance=-1.0))
+    assert {path.name: path.read_bytes() for path in output.iterdir()} == before
+
+
+def test_leftovers_of_a_killed_merge_are_tidied(checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / ".merged.tmp-host-1").mkdir()
+    old = tmp_path / ".merged.old-host-1"
+    merge(checkpoint, old, WEIGHTS_ONLY)
+    merge(checkpoint, tmp_path / "merged", WEIGHTS_ONLY)
+    assert (tmp_path / "merged" / "manifest.json").is_file()
+    assert not list(tmp_path.glob(".merged.*"))
+
+
+def test_values_beyond_float16(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "adapter", lora_alpha=10_000_000)
+    refuses(adapter, tmp_path / "merged", "wider --dtype", MergeOptions(dtype="float16", verify="weights"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
+def test_full_disk(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)], check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        refuses(checkpoint, disk / "merged", "are free; make room")
+        code = (
+            "import sys; from pathlib import Path; import trsr_dist.merge.guards as g; g.SPARE_BYTES = -2**40\n"
+            "from trsr_dist.merge.inputs import MergeOptions; from trsr_dist.merge.job import merge\n"
+            "from trsr_dist.cli import run_command\n"
+            "run_command(lambda: merge(Path(sys.argv[1]), Path(sys.argv[2]), MergeOptions(verify='weights')))"
+        )
+        command = [sys.executable, "-c", code, str(checkpoint), str(disk / "merged")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 1 and "the disk is full" in done.stderr
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)

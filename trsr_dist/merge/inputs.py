@@ -1,0 +1,85 @@
+"""Everything that is read and checked before the first byte is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from trsr_dist.errors import ModelError
+from trsr_dist.files import read_json
+from trsr_dist.log import get_logger
+from trsr_dist.merge.adapter import Adapter, find_changes
+from trsr_dist.merge.guards import check_base, resolve_prompt
+from trsr_dist.merge.plan import MergePlan, check_targets, check_vocabulary, make_plan, tied_tensors
+from trsr_dist.merge.source import BaseName, Source
+from trsr_dist.merge.tensors import folder_entries
+from trsr_dist.prompts.builder import PromptBuilder
+
+logger = get_logger("merge")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class MergeOptions:
+    """What the command line asks for."""
+
+    base: str | None = None
+    """Folder or hub id; None: the one the checkpoint names."""
+    adapter_only: bool = False
+    dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
+    max_shard_bytes: int | None = None
+    """None: the base's files."""
+    verify: Literal["auto", "scores", "weights", "none"] = "auto"
+    """auto: scores where memory allows, else weights."""
+    tolerance: float | None = None
+    """Largest log-odds difference; None: by dtype."""
+    force: bool = False
+    dry_run: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Everything that was read and checked before the first byte is written."""
+
+    source: Source
+    adapter: Adapter
+    base_name: BaseName
+    base: Path
+    fingerprint: str
+    plan: MergePlan
+    builder: PromptBuilder | None
+    dtype: torch.dtype
+    """Of the merged weights."""
+
+    @property
+    def tokenizer(self) -> Path:
+        return self.source.tokenizer or self.base
+
+
+def prepare(
+    source: Source, adapter: Adapter, base_name: BaseName, base: Path, fingerprint: str, options: MergeOptions
+) -> Inputs:
+    """Check that adapter, base and tokenizer fit together, and plan the output."""
+    check_base(base, base_name.fingerprint, fingerprint)
+    if read_json(base / "config.json").get("quantization_config"):
+        raise ModelError(f"{base}: a quantized model; name its unquantized original with --base")
+    by_file = folder_entries(base)
+    entries = {entry.name: entry for entries in by_file for entry in entries}
+    tied = tied_tensors(base)
+    changes = find_changes(adapter)
+    check_targets(adapter.config, set(entries) | set(tied), changes)
+    num_embeddings = check_vocabulary(base, list(entries.values()))
+    dtype = DTYPES.get(options.dtype)
+    keep_tied = bool(adapter.config.ensure_weight_tying)
+    plan = make_plan(by_file, changes, tied, keep_tied, dtype, options.max_shard_bytes)
+    builder = resolve_prompt(source.tokenizer or base, source.tokenizer is None, num_embeddings, source.provenance)
+    changed = sum(output.change is not None for output in plan.outputs)
+    logger.info(
+        f"{source.kind} {source.folder.name}: {len(changes)} changes, {adapter.num_bytes / 1e6:.1f} MB of adapter; "
+        f"base {base_name.name_or_path}: {len(entries)} tensors, {changed} of {len(plan.outputs)} written are changed"
+    )
+    main_dtype = dtype or max(entries.values(), key=lambda entry: entry.num_bytes).dtype
+    return Inputs(source, adapter, base_name, base, fingerprint, plan, builder, main_dtype)

@@ -1,0 +1,147 @@
+"""Proof by scores: the base with its adapter and the merged model rank the same, under nothing but transformers."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from trsr_dist.errors import ModelError
+from trsr_dist.log import progress
+from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.prompts.wording import recommend_instruction
+from trsr_dist.records import Candidate, Sample, TokenizedUser
+
+TOPICS = ("politics", "tennis", "markets", "cooking", "space travel", "theatre", "cycling", "medicine")
+NUM_SAMPLES = 6
+NUM_CANDIDATES = 6
+ACTIVATION_BYTES = 2**30
+"""Allowed for one prompt's activations and the loader's buffers."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreCheck:
+    """Log-odds of base + adapter against those of the merged model, on the same prompts."""
+
+    num_users: int
+    num_prompts: int
+    num_pairs: int
+    """Pairs of one user's candidates."""
+    largest_difference: float
+    mean_difference: float
+    rank_flips: int
+    """Pairs that the two models order differently."""
+    tolerance: float
+    dtype: str
+    device: str
+    prompts: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def check_scores(
+    base: Path,
+    adapter: Path,
+    merged: Path,
+    users: Sequence[TokenizedUser],
+    answer_ids: tuple[int, int],
+    dtype: torch.dtype,
+    tolerance: float,
+    prompts: str,
+) -> ScoreCheck:
+    """Score the users' prompts with both models, one in memory at a time.
+
+    Args:
+        adapter: a PEFT folder.
+        prompts: where the prompts come from, for the record.
+
+    Raises:
+        ModelError: a log-odds differs by more than ``tolerance``, or is not finite.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = PeftModel.from_pretrained(_load(base, dtype, device), adapter)
+    before = log_odds(model, users, answer_ids)
+    del model
+    gc.collect()
+    after = log_odds(_load(merged, dtype, device), users, answer_ids)
+    gc.collect()
+    return compare(before, after, tolerance, str(dtype).removeprefix("torch."), device, prompts)
+
+
+def _load(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+
+
+@torch.no_grad()
+def log_odds(model: torch.nn.Module, users: Sequence[TokenizedUser], answer_ids: tuple[int, int]) -> list[torch.Tensor]:
+    """logit(yes) - logit(no) of each candidate, float32, one tensor a user; each prompt is a sequence of its own."""
+    device = next(model.parameters()).device
+    scores = []
+    for user in progress(users, description="score", unit="user"):
+        row = []
+        for suffix in user.suffixes:
+            ids = torch.tensor([[*user.prefix, *suffix]], device=device)
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]
+            row.append((logits[answer_ids[0]].float() - logits[answer_ids[1]].float()).cpu())
+        scores.append(torch.stack(row))
+    return scores
+
+
+def compare(
+    before: list[torch.Tensor], after: list[torch.Tensor], tolerance: float, dtype: str, device: str, prompts: str
+) -> ScoreCheck:
+    """Differences and rank flips.
+
+    Raises:
+        ModelError: the largest difference is beyond ``tolerance``, or a score is not finite.
+    """
+    differences = (torch.cat(after) - torch.cat(before)).abs()
+    pairs = [(u, i, j) for u, row in enumerate(before) for i, j in combinations(range(len(row)), 2)]
+    flips = sum(bool((before[u][i] - before[u][j]) * (after[u][i] - after[u][j]) < 0) for u, i, j in pairs)
+    result = ScoreCheck(
+        num_users=len(before),
+        num_prompts=differences.numel(),
+        num_pairs=len(pairs),
+        largest_difference=differences.max().item(),
+        mean_difference=differences.mean().item(),
+        rank_flips=flips,
+        tolerance=tolerance,
+        dtype=dtype,
+        device=device,
+        prompts=prompts,
+    )
+    if not result.largest_difference <= tolerance:
+        raise ModelError(
+            f"scores of base + adapter and of the merged model differ by up to {result.largest_difference:.3g} in "
+            f"{dtype} (mean {result.mean_difference:.3g}, {flips} of {len(pairs)} pairs change order), allowed is "
+            f"{tolerance:.3g}; nothing is published. Where that is the dtype's rounding, merge with --dtype float32 or "
+            "raise --tolerance"
+        )
+    return result
+
+
+def sample_users(builder: PromptBuilder, samples: Sequence[Sample]) -> list[TokenizedUser]:
+    """Tokenized prompts with at most ``NUM_CANDIDATES`` candidates of each sample."""
+    users = [builder.build(sample) for sample in samples]
+    return [user.choose(range(min(NUM_CANDIDATES, len(user.suffixes)))) for user in users]
+
+
+def built_in_samples(domain: str) -> list[Sample]:
+    """Users whose taste is two topics, for models whose own data is not at hand."""
+    samples = []
+    for number in range(NUM_SAMPLES):
+        liked = (TOPICS[number], TOPICS[number + 2])
+        recent = tuple(f"category: {topic}; title: What is new in {topic}" for topic in liked)
+        topics = TOPICS[number:] + TOPICS[:number]
+        items = [Candidate(str(i), f"category: {topic}; title: A day of {topic}", 0) for i, topic in enumerate(topics)]
+        summary = f"Reads mostly about {liked[0]} and, now and then, about {liked[1]}."
+        samples.append(Sample(str(number), recommend_instruction(domain), summary, recent, tuple(items)))
+    return samples
