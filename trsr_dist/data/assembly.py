@@ -121,31 +121,31 @@ class CandidateMaker:
         self._rules = rules
         if rules.seen_before_target:
             check_times(spool.times[users.rows], "data.seen_before_target=true")
+        self._num_items = len(items)
         self._seen = first_seen if rules.seen_before_target else None
         self._pools = self._build(spool, users, items)
 
     def _build(self, spool: Spool, users: Users, items: ArrowRows) -> dict[str, PoolOf]:
-        rows = np.arange(len(items))
-        strategy = self._rules.strategy
-        if strategy == "targets":
-            return self._target_pools(spool, users, rows)
-        if strategy == "category":
+        if self._rules.strategy == "category":
             return self._category_pools(items)
-        if strategy == "popularity":
-            weights = spool.count("history", users.mask(len(spool), "train"), len(rows))
-            weights += spool.count("targets", users.mask(len(spool), "train"), len(rows))
-        else:
-            weights = np.ones(len(rows))
-        pool = ItemPool(rows, weights, self._seen)
-        return {split: lambda target: pool for split in SPLITS}
-
-    def _target_pools(self, spool: Spool, users: Users, rows: np.ndarray) -> dict[str, PoolOf]:
-        """Train users draw among train targets, the others among held-out ones: so neither popularity, counted over
-        train users, nor having been a target at all sets a negative apart, and no test target is trained on."""
-        train = ItemPool(rows, spool.count("targets", users.mask(len(spool), "train"), len(rows)), self._seen)
-        others = users.mask(len(spool), "valid", "test")
-        held_out = ItemPool(rows, spool.count("targets", others, len(rows)), self._seen)
+        columns = {"popularity": ("history", "targets"), "targets": ("targets",)}.get(self._rules.strategy)
+        if columns is None:
+            pool = ItemPool(np.arange(len(items)), np.ones(len(items)), self._seen)
+            return {split: lambda target: pool for split in SPLITS}
+        train = self._click_pool(spool, users.mask(len(spool), "train"), columns)
+        held_out = self._click_pool(spool, users.mask(len(spool), "valid", "test"), columns)
         return {"train": lambda target: train, "valid": lambda target: held_out, "test": lambda target: held_out}
+
+    def _click_pool(self, spool: Spool, users: np.ndarray, columns: tuple[str, ...]) -> ItemPool:
+        """Items by how often ``users`` clicked them.
+
+        Train users draw by train clicks, the others by held-out clicks. Then positives and negatives of a split come
+        from the same clicks, and popularity, which is counted over train users, does not set them apart; by train
+        clicks alone, held-out negatives would be those that chance made popular in train. Nor is a test target
+        trained on as a negative.
+        """
+        weights = sum(spool.count(column, users, self._num_items) for column in columns)
+        return ItemPool(np.arange(self._num_items), weights, self._seen)
 
     def _category_pools(self, items: ArrowRows) -> dict[str, PoolOf]:
         categories = [name for batch in items.batches for name in batch.column(2).to_pylist()]
