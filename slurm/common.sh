@@ -1,0 +1,61 @@
+# What every stage's job shares; sourced by the sbatch files, from the repository's folder.
+# shellcheck shell=bash disable=SC2034,SC2154,SC2119
+set -euo pipefail
+EXIT_REQUEUE=75 # as in trsr_dist/cli.py: the work is saved and asks to be run again
+# shellcheck source=slurm/site.sh
+source "${TRSR_SITE:-slurm/site.sh}"
+# shellcheck source=slurm/restart.sh
+source slurm/restart.sh
+if declare -F trsr_environment >/dev/null; then trsr_environment; fi
+
+say() { printf '%(%F %T)T [%s] %s\n' -1 "${stage:-slurm}" "$*"; }
+
+# open_stage NAME CONFIG [key=value ...]: the run folder, the ranks' addresses, the count of idle restarts
+open_stage() {
+  stage=$1 restart=${SLURM_RESTART_COUNT:-0}
+  settings=(--config "${2:?usage: sbatch slurm/$1.sbatch CONFIG [key=value ...]}" "${@:3}")
+  run=$(python tools/setting.py "${settings[@]}" --key run.dir)
+  logs=$run/logs/$stage-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+  mkdir -p "$logs"
+  tasks=()
+  if [ -n "${SLURM_GPUS_ON_NODE:-}" ] && [ -z "${SLURM_NTASKS:-}" ]; then
+    tasks=("--ntasks-per-node=$SLURM_GPUS_ON_NODE") # one task per GPU
+  fi
+  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from sbatch
+  mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  MASTER_ADDR=${nodes[0]} MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))
+  while (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
+  TRSR_CACHE=$TRSR_SCRATCH/trsr-$(id -un) # on every node its own
+  export MASTER_ADDR MASTER_PORT TRSR_CACHE
+  say "job $SLURM_JOB_ID, restart $restart, on $SLURM_JOB_NODELIST; run folder $run; logs of all tasks in $logs"
+  count_idle_restarts
+  ended=0
+  trap 'ended=1' TERM # handlers of builtins only: bash 5.2 aborts when a signal interrupts a handler's $(...)
+}
+
+# run_step COMMAND...: one task per rank; $status is srun's. Signals cut bash's wait short, not the step.
+run_step() {
+  errors=$logs/srun-restart-$restart.log status=0
+  # shellcheck disable=SC2086
+  srun --kill-on-bad-exit=1 "${tasks[@]}" $TRSR_SRUN_OPTIONS bash slurm/task.sh "$logs" "$@" 2>"$errors" &
+  local step=$!
+  while :; do
+    status=0
+    wait "$step" || status=$?
+    kill -0 "$step" 2>/dev/null || break
+  done
+  status=0
+  wait "$step" || status=$?
+  cat "$errors" >&2
+}
+
+# preflight [--no-network]: stop before hours are lost to a bad node
+preflight() {
+  local bad=$logs/bad-nodes-$restart
+  run_step python launch/preflight.py --run "$run" --reports "$logs/preflight-$restart" --bad-nodes "$bad" \
+    --hosts "$(IFS=,; echo "${nodes[*]}")" --free-gb "$TRSR_FREE_GB" --scratch "$TRSR_CACHE" "$@"
+  if [ "$status" != 0 ] && [ -s "$bad" ] && [ "$TRSR_EXCLUDE_BAD_NODES" = 1 ]; then
+    run_again "bad nodes: $(paste -sd, "$bad")" "$(paste -sd, "$bad")"
+  fi
+  [ "$status" = 0 ] || finish_stage
+}

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# One task of a step: its caches, its log file, then the command. task.sh LOG_FOLDER COMMAND...
+set -euo pipefail
+log="$1/task-$(printf %04d "$SLURM_PROCID")-restart-${SLURM_RESTART_COUNT:-0}.log"
+shift
+
+# Compiled kernels go to the node's own disk: one cache on a shared disk is slow, and its lock can hang every rank.
+export TRITON_CACHE_DIR=$TRSR_CACHE/triton TORCH_EXTENSIONS_DIR=$TRSR_CACHE/torch_extensions
+export TORCHINDUCTOR_CACHE_DIR=$TRSR_CACHE/inductor
+mkdir -p "$TRITON_CACHE_DIR" "$TORCH_EXTENSIONS_DIR" "$TORCHINDUCTOR_CACHE_DIR"
+
+printf '%(%F %T)T task %s on %s: %s\n' -1 "$SLURM_PROCID" "$(hostname)" "$*" >>"$log"
+if [ "$SLURM_PROCID" = 0 ]; then
+  # tee outlives the signals that Slurm sends to every process of a task, so that the last lines are kept.
+  exec "$@" > >(trap '' TERM INT USR1 USR2 HUP && exec tee -a "$log") 2>&1
+fi
+exec "$@" >>"$log" 2>&1

@@ -1,0 +1,22 @@
+"""Print one setting of the merged config, or all of it: for scripts, which thereby read the same values as the jobs."""
+
+from __future__ import annotations
+
+from functools import reduce
+
+from trsr_dist.cli import config_parser, parse_config, run_command
+from trsr_dist.config import dump_config
+
+
+def main() -> None:
+    """``--key run.dir`` prints that value; without ``--key`` the whole config is printed."""
+    parser = config_parser(__doc__, "python tools/setting.py --config configs/quickstart.yaml --key run.dir")
+    parser.add_argument("--key", metavar="SECTION.NAME", help="the setting to print")
+    args, config = parse_config(parser)
+    print(
+        reduce(getattr, args.key.split("."), config) if args.key else dump_config(config), end="\n" if args.key else ""
+    )
+
+
+if __name__ == "__main__":
+    run_command(main)
