@@ -37,9 +37,8 @@ def verify(folder: Path, inputs: Inputs, options: MergeOptions) -> dict[str, Any
         f"read back: {weights.num_changed} changed tensors equal base + adapter to {weights.largest_relative:.2g} of "
         f"their rows' largest value; {weights.num_copied} tensors are the base's bytes"
     )
-    return {"weights": weights.to_dict()} | (
-        {} if options.verify == "weights" else _verify_scores(folder, inputs, options)
-    )
+    scores = {} if options.verify == "weights" else {"scores": _verify_scores(folder, inputs, options)}
+    return {"weights": weights.to_dict()} | scores
 
 
 def _verify_scores(folder: Path, inputs: Inputs, options: MergeOptions) -> dict[str, Any] | str:
