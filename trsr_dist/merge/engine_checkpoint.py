@@ -6,7 +6,10 @@ These files are pickles: reading one runs the code in it. Merge only engine chec
 from __future__ import annotations
 
 import re
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 
@@ -47,10 +50,11 @@ def _zero_tensors(folder: Path) -> dict[str, torch.Tensor]:
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
     try:
-        return get_fp32_state_dict_from_zero_checkpoint(
-            str(folder.parent), tag=folder.name, exclude_frozen_parameters=True
-        )
-    except (ValueError, KeyError, FileNotFoundError, RuntimeError, EOFError) as error:
+        with redirect_stdout(StringIO()):  # DeepSpeed prints its progress
+            return get_fp32_state_dict_from_zero_checkpoint(
+                str(folder.parent), tag=folder.name, exclude_frozen_parameters=True
+            )
+    except (ValueError, KeyError, OSError, RuntimeError, EOFError, UnpicklingError) as error:
         raise CheckpointError(
             f"{folder}: DeepSpeed cannot gather the ranks' parts ({error}); a rank's file is missing or damaged"
         ) from None
@@ -63,7 +67,7 @@ def _plain_tensors(folder: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(f"{folder}: no {path.name}; the checkpoint is incomplete")
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=False)["module"]
-    except (RuntimeError, EOFError, KeyError) as error:
+    except (RuntimeError, EOFError, KeyError, OSError, UnpicklingError) as error:
         raise CheckpointError(f"{path}: damaged or truncated ({error}); choose an earlier step") from None
 
 
