@@ -71,25 +71,6 @@ def test_bfloat16_is_the_float32_merge_rounded_once(tmp_path: Path) -> None:
         assert torch.equal(tensor, expected[name].bfloat16()), name
 
 
-@pytest.mark.parametrize("saved", [["lm_head"], ["embed_tokens"]])
-def test_tied_embeddings_are_untied_where_only_one_side_is_trained(saved: list[str], tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", tied=True)
-    merge(make_adapter(base, tmp_path / "adapter", modules_to_save=saved), tmp_path / "merged", WEIGHTS_ONLY)
-    assert read_json(tmp_path / "merged" / "config.json")["tie_word_embeddings"] is False
-    ids = torch.arange(20).unsqueeze(0)
-    with torch.no_grad():
-        expected = random_peft_model(base, modules_to_save=saved)(ids).logits
-        found = load(tmp_path / "merged")(ids).logits
-    assert (found - expected).abs().max() < 1e-4
-
-
-def test_tied_embeddings_stay_tied_where_untouched(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base", tied=True)
-    merge(make_adapter(base, tmp_path / "adapter"), tmp_path / "merged", WEIGHTS_ONLY)
-    assert "lm_head.weight" not in tensors_of(tmp_path / "merged")
-    assert (tmp_path / "merged" / "config.json").read_bytes() == (base / "config.json").read_bytes()
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-4), ("bfloat16", 0.1)])
 def test_scores_are_compared_and_recorded(dtype: str, tolerance: float, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", dtype=dtype)

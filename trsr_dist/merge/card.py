@@ -16,9 +16,10 @@ def model_card(provenance: dict[str, Any], metrics: dict[str, Any] | None) -> st
         metrics: the run's evaluation/{split}.json, where there is one.
     """
     base = provenance["base"]["name_or_path"]
+    kind = ("peft", "adapter") if provenance["merge"]["adapter_only"] else ("transformers", "finetune")
     return "\n".join(
         [
-            *_front_matter(base, "adapter" if provenance["merge"]["adapter_only"] else "model"),
+            *_front_matter(base, *kind),
             "# Recommendation model",
             "",
             f"A language model that answers whether a user will like an item; made from `{base}` with LoRA.",
@@ -33,10 +34,10 @@ def model_card(provenance: dict[str, Any], metrics: dict[str, Any] | None) -> st
     )
 
 
-def _front_matter(base: str, kind: str) -> list[str]:
-    lines = ["---", f"base_model: {json.dumps(base)}", "library_name: transformers", "pipeline_tag: text-generation"]
-    relation = "adapter" if kind == "adapter" else "finetune"
-    return [*lines, f"base_model_relation: {relation}", "tags:", "- recommendation", "- lora", "---", ""]
+def _front_matter(base: str, library: str, relation: str) -> list[str]:
+    lines = ["---", f"base_model: {json.dumps(base)}", "pipeline_tag: text-generation"]
+    lines += [f"library_name: {library}", f"base_model_relation: {relation}"]
+    return [*lines, "tags:", "- recommendation", "- lora", "---", ""]
 
 
 def _section(title: str, lines: list[str]) -> list[str]:

@@ -70,7 +70,7 @@ def prepare(
     entries = {entry.name: entry for entries in by_file for entry in entries}
     tied = tied_tensors(base)
     changes = find_changes(adapter)
-    check_targets(adapter.config, set(entries) | set(tied), changes)
+    check_targets(adapter.config, set(entries) | set(tied), changes, tied)
     num_embeddings = check_vocabulary(base, list(entries.values()))
     dtype = DTYPES.get(options.dtype)
     keep_tied = bool(adapter.config.ensure_weight_tying)

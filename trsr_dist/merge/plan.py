@@ -164,18 +164,22 @@ def _check_changes(entries: dict[str, TensorEntry], changes: dict[str, Change]) 
                 raise ModelError(f"the adapter's vector for {name} has {vector.numel()} values, the base {rows} rows")
 
 
-def check_targets(adapter_config: LoraConfig, names: set[str], changes: dict[str, Change]) -> None:
+def check_targets(config: LoraConfig, names: set[str], changes: dict[str, Change], tied: dict[str, str]) -> None:
     """Every module that PEFT would adapt in this base must be adapted, and no other.
 
     Args:
         names: tensors of the base, tied ones included.
+        tied: from a tensor to the one whose weights it shares.
 
     Raises:
         ModelError: names the first missing or extra module.
     """
     updated = {name.removesuffix(".weight") for name, change in changes.items() if change.left is not None}
     modules = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
-    expected = {module for module in modules if check_target_module_exists(adapter_config, module)}
+    expected = {module for module in modules if check_target_module_exists(config, module)}
+    if config.ensure_weight_tying:
+        pairs = [{name.removesuffix(".weight") for name in pair} for pair in tied.items()]
+        expected = expected.union(*(pair for pair in pairs if pair & expected))
     for module in sorted(expected - updated):
         raise ModelError(f"{module}: adapter_config.json targets it, the adapter has no tensors for it: incomplete")
     for module in sorted(updated - expected):

@@ -1,0 +1,138 @@
+"""The written folder: laid out as servers expect, loaded by nothing but transformers."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
+
+from tests.merge.models import load, make_adapter, make_base, make_checkpoint, tensors_of
+from tests.tokenizers import byte_level
+from trsr_dist.files import read_json, write_json
+from trsr_dist.merge.inputs import MergeOptions
+from trsr_dist.merge.job import merge
+
+ROOT = Path(__file__).parents[2]
+WEIGHTS_ONLY = MergeOptions(verify="weights")
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    base = make_base(tmp_path / "base", dtype="bfloat16")
+    (base / "LICENSE.txt").write_text("terms")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tools.jinja").write_text("x")
+    (base / "training_args.bin").write_bytes(b"not for servers")
+    return base
+
+
+@pytest.fixture
+def checkpoint(base: Path, tmp_path: Path) -> Path:
+    return make_checkpoint(base, tmp_path / "run" / "checkpoints" / "step-000007")
+
+
+def test_companions_and_card(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+    metrics = {"num_users": 5, "num_candidates": 105, "metrics": {"recall@3": 0.25}}
+    write_json(tmp_path / "run" / "evaluation" / "test.json", metrics)
+    output = tmp_path / "merged"
+    merge(checkpoint, output, WEIGHTS_ONLY)
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "chat_template.jinja", "LICENSE.txt"):
+        assert (output / name).read_bytes() == (base / name).read_bytes(), name
+    assert (output / "additional_chat_templates" / "tools.jinja").is_file()
+    assert not (output / "training_args.bin").exists()
+    card = (output / "README.md").read_text()
+    assert card.startswith("---\nbase_model:") and "| recall@3 | 0.2500 |" in card and "To be filled in" in card
+    provenance = read_json(output / "provenance.json")
+    assert provenance["prompt"]["style"] == "chat" and len(provenance["answer_ids"]) == 2
+    assert provenance["merge"]["verification"]["weights"]["num_changed"] == 8
+
+
+def test_loads_with_nothing_but_transformers(checkpoint: Path, tmp_path: Path) -> None:
+    merge(checkpoint, tmp_path / "merged", WEIGHTS_ONLY)
+    code = (
+        "import sys\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "model = AutoModelForCausalLM.from_pretrained(sys.argv[1])\n"
+        "tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "ids = tokenizer.apply_chat_template([{'role': 'user', 'content': 'hi'}], return_tensors='pt')['input_ids']\n"
+        "print(model.dtype, model(ids).logits.shape[-1], 'trsr_dist' in sys.modules)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "merged")]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+    assert done.stdout.split() == ["torch.bfloat16", str(len(byte_level(chat=True)) + 6), "False"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_dtype_converts_every_tensor_and_the_config(dtype: str, checkpoint: Path, tmp_path: Path) -> None:
+    merge(checkpoint, tmp_path / "merged", MergeOptions(dtype=dtype, verify="weights"))
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "merged").values()} == {getattr(torch, dtype)}
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert model.dtype == getattr(torch, dtype)
+
+
+def test_max_shard_size(checkpoint: Path, tmp_path: Path) -> None:
+    merge(checkpoint, tmp_path / "merged", MergeOptions(verify="weights", max_shard_bytes=20_000))
+    merge(checkpoint, tmp_path / "plain", WEIGHTS_ONLY)
+    files = sorted((tmp_path / "merged").glob("*.safetensors"))
+    index = read_json(tmp_path / "merged" / "model.safetensors.index.json")
+    assert {path.name for path in files} == set(index["weight_map"].values())
+    assert len(files) > 3 and index["metadata"]["total_size"] < sum(path.stat().st_size for path in files)
+    one, other = load(tmp_path / "merged").state_dict(), load(tmp_path / "plain").state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_transposed_layers(tmp_path: Path) -> None:
+    tokenizer = byte_level()
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    settings = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
+    adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", **settings)
+    merge(adapter, tmp_path / "merged", MergeOptions(verify="scores"))
+
+
+def test_run_folder_that_was_moved_finds_its_own_base(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "old" / "base")
+    make_checkpoint(base, tmp_path / "old" / "checkpoints" / "step-000007")
+    (tmp_path / "old").rename(tmp_path / "new")
+    merge(tmp_path / "new" / "checkpoints" / "step-000007", tmp_path / "new" / "merged", WEIGHTS_ONLY)
+    assert (tmp_path / "new" / "merged" / "config.json").is_file()
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, str(ROOT / "tools" / "merge_lora.py"), *map(str, arguments)]
+
+
+def test_command_line(checkpoint: Path, tmp_path: Path) -> None:
+    merged = tmp_path / "run" / "merged"
+    before = sorted(tmp_path.rglob("*"))
+    dry = command("--checkpoint", checkpoint, "--output", merged, "--dry-run")
+    assert "would write" in subprocess.run(dry, capture_output=True, text=True, check=True).stdout
+    assert sorted(tmp_path.rglob("*")) == before
+    strict = command("--checkpoint", checkpoint, "--output", merged, "--tolerance", "-1")
+    failed = subprocess.run(strict, capture_output=True, text=True, check=False)
+    assert failed.returncode == 1 and failed.stderr.startswith("error: scores of base + adapter")
+    assert sorted(tmp_path.rglob("*")) == before
+    plain = command("--checkpoint", checkpoint, "--output", merged, "--max-shard-size", "0.02MB")
+    done = subprocess.run(plain, capture_output=True, text=True, check=True)
+    assert "largest difference" in done.stdout and "pairs change order" in done.stdout
+    assert AutoTokenizer.from_pretrained(merged).chat_template
+
+
+def test_killed_merge_leaves_the_old_output(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run" / "merged"
+    merge(checkpoint, output, WEIGHTS_ONLY)
+    before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
+    again = command("--checkpoint", checkpoint, "--output", output, "--force", "--dtype", "float32")
+    process = subprocess.Popen(again, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while not list(output.parent.glob(".merged.tmp-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
+    merge(checkpoint, output, MergeOptions(dtype="float32", verify="weights", force=True))
+    assert not list(output.parent.glob(".merged.*"))
