@@ -69,7 +69,8 @@ class Change:
         if self.replacement is not None:
             result = self.replacement.reshape(self.replacement.shape[0], -1)[first:last].to(dtype)
         if self.left is not None and self.right is not None:
-            result = result + (self.left[first:last].to(dtype) @ self.right.to(dtype)) * self.scale
+            left, right = self.left[first:last].to(dtype), self.right.to(dtype)
+            result = torch.addmm(result, left, right, alpha=self.scale)
         if self.magnitude is not None:
             norm = torch.linalg.vector_norm(result, dim=1, keepdim=True)
             result = result * (self.magnitude[first:last].to(dtype).unsqueeze(1) / norm)

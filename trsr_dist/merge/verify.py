@@ -11,9 +11,10 @@ import torch
 from trsr_dist.errors import ModelError
 from trsr_dist.log import progress
 from trsr_dist.merge.plan import MergePlan, Output
-from trsr_dist.merge.stream import BLOCK_ELEMENTS
 from trsr_dist.merge.tensors import TensorEntry, file_entries, read_rows
 
+BLOCK_ELEMENTS = 2**18
+"""Elements that are compared at once: 2 MiB in float64, which stays in the processor's cache."""
 FLOAT32_NOISE = 1e-6
 """What float32 arithmetic may add to the rounding of the output, relative to the row's largest value."""
 
@@ -56,20 +57,33 @@ def check_weights(folder: Path, plan: MergePlan) -> WeightCheck:
 
 
 def _check_tensor(output: Output, written: TensorEntry, result: WeightCheck) -> None:
-    eps = torch.finfo(written.dtype).eps if written.dtype.is_floating_point else 0.0
-    pairs = zip(read_rows(output.source, BLOCK_ELEMENTS // 4), read_rows(written, BLOCK_ELEMENTS // 4), strict=True)
+    pairs = zip(read_rows(output.source, BLOCK_ELEMENTS), read_rows(written, BLOCK_ELEMENTS), strict=True)
     for (first, base), (_, found) in pairs:
         exact = base.double() if output.change is None else output.change.rows(base, first, torch.float64)
-        difference = (found.double() - exact).abs()
-        row_scale = torch.maximum(exact.abs(), base.double().abs()).amax(dim=1, keepdim=True)
-        limit = 0.5 * eps * exact.abs() + FLOAT32_NOISE * row_scale + torch.finfo(written.dtype).tiny * eps
-        wrong = ~(difference <= limit)
-        if wrong.any():
-            row = first + int(wrong.any(dim=1).nonzero()[0])
-            raise ModelError(
-                f"{written.file}: row {row} of {output.name} is not base + adapter (difference "
-                f"{difference.max().item():.3g}); the disk or memory is faulty, or the base changed during the merge"
-            )
-        result.largest_difference = max(result.largest_difference, difference.max().item())
-        relative = (difference / row_scale.clamp_min(torch.finfo(torch.float32).tiny)).max().item()
-        result.largest_relative = max(result.largest_relative, relative)
+        _check_rows(output, written, first, (base, exact, found), result)
+
+
+def _check_rows(
+    output: Output,
+    written: TensorEntry,
+    first: int,
+    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    result: WeightCheck,
+) -> None:
+    base, exact, found = rows
+    finfo = torch.finfo(written.dtype)
+    difference = exact.sub(found).abs_()
+    magnitude = exact.abs()
+    scale = torch.maximum(magnitude.amax(dim=1), base.abs().amax(dim=1))
+    largest = difference.amax(dim=1)
+    excess = difference.sub_(magnitude, alpha=0.5 * finfo.eps).amax(dim=1)
+    wrong = ~(excess <= FLOAT32_NOISE * scale + finfo.tiny * finfo.eps)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ModelError(
+            f"{written.file}: row {first + row} of {output.name} is not base + adapter (difference "
+            f"{largest[row].item():.3g}); the disk or memory is faulty, or the base changed during the merge"
+        )
+    result.largest_difference = max(result.largest_difference, largest.max().item())
+    relative = (largest / scale.clamp_min(torch.finfo(torch.float32).tiny)).max().item()
+    result.largest_relative = max(result.largest_relative, relative)
