@@ -14,13 +14,14 @@ from trsr_dist.records import Item
 
 
 def item_text(fields: dict[str, str], chosen: Sequence[str], counts: Counts) -> str:
-    """``field: value`` pairs joined by ``; ``, without empty ones; a field named ``text`` stands without its name.
+    """``field: value`` pairs joined by ``; ``, without empty ones.
 
+    A field named ``text`` stands without its name, and alone where no fields are chosen.
     White space, line ends included, becomes single blanks; texts that this changed are counted.
     """
     parts = []
     changed = False
-    for name in chosen or fields:
+    for name in chosen or (["text"] if fields.get("text", "").strip() else fields):
         value = fields.get(name, "")
         clean = " ".join(value.split())
         changed |= clean != value

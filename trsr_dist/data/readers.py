@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from trsr_dist.config import Config
+from trsr_dist.data.amazon_m2 import AmazonReader
 from trsr_dist.data.demo import DEMO_FILES
+from trsr_dist.data.jsonl import JsonlReader
 from trsr_dist.data.mind import MindReader
 from trsr_dist.data.source import LineReader, Reader
 from trsr_dist.errors import ConfigError
@@ -19,7 +21,10 @@ def build_reader(config: Config, raw: Path, lines: LineReader) -> Reader:
         return MindReader(folder / DEMO_FILES[0], folder / DEMO_FILES[1], data.target, lines)
     if data.format == "mind":
         return MindReader(folder / (data.items_file or "news.tsv"), folder / data.behaviors_file, data.target, lines)
-    raise ConfigError(f"data.format={data.format}: unknown")
+    if data.format == "amazon_m2":
+        products = folder / (data.items_file or "products_train.csv")
+        return AmazonReader(products, folder / data.sessions_file, data.locale, lines)
+    return JsonlReader(folder / (data.items_file or "items.jsonl"), folder / "interactions.jsonl", lines)
 
 
 def item_fields(config: Config, reader: Reader) -> tuple[str, ...]:
