@@ -1,0 +1,46 @@
+"""Intervals and p-values against what is known of the normal case, and their seeds."""
+
+import numpy as np
+
+from trsr_dist.evaluate.confidence import bootstrap_interval, paired_differences, sign_flip_p_values
+
+
+def test_interval_has_the_width_of_the_standard_error() -> None:
+    values = np.random.default_rng(0).normal(0.5, 1.0, size=(2000, 1))
+    (low, high), error = bootstrap_interval(values, 1000, seed=1)[0], values.std() / np.sqrt(2000)
+    np.testing.assert_allclose([low, high], values.mean() + np.array([-1.96, 1.96]) * error, atol=0.2 * error)
+
+
+def test_interval_covers_the_truth_about_95_times_in_100() -> None:
+    stream, covered = np.random.default_rng(2), 0
+    for trial in range(200):
+        low, high = bootstrap_interval(stream.binomial(1, 0.3, size=(200, 1)).astype(float), 200, seed=trial)[0]
+        covered += low <= 0.3 <= high
+    assert 178 <= covered <= 199
+
+
+def test_equal_seeds_give_equal_intervals() -> None:
+    values = np.random.default_rng(3).random((50, 4))
+    assert (bootstrap_interval(values, 250, 7) == bootstrap_interval(values, 250, 7)).all()
+    assert (bootstrap_interval(values, 250, 7) != bootstrap_interval(values, 250, 8)).any()
+
+
+def test_p_values_of_no_difference_and_of_a_clear_one() -> None:
+    stream = np.random.default_rng(4)
+    one = stream.random((300, 2))
+    other = one - np.array([0.0, 0.2]) + stream.normal(0, 0.1, size=(300, 2)) * np.array([1.0, 1.0])
+    none, clear = paired_differences(one, other, 500, seed=0)
+    assert none.p_value > 0.01
+    assert clear.p_value == 1 / 501
+    assert clear.low > 0.15
+    assert clear.mean > clear.low
+    assert clear.high > clear.mean
+
+
+def test_runs_that_are_equal_have_p_value_one() -> None:
+    assert sign_flip_p_values(np.zeros((40, 3)), 100, 0).tolist() == [1.0, 1.0, 1.0]
+
+
+def test_p_value_of_one_user_in_eight_is_the_exact_one() -> None:
+    differences = np.ones((3, 1))
+    assert abs(sign_flip_p_values(differences, 20000, 0)[0] - 2 / 8) < 0.02

@@ -1,0 +1,1 @@
+"""Evaluation: sharded scoring, metrics, the control, baselines, the report."""
