@@ -1,0 +1,209 @@
+"""The preparation job on every format: what ends up in the store, and reruns."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.data.raw import (
+    LENGTH,
+    NUM_ITEMS,
+    behavior_line,
+    clicks,
+    make_config,
+    user_records,
+    write_amazon,
+    write_jsonl,
+    write_mind,
+)
+from trsr_dist.data.prepare import prepare
+from trsr_dist.data.splits import SPLITS
+from trsr_dist.data.store import HistoryStore, UserRow
+from trsr_dist.errors import RunError
+from trsr_dist.files import read_json
+from trsr_dist.hashing import hash64
+
+
+def run(folder: Path, data_format: str, *overrides: str) -> HistoryStore:
+    assert prepare(make_config(folder, data_format, *overrides)) == 0
+    return HistoryStore(folder / "run" / "histories")
+
+
+def users_of(store: HistoryStore) -> dict[str, tuple[str, UserRow]]:
+    rows = [(split, store.user(split, i)) for split in SPLITS for i in range(store.num_users(split))]
+    return {row.user: (split, row) for split, row in rows}
+
+
+def ids(store: HistoryStore, rows: list[int]) -> list[str]:
+    return [store.catalogue.id(row) for row in rows]
+
+
+def manifest(folder: Path) -> dict:
+    return read_json(folder / "run" / "histories" / "manifest.json")
+
+
+def test_mind_keeps_the_last_click_as_target(tmp_path: Path) -> None:
+    raw = write_mind(tmp_path)
+    with open(raw / "behaviors.tsv", "a") as stream:
+        stream.write(behavior_line(0, clicks(3)))
+    store = run(tmp_path, "mind")
+    users = users_of(store)
+    assert len(users) == 24
+    for i in range(24):
+        split, row = users[f"U{i}"]
+        assert ids(store, row.history) == clicks(i)[:-1]
+        assert [c for c, label in zip(ids(store, row.candidates), row.labels, strict=True) if label] == clicks(i)[-1:]
+        assert len(row.candidates) == (7 if split == "train" else 6)
+        assert not set(row.candidates) & set(row.history)
+        assert len(set(row.candidates)) == len(row.candidates)
+    assert store.catalogue.text(4) == "category: cat1; subcategory: sub4; title: Title number 4"
+    assert store.catalogue.item(4).category == "cat1"
+    counts = manifest(tmp_path)["counts"]
+    assert counts["further_rows_of_a_user"] == 1
+    assert counts["items_with_normalized_white_space"] == NUM_ITEMS
+    assert users["U7"][1].time == 1573451587
+
+
+def test_popularity_counts_the_clicks_of_train_users(tmp_path: Path) -> None:
+    write_mind(tmp_path)
+    store = run(tmp_path, "mind")
+    train = [row for split, row in users_of(store).values() if split == "train"]
+    own = [item for row in train for item in [*row.history, row.candidates[0]]]
+    for item in range(len(store.catalogue)):
+        assert store.catalogue.popularity(item) == own.count(item)
+
+
+def test_users_stand_in_hash_order_and_stay_where_they_are_when_users_are_added(tmp_path: Path) -> None:
+    write_mind(tmp_path / "few", users=20)
+    write_mind(tmp_path / "many", users=40)
+    few, many = run(tmp_path / "few", "mind"), run(tmp_path / "many", "mind")
+    for split in SPLITS:
+        keys = [hash64(many.user(split, i).user) for i in range(many.num_users(split))]
+        assert keys == sorted(keys)
+    more = users_of(many)
+    for user, (split, row) in users_of(few).items():
+        assert more[user] == (split, row)
+
+
+def test_held_out_candidates_are_shuffled_and_hashed(tmp_path: Path) -> None:
+    write_mind(tmp_path, users=60)
+    store = run(tmp_path, "mind", "data.split=[1,0,9]")
+    places = {store.user("test", i).labels.index(1) for i in range(store.num_users("test"))}
+    assert len(places) > 3
+    first = manifest(tmp_path)["splits"]["test"]["candidate_hash"]
+    prepare(make_config(tmp_path, "mind", "data.split=[1,0,9]", "run.seed=1"), force=True)
+    assert manifest(tmp_path)["splits"]["test"]["candidate_hash"] != first
+
+
+def test_clicked_impressions_as_targets(tmp_path: Path) -> None:
+    write_mind(tmp_path)
+    store = run(tmp_path, "mind", "data.target=impression", "data.candidates=impressions")
+    for user, (_, row) in users_of(store).items():
+        assert ids(store, row.history) == clicks(int(user[1:]))
+        candidates = dict(zip(ids(store, row.candidates), row.labels, strict=True))
+        assert all(int(item[1:]) >= 40 for item, label in candidates.items() if not label)
+        assert [int(item[1:]) < 40 for item, label in candidates.items() if label] == [True]
+
+
+def test_amazon_sessions_of_one_locale(tmp_path: Path) -> None:
+    write_amazon(tmp_path)
+    store = run(tmp_path, "amazon_m2", "data.locale=UK")
+    users = users_of(store)
+    assert len(users) == 18
+    assert len(store.catalogue) == NUM_ITEMS
+    assert store.catalogue.text(3) == (
+        'title: Lamp, no 3; price: 3.5; brand: Brand3; desc: First line second "line" 3'
+    )  # fmt: skip
+    histories = {tuple(ids(store, row.history)) for _, row in users.values()}
+    assert histories == {tuple(clicks(i)[:-1]) for i in range(24) if i % 4}
+    counts = manifest(tmp_path)["counts"]
+    assert (counts["products_of_other_locales"], counts["sessions_of_other_locales"]) == (NUM_ITEMS, 6)
+
+
+def test_amazon_all_locales_keep_equal_ids_apart(tmp_path: Path) -> None:
+    raw = write_amazon(tmp_path)
+    lines = (raw / "sessions_train.csv").read_text()
+    (raw / "sessions_train.csv").write_text(lines + lines.partition("locale\n")[2])
+    store = run(tmp_path, "amazon_m2")
+    assert len(store.catalogue) == 2 * NUM_ITEMS
+    assert store.catalogue.id(1) == "DE:N0"
+    assert len(users_of(store)) == 24
+    assert manifest(tmp_path)["counts"]["equal_sessions"] == 24
+
+
+def test_both_json_forms_give_the_same_users(tmp_path: Path) -> None:
+    records = user_records()
+    single = [
+        {"user": record["user"], "item": item, "time": record["time"] - LENGTH + 1 + place}
+        for place in reversed(range(LENGTH))
+        for record in records
+        for item in [[*record["history"], record["target"]][place]]
+    ]
+    write_jsonl(tmp_path / "users", records)
+    write_jsonl(tmp_path / "single", single)
+    by_user, by_row = run(tmp_path / "users", "jsonl"), run(tmp_path / "single", "jsonl")
+    assert users_of(by_user) == users_of(by_row)
+    assert by_user.catalogue.text(2) == "Thing 2"
+
+
+def test_json_fields_times_and_shown_items(tmp_path: Path) -> None:
+    items = [{"id": i, "title": f" A\n{i}", "tags": ["x", 2], "none": None} for i in range(NUM_ITEMS)]
+    records = [
+        {"user": i, "history": [i, i + 1], "target": [i + 2, i + 3], "time": "2024-01-02T03:04:05"} for i in range(20)
+    ]
+    write_jsonl(tmp_path, records, items)
+    store = run(tmp_path, "jsonl")
+    assert store.catalogue.text(7) == "title: A 7; tags: x, 2"
+    split, row = users_of(store)["4"]
+    assert row.time == 1704164645
+    assert sum(row.labels) == 2
+    assert len(row.labels) == (8 if split == "train" else 12)
+
+
+def test_chosen_fields_in_their_order(tmp_path: Path) -> None:
+    write_mind(tmp_path)
+    store = run(tmp_path, "mind", "data.item_fields=[title,abstract]")
+    assert store.catalogue.text(0) == "title: Title number 0; abstract: Abstract 0"
+
+
+def test_rerun_does_nothing_and_force_redoes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_mind(tmp_path)
+    run(tmp_path, "mind")
+    path = tmp_path / "run" / "histories" / "train.arrow"
+    before, content = path.stat().st_ino, path.read_bytes()
+    capsys.readouterr()
+    run(tmp_path, "mind")
+    assert "nothing to do" in capsys.readouterr().out
+    assert path.stat().st_ino == before
+    prepare(make_config(tmp_path, "mind"), force=True)
+    assert path.stat().st_ino != before
+    assert path.read_bytes() == content
+    assert (tmp_path / "run" / "config" / "prepare.yaml").is_file()
+
+
+def test_changed_settings_or_input_are_refused(tmp_path: Path) -> None:
+    raw = write_mind(tmp_path)
+    run(tmp_path, "mind")
+    with pytest.raises(RunError, match="min_history"):
+        run(tmp_path, "mind", "data.min_history=2")
+    (raw / "news.tsv").write_text((raw / "news.tsv").read_text() + "N99\ta\tb\tc\td\te\tf\tg\n")
+    with pytest.raises(RunError, match=r"news\.tsv"):
+        run(tmp_path, "mind")
+
+
+def test_foreign_files_are_left_alone(tmp_path: Path) -> None:
+    write_mind(tmp_path)
+    other = tmp_path / "run" / "histories" / "thesis.txt"
+    other.parent.mkdir(parents=True)
+    other.write_text("precious")
+    with pytest.raises(RunError, match="not this run's"):
+        run(tmp_path, "mind")
+    assert other.read_text() == "precious"
+
+
+def test_dry_run_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for data_format in ("mind", "demo"):
+        prepare(make_config(tmp_path, data_format), dry_run=True)
+    out = capsys.readouterr().out
+    assert "MISSING" in out
+    assert "# write and read" in out
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
