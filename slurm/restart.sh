@@ -41,7 +41,7 @@ run_again() {
 
 # finish_stage [FILE...]: leave as the step's end demands; a success without its files is none
 finish_stage() {
-  local file
+  local file first
   if [ "$status" = 0 ]; then
     for file in "$@"; do
       [ -e "$file" ] || { say "ended with status 0 but without $file"; exit 1; }
@@ -49,12 +49,13 @@ finish_stage() {
     say "done"
     exit 0
   fi
-  if [ "$status" = "$EXIT_REQUEUE" ] || grep -q "Exited with exit code $EXIT_REQUEUE" "$errors"; then
-    run_again "the step saved its work and asks to be run again"
-  fi
-  if grep -E 'tasks? [0-9,-]+: ' "$errors" | grep -qvE 'Exited with exit code|: Terminated'; then
-    run_again "a task was killed"
-  fi
+  # srun answers with the highest status, but the task that ended first is the cause; the others were told to stop.
+  first=$(grep -m 1 -E 'tasks? [0-9,-]+: ' "$errors" || true)
+  case $first in
+  *"exit code $EXIT_REQUEUE"*) run_again "the step saved its work and asks to be run again" ;;
+  *'exit code'* | *Terminated* | '') ;;
+  *) run_again "a task was killed (${first#srun: error: })" ;;
+  esac
   if [ "$(progress_mark)" != "$mark" ]; then run_again "failed with status $status after some progress"; fi
   say "failed with status $status; read $logs"
   exit 1

@@ -108,10 +108,13 @@ class Lab:
     def plug(self, node: str) -> None:
         self._in_network("ctl", "ip", "link", "set", f"v{node}", "up")
 
-    def stop_daemon(self, name: str) -> None:
-        """Kill slurmctld or slurmd of a machine, and nothing else there."""
+    def stop_daemon(self, name: str, with_signal: str = "TERM") -> None:
+        """End slurmctld or slurmd of a machine, and nothing else there.
+
+        A slurmctld that is killed by KILL forgets what it has not saved yet, which is a fault of another kind.
+        """
         run = self.folder / "run"
-        self.run(f'touch {run}/daemon.stop; kill -9 "$(cat {run}/daemon.pid)"', on=name)
+        self.run(f'touch {run}/daemon.stop; kill -{with_signal} "$(cat {run}/daemon.pid)"', on=name)
 
     def start_daemon(self, name: str) -> None:
         run = self.folder / "run"
