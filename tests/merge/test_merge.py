@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests.merge.models import load, make_adapter, make_base, make_checkpoint, random_peft_model, tensors_of
 from trsr_dist.files import read_json, sha256_of
@@ -24,6 +25,7 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "head": {"target_modules": ["q_proj", "lm_head"]},
     "modules-to-save": {"modules_to_save": ["lm_head", "embed_tokens"]},
     "norms": {"modules_to_save": ["norm"]},
+    "biases": {"target_modules": ["q_proj", "v_proj"], "lora_bias": True},
 }
 
 
@@ -78,3 +80,12 @@ def test_scores_are_compared_and_recorded(dtype: str, tolerance: float, tmp_path
     figures = read_json(tmp_path / "merged" / "provenance.json")["merge"]["verification"]["scores"]
     assert figures["num_prompts"] == 36 and figures["num_pairs"] == 90
     assert 0 <= figures["mean_difference"] <= figures["largest_difference"] <= tolerance == figures["tolerance"]
+
+
+def test_adapter_in_an_old_pickle_file(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter")
+    torch.save(load_file(adapter / "adapter_model.safetensors"), adapter / "adapter_model.bin")
+    (adapter / "adapter_model.safetensors").unlink()
+    merge(adapter, tmp_path / "merged", WEIGHTS_ONLY)
+    assert_equals_peft(tmp_path / "merged", base)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -18,6 +20,8 @@ from trsr_dist.merge.tensors import DTYPES, INDEX, header_bytes, read_rows
 
 BLOCK_ELEMENTS = 2**20
 """Elements of a tensor that are merged at once: 4 MiB in float32, which stays in the processor's cache."""
+NUM_WRITERS = 2
+"""Files written at once: one waits for the disk while the other computes."""
 COPY_BYTES = 2**26
 UNSUPPORTED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of copy_file_range between file systems that cannot do it."""
@@ -29,14 +33,29 @@ def write_weights(folder: Path, plan: MergePlan) -> None:
     Raises:
         ModelError: a base file ends early, or a value does not fit the asked dtype.
     """
-    with progress(total=plan.num_bytes, description="merge", unit="B") as bar:
-        for name, outputs in zip(plan.file_names, plan.files, strict=True):
-            with open(folder / name, "wb", buffering=0) as stream:
-                _write_all(stream, header_bytes([(out.name, out.code, out.source.shape) for out in outputs]))
-                for output in outputs:
-                    _write_tensor(stream, output, bar)
+    with (
+        progress(total=plan.num_bytes, description="merge", unit="B") as bar,
+        ThreadPoolExecutor(min(NUM_WRITERS, len(plan.files))) as writers,
+    ):
+        jobs = [
+            writers.submit(_write_file, folder / name, outputs, bar)
+            for name, outputs in zip(plan.file_names, plan.files, strict=True)
+        ]
+        try:
+            for job in jobs:
+                job.result()
+        finally:
+            for job in jobs:
+                job.cancel()
     if len(plan.files) > 1:
         write_json(folder / INDEX, plan.index)
+
+
+def _write_file(path: Path, outputs: Sequence[Output], bar: tqdm) -> None:
+    with open(path, "wb", buffering=0) as stream:
+        _write_all(stream, header_bytes([(out.name, out.code, out.source.shape) for out in outputs]))
+        for output in outputs:
+            _write_tensor(stream, output, bar)
 
 
 def _write_tensor(stream: IO[bytes], output: Output, bar: tqdm) -> None:
