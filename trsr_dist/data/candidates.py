@@ -8,7 +8,8 @@ from collections.abc import Set as AbstractSet
 
 import numpy as np
 
-DRAWS_PER_ROUND = 4
+DRAWS_PER_ROUND = 2
+"""Per wanted item: few are excluded or drawn twice."""
 MAX_ROUNDS = 16
 
 

@@ -18,7 +18,7 @@ from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.spool import Spool, spool_items, spool_users
 from trsr_dist.data.store import ArrowRows
 from trsr_dist.errors import DataError
-from trsr_dist.files import atomic_folder, sha256_of, temporary_name
+from trsr_dist.files import atomic_folder, sha256_of
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.run import RunFolder, folder_lock, is_finished, write_manifest
 
@@ -37,29 +37,30 @@ def prepare(config: Config, *, force: bool = False, dry_run: bool = False) -> in
     run = RunFolder(Path(config.run.dir))
     counts = Counts()
     reader = build_reader(config, run.raw, LineReader(config.data.encoding_errors, counts))
+    fields = item_fields(config, reader)
     if dry_run:
         print(dump_config(config) + _plan(config, run, reader))
         return 0
-    with folder_lock(run.histories):
+    with folder_lock(run.histories) as lock:
+        _remove_leftovers(run.raw, run.histories)
         if config.data.format == "demo":
             _make_demo(config, run, force)
         settings, inputs = _settings(config), _inputs(reader)
         if is_finished(run.histories, settings, inputs, force):
             log.info("%s: already prepared with these settings; nothing to do (--force redoes it)", run.histories)
             return 0
-        _remove_leftovers(run.histories)
-        with atomic_folder(run.histories) as folder:
-            facts = _build(config, reader, folder, counts)
+        with atomic_folder(run.histories, lock.check) as folder:
+            facts = _build(config, reader, fields, folder, counts)
             write_manifest(folder, "prepare", settings, inputs, counts=dict(sorted(counts.items())), **facts)
         run.write_config("prepare", dump_config(config))
     _report(run.histories, facts, counts)
     return 0
 
 
-def _build(config: Config, reader: Reader, folder: Path, counts: Counts) -> dict[str, object]:
+def _build(config: Config, reader: Reader, fields: tuple[str, ...], folder: Path, counts: Counts) -> dict[str, object]:
     """Fill ``folder`` and return what the manifest tells of it."""
     data = config.data
-    catalogue = CatalogueRules(reader.item_file, item_fields(config, reader), data.empty_items, counts)
+    catalogue = CatalogueRules(reader.item_file, fields, data.empty_items, counts)
     items_path, users_path = folder / "items.spool", folder / "users.spool"
     spool_items(items_path, reader, catalogue)
     spool_users(users_path, reader.logs(), catalogue.rows, _history_rules(config), counts)
@@ -130,11 +131,11 @@ def _make_demo(config: Config, run: RunFolder, force: bool) -> None:
     )  # fmt: skip
 
 
-def _remove_leftovers(folder: Path) -> None:
+def _remove_leftovers(*folders: Path) -> None:
     """Temporary folders of earlier jobs that were killed; the lock is held, so nobody is writing them."""
-    pattern = temporary_name(folder).name.split(".tmp-")[0] + ".tmp-*"
-    for old in folder.parent.glob(pattern):
-        shutil.rmtree(old)
+    for folder in folders:
+        for old in [*folder.parent.glob(f".{folder.name}.tmp-*"), *folder.parent.glob(f".{folder.name}.old-*")]:
+            shutil.rmtree(old)
 
 
 def _plan(config: Config, run: RunFolder, reader: Reader) -> str:

@@ -1,0 +1,67 @@
+"""tools/prepare_data.py as users run it: status, messages, death and recovery."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.data.raw import make_config, write_mind
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(folder: Path, *arguments: str) -> list[str]:
+    make_config(folder, "mind")
+    settings = [f"run.dir={folder / 'run'}", "train.pool_size=6", "evaluate.negatives_per_positive=5"]
+    return [sys.executable, "tools/prepare_data.py", "--config", str(folder / "config.yaml"), *settings, *arguments]
+
+
+def call(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(folder, *arguments), cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def test_one_clear_line_and_status(tmp_path: Path) -> None:
+    raw = write_mind(tmp_path)
+    done = call(tmp_path)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1
+    assert "60 items, users train" in done.stdout
+    (raw / "news.tsv").unlink()
+    failed = call(tmp_path, "--force")
+    assert failed.returncode == 1
+    assert failed.stderr.startswith("error: ")
+    assert "Traceback" not in failed.stderr
+
+
+HANGING_JOB = """
+import sys, time
+from trsr_dist.config import load_config
+from trsr_dist.data import prepare as job
+
+job.choose_users = lambda *arguments: time.sleep(60)
+job.prepare(load_config(sys.argv[1], sys.argv[2:]))
+"""
+
+
+@pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_job_leaves_nothing_that_counts(tmp_path: Path, kind: signal.Signals) -> None:
+    write_mind(tmp_path)
+    run = tmp_path / "run"
+    _, _, _, config, *settings = command(tmp_path)
+    job = subprocess.Popen([sys.executable, "-c", HANGING_JOB, config, *settings], cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        deadline = time.monotonic() + 60
+        while not list(run.glob(".histories.tmp-*/users.spool")):
+            assert job.poll() is None
+            assert time.monotonic() < deadline, "the job never began"
+            time.sleep(0.02)
+        job.send_signal(kind)
+        assert job.wait(30) != 0
+    finally:
+        job.kill()
+    assert not (run / "histories").exists()
+    assert call(tmp_path).returncode == 0
+    assert sorted(path.name for path in run.iterdir()) == ["config", "histories"]
