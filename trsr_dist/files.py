@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -33,8 +33,10 @@ def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
 
 
 @contextmanager
-def atomic_folder(path: str | Path) -> Iterator[Path]:
+def atomic_folder(path: str | Path, check: Callable[[], None] | None = None) -> Iterator[Path]:
     """Fill a temporary folder; it takes the place of ``path`` when the block ends without an error.
+
+    ``check`` runs last before that and may object by raising (a lock that was lost, see ``run.FolderLock``).
 
     An older folder of that name is moved aside first and removed last, so that a crash leaves the old or the new.
     """
@@ -47,6 +49,8 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
         for file in temporary.rglob("*"):
             sync_path(file)
         sync_path(temporary)
+        if check is not None:
+            check()
         if path.exists():
             os.rename(path, old)
         os.rename(temporary, path)

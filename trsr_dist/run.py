@@ -8,12 +8,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from trsr_dist import __version__
+from trsr_dist.environment import detect_ranks, process_start
 from trsr_dist.errors import RunError
 from trsr_dist.files import atomic_file, read_json, sha256_of, write_json
 
@@ -128,12 +129,29 @@ def _compare(folder: Path, kind: str, recorded: dict[str, Any], current: dict[st
             )
 
 
+@dataclass(frozen=True, slots=True)
+class FolderLock:
+    """A lock that this process has taken; another may have taken it over since."""
+
+    path: Path
+
+    def check(self) -> None:
+        """Call right before anything is published.
+
+        Raises:
+            RunError: the lock is lost: this process was cut off and its work is done elsewhere.
+        """
+        if _holder(self.path) != _myself():
+            raise RunError(f"{self.path}: lost to {_holder(self.path) or 'nobody'}; nothing was published")
+
+
 @contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
+def folder_lock(folder: Path) -> Iterator[FolderLock]:
     """Hold ``folder`` for writing against other jobs, on any node.
 
-    The lock is a file created with O_EXCL beside the folder (safe on NFS) and touched every few seconds; one whose
-    holder has died is taken over.
+    The lock is a file created with O_EXCL beside the folder (safe on NFS) and touched every few seconds. It is taken
+    over from a holder that has died, and from an earlier start of the same Slurm job: that one may live on behind a
+    broken network, and finds the lock lost in ``FolderLock.check``.
 
     Raises:
         RunError: another live process holds it; names host and pid.
@@ -145,7 +163,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
     beat = threading.Thread(target=_keep_alive, args=(path, stop), daemon=True)
     beat.start()
     try:
-        yield
+        yield FolderLock(path)
     finally:
         stop.set()
         beat.join()
@@ -167,7 +185,14 @@ def _acquire(path: Path) -> None:
 
 
 def _myself() -> dict[str, Any]:
-    return {"host": socket.gethostname(), "pid": os.getpid()}
+    ranks, pid = detect_ranks(), os.getpid()
+    return {
+        "host": socket.gethostname(),
+        "pid": pid,
+        "started": process_start(pid),
+        "job": ranks.job_id,
+        "restart": ranks.restart,
+    }
 
 
 def _holder(path: Path) -> dict[str, Any]:
@@ -183,14 +208,20 @@ def _remove_if_stale(path: Path) -> None:
         age = time.time() - path.stat().st_mtime
     except FileNotFoundError:
         return
-    same_host = holder.get("host") == socket.gethostname()
-    dead = same_host and not Path(f"/proc/{holder.get('pid')}").exists()
-    if not dead and age < LOCK_STALE_SECONDS:
+    if not _is_fenced(holder) and age < LOCK_STALE_SECONDS:
         raise RunError(
             f"{path}: held by pid {holder.get('pid')} on {holder.get('host')} ({age:.0f} s since its last sign of "
             "life); wait for it to end, or remove the file if that process is gone"
         )
     _take_away(path, holder)
+
+
+def _is_fenced(holder: dict[str, Any]) -> bool:
+    """Whether the holder is dead, or an earlier start of this very job."""
+    me = _myself()
+    if holder.get("host") == me["host"] and process_start(holder.get("pid", 0)) != holder.get("started"):
+        return True
+    return bool(me["job"]) and holder.get("job") == me["job"] and holder.get("restart", 0) < me["restart"]
 
 
 def _take_away(path: Path, holder: dict[str, Any]) -> None:
@@ -211,7 +242,7 @@ def _take_away(path: Path, holder: dict[str, Any]) -> None:
 
 def _keep_alive(path: Path, stop: threading.Event) -> None:
     while not stop.wait(LOCK_BEAT_SECONDS):
-        try:
-            os.utime(path)
-        except FileNotFoundError:
+        if _holder(path) != _myself():
             return
+        with suppress(FileNotFoundError):
+            os.utime(path)

@@ -94,6 +94,36 @@ def test_lock_refuses_a_second_holder_and_survives_a_dead_one(tmp_path: Path) ->
         assert json.loads((tmp_path / ".shards.lock").read_text())["pid"] == os.getpid()
 
 
+def test_requeued_job_takes_the_lock_over_and_the_earlier_start_learns_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "merged"
+    code = """
+import sys
+from pathlib import Path
+from trsr_dist.files import atomic_folder
+from trsr_dist.run import folder_lock
+folder = Path(sys.argv[1])
+with folder_lock(folder) as lock, atomic_folder(folder, lock.check) as inside:
+    (inside / "text").write_text("old")
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    old = subprocess.Popen([sys.executable, "-c", code, str(folder)], **pipes)
+    assert old.stdout.readline() == "held\n"
+    with pytest.raises(RunError, match="held by"), folder_lock(folder):
+        pass
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    with folder_lock(folder) as lock, atomic_folder(folder, lock.check) as inside:
+        (inside / "text").write_text("new")
+        errors = old.communicate("", timeout=30)[1]
+        assert old.returncode == 1 and "lost to" in errors
+        lock.check()
+    assert (folder / "text").read_text() == "new"
+
+
 RACER = """
 import os, sys, time
 from pathlib import Path

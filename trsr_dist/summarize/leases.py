@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from trsr_dist.environment import process_start
+
 BEATS_PER_LEASE = 4
 
 
@@ -35,17 +37,6 @@ class Owner:
     @classmethod
     def myself(cls, task: str, job_id: str = "", restart: int = 0) -> Owner:
         return cls(task, socket.gethostname(), os.getpid(), process_start(os.getpid()), job_id, restart)
-
-
-def process_start(pid: int) -> str:
-    """Start time of a process of this machine in clock ticks; empty where there is none."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
-    after_name = text.rpartition(")")[2].split()
-    is_dead = after_name[0] in "ZX"
-    return "" if is_dead else after_name[19]
 
 
 @dataclass(slots=True)
