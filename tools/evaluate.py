@@ -1,0 +1,26 @@
+"""Rank the held-out users' candidates with a merged model, a checkpoint or an adapter, beside control and baselines.
+
+One process, or any number of ranks under srun, torchrun or deepspeed, or tasks of a Slurm array. Run it again to
+complete what a kill left open.
+"""
+
+from trsr_dist.environment import prepare_process
+
+prepare_process()
+
+from trsr_dist.cli import config_parser, parse_config, run_command  # noqa: E402
+
+
+def main() -> int:
+    example = "python tools/evaluate.py --config configs/quickstart.yaml --model RUN/merged"
+    parser = config_parser(__doc__, example)
+    parser.add_argument("--model", required=True, metavar="DIR", help="merged folder, checkpoint or adapter")
+    parser.add_argument("--output", default="", metavar="DIR", help="where results go; default RUN/evaluation")
+    args, config = parse_config(parser)
+    from trsr_dist.evaluate.job import evaluate
+
+    return evaluate(config, args.model, output=args.output, force=args.force, dry_run=args.dry_run)
+
+
+if __name__ == "__main__":
+    run_command(main)
