@@ -19,7 +19,7 @@ from trsr_dist.merge.proof import verify
 from trsr_dist.merge.source import PROVENANCE, Source, base_folder, base_of, find_source
 from trsr_dist.merge.stream import write_weights
 from trsr_dist.model.fingerprint import base_fingerprint
-from trsr_dist.run import folder_lock, is_finished, write_manifest
+from trsr_dist.run import FolderLock, folder_lock, is_finished, write_manifest
 
 logger = get_logger("merge")
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -47,14 +47,14 @@ def merge(checkpoint: Path, output: Path, options: MergeOptions) -> None:
         return
     settings = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_bytes, "only": options.adapter_only}
     hashes = {"adapter": adapter_hash(adapter), "base": fingerprint}
-    with folder_lock(output):
+    with folder_lock(output) as lock:
         tidy(output)
         if is_finished(output, settings, hashes, options.force):
             logger.info(f"{output}: merged already, with the same inputs and settings; nothing to do")
             return
         prepared = prepare(source, adapter, base_name, base, fingerprint, options)
         try:
-            _write(output, prepared, options, settings, hashes)
+            _write(output, prepared, options, settings, hashes, lock)
         except OSError as error:
             if error.errno not in FULL_DISK:
                 raise
@@ -63,11 +63,16 @@ def merge(checkpoint: Path, output: Path, options: MergeOptions) -> None:
 
 
 def _write(
-    output: Path, inputs: Inputs, options: MergeOptions, settings: dict[str, Any], hashes: dict[str, str]
+    output: Path,
+    inputs: Inputs,
+    options: MergeOptions,
+    settings: dict[str, Any],
+    hashes: dict[str, str],
+    lock: FolderLock,
 ) -> None:
     check_space(output, inputs.adapter.num_bytes if options.adapter_only else inputs.plan.num_bytes)
     provenance = make_provenance(inputs, options)
-    with atomic_folder(output) as folder:
+    with atomic_folder(output, lock.check) as folder:
         if options.adapter_only:
             write_adapter(inputs.adapter, folder, inputs.base_name.name_or_path)
         else:
