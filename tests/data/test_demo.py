@@ -4,7 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from trsr_dist.config import load_config
-from trsr_dist.data.demo import write_demo
+from trsr_dist.data.demo import make_items, write_demo
 from trsr_dist.data.demo_words import TOPICS
 from trsr_dist.data.prepare import prepare
 from trsr_dist.data.store import HistoryStore, UserRow
@@ -42,6 +42,11 @@ def test_no_word_stands_in_two_topics() -> None:
     words.update({topic.category for topic in TOPICS})
     assert len(TOPICS) >= 40
     assert max(words.values()) == 1
+
+
+def test_titles_differ() -> None:
+    titles = [item.title for item in make_items(2000, seed=0)]
+    assert len(set(titles)) == len(titles)
 
 
 def test_only_the_users_own_history_tells(tmp_path: Path) -> None:

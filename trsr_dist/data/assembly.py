@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -173,7 +174,7 @@ class CandidateMaker:
             candidates, labels = [candidates[i] for i in order], [labels[i] for i in order]
         return candidates, labels
 
-    def _draw(self, user: KnownUser, split: str, count: int, stream) -> list[int]:  # noqa: ANN001
+    def _draw(self, user: KnownUser, split: str, count: int, stream: random.Random) -> list[int]:
         history = set(user.history)
         if self._rules.strategy == "impressions":
             return draw_shown(user.shown, user.targets, history, count, stream)

@@ -32,6 +32,8 @@ POPULARITY_SPREAD = 0.25
 START = datetime(2024, 3, 1, tzinfo=UTC)
 DAYS = 30
 NUM_SHOWN = (4, 12)
+MAX_TRIES = 200
+"""For a title that no other item has."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +61,9 @@ def write_demo(folder: Path, num_users: int, num_items: int, seed: int) -> None:
 
 
 def make_items(num_items: int, seed: int) -> list[DemoItem]:
-    """Items dealt evenly over the topics."""
-    stream = random_stream(seed, "demo items")
-    return [_make_item(f"N{1000 + i}", i % len(TOPICS), stream) for i in range(num_items)]
+    """Items dealt evenly over the topics, with different titles as long as the words suffice."""
+    stream, titles = random_stream(seed, "demo items"), set[str]()
+    return [_make_item(f"N{1000 + i}", i % len(TOPICS), titles, stream) for i in range(num_items)]
 
 
 def make_rows(items: list[DemoItem], num_users: int, seed: int) -> Iterator[str]:
@@ -73,10 +75,14 @@ def make_rows(items: list[DemoItem], num_users: int, seed: int) -> Iterator[str]
         yield _make_row(i, shelves, random_stream(seed, "demo user", i))
 
 
-def _make_item(key: str, topic: int, stream: random.Random) -> DemoItem:
+def _make_item(key: str, topic: int, titles: set[str], stream: random.Random) -> DemoItem:
     words = TOPICS[topic]
-    first, second = stream.sample(words.words, 2)
-    title = stream.choice(FRAMES).format(first, second)
+    for _ in range(MAX_TRIES):
+        first, second = stream.sample(words.words, 2)
+        title = stream.choice(FRAMES).format(first, second)
+        if title not in titles:
+            break
+    titles.add(title)
     abstract = " ".join(sentence.format(words.name) for sentence in stream.sample(SENTENCES, 2))
     return DemoItem(key, topic, stream.lognormvariate(0, POPULARITY_SPREAD), title, abstract)
 

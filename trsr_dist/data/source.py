@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 from trsr_dist.errors import DataError
 from trsr_dist.records import UserLog
@@ -74,7 +74,7 @@ class LineReader:
             return line.decode("utf-8", errors="replace")
 
 
-def open_raw(path: Path):  # noqa: ANN201 (a binary stream)
+def open_raw(path: Path) -> BinaryIO:
     """Open a raw file for reading bytes.
 
     Raises:
