@@ -1,0 +1,78 @@
+"""Sample to JSON bytes and back. Pure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from trsr_dist.errors import DataError
+from trsr_dist.hashing import digest
+from trsr_dist.records import Candidate, Sample
+
+FIELDS = {
+    "user": str,
+    "instruction": str,
+    "summary": str,
+    "recent": list,
+    "candidates": list,
+    "provenance": dict,
+}
+
+
+def member_key(user: str) -> str:
+    """Name of a user's member without ``.json``: a hash, so that no user id ever becomes part of a path."""
+    return digest(user)[:32]
+
+
+def encode_sample(sample: Sample) -> bytes:
+    """UTF-8 JSON in one line; equal samples give equal bytes."""
+    value = {
+        "user": sample.user,
+        "instruction": sample.instruction,
+        "summary": sample.summary,
+        "recent": list(sample.recent),
+        "candidates": [{"item": c.item, "text": c.text, "label": c.label} for c in sample.candidates],
+        "provenance": sample.provenance,
+    }
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def decode_sample(data: bytes, chosen: Sequence[int] | None = None) -> Sample:
+    """The sample in ``data``.
+
+    Args:
+        data: what ``encode_sample`` wrote.
+        chosen: keep only these candidates; None: all.
+
+    Raises:
+        DataError: invalid JSON, or a field is missing or of a wrong type; the caller adds where it stands.
+    """
+    value = _parse(data)
+    rows = value["candidates"] if chosen is None else [value["candidates"][i] for i in chosen]
+    try:
+        candidates = tuple([Candidate(row["item"], row["text"], row["label"]) for row in rows])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"a candidate lacks {error}; expected item, text and label") from None
+    return Sample(
+        value["user"],
+        value["instruction"],
+        value["summary"],
+        tuple(value["recent"]),
+        candidates,
+        value["provenance"],
+    )
+
+
+def _parse(data: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(data)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise DataError(f"a JSON {type(value).__name__}; expected an object")
+    for name, kind in FIELDS.items():
+        if not isinstance(value.get(name), kind):
+            found = type(value[name]).__name__ if name in value else "nothing"
+            raise DataError(f"field {name!r}: found {found}, expected {kind.__name__}")
+    return value

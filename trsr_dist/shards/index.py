@@ -1,0 +1,120 @@
+"""The index beside a tar: where each sample lies and its checksum. A tar from elsewhere can be indexed too.
+
+``tarfile`` and webdataset take a broken header in mid-file for the end and drop the rest in silence. A scan here also
+asks for the zero bytes that end a tar, so that no sample goes missing unnoticed.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+
+from trsr_dist.errors import DataError
+from trsr_dist.files import atomic_file, sha256_of
+from trsr_dist.hashing import hash64
+
+ROW = np.dtype([("offset", "<u8"), ("key", "<u8"), ("num_bytes", "<u4"), ("crc", "<u4")])
+"""Payload offset in the tar, hash of the member's key, payload bytes, CRC-32 of the payload."""
+EXTENSION = ".json"
+END_BYTES = 1024
+"""Zero bytes that every tar ends with."""
+
+
+def index_path(tar: Path) -> Path:
+    return tar.with_name(f"{tar.name}.index.npy")
+
+
+def scan_tar(path: Path) -> np.ndarray:
+    """Index rows of all samples of a tar, in its order.
+
+    Members other than ``*.json`` are passed over: another reader may keep more beside a sample.
+
+    Raises:
+        DataError: truncated, a broken header, no end marker, a key twice; names the byte.
+    """
+    rows, keys = [], set()
+    try:
+        with tarfile.open(path, "r:") as tar:
+            for member in tar:
+                if not member.isfile() or not member.name.endswith(EXTENSION):
+                    continue
+                key = member.name.removesuffix(EXTENSION)
+                if key in keys:
+                    raise DataError(f"{path}: member {member.name!r} stands twice, again at byte {member.offset}")
+                keys.add(key)
+                payload = _payload(tar, member, path)
+                rows.append((member.offset_data, hash64(key), len(payload), zlib.crc32(payload)))
+            end = tar.offset
+    except tarfile.TarError as error:
+        raise DataError(f"{path}: not a readable tar after {len(rows)} samples ({error}); restore it") from None
+    _check_end(path, end, len(rows))
+    return np.array(rows, dtype=ROW)
+
+
+def _payload(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> bytes:
+    payload = tar.extractfile(member).read()
+    if len(payload) != member.size:
+        raise DataError(
+            f"{path}: member {member.name!r} at byte {member.offset_data} has {len(payload)} of {member.size} bytes: "
+            "the tar is truncated; restore it"
+        )
+    return payload
+
+
+def _check_end(path: Path, end: int, num_samples: int) -> None:
+    """What follows the last member must be zeros, two blocks at least."""
+    with open(path, "rb") as stream:
+        stream.seek(end)
+        tail = stream.read()
+    # tarfile has read the first of the two zero blocks in some versions: look back one block, too.
+    if len(tail) < END_BYTES // 2:
+        raise DataError(f"{path}: no end marker at byte {end}, after {num_samples} samples: truncated; restore it")
+    if tail.strip(b"\0"):
+        raise DataError(f"{path}: broken header at byte {end}, after {num_samples} samples; restore the file")
+
+
+def write_index(path: Path, rows: np.ndarray, sha256: str) -> None:
+    """Write the index of the tar at ``path``; its first row says which tar it was made from."""
+    with atomic_file(index_path(path), "wb") as stream:
+        np.save(stream, np.concatenate([_header(path.stat().st_size, sha256), rows]))
+
+
+def build_index(path: Path) -> np.ndarray:
+    """Scan a tar and write its index; the tar stays as it is."""
+    rows = scan_tar(path)
+    write_index(path, rows, sha256_of(path))
+    return rows
+
+
+def open_index(path: Path, sha256: str, num_samples: int) -> np.ndarray:
+    """Memory-mapped index rows of the tar at ``path``.
+
+    Raises:
+        DataError: missing, damaged, or made from another tar than the one with this hash.
+    """
+    index = index_path(path)
+    fix = "rebuild it with tools/inspect_shards.py --index"
+    try:
+        rows = np.load(index, mmap_mode="r")
+    except FileNotFoundError:
+        raise DataError(f"{index}: missing; {fix}") from None
+    except (ValueError, EOFError) as error:
+        raise DataError(f"{index}: not an index ({error}); {fix}") from None
+    if rows.dtype != ROW or not len(rows):
+        raise DataError(f"{index}: dtype {rows.dtype}, expected {ROW}; {fix}")
+    if rows[0]["key"] != _sha_prefix(sha256):
+        raise DataError(f"{index}: made from another version of {path.name}; {fix}")
+    if len(rows) - 1 != num_samples:
+        raise DataError(f"{index}: {len(rows) - 1} samples, the manifest says {num_samples}; {fix}")
+    return rows[1:]
+
+
+def _header(tar_bytes: int, sha256: str) -> np.ndarray:
+    return np.array([(tar_bytes, _sha_prefix(sha256), 0, 0)], dtype=ROW)
+
+
+def _sha_prefix(sha256: str) -> int:
+    return int(sha256[:16], 16)

@@ -1,0 +1,192 @@
+"""Random access to the samples of a split: any sample by its number, checked against its checksum."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from trsr_dist.errors import DataError
+from trsr_dist.files import read_json, sha256_of
+from trsr_dist.records import Sample
+from trsr_dist.run import MANIFEST, manifest_hash
+from trsr_dist.shards.codec import decode_sample
+from trsr_dist.shards.index import index_path, open_index
+
+OPEN_SHARDS = 256
+"""Tars and indexes kept open; a process may have 1024 files."""
+
+
+class OpenShard:
+    """An open tar with its index.
+
+    Raises:
+        DataError: the tar is missing, has another size than the manifest says, or differs from what was indexed.
+    """
+
+    def __init__(self, path: Path, facts: dict) -> None:
+        self.path = path
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}; restore the shard or make the split anew") from None
+        self.rows = self._checked_index(facts)
+
+    def read(self, number: int) -> bytes:
+        """Payload of the shard's sample ``number``.
+
+        Raises:
+            DataError: unreadable, or the bytes are not those that were written.
+        """
+        row = self.rows[number]
+        offset, size = int(row["offset"]), int(row["num_bytes"])
+        try:
+            data = os.pread(self.descriptor, size, offset)
+        except OSError as error:
+            raise DataError(f"{self.place(number)}: {error.strerror}") from None
+        if len(data) != size or zlib.crc32(data) != row["crc"]:
+            raise DataError(f"{self.place(number)}: checksum differs, the bytes are damaged; restore the shard")
+        return data
+
+    def place(self, number: int) -> str:
+        """Shard, member and byte, for error messages."""
+        offset = int(self.rows[number]["offset"])
+        header = os.pread(self.descriptor, 100, offset - 512)
+        name = header.split(b"\0")[0].decode("utf-8", "replace")
+        return f"{self.path}: sample {number} (member {name!r}, byte {offset})"
+
+    def advise(self, start: int, stop: int) -> None:
+        """Ask the kernel to read samples ``start`` to ``stop - 1`` ahead."""
+        first, last = self.rows[start], self.rows[stop - 1]
+        length = int(last["offset"] + last["num_bytes"] - first["offset"])
+        os.posix_fadvise(self.descriptor, int(first["offset"]), length, os.POSIX_FADV_WILLNEED)
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+    def _checked_index(self, facts: dict) -> np.ndarray:
+        status = os.fstat(self.descriptor)
+        if status.st_size != facts["num_bytes"]:
+            raise DataError(
+                f"{self.path}: {status.st_size} bytes, the manifest says {facts['num_bytes']}: truncated or replaced; "
+                "restore the shard or make the split anew"
+            )
+        rows = open_index(self.path, facts["sha256"], facts["num_samples"])
+        # Copying may turn the times round, so an older index is a suspicion, not an error.
+        if index_path(self.path).stat().st_mtime < status.st_mtime and sha256_of(self.path) != facts["sha256"]:
+            raise DataError(
+                f"{self.path}: newer than its index, and its bytes are not those of the manifest; make the split anew"
+            )
+        return rows
+
+
+class ShardSet:
+    """The samples of a split, numbered from 0 in the manifest's order.
+
+    Args:
+        folder: ``RUN/shards/{split}``.
+
+    Raises:
+        RunError: there is no manifest.
+        DataError: a shard that the manifest names is missing.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest_hash = manifest_hash(self.folder)
+        self.manifest = read_json(self.folder / MANIFEST)
+        self.facts: list[dict] = self.manifest["shards"]
+        self.starts = np.cumsum([0, *(facts["num_samples"] for facts in self.facts)])
+        self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._pid = os.getpid()
+        self._check_present()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def candidate_hash(self) -> str:
+        """Hash of users, candidates and labels of the split."""
+        return self.manifest["candidate_hash"]
+
+    def read(self, index: int, chosen: Sequence[int] | None = None) -> Sample:
+        """A sample, with some of its candidates or all.
+
+        Raises:
+            DataError: names shard, member and byte.
+        """
+        shard, number = self.locate(index)
+        opened = self.shard(shard)
+        data = opened.read(number)
+        try:
+            return decode_sample(data, chosen)
+        except DataError as error:
+            raise DataError(f"{opened.place(number)}: {error}; make the split anew") from None
+
+    def read_many(self, indices: Sequence[int]) -> list[Sample]:
+        """Samples in the given order."""
+        return [self.read(index) for index in indices]
+
+    def sizes(self, start: int, stop: int) -> np.ndarray:
+        """int64, shape (stop - start,): payload bytes of neighbouring samples, a measure of their cost."""
+        parts = [self.shard(shard).rows["num_bytes"][a:b] for shard, a, b in self.ranges(start, stop)]
+        return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+
+    def keys(self, start: int, stop: int) -> np.ndarray:
+        """uint64, shape (stop - start,): a hash of each sample's user."""
+        parts = [self.shard(shard).rows["key"][a:b] for shard, a, b in self.ranges(start, stop)]
+        return np.concatenate([np.zeros(0, np.uint64), *parts])
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """Shard number and the sample's number in it."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        return shard, index - int(self.starts[shard])
+
+    def ranges(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
+        """(shard, first, last + 1) of the pieces that make up samples ``start`` to ``stop - 1``."""
+        while start < stop:
+            shard, first = self.locate(start)
+            end = min(stop, int(self.starts[shard + 1]))
+            yield shard, first, first + end - start
+            start = end
+
+    def advise(self, start: int, stop: int) -> None:
+        """Ask the kernel to read neighbouring samples ahead."""
+        for shard, first, last in self.ranges(start, stop):
+            self.shard(shard).advise(first, last)
+
+    def path(self, shard: int) -> Path:
+        return self.folder / self.facts[shard]["name"]
+
+    def shard(self, shard: int) -> OpenShard:
+        """An open shard; the least recently used ones are closed."""
+        if os.getpid() != self._pid:  # a forked reader must not share file positions with its parent
+            self._open, self._pid = OrderedDict(), os.getpid()
+        if shard in self._open:
+            self._open.move_to_end(shard)
+        else:
+            self._open[shard] = OpenShard(self.path(shard), self.facts[shard])
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)[1].close()
+        return self._open[shard]
+
+    def close(self) -> None:
+        for opened in self._open.values():
+            opened.close()
+        self._open.clear()
+
+    def _check_present(self) -> None:
+        present = {entry.name for entry in os.scandir(self.folder)}
+        for facts in self.facts:
+            name = facts["name"]
+            if Path(name).name != name:
+                raise DataError(f"{self.folder / MANIFEST}: shard name {name!r} is a path; expected a plain name")
+            for needed in (name, index_path(Path(name)).name):
+                if needed not in present:
+                    raise DataError(f"{self.folder / needed}: missing, the manifest names it; restore the split")
