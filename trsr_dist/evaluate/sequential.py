@@ -1,0 +1,165 @@
+"""Sequential recommenders without text, in their published form: GRU4Rec and SASRec, small and in plain PyTorch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+
+PADDING = 0
+"""Embedding row of padding; item row i has embedding row i + 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class SequentialSettings:
+    """Sizes and training of both models."""
+
+    hidden_size: int = 64
+    num_layers: int = 2
+    max_length: int = 50
+    """Latest items that the model sees."""
+    dropout: float = 0.2
+    batch_size: int = 128
+    learning_rate: float = 1e-3
+    max_epochs: int = 60
+    patience: int = 5
+    """Epochs without a better validation metric before training stops."""
+
+
+class Gru4Rec(nn.Module):
+    """Item embeddings into a GRU; scores against the same embeddings (Hidasi et al., ICLR 2016)."""
+
+    def __init__(self, num_items: int, settings: SequentialSettings) -> None:
+        super().__init__()
+        size = settings.hidden_size
+        self.items = nn.Embedding(num_items + 1, size, padding_idx=PADDING)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.gru = nn.GRU(size, size, batch_first=True)
+        nn.init.normal_(self.items.weight, std=0.02)
+
+    def forward(self, sequences: torch.Tensor) -> torch.Tensor:
+        """int64 (batch, length) to states (batch, length, hidden)."""
+        return self.gru(self.dropout(self.items(sequences)))[0]
+
+    def loss(self, states: torch.Tensor, targets: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Cross-entropy where the other targets of the mini-batch are the negatives."""
+        real = targets != PADDING
+        choices, place = torch.unique(targets[real], return_inverse=True)
+        return functional.cross_entropy(states[real] @ self.items(choices).T, place)
+
+
+class SasRec(nn.Module):
+    """Causal self-attention over item and position embeddings (Kang and McAuley, ICDM 2018)."""
+
+    def __init__(self, num_items: int, settings: SequentialSettings) -> None:
+        super().__init__()
+        size = settings.hidden_size
+        self.items = nn.Embedding(num_items + 1, size, padding_idx=PADDING)
+        self.positions = nn.Embedding(settings.max_length, size)
+        self.dropout = nn.Dropout(settings.dropout)
+        block = nn.TransformerEncoderLayer(size, 1, size, settings.dropout, batch_first=True, norm_first=True)
+        self.blocks = nn.TransformerEncoder(block, settings.num_layers, nn.LayerNorm(size), enable_nested_tensor=False)
+        nn.init.normal_(self.items.weight, std=0.02)
+        nn.init.normal_(self.positions.weight, std=0.02)
+
+    def forward(self, sequences: torch.Tensor) -> torch.Tensor:
+        """int64 (batch, length) to states (batch, length, hidden)."""
+        length = sequences.shape[1]
+        inputs = self.items(sequences) * self.items.embedding_dim**0.5 + self.positions(torch.arange(length))
+        mask = nn.Transformer.generate_square_subsequent_mask(length)
+        return self.blocks(self.dropout(inputs), mask=mask, is_causal=True)
+
+    def loss(self, states: torch.Tensor, targets: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        """Binary cross-entropy of the next item against one uniformly drawn negative at every position."""
+        real = targets != PADDING
+        drawn = torch.randint(1, self.items.num_embeddings, (int(real.sum()),), generator=generator)
+        positive = (states[real] * self.items(targets[real])).sum(-1)
+        negative = (states[real] * self.items(drawn)).sum(-1)
+        return (functional.softplus(-positive) + functional.softplus(negative)).mean()
+
+
+MODELS = {"gru4rec": Gru4Rec, "sasrec": SasRec}
+
+
+class SequentialRanker:
+    """A trained model as a ranker of candidates."""
+
+    def __init__(self, model: nn.Module, max_length: int) -> None:
+        self._model = model
+        self._max_length = max_length
+
+    @torch.no_grad()
+    def __call__(self, history: Sequence[int], candidates: Sequence[int]) -> np.ndarray:
+        """Item rows of the history and the candidates to scores, float64, shape (num_candidates,)."""
+        self._model.eval()
+        sequence = torch.tensor([[item + 1 for item in history[-self._max_length :]]])
+        state = self._model(sequence)[0, -1]
+        return (self._model.items(torch.tensor(list(candidates)) + 1) @ state).double().numpy()
+
+
+def train_sequential(
+    name: str,
+    sequences: Sequence[Sequence[int]],
+    num_items: int,
+    validate: Callable[[SequentialRanker], float],
+    seed: int,
+    settings: SequentialSettings | None = None,
+) -> SequentialRanker:
+    """Train on the train users' sequences; the epoch with the best validation metric is kept.
+
+    Args:
+        name: ``gru4rec`` or ``sasrec``.
+        sequences: item rows, oldest first, the target last.
+        num_items: of the catalogue.
+        validate: higher is better.
+        seed: of weights, order, dropout and negatives.
+        settings: None: the defaults.
+    """
+    settings = settings or SequentialSettings()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MODELS[name](num_items, settings)
+        ranker = SequentialRanker(model, settings.max_length)
+        generator = torch.Generator().manual_seed(seed)
+        optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98))
+        best, best_state, waited = -1.0, copy.deepcopy(model.state_dict()), 0
+        for _ in range(settings.max_epochs):
+            _train_epoch(model, optimizer, sequences, generator, settings)
+            metric = validate(ranker)
+            waited = 0 if metric > best else waited + 1
+            if metric > best:
+                best, best_state = metric, copy.deepcopy(model.state_dict())
+            if waited == settings.patience:
+                break
+        model.load_state_dict(best_state)
+    return ranker
+
+
+def _train_epoch(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    sequences: Sequence[Sequence[int]],
+    generator: torch.Generator,
+    settings: SequentialSettings,
+) -> None:
+    model.train()
+    order = torch.randperm(len(sequences), generator=generator).tolist()
+    for first in range(0, len(order), settings.batch_size):
+        chosen = [sequences[i][-settings.max_length - 1 :] for i in order[first : first + settings.batch_size]]
+        batch = _pad(chosen)
+        optimizer.zero_grad()
+        model.loss(model(batch[:, :-1]), batch[:, 1:], generator).backward()
+        optimizer.step()
+
+
+def _pad(sequences: Sequence[Sequence[int]]) -> torch.Tensor:
+    """Embedding rows, int64 (batch, longest), padded on the right, where causal models cannot see it."""
+    batch = torch.full((len(sequences), max(map(len, sequences))), PADDING)
+    for row, sequence in enumerate(sequences):
+        batch[row, : len(sequence)] = torch.tensor(sequence) + 1
+    return batch
