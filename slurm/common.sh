@@ -54,8 +54,12 @@ preflight() {
   local bad=$logs/bad-nodes-$restart
   run_step python launch/preflight.py --run "$run" --reports "$logs/preflight-$restart" --bad-nodes "$bad" \
     --hosts "$(IFS=,; echo "${nodes[*]}")" --free-gb "$TRSR_FREE_GB" --scratch "$TRSR_CACHE" "$@"
-  if [ "$status" != 0 ] && [ -s "$bad" ] && [ "$TRSR_EXCLUDE_BAD_NODES" = 1 ]; then
-    run_again "bad nodes: $(paste -sd, "$bad")" "$(paste -sd, "$bad")"
+  if [ "$status" = 0 ]; then return; fi
+  # A node on which the check cannot even start is named by srun alone.
+  if [ ! -s "$bad" ]; then sed -nE 's/^srun: error: ([^:]+): tasks? .*/\1/p' "$errors" | head -n 1 >"$bad"; fi
+  if [ -s "$bad" ] && [ "$TRSR_EXCLUDE_BAD_NODES" = 1 ]; then
+    run_again "preflight: bad nodes $(paste -sd, "$bad")" "$(paste -sd, "$bad")"
   fi
-  [ "$status" = 0 ] || finish_stage
+  say "preflight failed: bad nodes $(paste -sd, "$bad")"
+  finish_stage
 }

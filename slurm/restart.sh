@@ -27,6 +27,7 @@ run_again() {
     exit "$EXIT_REQUEUE"
   fi
   say "$1; requeued"
+  trap '' TERM # the requeue ends this script; scontrol inherits the deafness and can finish
   local try
   for try in {1..30}; do # the controller may be restarting
     if scontrol requeue "$SLURM_JOB_ID"; then

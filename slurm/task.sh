@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One task of a step: its caches, its log file, then the command. task.sh LOG_FOLDER COMMAND...
 set -euo pipefail
+[ -d "$1" ] || { echo "$(hostname): $1 is not there; is the run folder on a disk of all nodes?" >&2; exit 1; }
 log="$1/task-$(printf %04d "$SLURM_PROCID")-restart-${SLURM_RESTART_COUNT:-0}.log"
 shift
 
