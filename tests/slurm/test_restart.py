@@ -34,11 +34,11 @@ class Count:
     def text(self) -> str:
         return self.out.read_text() if self.out.exists() else ""
 
-    def assert_complete(self, restarts: int, ranks: int = 2) -> None:
+    def assert_complete(self, restarts: int, ranks: int = 2, steps: int = STEPS) -> None:
         """Every step once, in order, whatever happened in between."""
-        assert self.lab.wait_for_job(self.job) == "COMPLETED", self.text()
+        assert self.lab.wait_for_job(self.job, seconds=200) == "COMPLETED", self.text()
         assert self.lab.job(self.job)["Restarts"] == str(restarts)
-        assert all(self.steps(rank) == list(range(1, STEPS + 1)) for rank in range(ranks)), self.text()
+        assert all(self.steps(rank) == list(range(1, steps + 1)) for rank in range(ranks)), self.text()
 
 
 @pytest.fixture

@@ -1,0 +1,75 @@
+"""Nodes that die, are cut off or run out of time. Slow, because Slurm notices slowly; the times are printed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.lab import Lab, wait_until
+from tests.slurm.test_restart import Count
+
+pytestmark = [pytest.mark.slurm, pytest.mark.soak, pytest.mark.timeout(400)]
+
+
+@pytest.fixture
+def two_nodes(lab: Lab, tmp_path: Path) -> Iterator[Count]:
+    """A counter on node1 (with the batch script) and node2, at work; node3 is spare."""
+    lab.wait_for_nodes(3, 120)
+    job = Count(lab, tmp_path, "-N2", "--ntasks-per-node=1", "-w", "node1,node2", STEPS="200")
+    job.wait_for_step(10)
+    yield job
+    lab.wait_for_nodes(3, 120)
+
+
+@pytest.fixture
+def report(record_property: Callable[[str, object], None], capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    def write(what: str, seconds: float) -> None:
+        record_property(what, round(seconds, 1))
+        with capsys.disabled():
+            print(f"\n  {what}: {seconds:.1f} s")
+
+    return write
+
+
+def notice(job: Count, start: float) -> float:
+    """Seconds until Slurm has taken the job off its nodes."""
+    wait_until(lambda: job.lab.job(job.job).get("JobState") != "RUNNING", 120, "noticed", job.lab.queue)
+    return time.monotonic() - start
+
+
+def test_power_cut_of_a_node(two_nodes: Count, report: Callable[..., None]) -> None:
+    start = time.monotonic()
+    two_nodes.lab.power_off("node2")
+    report("power cut of a node: noticed after", notice(two_nodes, start))
+    two_nodes.lab.boot("node2")
+    two_nodes.assert_complete(restarts=1, steps=200)
+    report("power cut of a node: finished after", time.monotonic() - start)
+
+
+def test_power_cut_of_the_batch_node(two_nodes: Count, report: Callable[..., None]) -> None:
+    start = time.monotonic()
+    two_nodes.lab.power_off("node1")
+    report("power cut of the batch node: noticed after", notice(two_nodes, start))
+    two_nodes.lab.boot("node1")
+    two_nodes.assert_complete(restarts=1, steps=200)
+    report("power cut of the batch node: finished after", time.monotonic() - start)
+
+
+def test_time_limit(lab: Lab, tmp_path: Path, report: Callable[..., None]) -> None:
+    lab.wait_for_nodes(3, 120)
+    start = time.monotonic()
+    job = Count(lab, tmp_path, "-N2", "--ntasks-per-node=1", "--time=1", STEPS="900")
+    job.assert_complete(restarts=int(lab_restarts(job)), steps=900)
+    assert "asks to be run again" in job.text()
+    report("90 s of work under a limit of 1 minute took", time.monotonic() - start)
+
+
+def lab_restarts(job: Count) -> str:
+    """Restarts of the job once it has ended, which must be some."""
+    job.lab.wait_for_job(job.job, seconds=300)
+    restarts = job.lab.job(job.job)["Restarts"]
+    assert restarts != "0", job.text()
+    return restarts
