@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file
 
 from tests.merge.models import load, make_base, random_peft_model
@@ -43,56 +44,59 @@ def run_ranks(base: Path, output: Path, world_size: int) -> None:
     assert codes == [0] * world_size, output.with_name("rank0.log").read_text()[-3000:]
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_every_stage_merges_to_the_trained_weights(world_size: int, tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base")
-    run_ranks(base, tmp_path / "out", world_size)
-    for stage in range(4):
-        folder = tmp_path / "out" / f"zero{stage}"
-        truth = load_file(folder / "truth.safetensors")
-        adapter = find_source(folder).read()
-        assert len(adapter.tensors) == len(truth) == 17
-        for name, tensor in truth.items():
-            assert torch.equal(adapter.tensors[peft_name(name).removeprefix("base_model.model.")], tensor), name
-        options = MergeOptions(base=str(base), verify="scores")
-        merge(folder / "global_step2", tmp_path / f"merged{stage}", options)
-        assert_trained(tmp_path / f"merged{stage}", base, truth)
-    refuse_damaged(tmp_path / "out" / "zero2", tmp_path)
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base and one engine checkpoint a ZeRO stage, trained by this number of ranks."""
+    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
+    run_ranks(make_base(folder / "base"), folder / "out", request.param)
+    return folder
 
 
-def assert_trained(merged: Path, base: Path, truth: dict[str, torch.Tensor]) -> None:
-    model = random_peft_model(base, modules_to_save=["lm_head"], rank_pattern={"q_proj": 3})
+@pytest.mark.parametrize("stage", range(4))
+def test_every_stage_merges_to_the_trained_weights(trained: Path, stage: int, tmp_path: Path) -> None:
+    folder = trained / "out" / f"zero{stage}"
+    truth = load_file(folder / "truth.safetensors")
+    adapter = find_source(folder).read()
+    assert len(adapter.tensors) == len(truth) == 17
+    for name, tensor in truth.items():
+        assert torch.equal(adapter.tensors[peft_name(name).removeprefix("base_model.model.")], tensor), name
+    options = MergeOptions(base=str(trained / "base"), verify="scores")
+    merge(folder / "global_step2", tmp_path / "merged", options)
+    model = peft_model(trained / "base")
     model.load_state_dict(truth, strict=False)
     expected = model.merge_and_unload().state_dict()
-    for name, tensor in load(merged).state_dict().items():
+    for name, tensor in load(tmp_path / "merged").state_dict().items():
         assert (tensor - expected[name]).abs().max() <= 1e-6 * expected[name].abs().max(), name
 
 
-def refuse_damaged(folder: Path, tmp_path: Path) -> None:
-    """A rank's file cut short, no LoRA settings: clear errors."""
-    shutil.copytree(folder, tmp_path / "cut")
-    part = sorted((tmp_path / "cut" / "global_step2").glob("*_optim_states.pt"))[-1]
-    os.truncate(part, part.stat().st_size // 2)
-    with pytest.raises(CheckpointError, match="missing or damaged"):
-        find_source(tmp_path / "cut").read()
-    part.unlink()
-    if len(list(part.parent.glob("*_optim_states.pt"))):
-        with pytest.raises(CheckpointError, match="missing or damaged"):
-            find_source(tmp_path / "cut").read()
-    (tmp_path / "cut" / "adapter_config.json").unlink()
-    with pytest.raises(CheckpointError, match="does not record the LoRA settings"):
-        find_source(tmp_path / "cut").read()
+def peft_model(base: Path) -> PeftModel:
+    return random_peft_model(base, modules_to_save=["lm_head"], rank_pattern={"q_proj": 3})
 
 
-def test_adapter_only_gives_what_peft_loads(tmp_path: Path) -> None:
-    base = make_base(tmp_path / "base")
-    run_ranks(base, tmp_path / "out", 1)
-    folder = tmp_path / "out" / "zero2"
+def test_adapter_only_gives_what_peft_loads(trained: Path, tmp_path: Path) -> None:
+    base, folder = trained / "base", trained / "out" / "zero3"
     merge(folder, tmp_path / "adapter", MergeOptions(base=str(base), adapter_only=True))
-    from peft import PeftModel
-
-    model = PeftModel.from_pretrained(load(base), tmp_path / "adapter")
+    found = dict(PeftModel.from_pretrained(load(base), tmp_path / "adapter").named_parameters())
     truth = load_file(folder / "truth.safetensors")
-    found = dict(model.named_parameters())
     assert all(torch.equal(found[name], tensor) for name, tensor in truth.items())
     assert read_adapter(tmp_path / "adapter").config.base_model_name_or_path == str(base)
+
+
+def test_damaged_checkpoints(trained: Path, tmp_path: Path) -> None:
+    cut = tmp_path / "cut"
+    shutil.copytree(trained / "out" / "zero2", cut)
+    part = sorted((cut / "global_step2").glob("*_optim_states.pt"))[-1]
+    os.truncate(part, part.stat().st_size // 2)
+    with pytest.raises(CheckpointError, match="missing or damaged"):
+        find_source(cut).read()
+    (cut / "adapter_config.json").unlink()
+    with pytest.raises(CheckpointError, match="does not record the LoRA settings"):
+        find_source(cut).read()
+
+
+def test_a_lost_rank_is_noticed(trained: Path, tmp_path: Path) -> None:
+    lost = tmp_path / "lost"
+    shutil.copytree(trained / "out" / "zero3", lost)
+    sorted((lost / "global_step2").glob("*_optim_states.pt"))[-1].unlink()
+    with pytest.raises(CheckpointError, match="missing or damaged|is incomplete"):
+        find_source(lost).read()
