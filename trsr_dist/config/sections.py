@@ -231,9 +231,14 @@ class EvaluateSection(Section):
     """Cut-offs of Recall, MRR and NDCG."""
     row_tokens: int = Field(8192, ge=64)
     """Length of one packed row in evaluation, in tokens."""
-    baselines: tuple[Literal["popularity", "base", "control"], ...] = ("popularity", "base", "control")
-    """Scored beside the model: popularity; base (the model before fine-tuning); control (another user's summary and
-    recent items). Random is always there, by its exact expectation."""
+    baselines: tuple[
+        Literal["popularity", "recency", "bm25", "gru4rec", "sasrec", "base", "control", "no_summary", "no_recent"],
+        ...,
+    ] = ("popularity", "base", "control")
+    """Ranked beside the model. From train users' clicks: popularity, recency (latest clicks), gru4rec and sasrec
+    (trained here, minutes); bm25: words of the history against the candidate's; base: the model before fine-tuning;
+    control: with another user's summary and recent items; no_summary, no_recent: without that part of the prompt.
+    Each of the last four costs as much as the model itself. Random is always there, by its exact expectation."""
     bootstrap_samples: int = Field(1000, ge=0)
     """Resamples of the users for the 95% confidence intervals; 0: none."""
     max_users: int = Field(0, ge=0)

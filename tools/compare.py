@@ -1,0 +1,34 @@
+"""Compare two evaluations of the same users and candidates: paired difference, 95% interval, p-value (sign flips).
+
+A and B are evaluation folders, or folders of part files such as RUN/evaluation/test/control.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trsr_dist.cli import run_command
+from trsr_dist.evaluate.compare import compare_scores, open_scores, pair_users
+
+EXAMPLE = "python tools/compare.py runs/one/evaluation runs/two/evaluation"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("a", type=Path, metavar="A")
+    parser.add_argument("b", type=Path, metavar="B")
+    parser.add_argument("--split", default="test", choices=("valid", "test"))
+    parser.add_argument("--top-k", type=int, nargs="+", default=[3, 5, 10], metavar="K", help="cut-offs")
+    parser.add_argument("--samples", type=int, default=10000, help="resamples and sign vectors")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    pairs = pair_users(open_scores(args.a, args.split), open_scores(args.b, args.split))
+    print(compare_scores(pairs, args.top_k, args.samples, args.seed))
+
+
+if __name__ == "__main__":
+    run_command(main)
