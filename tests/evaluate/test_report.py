@@ -1,0 +1,72 @@
+"""The page holds the numbers, loads nothing, and shows hostile text as text."""
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+
+from tests.evaluate.test_results import SETTINGS, systems_of
+from trsr_dist.evaluate.report import NUM_EXAMPLES, ReportParts, build_example, build_figures, write_report
+from trsr_dist.evaluate.results import build_results, metric_values
+from trsr_dist.records import Candidate, Sample
+
+HOSTILE = "</td><script>alert('x')</script><img src=x onerror=alert(1)> & \"quoted\""
+
+
+def sample_of(user: int, labels: np.ndarray) -> Sample:
+    candidates = tuple(Candidate(str(i), f"{HOSTILE} {i}", int(label)) for i, label in enumerate(labels))
+    return Sample(f"{HOSTILE} {user}", "do", HOSTILE, (HOSTILE, "two"), candidates)
+
+
+def write(path: Path) -> str:
+    systems = systems_of(120)
+    values = metric_values(systems, SETTINGS.top_k)
+    facts = [{"history length": "6-10" if user % 2 else "11-15", "category": HOSTILE} for user in range(120)]
+    results = build_results(systems, values, facts, SETTINGS)
+    results |= {"split": "test", "model": HOSTILE, "candidates": "uniform", "provenance": {"domain": HOSTILE}}
+    training = [{"step": step, "train/loss": 1 / (step + 1)} for step in range(20)]
+    figures = build_figures(results, systems, training, "recall@5")
+    examples = [
+        build_example(sample_of(i, systems.labels[i]), systems.scores["model"][i], systems.scores["control"][i])
+        for i in range(NUM_EXAMPLES)
+    ]
+    write_report(path, ReportParts(results, figures, examples, f"run: {HOSTILE}"))
+    return path.read_text(encoding="utf-8")
+
+
+class Tags(HTMLParser):
+    """Collects tags and attributes, and checks that what is opened is closed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.names.append(tag)
+        self.links += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+
+def test_the_page_is_whole_and_alone(tmp_path: Path) -> None:
+    page = write(tmp_path / "report.html")
+    tags = Tags()
+    tags.feed(page)
+    assert tags.names.count("svg") == 5
+    assert tags.names.count("details") == NUM_EXAMPLES
+    assert not {"script", "link", "img", "iframe"} & set(tags.names)
+    assert all(link.startswith("#") for link in tags.links)
+    assert not re.search(r"url\(\s*['\"]?https?:", page)
+    assert "R@5" in page
+    assert "personalization gain in R@5" in page
+
+
+def test_equal_evaluations_give_equal_pages(tmp_path: Path) -> None:
+    assert write(tmp_path / "one.html") == write(tmp_path / "two.html")
+
+
+def test_example_ranks_the_target_by_its_score() -> None:
+    labels = np.array([0, 1, 0])
+    example = build_example(sample_of(0, labels), np.array([2.0, 1.0, -1.0]), None)
+    assert example["rank"] == 2
+    assert [row["score"] for row in example["ranked"]] == [2.0, 1.0, -1.0]
