@@ -15,6 +15,8 @@ from tests.tokenizers import byte_level
 from trsr_dist.files import read_json, write_json
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
+from trsr_dist.merge.scores import built_in_samples
+from trsr_dist.shards.writer import write_shard, write_split_manifest
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS_ONLY = MergeOptions(verify="weights")
@@ -49,6 +51,15 @@ def test_companions_and_card(base: Path, checkpoint: Path, tmp_path: Path) -> No
     provenance = read_json(output / "provenance.json")
     assert provenance["prompt"]["style"] == "chat" and len(provenance["answer_ids"]) == 2
     assert provenance["merge"]["verification"]["weights"]["num_changed"] == 8
+
+
+def test_scores_are_compared_on_the_runs_own_users(checkpoint: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run" / "shards" / "valid"
+    shard = write_shard(folder / "valid-000000.tar", built_in_samples("news")[:2])
+    write_split_manifest(folder, [shard], {}, {})
+    merge(checkpoint, tmp_path / "merged", MergeOptions(verify="scores"))
+    figures = read_json(tmp_path / "merged" / "provenance.json")["merge"]["verification"]["scores"]
+    assert (figures["prompts"], figures["num_users"], figures["num_prompts"]) == ("shards/valid", 2, 12)
 
 
 def test_loads_with_nothing_but_transformers(checkpoint: Path, tmp_path: Path) -> None:

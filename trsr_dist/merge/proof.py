@@ -13,10 +13,12 @@ from trsr_dist.log import get_logger
 from trsr_dist.merge.adapter import write_adapter
 from trsr_dist.merge.inputs import Inputs, MergeOptions
 from trsr_dist.merge.memory import available_bytes
-from trsr_dist.merge.scores import ACTIVATION_BYTES, built_in_samples, check_scores, sample_users
+from trsr_dist.merge.scores import ACTIVATION_BYTES, NUM_SAMPLES, built_in_samples, check_scores, sample_users
 from trsr_dist.merge.source import Source
 from trsr_dist.merge.verify import check_weights
 from trsr_dist.records import Sample
+from trsr_dist.run import MANIFEST
+from trsr_dist.shards.reader import ShardSet
 
 logger = get_logger("merge")
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
@@ -73,4 +75,12 @@ def _score_hindrance(inputs: Inputs) -> str:
 
 
 def _samples(source: Source) -> tuple[list[Sample], str]:
+    """Users of the run's own held-out data where it is at hand, and where they come from."""
+    for split in ("valid", "test"):
+        folder = source.run / "shards" / split if source.run is not None else None
+        if folder is not None and (folder / MANIFEST).is_file():
+            shards = ShardSet(folder)
+            samples = shards.read_many(range(min(NUM_SAMPLES, len(shards))))
+            shards.close()
+            return samples, f"shards/{split}"
     return built_in_samples(source.provenance.get("domain", "items")), "built-in prompts"
