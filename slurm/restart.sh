@@ -54,8 +54,8 @@ finish_stage() {
   first=$(grep -m 1 -E 'tasks? [0-9,-]+: ' "$errors" || true)
   case $first in
   *"exit code $EXIT_REQUEUE"*) run_again "the step saved its work and asks to be run again" ;;
-  *'exit code'* | *Terminated* | '') ;;
-  *) run_again "a task was killed (${first#srun: error: })" ;;
+  *'exit code'* | '') ;;
+  *) run_again "a task was ended by a signal (${first#srun: error: })" ;;
   esac
   if [ "$(progress_mark)" != "$mark" ]; then run_again "failed with status $status after some progress"; fi
   say "failed with status $status; read $logs"

@@ -58,6 +58,51 @@ def test_power_cut_of_the_batch_node(two_nodes: Count, report: Callable[..., Non
     report("power cut of the batch node: finished after", time.monotonic() - start)
 
 
+def test_cut_off_task_publishes_nothing(lab: Lab, tmp_path: Path, report: Callable[..., None]) -> None:
+    """The old task lives on behind a broken network, with the shared disk in reach, while its job runs elsewhere."""
+    lab.wait_for_nodes(3, 120)
+    target = tmp_path / "published"
+    command = f"srun python tests/slurm/publisher.py {target} ${{SLURM_RESTART_COUNT:-0}}"
+    options = f"--parsable --requeue --open-mode=append -N1 -o {tmp_path}/out"
+    job = lab.run(f"sbatch {options} --wrap '{command}'").strip()
+    wait_until(lambda: (tmp_path / "held-0").exists(), 60, "the first start holds the lock", lab.queue)
+    node, start = lab.job(job)["BatchHost"], time.monotonic()
+    lab.unplug(node)
+    try:
+        wait_until(lambda: (tmp_path / "held-1").exists(), 120, "the second start holds the lock", lab.queue)
+        report("network cut: taken over after", time.monotonic() - start)
+        assert "publisher.py" in lab.run("ps ax", on=node), "the old task lives on"
+        (tmp_path / "go-1").touch()
+        assert lab.wait_for_job(job, seconds=60) == "COMPLETED"
+        (tmp_path / "go-0").touch()
+        wait_until(lambda: "publisher.py" not in lab.run("ps ax", on=node), 30, "the old task ends")
+        assert (target / "restart").read_text() == "1"
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".published.tmp")]
+    finally:
+        lab.plug(node)
+    lab.wait_for_nodes(3, 120)
+
+
+def test_counting_goes_on_after_a_network_cut(two_nodes: Count, report: Callable[..., None]) -> None:
+    start = time.monotonic()
+    two_nodes.lab.unplug("node2")
+    try:
+        report("network cut of a node: noticed after", notice(two_nodes, start))
+        two_nodes.lab.run(f"kill -9 $(cat {two_nodes.run}/count/.pid-1)", on="node2")
+    finally:
+        two_nodes.lab.plug("node2")
+    two_nodes.assert_complete(restarts=1, steps=200)
+
+
+def test_dead_slurmd(two_nodes: Count, report: Callable[..., None]) -> None:
+    start = time.monotonic()
+    two_nodes.lab.stop_daemon("node2", with_signal="KILL")
+    report("slurmd killed: noticed after", notice(two_nodes, start))
+    two_nodes.lab.run(f"kill -9 $(cat {two_nodes.run}/count/.pid-1)", on="node2", check=False)
+    two_nodes.lab.start_daemon("node2")
+    two_nodes.assert_complete(restarts=1, steps=200)
+
+
 def test_time_limit(lab: Lab, tmp_path: Path, report: Callable[..., None]) -> None:
     lab.wait_for_nodes(3, 120)
     start = time.monotonic()
