@@ -112,6 +112,7 @@ def test_damaged_adapter_tensors(
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"use_dora": True}, "use_dora=True"),
         ({"some_new_method": True}, "some_new_method"),
+        ({"layers_pattern": "h", "layers_to_transform": None}, "layers_pattern"),
     ],
 )
 def test_methods_are_refused_by_name(values: dict[str, object], message: str, checkpoint: Path, tmp_path: Path) -> None:
@@ -161,6 +162,33 @@ def test_another_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
     write_json(checkpoint / "provenance.json", provenance)
     seal(checkpoint)
     refuses(checkpoint, tmp_path / "merged", "another tokenizer")
+
+
+def test_base_without_a_tokenizer(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+    for path in base.glob("*token*"):
+        path.unlink()
+    refuses(checkpoint / "adapter", tmp_path / "merged", "no tokenizer")
+
+
+def test_bases_that_cannot_be_streamed(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+    config = read_json(base / "config.json")
+    write_json(base / "config.json", config | {"quantization_config": {"quant_method": "awq"}})
+    refuses(checkpoint / "adapter", tmp_path / "merged", "unquantized original")
+    write_json(base / "config.json", config | {"model_type": "unheard_of", "auto_map": {"AutoConfig": "x.Y"}})
+    refuses(checkpoint / "adapter", tmp_path / "merged", "transformers cannot build this model")
+    write_json(base / "config.json", config | {"vocab_size": 7})
+    refuses(checkpoint / "adapter", tmp_path / "merged", "vocab_size=7")
+    write_json(base / "config.json", config)
+    sorted(base.glob("*.safetensors"))[0].unlink()
+    refuses(checkpoint / "adapter", tmp_path / "merged", "missing")
+    for path in base.glob("model*"):
+        path.unlink()
+    (base / "pytorch_model.bin").write_bytes(b"")
+    refuses(checkpoint / "adapter", tmp_path / "merged", "safetensors")
+
+
+def test_base_that_is_nowhere(checkpoint: Path, tmp_path: Path) -> None:
+    refuses(checkpoint, tmp_path / "merged", "with --base", MergeOptions(base=str(tmp_path / "nowhere" / "at all")))
 
 
 def test_truncated_files(base: Path, checkpoint: Path, tmp_path: Path) -> None:

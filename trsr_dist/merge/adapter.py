@@ -178,7 +178,10 @@ def read_config(path: Path) -> LoraConfig:
     unknown = sorted(key for key, value in values.items() if key not in known and value)
     if unknown:
         raise ModelError(f"{path}: unknown settings {unknown}; this PEFT does not know them, so nothing is merged")
-    return LoraConfig(**{key: value for key, value in values.items() if key in known})
+    try:
+        return LoraConfig(**{key: value for key, value in values.items() if key in known})
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"{path}: {error}") from None
 
 
 def find_changes(adapter: Adapter) -> dict[str, Change]:

@@ -78,7 +78,11 @@ def resolve_prompt(folder: Path, own: bool, num_embeddings: int, provenance: dic
     Raises:
         ModelError: the tokenizer is not that of the training, or does not fit the model.
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"{folder}: no tokenizer that transformers can load ({reason}); add its files") from None
     largest = max(tokenizer.get_vocab().values())
     if largest >= num_embeddings:
         message = f"{folder}: the tokenizer's largest id is {largest}, the model has {num_embeddings} embeddings"

@@ -78,11 +78,11 @@ def tied_tensors(base: Path) -> dict[str, str]:
         ModelError: transformers does not know this architecture without code from elsewhere.
     """
     try:
-        config = AutoConfig.from_pretrained(base)
+        config = AutoConfig.from_pretrained(base, local_files_only=True)
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise ModelError(f"{base}: {error}") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{base}: transformers cannot build this model ({str(error).splitlines()[0]})") from None
     return dict(model.all_tied_weights_keys)
 
 
