@@ -69,11 +69,10 @@ def _check_end(path: Path, end: int, num_samples: int) -> None:
     with open(path, "rb") as stream:
         stream.seek(end)
         tail = stream.read()
-    # tarfile has read the first of the two zero blocks in some versions: look back one block, too.
-    if len(tail) < END_BYTES // 2:
-        raise DataError(f"{path}: no end marker at byte {end}, after {num_samples} samples: truncated; restore it")
     if tail.strip(b"\0"):
         raise DataError(f"{path}: broken header at byte {end}, after {num_samples} samples; restore the file")
+    if len(tail) < END_BYTES:
+        raise DataError(f"{path}: no end marker at byte {end}, after {num_samples} samples: truncated; restore it")
 
 
 def write_index(path: Path, rows: np.ndarray, sha256: str) -> None:

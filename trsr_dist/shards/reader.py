@@ -102,7 +102,6 @@ class ShardSet:
         self.facts: list[dict] = self.manifest["shards"]
         self.starts = np.cumsum([0, *(facts["num_samples"] for facts in self.facts)])
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
-        self._pid = os.getpid()
         self._check_present()
 
     def __len__(self) -> int:
@@ -166,8 +165,6 @@ class ShardSet:
 
     def shard(self, shard: int) -> OpenShard:
         """An open shard; the least recently used ones are closed."""
-        if os.getpid() != self._pid:  # a forked reader must not share file positions with its parent
-            self._open, self._pid = OrderedDict(), os.getpid()
         if shard in self._open:
             self._open.move_to_end(shard)
         else:

@@ -40,14 +40,13 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardFacts:
         DataError: a user stands twice.
     """
     users, candidates = set(), hashlib.sha256()
-    with atomic_file(path, "wb") as stream:
-        with TarWriter(stream, encoder=False, mtime=0) as tar:
-            for sample in samples:
-                if sample.user in users:
-                    raise DataError(f"{path}: user {sample.user!r} stands twice; users of a split must differ")
-                users.add(sample.user)
-                candidates.update(candidate_digest(sample).encode())
-                tar.write({"__key__": member_key(sample.user), "json": encode_sample(sample)})
+    with atomic_file(path, "wb") as stream, TarWriter(stream, encoder=False, mtime=0) as tar:
+        for sample in samples:
+            if sample.user in users:
+                raise DataError(f"{path}: user {sample.user!r} stands twice; users of a split must differ")
+            users.add(sample.user)
+            candidates.update(candidate_digest(sample).encode())
+            tar.write({"__key__": member_key(sample.user), "json": encode_sample(sample)})
     sha256 = sha256_of(path)
     write_index(path, scan_tar(path), sha256)
     return ShardFacts(path.name, len(users), path.stat().st_size, sha256, candidates.hexdigest())

@@ -1,0 +1,135 @@
+"""The stream's promises: each user once an epoch, equal steps on every rank, the same batches after any restart."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from tests.shards.world import make_builder, make_split
+from trsr_dist.errors import CheckpointError, ConfigError
+from trsr_dist.hashing import digest
+from trsr_dist.shards.plan import PackingSettings
+from trsr_dist.shards.reader import ShardSet
+from trsr_dist.shards.steps import Step, StreamState
+from trsr_dist.shards.stream import TrainStream
+
+SETTINGS = PackingSettings(row_tokens=600, rows_per_step=5, negatives_per_positive=2, seed=3)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    return make_split(tmp_path_factory.mktemp("split") / "train")
+
+
+def global_steps(
+    shards: ShardSet, world_size: int, count: int, state: StreamState | None = None, num_workers: int = 0
+) -> list[tuple]:
+    """What all ranks together see in each step: user ids and token hashes of every row."""
+    streams = [
+        iter(TrainStream(shards, make_builder(), SETTINGS, rank, world_size, num_workers, state=state))
+        for rank in range(world_size)
+    ]
+    return [_together(steps) for steps in islice(zip(*streams, strict=True), count)]
+
+
+def _together(steps: tuple[Step, ...]) -> tuple:
+    first = steps[0]
+    assert len({len(step.rows) for step in steps}) == 1, "every rank has the same number of rows"
+    assert all(step.state == first.state and step.num_answers == first.num_answers for step in steps)
+    assert sum(row.num_answers for step in steps for row in step.rows) == first.num_answers
+    rows = {
+        number: (row.users, row.items, digest(row.token_ids.tolist()), digest(row.position_ids.tolist()))
+        for step in steps
+        for number, row in zip(step.numbers, step.rows, strict=True)
+        if row.num_answers
+    }
+    return first.epoch, tuple(rows[number] for number in sorted(rows)), first.state
+
+
+def users_of(steps: list[tuple], epoch: int) -> Counter[str]:
+    return Counter(user for step in steps if step[0] == epoch for row in step[1] for user in row[0])
+
+
+def test_every_user_once_an_epoch(shards: ShardSet) -> None:
+    stream = TrainStream(shards, make_builder(), SETTINGS)
+    count = stream.steps_in_epoch(0) + stream.steps_in_epoch(1)
+    steps = global_steps(shards, 1, count)
+    for epoch in (0, 1):
+        users = users_of(steps, epoch)
+        assert len(users) == len(shards) and set(users.values()) == {1}
+    assert steps[-1][2].epoch == 2 and steps[-1][2].step == count
+    assert [step[1] for step in steps[: stream.steps_in_epoch(0)]] != [step[1] for step in steps[-len(steps) // 2 :]]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 7])
+def test_world_size_does_not_change_the_steps(shards: ShardSet, world_size: int) -> None:
+    assert global_steps(shards, world_size, 25) == global_steps(shards, 1, 25)
+
+
+def test_resume_on_other_ranks_and_workers(shards: ShardSet) -> None:
+    whole = global_steps(shards, 1, 24)
+    first = global_steps(shards, 3, 7)
+    saved = StreamState.from_dict(first[-1][2].to_dict())
+    middle = global_steps(shards, 2, 9, saved, num_workers=1)
+    last = global_steps(shards, 1, 8, middle[-1][2], num_workers=2)
+    assert first + middle + last == whole
+
+
+def test_negatives_change_with_the_epoch_and_positives_stay(shards: ShardSet) -> None:
+    stream = TrainStream(shards, make_builder(), SETTINGS)
+    seen: dict[str, list[tuple]] = {}
+    for step in islice(stream, stream.steps_in_epoch(0) + stream.steps_in_epoch(1)):
+        for user, items, labels in _answers(step):
+            assert sum(labels) == 1 and len(labels) == 3
+            seen.setdefault(user, []).append(items)
+    assert all(len(draws) == 2 for draws in seen.values())
+    assert sum(first != second for first, second in seen.values()) > len(seen) / 2
+
+
+def _answers(step: Step) -> Iterator[tuple[str, tuple, list[int]]]:
+    for row in step.rows:
+        for group, user in enumerate(row.users):
+            places = [i for i in range(row.num_answers) if row.group[i] == group]
+            yield user, tuple(row.items[i] for i in places), [int(row.labels[i]) for i in places]
+
+
+def test_state_of_other_settings_is_refused(shards: ShardSet) -> None:
+    state = next(iter(TrainStream(shards, make_builder(), SETTINGS))).state
+    for change in ({"row_tokens": 700}, {"seed": 4}, {"shards": "other"}, {"negatives_per_positive": 1}):
+        with pytest.raises(CheckpointError, match=next(iter(change))):
+            TrainStream(shards, make_builder(), SETTINGS, state=StreamState.from_dict(state.to_dict() | change))
+
+
+def test_a_row_shorter_than_a_prompt_is_refused(shards: ShardSet) -> None:
+    with pytest.raises(ConfigError, match=r"train\.row_tokens=64: the longest prompt has"):
+        TrainStream(shards, make_builder(), PackingSettings(64, 2, 1, 0))
+
+
+def test_candidates_that_do_not_fit_are_cut_in_chunks(tmp_path: Path) -> None:
+    shards = make_split(tmp_path / "train", (20,))
+    lengths = TrainStream(shards, make_builder(), SETTINGS).plan.lengths.facts
+    tight = PackingSettings(lengths.longest_prompt + 10, 4, 6, 0)
+    stream = TrainStream(shards, make_builder(), tight)
+    facts = stream.plan.facts(0)
+    steps = list(islice(stream, facts.num_steps))
+    assert facts.num_chunks > 0
+    assert sum(step.num_users for step in steps) == 20
+    assert sum(step.num_answers for step in steps) == 20 * 7
+    items = Counter(item for step in steps for row in step.rows for item in row.items)
+    assert len(items) == 20 * 7 and set(items.values()) == {1}
+    assert all(row.num_tokens <= tight.row_tokens for step in steps for row in step.rows)
+
+
+def test_trimmed_users_have_the_planned_tokens(tmp_path: Path) -> None:
+    shards = make_split(tmp_path / "train", (30,))
+    stream = TrainStream(shards, make_builder(max_tokens=90), SETTINGS)
+    assert stream.plan.lengths.facts.trimmed_users["summary_words_cut"] > 0
+    builder = make_builder(max_tokens=90)
+    full = {user.user: user for user in map(builder.build, shards.read_many(range(30)))}
+    for step in islice(stream, stream.steps_in_epoch(0)):
+        for row in step.rows:
+            assert row.prefix_lengths == tuple(len(full[user].prefix) for user in row.users)

@@ -1,0 +1,149 @@
+"""Token lengths of every prompt of a split under one tokenizer and prompt style, beside the shards.
+
+With them an epoch is planned without reading or tokenizing a sample, so every rank plans the same rows by itself. The
+folder is named by ``PromptBuilder.fingerprint``; the tars are never touched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from trsr_dist.files import read_json
+from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.shards.reader import ShardSet
+
+TRIMS = ("recent_dropped", "summary_words_cut", "item_words_cut", "candidates_capped")
+TRIMS_FOR_ALL = TRIMS[:3]
+"""These depend on all of a user's candidates; the cap on a candidate depends on that candidate alone."""
+SUMMARY = "summary.json"
+NUM_HEADER = 3 + len(TRIMS)
+"""int32s before a file's table: samples, part of the tar's hash, damaged samples, users with each kind of trim."""
+
+
+@dataclass(frozen=True, slots=True)
+class LengthFacts:
+    """Sums over a split."""
+
+    shards: str
+    """Manifest hash of the split."""
+    num_samples: int
+    num_candidates: int
+    prefix_tokens: int
+    suffix_tokens: int
+    longest_prompt: int
+    """Tokens of the longest prefix with one suffix."""
+    longest_unit: int
+    """Tokens of the longest prefix with all its suffixes."""
+    trimmed_users: dict[str, int] = field(default_factory=dict)
+    num_damaged: int = 0
+    damaged: tuple[str, ...] = ()
+    """The shards that hold damaged samples."""
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Lengths of some samples."""
+
+    samples: np.ndarray
+    """int64, shape (num_samples,): their numbers in the split."""
+    prefixes: np.ndarray
+    """int64, shape (num_samples,)."""
+    trimmed: np.ndarray
+    """bool, shape (num_samples,): parts common to all candidates were cut."""
+    starts: np.ndarray
+    """int64, shape (num_samples + 1,): where each sample's candidates begin."""
+    suffixes: np.ndarray
+    """int64, shape (num_candidates,)."""
+    labels: np.ndarray
+    """bool, shape (num_candidates,)."""
+
+    @property
+    def owner(self) -> np.ndarray:
+        """int64, shape (num_candidates,): the sample of each candidate, counted within the table."""
+        return np.repeat(np.arange(len(self.samples)), np.diff(self.starts))
+
+    def unit_tokens(self) -> np.ndarray:
+        """int64, shape (num_samples,): prefix and all suffixes."""
+        sums = np.bincount(self.owner, weights=self.suffixes, minlength=len(self.samples))
+        return self.prefixes + sums.astype(np.int64)
+
+
+def lengths_folder(shards: ShardSet, builder: PromptBuilder) -> Path:
+    """Where the lengths of a split lie for this tokenizer and prompt style."""
+    return shards.folder / f"lengths-{builder.fingerprint}"
+
+
+class Lengths:
+    """Measured lengths of a split.
+
+    Args:
+        shards: of the split.
+        folder: what ``measure_lengths`` filled.
+    """
+
+    def __init__(self, shards: ShardSet, folder: Path) -> None:
+        self.shards = shards
+        self.folder = folder
+        self._open = lru_cache(maxsize=512)(self._open_shard)
+
+    @cached_property
+    def facts(self) -> LengthFacts:
+        """Sums over the split."""
+        value = read_json(self.folder / SUMMARY)
+        return LengthFacts(**(value | {"damaged": tuple(value["damaged"])}))
+
+    def header(self, shard: int) -> np.ndarray:
+        """The int32s that open a shard's file."""
+        return np.load(length_path(self.folder, self.shards.facts[shard]), mmap_mode="r")[:NUM_HEADER]
+
+    def table(self, runs: Sequence[tuple[int, int]]) -> Table:
+        """Lengths of the samples of some (start, stop) runs, in their order."""
+        parts = list(self._parts(runs))
+        values = _joined([values for values, _ in parts])
+        counts = _joined([counts for _, counts in parts])
+        heads = np.cumsum(counts) - counts
+        is_suffix = np.ones(len(values), dtype=bool)
+        is_suffix[heads] = False
+        prefixes, suffixes = values[heads], values[is_suffix]
+        return Table(
+            samples=_joined([np.arange(start, stop) for start, stop in runs]),
+            prefixes=prefixes >> 1,
+            trimmed=(prefixes & 1).astype(bool),
+            starts=np.concatenate([[0], np.cumsum(counts - 1)]),
+            suffixes=suffixes >> 1,
+            labels=(suffixes & 1).astype(bool),
+        )
+
+    def _parts(self, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start, stop in runs:
+            for shard, first, last in self.shards.ranges(start, stop):
+                starts, values = self._open(shard)
+                yield values[starts[first] : starts[last]], np.diff(starts[first : last + 1])
+
+    def _open_shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
+        facts = self.shards.facts[shard]
+        array = np.load(length_path(self.folder, facts), mmap_mode="r")
+        return _split_file(array)
+
+
+def length_path(folder: Path, facts: dict) -> Path:
+    return folder / f"{facts['name']}.npy"
+
+
+def _joined(parts: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
+
+
+def _split_file(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Starts of the samples, and values: prefix << 1 | trimmed, then suffix << 1 | label of each candidate."""
+    num_samples = int(array[0])
+    return array[NUM_HEADER : NUM_HEADER + num_samples + 1], array[NUM_HEADER + num_samples + 1 :]
+
+
+def sha_part(facts: dict) -> int:
+    return int(facts["sha256"][:7], 16)

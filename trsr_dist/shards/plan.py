@@ -1,0 +1,222 @@
+"""The plan of a split's rows: which candidates of which users share a row, in which order. No sample is read for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from trsr_dist.errors import ConfigError, DataError
+from trsr_dist.hashing import hash64
+from trsr_dist.shards.lengths import Lengths, Table
+from trsr_dist.shards.order import BLOCK_SAMPLES, Order, mix
+from trsr_dist.shards.packing import attended_pairs, choose_candidates, pack, row_cost, split_unit
+
+WINDOW_SAMPLES = 8192
+"""At least so many neighbouring samples of the order are packed together."""
+WINDOW_ROWS = 64
+"""At least about so many rows, so that a window's last row, filled by half on average, costs little."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackingSettings:
+    """What the rows of an epoch depend on, beside the shards and the prompts."""
+
+    row_tokens: int
+    """Token limit of a row."""
+    rows_per_step: int
+    """Rows of an optimizer step over all ranks."""
+    negatives_per_positive: int
+    """Drawn from a user's pool in each epoch."""
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A user's prefix with some of the user's candidates: what a row holds whole."""
+
+    sample: int
+    """Number of the sample in the split."""
+    prefix: int
+    """Tokens of the prefix."""
+    trimmed: bool
+    """Parts common to all candidates were cut, so all candidates are needed to write the prompts again."""
+    candidates: tuple[int, ...]
+    """Numbers of the candidates in the sample."""
+    suffixes: tuple[int, ...]
+    """Tokens of each candidate's suffix."""
+
+
+class WindowPlan:
+    """The rows of one window.
+
+    Args:
+        table: lengths of the window's samples.
+        chosen: bool, shape (num_candidates,): the candidates that take part.
+        row_tokens: token limit of a row.
+        key: of the order of the rows and of units of equal length.
+    """
+
+    def __init__(self, table: Table, chosen: np.ndarray, row_tokens: int, key: int) -> None:
+        self._table = table
+        self._kept = np.flatnonzero(chosen)
+        self._sample, self._first, self._last = self._cut_units(row_tokens)
+        suffixes = table.suffixes[self._kept]
+        sums, squares = _running_sum(suffixes), _running_sum(suffixes**2)
+        suffix_sum = sums[self._last] - sums[self._first]
+        suffix_squares = squares[self._last] - squares[self._first]
+        self._tokens = table.prefixes[self._sample] + suffix_sum
+        self._pairs = attended_pairs(table.prefixes[self._sample], suffix_sum, suffix_squares)
+        ties = mix(table.samples[self._sample].astype(np.uint64) ^ np.uint64(key))
+        rows = pack(self._tokens, row_tokens, ties)
+        order = np.argsort(mix(np.arange(len(rows), dtype=np.uint64) ^ np.uint64(key)), kind="stable")
+        self._rows = [rows[number] for number in order.tolist()]
+
+    @property
+    def num_rows(self) -> int:
+        return len(self._rows)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._tokens.sum())
+
+    @property
+    def num_chunks(self) -> int:
+        """Units beyond the first of users whose candidates do not fit one row."""
+        return len(self._sample) - len(np.unique(self._sample))
+
+    def cost(self, row: int) -> float:
+        """Cost of a row, in tokens."""
+        units = self._rows[row]
+        return float(row_cost(self._tokens[units].sum(), self._pairs[units].sum()))
+
+    def num_answers(self, row: int) -> int:
+        units = self._rows[row]
+        return int((self._last[units] - self._first[units]).sum())
+
+    def num_users(self, row: int) -> int:
+        """Users of a row; one that is cut in chunks counts in the row of the first."""
+        units = self._rows[row]
+        return int((self._first[units] == self._kept_starts[self._sample[units]]).sum())
+
+    def units(self, row: int) -> tuple[Unit, ...]:
+        """The units of a row."""
+        return tuple(self._unit(unit) for unit in self._rows[row])
+
+    def _cut_units(self, row_tokens: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sample, first and last + 1 kept candidate of each unit; a user that fits a row is one unit."""
+        table, num_samples = self._table, len(self._table.samples)
+        owner = table.owner[self._kept]
+        counts = np.bincount(owner, minlength=num_samples)
+        self._kept_starts = np.cumsum(counts) - counts
+        suffixes = table.suffixes[self._kept]
+        tokens = table.prefixes + np.bincount(owner, weights=suffixes, minlength=num_samples).astype(np.int64)
+        whole = np.flatnonzero((counts > 0) & (tokens <= row_tokens))
+        parts = [(whole, self._kept_starts[whole], self._kept_starts[whole] + counts[whole])]
+        for sample in np.flatnonzero((counts > 0) & (tokens > row_tokens)).tolist():
+            start = self._kept_starts[sample]
+            lengths = suffixes[start : start + counts[sample]].tolist()
+            chunks = np.array(split_unit(int(table.prefixes[sample]), lengths, row_tokens))
+            parts.append((np.full(len(chunks), sample), start + chunks[:, 0], start + chunks[:, 1]))
+        sample, first, last = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return sample, first, last
+
+    def _unit(self, unit: int) -> Unit:
+        table, sample = self._table, self._sample[unit]
+        kept = self._kept[self._first[unit] : self._last[unit]]
+        return Unit(
+            sample=int(table.samples[sample]),
+            prefix=int(table.prefixes[sample]),
+            trimmed=bool(table.trimmed[sample]),
+            candidates=tuple((kept - table.starts[sample]).tolist()),
+            suffixes=tuple(table.suffixes[kept].tolist()),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class EpochFacts:
+    """Counts of one epoch."""
+
+    num_steps: int
+    num_rows: int
+    num_tokens: int
+    num_chunks: int
+    """Units beyond the first of users whose candidates do not fit one row."""
+    fill: float
+    """Tokens per place in the rows."""
+
+
+class TrainPlan:
+    """The rows of every epoch, equal on all ranks.
+
+    Args:
+        lengths: of the train split.
+        settings: see there.
+
+    Raises:
+        ConfigError: a single prompt is longer than a row.
+        DataError: there is nothing to train on.
+    """
+
+    def __init__(self, lengths: Lengths, settings: PackingSettings) -> None:
+        check_fits(lengths, settings.row_tokens, "train.row_tokens")
+        self.lengths = lengths
+        self.settings = settings
+        self.order = Order(len(lengths.shards), self._window_blocks(), settings.seed)
+        self.window = lru_cache(maxsize=2)(self._window)
+        self.facts = lru_cache(maxsize=64)(self._facts)
+
+    def windows(self, epoch: int) -> Iterator[WindowPlan]:
+        for window in range(self.order.num_windows):
+            yield self.window(epoch, window)
+
+    def _window(self, epoch: int, window: int) -> WindowPlan:
+        settings = self.settings
+        runs = self.order.runs(epoch, window)
+        table = self.lengths.table(runs)
+        keys = np.concatenate([self.lengths.shards.keys(start, stop) for start, stop in runs])
+        draw = hash64(settings.seed, epoch, "negatives")
+        chosen = choose_candidates(keys, table.starts, table.labels, settings.negatives_per_positive, draw)
+        return WindowPlan(table, chosen, settings.row_tokens, hash64(settings.seed, epoch, window, "rows"))
+
+    def _facts(self, epoch: int) -> EpochFacts:
+        num_rows = num_tokens = num_chunks = 0
+        for plan in self.windows(epoch):
+            num_rows += plan.num_rows
+            num_tokens += plan.num_tokens
+            num_chunks += plan.num_chunks
+        num_steps = -(-num_rows // self.settings.rows_per_step)
+        fill = num_tokens / (num_rows * self.settings.row_tokens)
+        return EpochFacts(num_steps, num_rows, num_tokens, num_chunks, fill)
+
+    def _window_blocks(self) -> int:
+        """Blocks of a window: a pure function of the split's lengths and the settings."""
+        facts = self.lengths.facts
+        per_user = facts.num_candidates / facts.num_samples
+        chosen = min(per_user, 1 + self.settings.negatives_per_positive)
+        unit_tokens = (facts.prefix_tokens + facts.suffix_tokens * chosen / per_user) / facts.num_samples
+        samples = max(WINDOW_SAMPLES, round(WINDOW_ROWS * self.settings.row_tokens / unit_tokens))
+        return -(-samples // BLOCK_SAMPLES)
+
+
+def check_fits(lengths: Lengths, row_tokens: int, name: str) -> None:
+    """Every single prompt must fit a row.
+
+    Raises:
+        ConfigError: one does not.
+        DataError: the split has no candidates.
+    """
+    facts = lengths.facts
+    if not facts.num_candidates:
+        raise DataError(f"{lengths.shards.folder}: no candidates in {facts.num_samples} samples; make the split anew")
+    if facts.longest_prompt > row_tokens:
+        raise ConfigError(
+            f"{name}={row_tokens}: the longest prompt has {facts.longest_prompt} tokens; "
+            f"set {name} to that or more, or lower prompt.max_tokens"
+        )
+
+
+def _running_sum(values: np.ndarray) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(values)])

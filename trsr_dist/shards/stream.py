@@ -1,0 +1,113 @@
+"""The training stream: the same global steps on any number of ranks and workers, resumable anywhere in constant time.
+
+    order (seed, epoch) -> windows -> rows (packing by measured lengths) -> steps -> ranks (by cost) -> read, tokenize
+
+All but the last arrow is arithmetic that every rank repeats for itself, so no rank waits for another and each makes
+equally many steps with equally many rows. Worker processes hold no state: they are handed what to read.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Literal
+
+from trsr_dist.errors import DataError
+from trsr_dist.log import get_logger
+from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.shards.loader import StepReader, load_steps
+from trsr_dist.shards.measure import measure_lengths
+from trsr_dist.shards.plan import PackingSettings, TrainPlan
+from trsr_dist.shards.reader import ShardSet
+from trsr_dist.shards.rows import RowReader
+from trsr_dist.shards.steps import Step, StepSpec, StreamState, step_specs
+
+ADVISED_STEPS = 4
+"""Steps whose samples the kernel is asked to read before they are handed out."""
+
+log = get_logger("stream")
+
+
+class TrainStream:
+    """Iterates for ever over the steps of one rank.
+
+    Args:
+        shards: train split.
+        builder: writes the prompts.
+        settings: packing, draw of negatives, seed.
+        rank: this process.
+        world_size: number of processes.
+        num_workers: reader processes of this rank; 0 reads in this process.
+        data_errors: a damaged sample stops the run, or is left out and counted.
+        max_data_errors: under ``skip``, more than this many on one rank stop the run.
+        state: go on after this step; None: from the start.
+
+    Raises:
+        CheckpointError: the state belongs to other data or settings.
+        ConfigError: a prompt is longer than a row.
+        DataError: the split is empty or damaged.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        builder: PromptBuilder,
+        settings: PackingSettings,
+        rank: int = 0,
+        world_size: int = 1,
+        num_workers: int = 0,
+        data_errors: Literal["fail", "skip"] = "fail",
+        max_data_errors: int = 100,
+        state: StreamState | None = None,
+    ) -> None:
+        lengths = measure_lengths(shards, builder, rank, world_size, num_workers, tolerate=data_errors == "skip")
+        self.plan = TrainPlan(lengths, settings)
+        start = StreamState(0, 0, 0, 0, shards.manifest_hash, builder.fingerprint, **asdict(settings))
+        if state is not None:
+            state.check(start)
+        self._state = state or start
+        self._reader = RowReader(shards, builder)
+        self._rank = rank
+        self._world_size = world_size
+        self._num_workers = num_workers
+        self._data_errors = data_errors
+        self._max_data_errors = max_data_errors
+        self.num_errors = 0
+        self._check_damage(lengths.facts.num_damaged, f"{lengths.folder}: {lengths.facts.damaged} hold damaged samples")
+
+    def steps_in_epoch(self, epoch: int) -> int:
+        """Exact number of steps; plans the whole epoch at the first call (about 5 seconds per million samples)."""
+        return self.plan.facts(epoch).num_steps
+
+    def __iter__(self) -> Iterator[Step]:
+        with load_steps(StepReader(self._reader), self._advised_specs(), self._num_workers) as steps:
+            for step in steps:
+                self._check_errors(step)
+                self._state = step.state
+                yield step
+
+    def _advised_specs(self) -> Iterator[StepSpec]:
+        """The specs, each handed out only when later ones have been asked of the kernel."""
+        waiting: deque[StepSpec] = deque()
+        for spec in step_specs(self.plan, self._state, self._rank, self._world_size):
+            for unit in (unit for row in spec.rows for unit in row):
+                with suppress(DataError):  # the reader will say what is wrong
+                    self._reader.shards.advise(unit.sample, unit.sample + 1)
+            waiting.append(spec)
+            if len(waiting) > ADVISED_STEPS:
+                yield waiting.popleft()
+
+    def _check_errors(self, step: Step) -> None:
+        for error in step.errors:
+            self.num_errors += 1
+            self._check_damage(self.num_errors, error)
+
+    def _check_damage(self, count: int, error: str) -> None:
+        if count and self._data_errors == "fail":
+            raise DataError(error)
+        if count > self._max_data_errors:
+            raise DataError(f"{error}; that makes {count}, train.max_data_errors allows {self._max_data_errors}")
+        if count:
+            log.warning("left out: %s", error)
