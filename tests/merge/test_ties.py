@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 
 from tests.merge.models import load, make_adapter, make_base, tensors_of
 from trsr_dist.files import read_json
@@ -39,6 +40,18 @@ def test_tied_bases(settings: dict[str, Any], tied: bool, tmp_path: Path) -> Non
         expected = PeftModel.from_pretrained(load(base), adapter)(ids).logits
         found = load(tmp_path / "merged")(ids).logits
     assert (found - expected).abs().max() < 1e-4
+
+
+def test_a_base_that_stores_its_tied_head_too(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=True, shard_size="1GB")
+    tensors = tensors_of(base)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    for number, settings in enumerate((TYING[0], UNTYING[0])):
+        adapter = make_adapter(base, tmp_path / f"adapter{number}", **settings)
+        merge(adapter, tmp_path / f"merged{number}", MergeOptions(verify="scores"))
+        found = tensors_of(tmp_path / f"merged{number}")
+        assert torch.equal(found["lm_head.weight"], found["model.embed_tokens.weight"]) == (number == 0)
 
 
 def test_untouched_ties_stay(tmp_path: Path) -> None:

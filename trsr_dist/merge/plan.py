@@ -130,8 +130,9 @@ def _resolve_ties(
         if target not in changes and source not in changes or stored not in entries:
             continue
         if keep_tied:
-            changes[stored] = changes.get(source) or changes[target]
-            changes.pop(target if stored == source else source, None)
+            change = changes.get(source) or changes[target]
+            changes = {name: other for name, other in changes.items() if name not in (source, target)}
+            changes |= {name: change for name in (source, target) if name in entries}
         else:
             copies.setdefault(stored, []).append(target if stored == source else source)
     return changes, copies
