@@ -147,8 +147,10 @@ class Job:
 
     def _publish(self, leases: LeaseFolder) -> None:
         for split, work in list(self.unpublished.items()):
-            if self.task.count > 1 and self._is_published(split):
+            if (self.task.count > 1 or not work.folder.exists()) and self._is_published(split):
                 del self.unpublished[split]
+            elif not work.folder.exists():
+                raise RunError(f"{work.folder}: removed while this task was at work; run the stage again")
             elif work.is_complete():
                 with leases.holding(f"{work.folder.name}-publish") as mine:
                     if mine and self._publish_split(split, work):

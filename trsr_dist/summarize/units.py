@@ -64,10 +64,10 @@ class SplitWork:
         return read_json(self._unit(unit) / FACTS)
 
     def commit(self, unit: int, samples: Iterable[Sample], facts: dict[str, Any], task: str) -> bool:
-        """Write a unit's shard and make it count, unless another task's already does.
+        """Write a unit's shard and make it count.
 
-        Raises:
-            RunError: the work folder is gone: the set was published by others meanwhile, or removed.
+        Returns:
+            False where another task's already counts, or where the work folder is gone: others have published the set.
         """
         attempt = self.folder / "attempts" / f"{unit:06d}-{task}"
         try:
@@ -75,6 +75,10 @@ class SplitWork:
             shard = write_shard(attempt / f"{self.split}-{unit:06d}.tar", samples)
             write_json(attempt / FACTS, {"shard": asdict(shard), **facts})
             return self._rename(attempt, self._unit(unit))
+        except FileNotFoundError:
+            if self.folder.exists():
+                raise
+            return False
         finally:
             shutil.rmtree(attempt, ignore_errors=True)
 
