@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from trsr_dist.records import Candidate, Sample
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.writer import write_shard, write_split_manifest
 
-WORDS = "storm final market tennis senate orbit garden vaccine river strike studio harbor engine cinema budget".split()
+WORDS = ["storm", "final", "market", "tennis", "senate", "orbit", "garden", "river", "strike", "studio", "harbor"]
 
 
 def make_sample(number: int, num_negatives: int = 6) -> Sample:
@@ -44,6 +45,17 @@ def write_split(folder: Path, samples: Sequence[Sample], sizes: Sequence[int], s
 def make_split(folder: Path, sizes: Sequence[int] = (70, 5, 41, 84)) -> ShardSet:
     """A split of uneven shards."""
     return write_split(folder, [make_sample(number) for number in range(sum(sizes))], sizes)
+
+
+def flip_byte(path: Path, place: int) -> None:
+    """Damage a file as a bad disk does: its times stay."""
+    status = path.stat()
+    with open(path, "r+b") as stream:
+        stream.seek(place)
+        byte = stream.read(1)[0]
+        stream.seek(place)
+        stream.write(bytes([byte ^ 1]))
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
 def make_builder(**settings: object) -> PromptBuilder:

@@ -1,0 +1,126 @@
+"""Order and packing: permutations at every size, constant memory, full rows, fair shares."""
+
+from __future__ import annotations
+
+import tracemalloc
+
+import numpy as np
+import pytest
+
+from trsr_dist.hashing import random_stream
+from trsr_dist.shards.order import Order, mix, permute
+from trsr_dist.shards.packing import attended_pairs, choose_candidates, deal, pack, split_unit
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 1000, 1025])
+def test_permute_is_a_permutation(size: int) -> None:
+    assert sorted(permute(np.arange(size), size, 0, "key").tolist()) == list(range(size))
+
+
+def test_permute_looks_random() -> None:
+    size = 4096
+    first, second = (permute(np.arange(size), size, seed, "key") for seed in (0, 1))
+    assert abs(np.corrcoef(np.arange(size), first)[0, 1]) < 0.05
+    assert np.mean(first == second) < 0.01
+
+
+@pytest.mark.parametrize("num_samples", [1, 5, 31, 32, 33, 1000, 10_000])
+def test_every_sample_once_an_epoch(num_samples: int) -> None:
+    order = Order(num_samples, window_blocks=4, seed=9)
+    seen = [range(*run) for epoch in (0,) for window in range(order.num_windows) for run in order.runs(epoch, window)]
+    assert sorted(sample for run in seen for sample in run) == list(range(num_samples))
+
+
+def test_order_differs_between_epochs_and_seeds() -> None:
+    runs = [Order(10_000, 4, seed).runs(epoch, 2) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    assert runs[0] != runs[1] and runs[0] != runs[2]
+    assert runs[0] == Order(10_000, 4, 0).runs(0, 2)
+
+
+def test_order_of_a_hundred_million_samples_needs_little_memory() -> None:
+    tracemalloc.start()
+    order = Order(10**8, 256, 0)
+    runs = order.runs(3, order.num_windows * 9 // 10)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(runs) == 256 and all(0 <= start < stop <= 10**8 for start, stop in runs)
+    assert peak < 1_000_000
+
+
+@pytest.mark.parametrize("longest_share", [4, 6, 10])
+def test_rows_are_full(longest_share: int) -> None:
+    random = random_stream("lengths", longest_share)
+    capacity = 4096
+    tokens = np.array([random.randint(100, capacity // longest_share) for _ in range(4000)])
+    rows = pack(tokens, capacity, mix(np.arange(4000, dtype=np.uint64)))
+    assert sorted(unit for row in rows for unit in row) == list(range(4000))
+    assert max(tokens[row].sum() for row in rows) <= capacity
+    assert tokens.sum() / (len(rows) * capacity) >= 0.97
+
+
+def test_long_units_are_packed_as_well_as_by_first_fit_decreasing() -> None:
+    random = random_stream("long")
+    tokens = np.array([random.randint(300, 1000) for _ in range(2000)])
+    rows = pack(tokens, 1000, mix(np.arange(2000, dtype=np.uint64)))
+    assert len(rows) <= first_fit_decreasing(tokens.tolist(), 1000)
+
+
+def first_fit_decreasing(tokens: list[int], capacity: int) -> int:
+    spaces: list[int] = []
+    for size in sorted(tokens, reverse=True):
+        for number, space in enumerate(spaces):
+            if space >= size:
+                spaces[number] -= size
+                break
+        else:
+            spaces.append(capacity - size)
+    return len(spaces)
+
+
+def test_chunks_repeat_the_prefix_and_fit() -> None:
+    suffixes = [30, 50, 20, 60, 10, 10]
+    chunks = split_unit(40, suffixes, 120)
+    assert chunks == [(0, 2), (2, 3), (3, 6)] or all(40 + sum(suffixes[a:b]) <= 120 for a, b in chunks)
+    assert [number for a, b in chunks for number in range(a, b)] == list(range(6))
+
+
+def test_draws_are_without_replacement_keep_positives_and_know_the_user_only() -> None:
+    keys = np.array([11, 22, 33], dtype=np.uint64)
+    starts = np.array([0, 5, 6, 12])
+    labels = np.array([0, 1, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0], dtype=bool)
+    chosen = choose_candidates(keys, starts, labels, 2, seed=5)
+    counts = [int(chosen[a:b].sum()) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    assert counts == [3, 1, 6] and chosen[labels].all()
+    alone = choose_candidates(keys[:1], starts[:2], labels[:5], 2, seed=5)
+    assert alone.tolist() == chosen[:5].tolist()
+
+
+def test_every_negative_is_drawn_equally_often() -> None:
+    labels = np.arange(11) == 3
+    draws = sum(
+        choose_candidates(np.array([99], np.uint64), np.array([0, 11]), labels, 2, seed).astype(int)
+        for seed in range(4000)
+    )
+    assert draws[3] == 4000
+    assert np.abs(np.delete(draws, 3) - 800).max() < 5 * np.sqrt(800)
+
+
+def test_pairs_are_those_of_causal_attention() -> None:
+    prefix, suffixes = 5, [2, 3]
+    expected = sum(range(1, 6)) + sum(prefix + i + 1 for length in suffixes for i in range(length))
+    squares = sum(length**2 for length in suffixes)
+    assert attended_pairs(np.array(prefix), np.array(sum(suffixes)), np.array(squares)) == expected
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_ranks_get_equal_counts_and_costs(world_size: int) -> None:
+    random = random_stream("costs")
+    costs = [random.uniform(1, 2) for _ in range(24)]
+    hands = deal(costs, world_size)
+    assert sorted(row for hand in hands for row in hand) == list(range(24))
+    assert {len(hand) for hand in hands} == {24 // world_size}
+    sums = [sum(costs[row] for row in hand) for hand in hands]
+    assert max(sums) - min(sums) < 0.25
+    for place in range(24 // world_size):
+        together = [costs[hand[place]] for hand in hands]
+        assert max(together) - min(together) < 0.6
