@@ -28,7 +28,7 @@ def setup_logging(rank: int = 0, stage: str = "") -> None:
     logger.handlers.clear()
     logger.propagate = False
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    handler = _BarSafeHandler(sys.stdout if rank == 0 else sys.stderr)
+    handler = _BarSafeHandler(to_stdout=rank == 0)
     tag = stage if rank == 0 else f"{stage} rank {rank}"
     handler.setFormatter(logging.Formatter(f"[{tag}] %(message)s" if tag else "%(message)s"))
     logger.addHandler(handler)
@@ -36,12 +36,17 @@ def setup_logging(rank: int = 0, stage: str = "") -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-class _BarSafeHandler(logging.StreamHandler):
-    """Writes above a running progress bar, not through it."""
+class _BarSafeHandler(logging.Handler):
+    """Writes above a running progress bar, not through it, to what the standard stream is at that moment."""
+
+    def __init__(self, to_stdout: bool) -> None:
+        super().__init__()
+        self._to_stdout = to_stdout
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=self.stream)
-        self.stream.flush()
+        stream = sys.stdout if self._to_stdout else sys.stderr
+        tqdm.write(self.format(record), file=stream)
+        stream.flush()
 
 
 def progress(items: Iterable[T] | None = None, *, total: int | None = None, description: str, unit: str = "it") -> tqdm:
