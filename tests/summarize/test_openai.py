@@ -1,0 +1,241 @@
+"""The OpenAI-compatible engine against a real HTTP server that misbehaves in all the ways servers do."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from trsr_dist.errors import EngineError
+from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.summarize.engines.openai import OpenAIEngine
+from trsr_dist.summarize.requests import Completion, Request
+
+Answer = Callable[["Handler", dict, int], None]
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self) -> None:  # noqa: N802
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        with self.server.guard:
+            self.server.requests.append((self.path, body, self.headers.get("Authorization")))
+            self.server.now += 1
+            self.server.most = max(self.server.most, self.server.now)
+            tries = sum(seen == body and path == self.path for path, seen, _ in self.server.requests)
+        try:
+            self.server.answer(self, body, tries)
+        finally:
+            with self.server.guard:
+                self.server.now -= 1
+
+    def reply(self, value: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        data = value if isinstance(value, bytes) else json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        for name, text in (headers or {}).items():
+            self.send_header(name, text)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+def good(handler: Handler, body: dict, tries: int) -> None:
+    """A summary that depends on the prompt."""
+    if handler.path == "/tokenize":
+        handler.reply({"count": len(body["prompt"].split())})
+        return
+    prompt = body["messages"][0]["content"] if "messages" in body else body["prompt"]
+    text = f"summary of {len(prompt)}"
+    choice = {"index": 0, "finish_reason": "stop"}
+    choice |= {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
+    handler.reply({"id": "x", "choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 3}})
+
+
+def failing_first(status: int) -> Answer:
+    def answer(handler: Handler, body: dict, tries: int) -> None:
+        if tries == 1:
+            handler.reply({"error": {"message": "not now"}}, status, {"Retry-After": "0.01"})
+        else:
+            good(handler, body, tries)
+
+    return answer
+
+
+def cut_off_first(handler: Handler, body: dict, tries: int) -> None:
+    if tries > 1:
+        good(handler, body, tries)
+        return
+    handler.send_response(200)
+    handler.send_header("Content-Length", "1000")
+    handler.end_headers()
+    handler.wfile.write(b'{"choices": [')
+    handler.wfile.flush()
+    handler.close_connection = True
+    handler.connection.shutdown(2)
+
+
+def slow_first(handler: Handler, body: dict, tries: int) -> None:
+    if tries == 1:
+        time.sleep(1.0)
+    good(handler, body, tries)
+
+
+def malformed_first(data: bytes) -> Answer:
+    def answer(handler: Handler, body: dict, tries: int) -> None:
+        if tries == 1:
+            handler.reply(data)
+        else:
+            good(handler, body, tries)
+
+    return answer
+
+
+@contextmanager
+def serving(answer: Answer) -> Iterator[ThreadingHTTPServer]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    server.requests, server.answer, server.guard, server.now, server.most = [], answer, threading.Lock(), 0, 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def engine(server: ThreadingHTTPServer, **options: object) -> OpenAIEngine:
+    settings = {"prompt_style": "auto", "max_prompt_tokens": 400, "max_in_flight": 4, "timeout_seconds": 10.0}
+    settings |= {"max_retries": 3, **options}
+    return OpenAIEngine(f"http://127.0.0.1:{server.server_address[1]}/v1", "small", **settings)
+
+
+def ask(client: OpenAIEngine, number: int = 3) -> list[Completion]:
+    done: list[Completion] = []
+    for i in range(number):
+        client.submit(Request(str(i), SummaryPrompt("say", (), ("x" * i,)), 20))
+    while len(done) < number:
+        done += client.poll()
+    client.close()
+    return sorted(done, key=lambda completion: completion.key)
+
+
+def expected(number: int = 3) -> list[str]:
+    return [f"summary of {len(SummaryPrompt('say', (), ('x' * i,)).text())}" for i in range(number)]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        good,
+        failing_first(500),
+        failing_first(503),
+        failing_first(429),
+        cut_off_first,
+        malformed_first(b"<html>busy</html>"),
+        malformed_first(b'{"choices": []}'),
+        malformed_first(b'{"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": null}}]}'),
+        malformed_first(b'{"object": "error"}'),
+    ],
+)
+def test_texts_arrive_in_spite_of_trouble(answer: Answer) -> None:
+    with serving(answer) as server:
+        done = ask(engine(server))
+    assert [completion.text for completion in done] == expected()
+    assert [(completion.prompt_tokens, completion.new_tokens, completion.error) for completion in done] == [
+        (7, 3, "")
+    ] * 3
+
+
+def test_a_slow_reply_is_given_up_and_asked_again() -> None:
+    with serving(slow_first) as server:
+        done = ask(engine(server, timeout_seconds=0.3), 2)
+    assert [completion.text for completion in done] == expected(2)
+    assert len(server.requests) == 4
+
+
+def test_a_request_that_fails_for_good_is_one_completion_with_its_reason() -> None:
+    def answer(handler: Handler, body: dict, tries: int) -> None:
+        if "xx" in body["messages"][0]["content"]:
+            handler.reply({"error": {"message": "the prompt is refused"}}, 400)
+        else:
+            good(handler, body, tries)
+
+    with serving(answer) as server:
+        done = ask(engine(server))
+    assert [bool(completion.error) for completion in done] == [False, False, True]
+    assert "400" in done[2].error and "the prompt is refused" in done[2].error
+
+
+def test_a_server_that_stays_down_or_talks_nonsense_is_reported() -> None:
+    with serving(lambda handler, body, tries: handler.reply({"error": {}}, 500, {"Retry-After": "0.01"})) as server:
+        assert "500" in ask(engine(server, max_retries=1), 1)[0].error
+        assert len(server.requests) == 2
+    with serving(lambda handler, body, tries: handler.reply(b"nonsense")) as server:
+        assert "malformed" in ask(engine(server, max_retries=1), 1)[0].error
+
+
+@pytest.mark.parametrize("status", [401, 403, 404])
+def test_a_wrong_key_address_or_model_stops_the_job_at_once(status: int) -> None:
+    def refuse(handler: Handler, body: dict, tries: int) -> None:
+        handler.reply({"error": {"message": "no"}}, status)
+
+    with serving(refuse) as server, pytest.raises(EngineError, match=str(status)):
+        ask(engine(server))
+
+
+def test_no_more_requests_at_once_than_allowed() -> None:
+    def answer(handler: Handler, body: dict, tries: int) -> None:
+        time.sleep(0.03)
+        good(handler, body, tries)
+
+    with serving(answer) as server:
+        ask(engine(server, max_in_flight=5), 30)
+    assert server.most == 5
+
+
+def test_the_key_travels_in_the_header_and_shows_in_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "very-secret")
+
+    def refuse(handler: Handler, body: dict, tries: int) -> None:
+        handler.reply({"error": {"message": "no"}}, 401)
+
+    with serving(refuse) as server, pytest.raises(EngineError) as caught:
+        ask(engine(server))
+    assert server.requests[0][2] == "Bearer very-secret"
+    assert "very-secret" not in str(caught.value)
+
+
+def test_plain_style_uses_the_completions_protocol_with_stop_strings() -> None:
+    with serving(good) as server:
+        done = ask(engine(server, prompt_style="plain"), 1)
+    path, body, _ = server.requests[0]
+    assert path == "/v1/completions" and body["stop"] and body["temperature"] == 0 and "seed" not in body
+    assert done[0].text == expected(1)[0]
+
+
+@pytest.mark.parametrize("counts", [True, False])
+def test_long_prompts_are_trimmed_by_the_servers_count(counts: bool) -> None:
+    def answer(handler: Handler, body: dict, tries: int) -> None:
+        if handler.path == "/tokenize" and not counts:
+            handler.reply({"error": {"message": "unknown"}}, 404)
+        else:
+            good(handler, body, tries)
+
+    prompt = SummaryPrompt("keep this", (), ("word " * 500, "short"))
+    with serving(answer) as server:
+        client = engine(server)
+        fitted, cut = client.fit(prompt)
+        client.close()
+    assert fitted.instruction == "keep this" and fitted.items[1] == "short" and cut > 100
+    size = len(fitted.text().split()) if counts else len(fitted.text().encode()) // 3
+    assert 350 < size <= 400 - 32

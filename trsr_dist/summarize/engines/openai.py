@@ -1,0 +1,179 @@
+"""Any OpenAI-compatible server (vLLM serve, SGLang, llama.cpp) through the ``openai`` client.
+
+The client retries connection errors, time-outs, 408, 409, 429 and 5xx with growing waits. What it does not retry, a
+reply that is no valid answer, is retried here.
+"""
+
+from __future__ import annotations
+
+import queue
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import openai
+
+from trsr_dist.environment import secret
+from trsr_dist.errors import EngineError
+from trsr_dist.log import get_logger
+from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.summarize.quality import TURN_MARKERS
+from trsr_dist.summarize.requests import Completion, Request
+from trsr_dist.summarize.trimming import trim_prompt
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+TEMPLATE_TOKENS = 32
+"""Kept free for the server's chat template."""
+BYTES_PER_TOKEN = 3
+"""Assumed where the server cannot count tokens: fewer than with most tokenizers, so that prompts fit."""
+NUM_STOPS = 4
+"""The most that the protocol allows."""
+FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
+"""Wrong key, address or model: no request can succeed."""
+
+log = get_logger("summarize")
+
+
+class OpenAIEngine:
+    """Sends requests from a pool of threads; the key comes from the environment alone.
+
+    Args:
+        base_url: address of the server, ending in ``/v1``.
+        model: the server's name for the model.
+        prompt_style: ``plain``: the completions protocol; otherwise the chat protocol with the server's template.
+        max_prompt_tokens: longer prompts are trimmed.
+        max_in_flight: concurrent requests.
+        timeout_seconds: of one try.
+        max_retries: of one request.
+    """
+
+    def __init__(
+        self,
+        base_url: str,
+        model: str,
+        prompt_style: str,
+        max_prompt_tokens: int,
+        max_in_flight: int,
+        timeout_seconds: float,
+        max_retries: int,
+    ) -> None:
+        self.capacity = max_in_flight
+        self.model = model
+        self.chat = prompt_style != "plain"
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_retries = max_retries
+        self._client = openai.OpenAI(
+            base_url=base_url,
+            api_key=secret(KEY_VARIABLE) or "none",
+            timeout=timeout_seconds,
+            max_retries=max_retries,
+        )
+        self._pool = ThreadPoolExecutor(max_in_flight, thread_name_prefix="openai")
+        self._done: queue.SimpleQueue[Completion | Exception] = queue.SimpleQueue()
+        self._in_flight = 0
+        self._counts_tokens = True
+
+    def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
+        """Trim by the server's token count. A token holds at least one byte, so short prompts need no counting."""
+        limit = self.max_prompt_tokens - TEMPLATE_TOKENS * self.chat
+        if len(prompt.text().encode()) < limit:
+            return prompt, 0
+        return trim_prompt(prompt, lambda tried: self._count(tried.text()), limit)
+
+    def submit(self, request: Request) -> None:
+        self._in_flight += 1
+        self._pool.submit(self._work, request)
+
+    def poll(self) -> list[Completion]:
+        done = []
+        while self._in_flight and (not done or not self._done.empty()):
+            outcome = self._done.get()
+            self._in_flight -= 1
+            if isinstance(outcome, Exception):
+                raise outcome
+            done.append(outcome)
+        return done
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        self._client.close()
+
+    def _work(self, request: Request) -> None:
+        """In a thread: whatever happens, one outcome is put into the queue."""
+        try:
+            self._done.put(self._ask_until_valid(request))
+        except FATAL as error:
+            self._done.put(EngineError(f"{self._client.base_url}: {describe(error)}; check base_url, model and key"))
+        except openai.OpenAIError as error:
+            self._done.put(Completion(request.key, error=describe(error)))
+        except RuntimeError as error:
+            self._done.put(EngineError(f"{self._client.base_url}: {error}"))
+
+    def _ask_until_valid(self, request: Request) -> Completion:
+        reason = ""
+        for number in range(self.max_retries + 1):
+            time.sleep(min(0.1 * 2**number, 5.0) if number else 0)
+            try:
+                reply = self._ask(request)
+            except (ValueError, openai.APIResponseValidationError) as error:
+                reason = f"{type(error).__name__}: {error}"
+                continue
+            completion = read_reply(request.key, reply)
+            if completion is not None:
+                return completion
+            reason = f"no choices with text in {str(reply)[:200]!r}"
+        return Completion(request.key, error=f"the server's replies were malformed: {reason}")
+
+    def _ask(self, request: Request) -> Any:
+        options: dict[str, Any] = {
+            "model": self.model,
+            "max_tokens": request.max_new_tokens,
+            "temperature": request.temperature,
+        }
+        if request.temperature:
+            options["seed"] = request.seed % 2**31
+        text = request.prompt.text()
+        if self.chat:
+            return self._client.chat.completions.create(messages=[{"role": "user", "content": text}], **options)
+        return self._client.completions.create(prompt=text, stop=list(TURN_MARKERS[:NUM_STOPS]), **options)
+
+    def _count(self, text: str) -> int:
+        """Tokens of a text; vLLM, SGLang and llama.cpp have ``/tokenize`` beside ``/v1``."""
+        if self._counts_tokens:
+            root = str(self._client.base_url).rstrip("/").removesuffix("/v1")
+            body = {"model": self.model, "prompt": text, "content": text}
+            try:
+                reply = self._client.with_options(base_url=root).post("/tokenize", cast_to=object, body=body)
+            except openai.APIStatusError:
+                reply = None
+            if isinstance(reply, dict) and ("count" in reply or "tokens" in reply):
+                return int(reply["count"]) if "count" in reply else len(reply["tokens"])
+            self._counts_tokens = False
+            log.warning("%s counts no tokens; taking %d bytes for one", root, BYTES_PER_TOKEN)
+        return len(text.encode()) // BYTES_PER_TOKEN
+
+
+def read_reply(key: str, reply: Any) -> Completion | None:
+    """The completion in a reply of either protocol; None where there is none."""
+    choices = getattr(reply, "choices", None)
+    if not choices:
+        return None
+    choice = choices[0]
+    message = getattr(choice, "message", None)
+    text = getattr(message, "content", None) if message is not None else getattr(choice, "text", None)
+    if not isinstance(text, str):
+        return None
+    usage = getattr(reply, "usage", None)
+    return Completion(
+        key,
+        text,
+        cut=choice.finish_reason == "length",
+        prompt_tokens=getattr(usage, "prompt_tokens", 0) or 0,
+        new_tokens=getattr(usage, "completion_tokens", 0) or 0,
+    )
+
+
+def describe(error: openai.OpenAIError) -> str:
+    """Kind of error and the server's words; never the request, which holds the key."""
+    status = f" {error.status_code}" if isinstance(error, openai.APIStatusError) else ""
+    return f"{type(error).__name__}{status}: {str(error)[:300]}"
