@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.merge.large import LLAMA2_7B, SMALL, write_adapter, write_base
+from trsr_dist.benchmarks.merge import LLAMA2_7B, write_adapter, write_base
+
+SMALL = LLAMA2_7B | {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 4}
 
 MERGE = """
 import json, resource, sys

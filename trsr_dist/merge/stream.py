@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
-from typing import IO
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -21,8 +21,10 @@ from trsr_dist.merge.tensors import DTYPES, INDEX, header_bytes, read_rows
 BLOCK_ELEMENTS = 2**20
 """Elements of a tensor that are merged at once: 4 MiB in float32, which stays in the processor's cache."""
 NUM_WRITERS = 2
-"""Files written at once: one waits for the disk while the other computes."""
+"""Tensors written at once: one waits for the disk while the other computes."""
 COPY_BYTES = 2**26
+PASSED_BYTES = 2**24
+"""Copied at once where the kernel cannot."""
 UNSUPPORTED = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 """Errors of copy_file_range between file systems that cannot do it."""
 
@@ -35,12 +37,17 @@ def write_weights(folder: Path, plan: MergePlan) -> None:
     """
     with (
         progress(total=plan.num_bytes, description="merge", unit="B") as bar,
-        ThreadPoolExecutor(min(NUM_WRITERS, len(plan.files))) as writers,
+        ExitStack() as files,
+        ThreadPoolExecutor(NUM_WRITERS) as writers,
     ):
-        jobs = [
-            writers.submit(_write_file, folder / name, outputs, bar)
-            for name, outputs in zip(plan.file_names, plan.files, strict=True)
-        ]
+        jobs: list[Future[None]] = []
+        for name, outputs in zip(plan.file_names, plan.files, strict=True):
+            target = files.enter_context(open(folder / name, "wb", buffering=0)).fileno()
+            header = header_bytes([(out.name, out.code, out.source.shape) for out in outputs])
+            position = _write_at(target, header, 0)
+            for output in outputs:
+                jobs.append(writers.submit(_write_tensor, target, position, output, bar))
+                position += output.num_bytes
         try:
             for job in jobs:
                 job.result()
@@ -51,20 +58,13 @@ def write_weights(folder: Path, plan: MergePlan) -> None:
         write_json(folder / INDEX, plan.index)
 
 
-def _write_file(path: Path, outputs: Sequence[Output], bar: tqdm) -> None:
-    with open(path, "wb", buffering=0) as stream:
-        _write_all(stream, header_bytes([(out.name, out.code, out.source.shape) for out in outputs]))
-        for output in outputs:
-            _write_tensor(stream, output, bar)
-
-
-def _write_tensor(stream: IO[bytes], output: Output, bar: tqdm) -> None:
+def _write_tensor(target: int, position: int, output: Output, bar: tqdm) -> None:
     if output.is_copy:
-        _copy_bytes(stream, output, bar)
+        _copy_bytes(target, position, output, bar)
         return
     for first, base in read_rows(output.source, BLOCK_ELEMENTS):
         block = merged_rows(output, base, first)
-        _write_all(stream, block.contiguous().view(torch.uint8).numpy())
+        position = _write_at(target, block.contiguous().view(torch.uint8).numpy(), position)
         bar.update(block.nbytes)
 
 
@@ -85,27 +85,30 @@ def merged_rows(output: Output, base: torch.Tensor, first: int) -> torch.Tensor:
     return rounded
 
 
-def _copy_bytes(stream: IO[bytes], output: Output, bar: tqdm) -> None:
+def _copy_bytes(target: int, position: int, output: Output, bar: tqdm) -> None:
     """Let the kernel copy the bytes; they do not pass through this process."""
     entry, done = output.source, 0
     with open(entry.file, "rb", buffering=0) as source:
         while done < entry.num_bytes:
             count = min(COPY_BYTES, entry.num_bytes - done)
+            start = entry.start + done
             try:
-                copied = os.copy_file_range(source.fileno(), stream.fileno(), count, entry.start + done)
+                copied = os.copy_file_range(source.fileno(), target, count, start, position + done)
             except OSError as error:
                 if error.errno not in UNSUPPORTED:
                     raise
-                data = os.pread(source.fileno(), min(count, 2**24), entry.start + done)
-                _write_all(stream, data)
-                copied = len(data)
+                data = os.pread(source.fileno(), min(count, PASSED_BYTES), start)
+                copied = _write_at(target, data, position + done) - position - done
             if not copied:
                 raise ModelError(f"{entry.file}: ends within {entry.name}: truncated; copy it anew")
             done += copied
             bar.update(copied)
 
 
-def _write_all(stream: IO[bytes], data: object) -> None:
-    view = memoryview(data).cast("B")  # type: ignore[arg-type]
+def _write_at(target: int, data: bytes | np.ndarray, position: int) -> int:
+    """Write all of ``data``; returns the position behind it."""
+    view = memoryview(data).cast("B")
     while view:
-        view = view[stream.write(view) :]
+        written = os.pwrite(target, view, position)
+        view, position = view[written:], position + written
+    return position
