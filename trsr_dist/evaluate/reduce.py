@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 
 from trsr_dist.config import dump_config
-from trsr_dist.data.store import HistoryStore
+from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.environment import array_task
 from trsr_dist.evaluate.baselines import Bm25, Ranker, by_count, target_counts
 from trsr_dist.evaluate.evaluation import Evaluation
-from trsr_dist.evaluate.metrics import FAMILIES, metric_names
+from trsr_dist.evaluate.metrics import FAMILIES, metric_names, user_metrics
 from trsr_dist.evaluate.parts import split_parts
 from trsr_dist.evaluate.results import ResultSettings, ScoredSystems, build_results, metric_values
 from trsr_dist.evaluate.scores import UserScores, check_coverage
+from trsr_dist.evaluate.sequential import MODELS, train_sequential
 from trsr_dist.evaluate.split import SplitUsers, StoredSplit, StoredUser, rank_all, user_facts
 from trsr_dist.evaluate.table import gain_line, metric_table
 from trsr_dist.files import write_json
@@ -98,13 +99,36 @@ def build_rankers(job: Evaluation, store: HistoryStore) -> dict[str, Ranker]:
         rankers["recency"] = by_count(target_counts(train_targets(store), len(items)))
     if "bm25" in asked:
         rankers["bm25"] = Bm25([store.catalogue.text(item) for item in items])
+    for name in MODELS:
+        if name in asked:
+            rankers[name] = train_on(store, name, job.config.run.seed)
     return rankers
+
+
+def train_on(store: HistoryStore, name: str, seed: int) -> Ranker:
+    """A sequential model of the train users; its best epoch is chosen on the validation users' candidates."""
+    train = [store.user("train", index) for index in range(store.num_users("train"))]
+    sequences = [[*row.history, *targets_of(row)] for row in train]
+    valid = [store.user("valid", index) for index in range(store.num_users("valid"))]
+    log.info("%s: training on %d users", name, len(sequences))
+    return train_sequential(name, sequences, len(store.catalogue), lambda ranker: mean_ndcg(ranker, valid), seed)
+
+
+def mean_ndcg(ranker: Ranker, rows: list[UserRow]) -> float:
+    """NDCG@10 over users of the store."""
+    place = metric_names((10,)).index("ndcg@10")
+    values = [user_metrics(ranker(row.history, row.candidates), np.array(row.labels), (10,))[place] for row in rows]
+    return float(np.mean(values)) if values else 0.0
 
 
 def train_targets(store: HistoryStore) -> list[list[int]]:
     """The train users' targets, item rows."""
-    rows = (store.user("train", index) for index in range(store.num_users("train")))
-    return [[item for item, label in zip(row.candidates, row.labels, strict=True) if label] for row in rows]
+    return [targets_of(store.user("train", index)) for index in range(store.num_users("train"))]
+
+
+def targets_of(row: UserRow) -> list[int]:
+    """A user's targets, item rows."""
+    return [item for item, label in zip(row.candidates, row.labels, strict=True) if label]
 
 
 def collect_facts(
