@@ -57,5 +57,5 @@ stage merge "$TRSR_MERGE_OPTIONS" "$run/merged/config.json" slurm/single.sbatch 
 stage evaluate "$TRSR_EVALUATE_OPTIONS" "$run/evaluation/$split.json" slurm/evaluate.sbatch
 if [ ${#jobs[@]} = 0 ]; then echo "everything is finished: $run/evaluation/$split.json"; exit 0; fi
 list=$(IFS=,; echo "${jobs[*]}")
-printf 'watch:  squeue -j %s\n        tail -F %s\n        python tools/status.py --config %s\nstop:   scancel %s\n' \
-  "$list" "$run/logs/*.out" "$*" "${jobs[*]}"
+printf 'watch:  squeue -j %s\n        tail -F %s\n        python tools/status.py %s\nstop:   scancel %s\n' \
+  "$list" "$run/logs/*.out" "$run" "${jobs[*]}"
