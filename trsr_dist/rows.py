@@ -1,4 +1,4 @@
-"""The packed row: several users' prompts as one sequence, each prefix once. Pure: numpy only."""
+"""The packed row: several users' prompts as one sequence, each shared part once. Pure: numpy only."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from trsr_dist.records import TokenizedUser
 
 @dataclass(frozen=True, slots=True)
 class PackedRow:
-    """Users laid out prefix first: ``[P_1 | ... | P_U | C_11 ... C_1n | C_21 ... ]``.
+    """Users laid out as a tree of depth three: ``[H | P_1 ... P_U | C_11 ... C_1n | C_21 ... ]``.
 
-    Prefixes first make every operand of the shared-prefix attention a slice. A candidate's positions go on where its
-    user's prefix ends. A row without users is a rank's padding and has weight 0.
+    H, the head, is what all prefixes of the row begin with (the instruction), P_u the rest of user u's prefix, C_ui the
+    suffix of a candidate. Shared parts first make every operand of the shared-prefix attention a slice. Positions go on
+    along the tree. A row without users is a rank's padding and has weight 0.
     """
 
     token_ids: np.ndarray
@@ -28,7 +29,10 @@ class PackedRow:
     """int64, shape (num_answers,): 1 for yes."""
     group: np.ndarray
     """int64, shape (num_answers,): index of the user an answer belongs to."""
+    head_length: int
+    """Tokens of H; 0 where a row has one user."""
     prefix_lengths: tuple[int, ...]
+    """Tokens of each user's whole prefix, the head included."""
     suffix_lengths: tuple[tuple[int, ...], ...]
     users: tuple[str, ...]
     items: tuple[str, ...]
@@ -48,25 +52,44 @@ class PackedRow:
         pairs = zip(self.prefix_lengths, self.suffix_lengths, strict=True)
         return sum(prefix * len(lengths) + sum(lengths) for prefix, lengths in pairs)
 
+    @property
+    def suffix_start(self) -> int:
+        """Where the suffixes begin."""
+        return self.head_length + sum(length - self.head_length for length in self.prefix_lengths)
+
 
 def pack_row(tokenized: Sequence[TokenizedUser]) -> PackedRow:
     """Lay users out as one row; each with its prefix and the suffixes it holds."""
     prefixes = [np.asarray(user.prefix, dtype=np.int64) for user in tokenized]
     suffixes = [(user, np.asarray(suffix, dtype=np.int64)) for user in tokenized for suffix in user.suffixes]
-    positions = [np.arange(len(user.prefix)) for user in tokenized]
+    head = head_length(prefixes)
+    positions = [np.arange(head), *(np.arange(head, len(prefix)) for prefix in prefixes)]
     positions += [len(user.prefix) + np.arange(len(suffix)) for user, suffix in suffixes]
-    ends = sum(map(len, prefixes)) + np.cumsum([len(suffix) for _, suffix in suffixes], dtype=np.int64)
+    start = head + sum(len(prefix) - head for prefix in prefixes)
+    ends = start + np.cumsum([len(suffix) for _, suffix in suffixes], dtype=np.int64)
+    shared = [prefixes[0][:head]] if prefixes else []
     return PackedRow(
-        token_ids=_concatenate([*prefixes, *(suffix for _, suffix in suffixes)]),
+        token_ids=_concatenate([*shared, *(prefix[head:] for prefix in prefixes), *(suffix for _, suffix in suffixes)]),
         position_ids=_concatenate(positions),
         answer_index=(ends - 1).astype(np.int64),
         labels=np.asarray([label for user in tokenized for label in user.labels], dtype=np.int64),
         group=np.repeat(np.arange(len(tokenized), dtype=np.int64), [len(user.suffixes) for user in tokenized]),
+        head_length=head,
         prefix_lengths=tuple(len(user.prefix) for user in tokenized),
         suffix_lengths=tuple(tuple(map(len, user.suffixes)) for user in tokenized),
         users=tuple(user.user for user in tokenized),
         items=tuple(item for user in tokenized for item in user.items),
     )
+
+
+def head_length(prefixes: Sequence[np.ndarray]) -> int:
+    """How many tokens all prefixes of a row begin with, at least one of each left over; 0 for a single one."""
+    if len(prefixes) < 2:
+        return 0
+    limit = min(map(len, prefixes)) - 1
+    begins = np.stack([prefix[:limit] for prefix in prefixes])
+    different = np.flatnonzero((begins != begins[0]).any(axis=0))
+    return max(0, int(different[0]) if len(different) else limit)
 
 
 def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:
