@@ -18,7 +18,8 @@ from pathlib import Path
 from trsr_dist.environment import prepare_process
 prepare_process(1)
 from trsr_dist.merge import inputs, job, proof
-from trsr_dist.merge.source import base_folder, base_of, find_source
+from trsr_dist.merge.source import base_of, find_source
+from trsr_dist.model.places import base_folder
 from trsr_dist.model.fingerprint import base_fingerprint
 
 def peak():
@@ -28,7 +29,7 @@ source = find_source(Path(sys.argv[1]))
 adapter = source.read()
 name = base_of(source, adapter, None)
 options = inputs.MergeOptions(verify="weights")
-base = base_folder(name, source)
+base = base_folder(name, source.run)
 prepared = inputs.prepare(source, adapter, name, base, base_fingerprint(base), options)
 before = peak()
 job.merge(Path(sys.argv[1]), Path(sys.argv[2]), options)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from trsr_dist.files import read_json
-from trsr_dist.merge.source import PROVENANCE
+from trsr_dist.model.places import PROVENANCE
 from trsr_dist.run import MANIFEST
 
 SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")

@@ -14,8 +14,9 @@ from trsr_dist.log import get_logger
 from trsr_dist.merge.adapter import Adapter, find_changes
 from trsr_dist.merge.guards import check_base, resolve_prompt
 from trsr_dist.merge.plan import MergePlan, check_targets, check_vocabulary, make_plan, tied_tensors
-from trsr_dist.merge.source import BaseName, Source
+from trsr_dist.merge.source import Source
 from trsr_dist.merge.tensors import folder_entries
+from trsr_dist.model.places import BaseName
 from trsr_dist.prompts.builder import PromptBuilder
 
 logger = get_logger("merge")

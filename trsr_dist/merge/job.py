@@ -16,9 +16,10 @@ from trsr_dist.merge.companions import adapt_config, copy_companions
 from trsr_dist.merge.guards import STAGE, check_output, check_space, tidy
 from trsr_dist.merge.inputs import DTYPES, Inputs, MergeOptions, prepare
 from trsr_dist.merge.proof import verify
-from trsr_dist.merge.source import PROVENANCE, Source, base_folder, base_of, find_source
+from trsr_dist.merge.source import Source, base_of, find_source
 from trsr_dist.merge.stream import write_weights
 from trsr_dist.model.fingerprint import base_fingerprint
+from trsr_dist.model.places import PROVENANCE, base_folder
 from trsr_dist.run import FolderLock, folder_lock, is_finished, write_manifest
 
 logger = get_logger("merge")
@@ -38,7 +39,7 @@ def merge(checkpoint: Path, output: Path, options: MergeOptions) -> None:
         return
     adapter = source.read()
     base_name = base_of(source, adapter, options.base)
-    base = base_folder(base_name, source)
+    base = base_folder(base_name, source.run)
     fingerprint = base_fingerprint(base)
     check_output(output, [source.folder, base], options.force)
     if options.dry_run:

@@ -1,0 +1,113 @@
+"""Chooses a back end and makes Hugging Face attention modules call it."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AttentionInterface
+
+from trsr_dist.errors import ConfigError
+from trsr_dist.model.attention import cpu
+from trsr_dist.model.attention.cascade import Cascade, Kernel
+from trsr_dist.model.attention.dense import dense_attention
+from trsr_dist.model.attention.flash import FlashAttnKernel, TorchFlashKernel
+from trsr_dist.model.attention.layout import Layout
+
+NAME = "trsr_tree"
+"""Under which transformers knows this attention. It has no entry in its registry of masks, so none is built."""
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+MAX_FLASH_HEAD = 256
+
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Layout, bool, float], torch.Tensor]
+"""From queries (num_queries, num_heads, head_dim), keys and values (num_tokens, num_kv_heads, head_dim), the layout,
+whether the queries are the answers' alone, and the scale, to the output (num_queries, num_heads, head_dim)."""
+
+
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """``auto`` becomes the fastest back end that can run here; another name is checked.
+
+    Raises:
+        ConfigError: the asked back end cannot run here.
+    """
+    reasons = {choice: _hindrance(choice, device, dtype, head_dim) for choice in _BUILDERS}
+    if name == "auto":
+        return next(choice for choice, reason in reasons.items() if not reason)
+    if reasons[name]:
+        usable = ", ".join(choice for choice, reason in reasons.items() if not reason)
+        raise ConfigError(f"model.attention={name}: {reasons[name]}; usable here: auto, {usable}")
+    return name
+
+
+def build_backend(name: str) -> Attend:
+    """The function of a back end that ``choose_backend`` gave."""
+    return _BUILDERS[name]()
+
+
+def cascade(kernel: Kernel) -> Attend:
+    """A back end of a flash kernel."""
+
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, answers_only: bool, scale: float
+    ) -> torch.Tensor:
+        return Cascade.apply(q, k, v, layout.answer_calls if answers_only else layout.calls, kernel, scale)
+
+    return attend
+
+
+def register() -> None:
+    """Make ``NAME`` known to transformers; models choose it by ``set_attn_implementation``."""
+    AttentionInterface.register(NAME, _attention_of_module)
+
+
+def _attention_of_module(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    tree: tuple[Layout, Attend] | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in each layer: heads first in, heads last out, batch 1."""
+    if tree is None or attention_mask is not None or query.shape[0] != 1:
+        raise ValueError(f"attention {NAME!r} reads packed rows only: pass tree=, no mask, and a batch of one")
+    layout, attend = tree
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    out = attend(q, k, v, layout, False, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return out[None], None
+
+
+def _hindrance(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+    """Why a back end cannot run here; empty where it can."""
+    if name in ("flash_attn", "torch"):
+        if device.type != "cuda":
+            return "needs a GPU"
+        if dtype not in FLASH_DTYPES or head_dim > MAX_FLASH_HEAD or head_dim % 8:
+            return f"needs 16-bit weights and heads of a multiple of 8 up to {MAX_FLASH_HEAD}, not {dtype}, {head_dim}"
+        if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
+            return "the flash-attn package is not installed (pip install flash-attn)"
+    if name == "cpu" and not (device.type == "cpu" and cpu.is_available()):
+        return "needs the CPU, and a PyTorch with its flash kernel for CPUs"
+    if name == "flex" and device.type != "cuda":
+        return "FlexAttention has no backward pass on CPUs"
+    return ""
+
+
+_BUILDERS: dict[str, Callable[[], Attend]] = {
+    "flash_attn": lambda: cascade(FlashAttnKernel()),
+    "torch": lambda: cascade(TorchFlashKernel()),
+    "cpu": lambda: cascade(cpu.CpuKernel()),
+    "flex": lambda: _flex(),
+    "dense": lambda: dense_attention,
+}
+"""Fastest first."""
+
+
+def _flex() -> Attend:
+    from trsr_dist.model.attention.flex import flex_attention_tree
+
+    return flex_attention_tree

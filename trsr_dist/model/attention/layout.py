@@ -1,0 +1,142 @@
+"""Who reads whom in a packed row, as a few variable-length attention calls over slices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+
+import torch
+
+from trsr_dist.rows import PackedRow
+
+
+@dataclass(frozen=True)
+class Call:
+    """One variable-length attention call: the i-th segment of the queries reads the i-th segment of the keys."""
+
+    queries: slice
+    """Of the query tensor."""
+    keys: slice
+    """Of the key and value tensors."""
+    query_lengths: tuple[int, ...]
+    key_lengths: tuple[int, ...]
+    causal: bool
+    """Then both lengths are equal."""
+    device: torch.device
+
+    @cached_property
+    def query_starts(self) -> torch.Tensor:
+        """int32, shape (num_segments + 1,): cumulative query lengths, as flash kernels want them."""
+        return self._starts(self.query_lengths)
+
+    @cached_property
+    def key_starts(self) -> torch.Tensor:
+        """int32, shape (num_segments + 1,)."""
+        return self._starts(self.key_lengths)
+
+    @cached_property
+    def longest_query(self) -> int:
+        return max(self.query_lengths)
+
+    @cached_property
+    def longest_key(self) -> int:
+        return max(self.key_lengths)
+
+    def _starts(self, lengths: Sequence[int]) -> torch.Tensor:
+        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+        return starts.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else starts
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A packed row for the attention.
+
+    ``[H | P_1 ... P_U | C_11 ... C_1n | C_21 ... ]`` as in ``PackedRow``; every token reads the parts above its own
+    and its own part up to itself.
+    """
+
+    head: int
+    prefixes: tuple[int, ...]
+    """Tokens of each P_u, without the head."""
+    suffixes: tuple[tuple[int, ...], ...]
+    device: torch.device
+
+    @classmethod
+    def of(cls, row: PackedRow, device: torch.device) -> Layout:
+        """The layout of a row with at least one user."""
+        prefixes = tuple(length - row.head_length for length in row.prefix_lengths)
+        return cls(row.head_length, prefixes, row.suffix_lengths, device)
+
+    @cached_property
+    def num_tokens(self) -> int:
+        return self.suffix_start + sum(self.suffix_totals)
+
+    @cached_property
+    def suffix_start(self) -> int:
+        return self.head + sum(self.prefixes)
+
+    @cached_property
+    def suffix_totals(self) -> tuple[int, ...]:
+        """Suffix tokens of each user."""
+        return tuple(map(sum, self.suffixes))
+
+    @cached_property
+    def num_answers(self) -> int:
+        return sum(map(len, self.suffixes))
+
+    @cached_property
+    def calls(self) -> tuple[Call, ...]:
+        """Attention of all tokens; the first call covers all queries."""
+        head, start, end = self.head, self.suffix_start, self.num_tokens
+        segments = (*((head,) if head else ()), *self.prefixes, *self._suffix_lengths)
+        calls = [Call(slice(0, end), slice(0, end), segments, segments, True, self.device)]
+        if head:
+            calls.append(Call(slice(head, end), slice(0, head), (end - head,), (head,), False, self.device))
+        calls.append(Call(slice(start, end), slice(head, start), self.suffix_totals, self.prefixes, False, self.device))
+        return tuple(calls)
+
+    @cached_property
+    def answer_calls(self) -> tuple[Call, ...]:
+        """Attention of the answer positions alone, one query a suffix; the first call covers all queries."""
+        head, start, end, answers = self.head, self.suffix_start, self.num_tokens, slice(0, self.num_answers)
+        lengths = self._suffix_lengths
+        calls = [Call(answers, slice(start, end), (1,) * len(lengths), lengths, False, self.device)]
+        if head:
+            calls.append(Call(answers, slice(0, head), (self.num_answers,), (head,), False, self.device))
+        counts = tuple(map(len, self.suffixes))
+        calls.append(Call(answers, slice(head, start), counts, self.prefixes, False, self.device))
+        return tuple(calls)
+
+    @cached_property
+    def answer_index(self) -> torch.Tensor:
+        """int64, shape (num_answers,): the last token of each suffix."""
+        ends = [end - 1 for end in accumulate(self._suffix_lengths, initial=self.suffix_start)]
+        return torch.tensor(ends[1:], dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def segments(self) -> torch.Tensor:
+        """int64, shape (2, num_tokens): each token's segment, and the segment above it.
+
+        Segment 0 is the head (empty or not), 1 to U are the prefixes, then the suffixes follow.
+        """
+        num_users = len(self.prefixes)
+        owners = [user + 1 for user, lengths in enumerate(self.suffixes) for _ in lengths]
+        lengths = torch.tensor([self.head, *self.prefixes, *self._suffix_lengths])
+        own = torch.arange(len(lengths))
+        above = torch.tensor([0, *[0] * num_users, *owners])
+        pair = torch.stack((own, above)).to(self.device)
+        return pair.repeat_interleave(lengths.to(self.device), dim=1)
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """bool, shape (num_tokens, num_tokens): True where the row's token may read the column's. Quadratic."""
+        own, above = self.segments
+        places = torch.arange(self.num_tokens, device=self.device)
+        related = (own[None] == own[:, None]) | (own[None] == above[:, None]) | (own[None] == 0)
+        return related & (places[None] <= places[:, None])
+
+    @property
+    def _suffix_lengths(self) -> tuple[int, ...]:
+        return tuple(length for lengths in self.suffixes for length in lengths)

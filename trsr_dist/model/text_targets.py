@@ -1,0 +1,87 @@
+"""Targets of the full text: every position's next tokens, weighted as the prompts' separate sequences would be.
+
+The paper's code trains on all tokens of each prompt and its answer. In a packed row a shared position stands for many
+sequences: its loss counts as often as it would separately, and a part's last token has one next token per child.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from trsr_dist.rows import PackedRow
+
+
+@dataclass(frozen=True, slots=True)
+class TextTargets:
+    """What the logits at ``source`` should say, each with its weight."""
+
+    source: torch.Tensor
+    """int64, shape (num_targets,): positions in the row; some stand several times."""
+    target: torch.Tensor
+    """int64, shape (num_targets,): token ids."""
+    weight: torch.Tensor
+    """float32, shape (num_targets,): sums to the number of answers, since each prompt's tokens weigh 1 in all."""
+
+    def pieces(self, size: int) -> Iterator[TextTargets]:
+        """The targets in pieces of at most ``size``."""
+        for source, target, weight in zip(
+            self.source.split(size), self.target.split(size), self.weight.split(size), strict=True
+        ):
+            yield TextTargets(source, target, weight)
+
+
+def text_targets(row: PackedRow, answer_ids: tuple[int, int], device: torch.device) -> TextTargets:
+    """Targets of a row; the loss of a prompt is the mean over its tokens but the first, the answer included.
+
+    Args:
+        row: with at least one user.
+        answer_ids: tokens of yes and no.
+        device: of the result.
+    """
+    source, target, weight = _arrays(row, answer_ids)
+    return TextTargets(
+        torch.from_numpy(source).to(device),
+        torch.from_numpy(target).to(device),
+        torch.from_numpy(weight).float().to(device),
+    )
+
+
+def _arrays(row: PackedRow, answer_ids: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    weights = _position_weights(row)
+    parents, answers = _parents(row), row.answer_index
+    has_parent = parents >= 0
+    # A token is the target of its parent, as often as the sequences through it; each last token's target is the answer.
+    source = np.concatenate([parents[has_parent], answers])
+    target = np.concatenate([row.token_ids[has_parent], np.where(row.labels > 0, *answer_ids)])
+    return source, target, np.concatenate([weights[has_parent], weights[answers]])
+
+
+def _position_weights(row: PackedRow) -> np.ndarray:
+    """float64, shape (num_tokens,): sum over the sequences through a token of 1 / their number of targets."""
+    shares = [
+        np.array([1.0 / (prefix + suffix) for suffix in suffixes])
+        for prefix, suffixes in zip(row.prefix_lengths, row.suffix_lengths, strict=True)
+    ]
+    of_users = np.array([share.sum() for share in shares])
+    own = [length - row.head_length for length in row.prefix_lengths]
+    suffixes = [length for lengths in row.suffix_lengths for length in lengths]
+    return np.repeat(
+        np.concatenate([[of_users.sum()], of_users, *shares]), np.concatenate([[row.head_length], own, suffixes])
+    )
+
+
+def _parents(row: PackedRow) -> np.ndarray:
+    """int64, shape (num_tokens,): the position before each token in its sequences; -1 at a sequence's start."""
+    parents = np.arange(row.num_tokens) - 1
+    start, suffix, head = row.head_length, row.suffix_start, row.head_length
+    for length, lengths in zip(row.prefix_lengths, row.suffix_lengths, strict=True):
+        parents[start] = head - 1
+        start += length - head
+        for size in lengths:
+            parents[suffix] = start - 1
+            suffix += size
+    return parents
