@@ -198,6 +198,10 @@ class TrainSection(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     num_workers: int = Field(1, ge=0)
     """Reader processes per rank; 0 reads in the training process."""
+    cache_dir: str = ""
+    """Folder on each node's own disk for copies of the train shards, shared by the node's ranks; empty: no copies."""
+    cache_gb: float = Field(100.0, gt=0)
+    """Limit of all copies in cache_dir, in GB; shards beyond it are read where they lie."""
     save_every_steps: int = Field(100, ge=1)
     """Steps between checkpoints; one is always written at the end."""
     keep_checkpoints: int = Field(3, ge=2)

@@ -21,8 +21,21 @@ TRIMS = ("recent_dropped", "summary_words_cut", "item_words_cut", "candidates_ca
 TRIMS_FOR_ALL = TRIMS[:3]
 """These depend on all of a user's candidates; the cap on a candidate depends on that candidate alone."""
 SUMMARY = "summary.json"
-NUM_HEADER = 3 + len(TRIMS)
-"""int32s before a file's table: samples, part of the tar's hash, damaged samples, users with each kind of trim."""
+NUM_HEADER = 4 + len(TRIMS)
+"""int32s before a file's table: samples, part of the tar's hash, damaged samples, tokens of the head, users with each
+kind of trim."""
+OPEN_FILES = 128
+"""Kept memory-mapped; each holds a file descriptor, as the shards do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """Counts of one shard."""
+
+    num_damaged: int
+    head_tokens: int
+    """Tokens that all of the shard's prefixes have in common with the split's first."""
+    trimmed_users: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +52,8 @@ class LengthFacts:
     """Tokens of the longest prefix with one suffix."""
     longest_unit: int
     """Tokens of the longest prefix with all its suffixes."""
+    head_tokens: int
+    """All prefixes begin with the same so many tokens (the instruction) and have at least one more."""
     trimmed_users: dict[str, int] = field(default_factory=dict)
     num_damaged: int = 0
     damaged: tuple[str, ...] = ()
@@ -89,7 +104,7 @@ class Lengths:
     def __init__(self, shards: ShardSet, folder: Path) -> None:
         self.shards = shards
         self.folder = folder
-        self._open = lru_cache(maxsize=512)(self._open_shard)
+        self._open = lru_cache(maxsize=OPEN_FILES)(self._open_shard)
 
     @cached_property
     def facts(self) -> LengthFacts:
@@ -97,9 +112,11 @@ class Lengths:
         value = read_json(self.folder / SUMMARY)
         return LengthFacts(**(value | {"damaged": tuple(value["damaged"])}))
 
-    def header(self, shard: int) -> np.ndarray:
-        """The int32s that open a shard's file."""
-        return np.load(length_path(self.folder, self.shards.facts[shard]), mmap_mode="r")[:NUM_HEADER]
+    def header(self, shard: int) -> Header:
+        """Counts of a shard."""
+        array = np.load(length_path(self.folder, self.shards.facts[shard]), mmap_mode="r")
+        damaged, head, *trims = array[2:NUM_HEADER].tolist()
+        return Header(damaged, head, dict(zip(TRIMS, trims, strict=True)))
 
     def table(self, runs: Sequence[tuple[int, int]]) -> Table:
         """Lengths of the samples of some (start, stop) runs, in their order."""
@@ -133,6 +150,20 @@ class Lengths:
 
 def length_path(folder: Path, facts: dict) -> Path:
     return folder / f"{facts['name']}.npy"
+
+
+def is_measured(folder: Path, facts: dict) -> bool:
+    """Whether a shard's file is there, whole, and made from this version of the tar."""
+    try:
+        array = np.load(length_path(folder, facts), mmap_mode="r")
+    except (FileNotFoundError, ValueError, EOFError):
+        return False
+    end = NUM_HEADER + facts["num_samples"]
+    return (
+        len(array) > end
+        and array[:2].tolist() == [facts["num_samples"], sha_part(facts)]
+        and (array[end] == len(array) - end - 1)
+    )
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from trsr_dist.shards.lengths import (
     TRIMS_FOR_ALL,
     LengthFacts,
     Lengths,
+    is_measured,
     length_path,
     lengths_folder,
     sha_part,
@@ -57,28 +58,36 @@ def measure_lengths(
         DataError: a sample is damaged and ``tolerate`` is off; another rank has stopped measuring.
     """
     folder = lengths_folder(shards, builder)
-    if not _is_complete(folder, shards):
-        folder.mkdir(exist_ok=True)
-        _measure_shards(shards, builder, list(range(rank, len(shards.facts), world_size)), num_workers, tolerate)
+    if not _is_complete(folder, shards, tolerate):
+        _make_folder(folder)
+        measuring = Measuring(shards, builder, folder, tolerate)
+        _measure_shards(measuring, list(range(rank, len(shards.facts), world_size)), num_workers)
         if rank == 0:
-            _wait_for(folder, lambda: all(_is_measured(folder, facts) for facts in shards.facts))
+            _wait_for(folder, measuring.all_done(deque(range(len(shards.facts)))))
             write_json(folder / SUMMARY, asdict(_summarize(folder, shards)))
         else:
-            _wait_for(folder, lambda: _is_complete(folder, shards))
+            _wait_for(folder, lambda: _is_complete(folder, shards, tolerate))
     return Lengths(shards, folder)
 
 
-def _is_measured(folder: Path, facts: dict) -> bool:
+def _make_folder(folder: Path) -> None:
     try:
-        array = np.load(length_path(folder, facts), mmap_mode="r")
-    except FileNotFoundError:
-        return False
-    return array[0] == facts["num_samples"] and array[1] == sha_part(facts)
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: cannot be made ({error.strerror}); token lengths are kept beside the shards, so let this user "
+            "write there"
+        ) from None
 
 
-def _is_complete(folder: Path, shards: ShardSet) -> bool:
+def _is_complete(folder: Path, shards: ShardSet, tolerate: bool) -> bool:
+    """Whether the whole split is measured; damaged samples are looked at again where none is tolerated."""
     path = folder / SUMMARY
-    return path.is_file() and read_json(path)["shards"] == shards.manifest_hash
+    if not path.is_file():
+        return False
+    value = read_json(path)
+    names = {field.name for field in fields(LengthFacts)}
+    return value.keys() == names and value["shards"] == shards.manifest_hash and (tolerate or not value["num_damaged"])
 
 
 def _wait_for(folder: Path, done: Callable[[], bool]) -> None:
@@ -92,56 +101,104 @@ def _wait_for(folder: Path, done: Callable[[], bool]) -> None:
         time.sleep(0.2)
 
 
-def _measure_shards(
-    shards: ShardSet, builder: PromptBuilder, numbers: list[int], num_workers: int, tolerate: bool
-) -> None:
-    folder = lengths_folder(shards, builder)
-    todo = [number for number in numbers if not _is_measured(folder, shards.facts[number])]
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    """Measures shards of one split."""
+
+    shards: ShardSet
+    builder: PromptBuilder
+    folder: Path
+    tolerate: bool
+
+    def is_done(self, number: int) -> bool:
+        """Whether a shard needs no measuring."""
+        if not is_measured(self.folder, self.shards.facts[number]):
+            return False
+        return self.tolerate or not Lengths(self.shards, self.folder).header(number).num_damaged
+
+    def all_done(self, waiting: deque[int]) -> Callable[[], bool]:
+        """Whether no shard of ``waiting`` needs measuring; those found done are not looked at again."""
+
+        def check() -> bool:
+            while waiting and self.is_done(waiting[0]):
+                waiting.popleft()
+            return not waiting
+
+        return check
+
+    def first_prefix(self) -> tuple[int, ...]:
+        """Prefix of the split's first readable sample; the other prefixes are compared with it."""
+        for index in range(len(self.shards)):
+            tokenized = self.tokenize(index)
+            if tokenized is not None:
+                return tokenized.prefix
+        return ()
+
+    def tokenize(self, index: int) -> TokenizedUser | None:
+        """A sample's prompts; None where it is damaged and that is tolerated."""
+        try:
+            return self.builder.build(self.shards.read(index))
+        except DataError as error:
+            if not self.tolerate:
+                raise
+            log.warning("%s", error)
+            return None
+
+    def measure(self, number: int, first: tuple[int, ...]) -> None:
+        """Write the file of one shard."""
+        facts = self.shards.facts[number]
+        values: list[int] = []
+        starts, trims, damaged, head = [0], Counter(), 0, len(first)
+        for index in range(self.shards.starts[number], self.shards.starts[number + 1]):
+            tokenized = self.tokenize(index)
+            if tokenized is None:
+                damaged += 1
+                values.append(0)
+            else:
+                values += _values(tokenized)
+                head = _common_length(tokenized.prefix, first[:head])
+                trims.update(name for name in tokenized.trims if name in TRIMS)
+            starts.append(len(values))
+        header = [facts["num_samples"], sha_part(facts), damaged, head, *(trims[name] for name in TRIMS)]
+        with atomic_file(length_path(self.folder, facts), "wb") as stream:
+            np.save(stream, np.array([*header, *starts, *values], dtype=np.int32))
+
+
+def _measure_shards(measuring: Measuring, numbers: list[int], num_workers: int) -> None:
+    todo = [number for number in numbers if not measuring.is_done(number)]
     if not todo:
         return
-    log.info("%s: measuring token lengths of %d shards for %s", shards.folder, len(todo), builder.fingerprint)
+    shards = measuring.shards
+    log.info("%s: measuring token lengths of %d shards", shards.folder, len(todo))
+    first = measuring.first_prefix()
     if num_workers > 1 and len(todo) > 1:
         context = multiprocessing.get_context("fork")
-        arguments = (shards.folder, builder, tolerate)
-        with ProcessPoolExecutor(num_workers, context, _start_worker, arguments) as pool:
+        with ProcessPoolExecutor(num_workers, context, _start_worker, (measuring, first)) as pool:
             for _ in progress(pool.map(_work, todo), total=len(todo), description="token lengths", unit="shard"):
                 pass
     else:
         for number in progress(todo, description="token lengths", unit="shard"):
-            _measure_shard(shards, builder, number, tolerate)
+            measuring.measure(number, first)
 
 
 _worker: list = []
 
 
-def _start_worker(folder: Path, builder: PromptBuilder, tolerate: bool) -> None:
-    _worker[:] = [ShardSet(folder), builder, tolerate]
+def _start_worker(measuring: Measuring, first: tuple[int, ...]) -> None:
+    _worker[:] = [replace(measuring, shards=ShardSet(measuring.shards.folder)), first]
 
 
 def _work(number: int) -> None:
-    shards, builder, tolerate = _worker
-    _measure_shard(shards, builder, number, tolerate)
+    measuring, first = _worker
+    measuring.measure(number, first)
 
 
-def _measure_shard(shards: ShardSet, builder: PromptBuilder, number: int, tolerate: bool) -> None:
-    facts = shards.facts[number]
-    values: list[int] = []
-    starts, trims, damaged = [0], Counter(), 0
-    for index in range(shards.starts[number], shards.starts[number + 1]):
-        try:
-            tokenized = builder.build(shards.read(index))
-            values += _values(tokenized)
-            trims.update(name for name in tokenized.trims if name in TRIMS)
-        except DataError as error:
-            if not tolerate:
-                raise
-            log.warning("%s", error)
-            damaged += 1
-            values.append(0)
-        starts.append(len(values))
-    header = [facts["num_samples"], sha_part(facts), damaged, *(trims[name] for name in TRIMS)]
-    with atomic_file(length_path(lengths_folder(shards, builder), facts), "wb") as stream:
-        np.save(stream, np.array([*header, *starts, *values], dtype=np.int32))
+def _common_length(prefix: tuple[int, ...], first: tuple[int, ...]) -> int:
+    """How many tokens both begin with; the prefix keeps one more."""
+    limit = min(len(first), len(prefix) - 1)
+    if prefix[:limit] == first[:limit]:
+        return max(0, limit)
+    return next(place for place in range(limit) if prefix[place] != first[place])
 
 
 def _values(tokenized: TokenizedUser) -> list[int]:
@@ -154,15 +211,16 @@ def _summarize(folder: Path, shards: ShardSet) -> LengthFacts:
     """Facts of the whole split from the shards' files."""
     sums: Counter[str] = Counter()
     trims: Counter[str] = Counter()
-    damaged, longest_prompt, longest_unit = [], 0, 0
+    damaged, heads, longest_prompt, longest_unit = [], [], 0, 0
     lengths = Lengths(shards, folder)
     for number, facts in enumerate(shards.facts):
         header = lengths.header(number)
         table = lengths.table([(int(shards.starts[number]), int(shards.starts[number + 1]))])
-        trims.update(dict(zip(TRIMS, header[3:].tolist(), strict=True)))
+        trims.update(header.trimmed_users)
         sums.update(prefix=int(table.prefixes.sum()), suffix=int(table.suffixes.sum()), candidates=len(table.suffixes))
-        sums["damaged"] += int(header[2])
-        damaged += [facts["name"]] * bool(header[2])
+        sums["damaged"] += header.num_damaged
+        damaged += [facts["name"]] * bool(header.num_damaged)
+        heads += [header.head_tokens] * (header.num_damaged < facts["num_samples"])
         if len(table.suffixes):
             longest_prompt = max(longest_prompt, int((table.prefixes[table.owner] + table.suffixes).max()))
             longest_unit = max(longest_unit, int(table.unit_tokens().max()))
@@ -174,6 +232,7 @@ def _summarize(folder: Path, shards: ShardSet) -> LengthFacts:
         suffix_tokens=sums["suffix"],
         longest_prompt=longest_prompt,
         longest_unit=longest_unit,
+        head_tokens=min(heads, default=0),
         trimmed_users=dict(trims),
         num_damaged=sums["damaged"],
         damaged=tuple(damaged),

@@ -57,20 +57,22 @@ class WindowPlan:
         chosen: bool, shape (num_candidates,): the candidates that take part.
         row_tokens: token limit of a row.
         key: of the order of the rows and of units of equal length.
+        head: tokens that all prefixes begin with; a row holds them once.
     """
 
-    def __init__(self, table: Table, chosen: np.ndarray, row_tokens: int, key: int) -> None:
+    def __init__(self, table: Table, chosen: np.ndarray, row_tokens: int, key: int, head: int = 0) -> None:
         self._table = table
+        self._head = head
         self._kept = np.flatnonzero(chosen)
         self._sample, self._first, self._last = self._cut_units(row_tokens)
         suffixes = table.suffixes[self._kept]
         sums, squares = _running_sum(suffixes), _running_sum(suffixes**2)
         suffix_sum = sums[self._last] - sums[self._first]
         suffix_squares = squares[self._last] - squares[self._first]
-        self._tokens = table.prefixes[self._sample] + suffix_sum
+        self._tokens = table.prefixes[self._sample] + suffix_sum - head
         self._pairs = attended_pairs(table.prefixes[self._sample], suffix_sum, suffix_squares)
         ties = mix(table.samples[self._sample].astype(np.uint64) ^ np.uint64(key))
-        rows = pack(self._tokens, row_tokens, ties)
+        rows = pack(self._tokens, row_tokens - head, ties)
         order = np.argsort(mix(np.arange(len(rows), dtype=np.uint64) ^ np.uint64(key)), kind="stable")
         self._rows = [rows[number] for number in order.tolist()]
 
@@ -80,7 +82,7 @@ class WindowPlan:
 
     @property
     def num_tokens(self) -> int:
-        return int(self._tokens.sum())
+        return int(self._tokens.sum()) + self._head * self.num_rows
 
     @property
     def num_chunks(self) -> int:
@@ -90,7 +92,7 @@ class WindowPlan:
     def cost(self, row: int) -> float:
         """Cost of a row, in tokens."""
         units = self._rows[row]
-        return float(row_cost(self._tokens[units].sum(), self._pairs[units].sum()))
+        return float(row_cost(self._head + self._tokens[units].sum(), self._pairs[units].sum()))
 
     def num_answers(self, row: int) -> int:
         units = self._rows[row]
@@ -164,6 +166,7 @@ class TrainPlan:
         check_fits(lengths, settings.row_tokens, "train.row_tokens")
         self.lengths = lengths
         self.settings = settings
+        self.head = lengths.facts.head_tokens
         self.order = Order(len(lengths.shards), self._window_blocks(), settings.seed)
         self.window = lru_cache(maxsize=2)(self._window)
         self.facts = lru_cache(maxsize=64)(self._facts)
@@ -179,7 +182,8 @@ class TrainPlan:
         keys = np.concatenate([self.lengths.shards.keys(start, stop) for start, stop in runs])
         draw = hash64(settings.seed, epoch, "negatives")
         chosen = choose_candidates(keys, table.starts, table.labels, settings.negatives_per_positive, draw)
-        return WindowPlan(table, chosen, settings.row_tokens, hash64(settings.seed, epoch, window, "rows"))
+        key = hash64(settings.seed, epoch, window, "rows")
+        return WindowPlan(table, chosen, settings.row_tokens, key, self.head)
 
     def _facts(self, epoch: int) -> EpochFacts:
         num_rows = num_tokens = num_chunks = 0
@@ -196,8 +200,8 @@ class TrainPlan:
         facts = self.lengths.facts
         per_user = facts.num_candidates / facts.num_samples
         chosen = min(per_user, 1 + self.settings.negatives_per_positive)
-        unit_tokens = (facts.prefix_tokens + facts.suffix_tokens * chosen / per_user) / facts.num_samples
-        samples = max(WINDOW_SAMPLES, round(WINDOW_ROWS * self.settings.row_tokens / unit_tokens))
+        unit_tokens = (facts.prefix_tokens + facts.suffix_tokens * chosen / per_user) / facts.num_samples - self.head
+        samples = max(WINDOW_SAMPLES, round(WINDOW_ROWS * (self.settings.row_tokens - self.head) / unit_tokens))
         return -(-samples // BLOCK_SAMPLES)
 
 

@@ -6,35 +6,47 @@ import os
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from trsr_dist.errors import DataError
 from trsr_dist.files import read_json, sha256_of
+from trsr_dist.log import get_logger
 from trsr_dist.records import Sample
 from trsr_dist.run import MANIFEST, manifest_hash
+from trsr_dist.shards.cache import ShardCache
 from trsr_dist.shards.codec import decode_sample
 from trsr_dist.shards.index import index_path, open_index
 
 OPEN_SHARDS = 256
-"""Tars and indexes kept open; a process may have 1024 files."""
+"""So many tars, and as many indexes, are kept open; a process may have 1024 files."""
+
+log = get_logger("shards")
 
 
 class OpenShard:
-    """An open tar with its index.
+    """An open tar, or the node's copy of it, with its index.
+
+    Args:
+        path: of the tar.
+        facts: what the manifest says of it.
+        rows: its index.
+        cache: the node's copies.
 
     Raises:
         DataError: the tar is missing, has another size than the manifest says, or differs from what was indexed.
     """
 
-    def __init__(self, path: Path, facts: dict) -> None:
+    def __init__(self, path: Path, facts: dict, rows: np.ndarray, cache: ShardCache | None = None) -> None:
         self.path = path
-        try:
-            self.descriptor = os.open(path, os.O_RDONLY)
-        except OSError as error:
-            raise DataError(f"{path}: {error.strerror}; restore the shard or make the split anew") from None
-        self.rows = self._checked_index(facts)
+        self.rows = rows
+        self._facts = facts
+        self._cache = cache
+        copy = cache.open(path, facts["sha256"], facts["num_bytes"]) if cache is not None else None
+        self._is_copy = copy is not None
+        self._descriptor = self._open_source() if copy is None else copy
 
     def read(self, number: int) -> bytes:
         """Payload of the shard's sample ``number``.
@@ -42,20 +54,18 @@ class OpenShard:
         Raises:
             DataError: unreadable, or the bytes are not those that were written.
         """
-        row = self.rows[number]
-        offset, size = int(row["offset"]), int(row["num_bytes"])
         try:
-            data = os.pread(self.descriptor, size, offset)
-        except OSError as error:
-            raise DataError(f"{self.place(number)}: {error.strerror}") from None
-        if len(data) != size or zlib.crc32(data) != row["crc"]:
-            raise DataError(f"{self.place(number)}: checksum differs, the bytes are damaged; restore the shard")
-        return data
+            return self._read(number)
+        except DataError:
+            if not self._is_copy:
+                raise
+            self._leave_copy()
+            return self._read(number)
 
     def place(self, number: int) -> str:
         """Shard, member and byte, for error messages."""
         offset = int(self.rows[number]["offset"])
-        header = os.pread(self.descriptor, 100, offset - 512)
+        header = os.pread(self._descriptor, 100, offset - 512)
         name = header.split(b"\0")[0].decode("utf-8", "replace")
         return f"{self.path}: sample {number} (member {name!r}, byte {offset})"
 
@@ -63,25 +73,53 @@ class OpenShard:
         """Ask the kernel to read samples ``start`` to ``stop - 1`` ahead."""
         first, last = self.rows[start], self.rows[stop - 1]
         length = int(last["offset"] + last["num_bytes"] - first["offset"])
-        os.posix_fadvise(self.descriptor, int(first["offset"]), length, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(self._descriptor, int(first["offset"]), length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
-        os.close(self.descriptor)
+        os.close(self._descriptor)
 
-    def _checked_index(self, facts: dict) -> np.ndarray:
-        status = os.fstat(self.descriptor)
-        if status.st_size != facts["num_bytes"]:
+    def _read(self, number: int) -> bytes:
+        row = self.rows[number]
+        offset, size = int(row["offset"]), int(row["num_bytes"])
+        try:
+            data = os.pread(self._descriptor, size, offset)
+        except OSError as error:
+            raise DataError(f"{self.path}: sample {number} (byte {offset}): {error.strerror}") from None
+        if len(data) != size or zlib.crc32(data) != row["crc"]:
+            raise DataError(f"{self.place(number)}: checksum differs, the bytes are damaged; restore the shard")
+        return data
+
+    def _leave_copy(self) -> None:
+        log.warning("%s: the node's copy is damaged; reading the shard itself", self.path)
+        source = self._open_source()
+        self._cache.drop(self._facts["sha256"])
+        self.close()
+        self._descriptor, self._is_copy = source, False
+
+    def _open_source(self) -> int:
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY)
+        except OSError as error:
+            raise DataError(f"{self.path}: {error.strerror}; restore the shard or make the split anew") from None
+        try:
+            self._check_source(os.fstat(descriptor))
+        except DataError:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _check_source(self, status: os.stat_result) -> None:
+        if status.st_size != self._facts["num_bytes"]:
             raise DataError(
-                f"{self.path}: {status.st_size} bytes, the manifest says {facts['num_bytes']}: truncated or replaced; "
-                "restore the shard or make the split anew"
+                f"{self.path}: {status.st_size} bytes, the manifest says {self._facts['num_bytes']}: truncated or "
+                "replaced; restore the shard or make the split anew"
             )
-        rows = open_index(self.path, facts["sha256"], facts["num_samples"])
         # Copying may turn the times round, so an older index is a suspicion, not an error.
-        if index_path(self.path).stat().st_mtime < status.st_mtime and sha256_of(self.path) != facts["sha256"]:
+        is_newer = index_path(self.path).stat().st_mtime < status.st_mtime
+        if is_newer and sha256_of(self.path) != self._facts["sha256"]:
             raise DataError(
                 f"{self.path}: newer than its index, and its bytes are not those of the manifest; make the split anew"
             )
-        return rows
 
 
 class ShardSet:
@@ -89,19 +127,24 @@ class ShardSet:
 
     Args:
         folder: ``RUN/shards/{split}``.
+        cache: the node's copies of shards; None: the shards are read where they lie.
 
     Raises:
         RunError: there is no manifest.
         DataError: a shard that the manifest names is missing.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, cache: ShardCache | None = None) -> None:
         self.folder = Path(folder)
         self.manifest_hash = manifest_hash(self.folder)
         self.manifest = read_json(self.folder / MANIFEST)
         self.facts: list[dict] = self.manifest["shards"]
         self.starts = np.cumsum([0, *(facts["num_samples"] for facts in self.facts)])
+        self.index = lru_cache(maxsize=OPEN_SHARDS)(self._open_index)
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._cache = cache
+        if cache is not None:
+            cache.keep(facts["sha256"] for facts in self.facts)
         self._check_present()
 
     def __len__(self) -> int:
@@ -132,12 +175,12 @@ class ShardSet:
 
     def sizes(self, start: int, stop: int) -> np.ndarray:
         """int64, shape (stop - start,): payload bytes of neighbouring samples, a measure of their cost."""
-        parts = [self.shard(shard).rows["num_bytes"][a:b] for shard, a, b in self.ranges(start, stop)]
+        parts = [self.index(shard)["num_bytes"][a:b] for shard, a, b in self.ranges(start, stop)]
         return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
 
     def keys(self, start: int, stop: int) -> np.ndarray:
         """uint64, shape (stop - start,): a hash of each sample's user."""
-        parts = [self.shard(shard).rows["key"][a:b] for shard, a, b in self.ranges(start, stop)]
+        parts = [self.index(shard)["key"][a:b] for shard, a, b in self.ranges(start, stop)]
         return np.concatenate([np.zeros(0, np.uint64), *parts])
 
     def locate(self, index: int) -> tuple[int, int]:
@@ -156,7 +199,9 @@ class ShardSet:
             start = end
 
     def advise(self, start: int, stop: int) -> None:
-        """Ask the kernel to read neighbouring samples ahead."""
+        """Ask the kernel to read neighbouring samples ahead; with copies on the node there is no need."""
+        if self._cache is not None:
+            return
         for shard, first, last in self.ranges(start, stop):
             self.shard(shard).advise(first, last)
 
@@ -168,7 +213,7 @@ class ShardSet:
         if shard in self._open:
             self._open.move_to_end(shard)
         else:
-            self._open[shard] = OpenShard(self.path(shard), self.facts[shard])
+            self._open[shard] = OpenShard(self.path(shard), self.facts[shard], self.index(shard), self._cache)
             if len(self._open) > OPEN_SHARDS:
                 self._open.popitem(last=False)[1].close()
         return self._open[shard]
@@ -177,6 +222,11 @@ class ShardSet:
         for opened in self._open.values():
             opened.close()
         self._open.clear()
+
+    def _open_index(self, shard: int) -> np.ndarray:
+        """Memory-mapped index rows of a shard; the tar is not looked at."""
+        facts = self.facts[shard]
+        return open_index(self.path(shard), facts["sha256"], facts["num_samples"])
 
     def _check_present(self) -> None:
         present = {entry.name for entry in os.scandir(self.folder)}

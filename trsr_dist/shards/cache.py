@@ -1,0 +1,223 @@
+"""A node's copies of shards: each fetched once for all ranks of the node, named by its content, limited in size.
+
+Every copy is locked by its users (flock, which the kernel lifts when a process dies): shared by those who read it,
+exclusively by the one who makes it. So a second rank waits for the first one's copy, and whatever nobody holds may go.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from trsr_dist.errors import ConfigError
+from trsr_dist.log import get_logger
+
+COPY, PARTIAL = ".tar", ".partial"
+CHUNK_BYTES = 1 << 22
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+log = get_logger("cache")
+
+
+class ShardCache:
+    """Copies of shards on a node's own disk.
+
+    A shard that finds no room is read where it lies. Copies of other sets make room, the least recently opened first;
+    the sets in use never push out their own shards, which would have to come again in the next epoch.
+
+    Args:
+        folder: on the node's own disk; made where missing. Ranks, jobs and runs may share it.
+        max_bytes: limit of all copies together.
+
+    Raises:
+        ConfigError: the folder cannot be written or locked.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int) -> None:
+        self.folder = folder
+        self.max_bytes = max_bytes
+        self._kept: set[str] = set()
+        self._refused: set[str] = set()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with self._alone():
+                pass
+        except OSError as error:
+            raise ConfigError(
+                f"train.cache_dir={folder}: cannot be used ({error.strerror}); name a folder on the node's own disk"
+            ) from None
+
+    def keep(self, hashes: Iterable[str]) -> None:
+        """Shards with these SHA-256 are in use: they do not make room for others of this process."""
+        self._kept.update(hashes)
+
+    def open(self, source: Path, sha256: str, num_bytes: int) -> int | None:
+        """A descriptor of the copy, made first where missing; None: read the source.
+
+        Args:
+            source: the shard.
+            sha256: that it should have.
+            num_bytes: its size.
+        """
+        copy = self.folder / f"{sha256}{COPY}"
+        while sha256 not in self._refused:
+            with self._alone():
+                descriptor = _open_locked(copy, fcntl.LOCK_SH)
+                if descriptor is not None and os.fstat(descriptor).st_size == num_bytes:
+                    with suppress(PermissionError):  # another user's copy
+                        os.utime(descriptor)
+                    return descriptor
+                _remove(copy, descriptor)
+                maker = _open_if_locked(copy.with_suffix(PARTIAL))
+                if maker is None:
+                    descriptor = self._reserve(copy.with_suffix(PARTIAL), num_bytes)
+            if maker is not None:
+                _wait_for(maker)
+            elif descriptor is None or not _fetch(source, sha256, descriptor, copy):
+                self._refused.add(sha256)
+            else:
+                return descriptor
+        return None
+
+    def drop(self, sha256: str) -> None:
+        """Forget a copy that has turned out damaged."""
+        self._refused.add(sha256)
+        (self.folder / f"{sha256}{COPY}").unlink(missing_ok=True)
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Only one process of the node looks for copies and room at a time. Opened anew, since a fork shares locks."""
+        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _reserve(self, partial: Path, num_bytes: int) -> int | None:
+        """A locked file of that size, which takes up its space at once; None: there is no room."""
+        files = self._files()
+        used = sum(status.st_size for status in files.values())
+        victims = self._victims(files)
+        while used + num_bytes > self.max_bytes:
+            freed = _remove_next(victims)
+            if not freed:
+                if not self._refused:
+                    log.info("%s: full with %d bytes; further shards are read where they lie", self.folder, used)
+                return None
+            used -= freed
+        return _allocate(partial, num_bytes, victims)
+
+    def _victims(self, files: dict[Path, os.stat_result]) -> Iterator[Path]:
+        """What may make room: leftovers of killed processes first, then other sets' copies, longest unopened first."""
+        free = [path for path in files if path.suffix == PARTIAL or path.stem not in self._kept]
+        return iter(sorted(free, key=lambda path: (path.suffix == COPY, files[path].st_mtime_ns)))
+
+    def _files(self) -> dict[Path, os.stat_result]:
+        """Copies, finished and not; those that vanish meanwhile do not count."""
+        found = {}
+        for path in self.folder.iterdir():
+            if path.suffix in (COPY, PARTIAL):
+                with suppress(FileNotFoundError):
+                    found[path] = path.stat()
+        return found
+
+
+def _fetch(source: Path, sha256: str, descriptor: int, copy: Path) -> bool:
+    """Fill the locked file and give it its name; False where that fails, which is logged."""
+    partial = copy.with_suffix(PARTIAL)
+    try:
+        found = _copy_bytes(source, descriptor)
+        if found == sha256:
+            os.rename(partial, copy)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            return True
+        log.warning("%s: not copied to the node, its checksum differs from the manifest's", source)
+    except OSError as error:
+        log.warning("%s: not copied to the node (%s)", source, error.strerror)
+    partial.unlink(missing_ok=True)
+    os.close(descriptor)
+    return False
+
+
+def _copy_bytes(source: Path, descriptor: int) -> str:
+    """Write the source's bytes; returns their SHA-256."""
+    found = hashlib.sha256()
+    with open(source, "rb") as stream, os.fdopen(os.dup(descriptor), "wb") as target:
+        while chunk := stream.read(CHUNK_BYTES):
+            found.update(chunk)
+            target.write(chunk)
+    return found.hexdigest()
+
+
+def _allocate(partial: Path, num_bytes: int, victims: Iterator[Path]) -> int | None:
+    """A locked file whose space is taken up; where the disk is full, victims go until it fits."""
+    descriptor = None
+    while True:
+        try:
+            if descriptor is None:
+                descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            os.posix_fallocate(descriptor, 0, max(1, num_bytes))
+            return descriptor
+        except OSError as error:
+            if error.errno not in FULL or not _remove_next(victims):
+                log.warning("%s: no copy (%s); the shard is read where it lies", partial.parent, error.strerror)
+                _remove(partial, descriptor)
+                return None
+
+
+def _remove_next(victims: Iterator[Path]) -> int:
+    """Remove the next victim that nobody holds; returns its bytes, 0 where none is left."""
+    for path in victims:
+        descriptor = _open_locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if descriptor is not None:
+            size = os.fstat(descriptor).st_size
+            _remove(path, descriptor)
+            if size:
+                return size
+    return 0
+
+
+def _open_locked(path: Path, kind: int) -> int | None:
+    """Open and lock; None where it is missing, or held by others and ``kind`` does not wait."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, kind)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _open_if_locked(partial: Path) -> int | None:
+    """Open a copy that a living process is making; a dead one's is removed."""
+    try:
+        descriptor = os.open(partial, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return None
+    except BlockingIOError:
+        return descriptor
+    _remove(partial, descriptor)
+    return None
+
+
+def _wait_for(maker: int) -> None:
+    """Until the copy is made, or its maker has died."""
+    fcntl.flock(maker, fcntl.LOCK_SH)
+    os.close(maker)
+
+
+def _remove(path: Path, descriptor: int | None) -> None:
+    if descriptor is not None:
+        path.unlink(missing_ok=True)
+        os.close(descriptor)
