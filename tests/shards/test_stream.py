@@ -14,10 +14,17 @@ from trsr_dist.errors import CheckpointError, ConfigError
 from trsr_dist.hashing import digest
 from trsr_dist.shards.plan import PackingSettings
 from trsr_dist.shards.reader import ShardSet
-from trsr_dist.shards.steps import Step, StreamState
+from trsr_dist.shards.steps import Step, StreamState, step_specs
 from trsr_dist.shards.stream import TrainStream
 
 SETTINGS = PackingSettings(row_tokens=600, rows_per_step=5, negatives_per_positive=2, seed=3)
+
+
+@pytest.fixture(autouse=True)
+def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 64 samples, so that a small split has several."""
+    monkeypatch.setattr("trsr_dist.shards.plan.WINDOW_SAMPLES", 64)
+    monkeypatch.setattr("trsr_dist.shards.plan.WINDOW_ROWS", 4)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +86,17 @@ def test_resume_on_other_ranks_and_workers(shards: ShardSet) -> None:
     assert first + middle + last == whole
 
 
+def test_a_restart_plans_the_next_step_only(shards: ShardSet) -> None:
+    stream = TrainStream(shards, make_builder(), SETTINGS)
+    assert stream.plan.order.num_windows == 4
+    states = [step.state for step in islice(stream, stream.steps_in_epoch(0))]
+    late = next(state for state in states if state.window == 2)
+    resumed = TrainStream(shards, make_builder(), SETTINGS, state=late)
+    next(step_specs(resumed.plan, late, 0, 1))
+    assert resumed.steps_in_epoch(0) == len(states), "counted once, by the first"
+    assert resumed.plan.window.cache_info().misses <= 2, "a step may end in the next window"
+
+
 def test_negatives_change_with_the_epoch_and_positives_stay(shards: ShardSet) -> None:
     stream = TrainStream(shards, make_builder(), SETTINGS)
     seen: dict[str, list[tuple]] = {}
@@ -99,7 +117,13 @@ def _answers(step: Step) -> Iterator[tuple[str, tuple, list[int]]]:
 
 def test_state_of_other_settings_is_refused(shards: ShardSet) -> None:
     state = next(iter(TrainStream(shards, make_builder(), SETTINGS))).state
-    for change in ({"row_tokens": 700}, {"seed": 4}, {"shards": "other"}, {"negatives_per_positive": 1}):
+    for change in (
+        {"row_tokens": 700},
+        {"seed": 4},
+        {"shards": "other"},
+        {"plan": "other"},
+        {"negatives_per_positive": 1},
+    ):
         with pytest.raises(CheckpointError, match=next(iter(change))):
             TrainStream(shards, make_builder(), SETTINGS, state=StreamState.from_dict(state.to_dict() | change))
 

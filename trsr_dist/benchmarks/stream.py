@@ -63,7 +63,7 @@ def _webdataset(shards: ShardSet, plan: TrainPlan) -> tuple[str, float]:
 def _planned(shards: ShardSet, plan: TrainPlan) -> tuple[str, float]:
     """Everything but tokenization; the plan of the epoch is made anew."""
     fresh = TrainPlan(plan.lengths, plan.settings)
-    start = StreamState(0, 0, 0, 0, "", "", 0, SETTINGS.rows_per_step, 0, 0)
+    start = StreamState(0, 0, 0, 0, "", "", "", 0, SETTINGS.rows_per_step, 0, 0)
     count = 0
     with timed() as timer:
         for spec in step_specs(fresh, start, 0, 1):

@@ -24,6 +24,11 @@ FULL = (errno.ENOSPC, errno.EDQUOT)
 log = get_logger("cache")
 
 
+def open_cache(folder: str, gigabytes: float) -> ShardCache | None:
+    """The node's copies as train.cache_dir and train.cache_gb say; None where there is no folder."""
+    return ShardCache(Path(folder), round(gigabytes * 10**9)) if folder else None
+
+
 class ShardCache:
     """Copies of shards on a node's own disk.
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from trsr_dist.errors import ConfigError, DataError
-from trsr_dist.hashing import hash64
+from trsr_dist.hashing import digest, hash64
 from trsr_dist.shards.lengths import Lengths, Table
 from trsr_dist.shards.order import BLOCK_SAMPLES, Order, mix
 from trsr_dist.shards.packing import attended_pairs, choose_candidates, pack, row_cost, split_unit
 
+PLAN_VERSION = 1
+"""Raised whenever the same lengths and settings would give other rows: a checkpoint then belongs to other steps."""
 WINDOW_SAMPLES = 8192
 """At least so many neighbouring samples of the order are packed together."""
 WINDOW_ROWS = 64
@@ -157,6 +159,12 @@ class TrainPlan:
         lengths: of the train split.
         settings: see there.
 
+    Attributes:
+        head: tokens that every row holds once.
+        order: of the samples.
+        window: (epoch, window) to its rows; the last two are kept.
+        facts: epoch to its counts; plans the whole epoch.
+
     Raises:
         ConfigError: a single prompt is longer than a row.
         DataError: there is nothing to train on.
@@ -170,6 +178,11 @@ class TrainPlan:
         self.order = Order(len(lengths.shards), self._window_blocks(), settings.seed)
         self.window = lru_cache(maxsize=2)(self._window)
         self.facts = lru_cache(maxsize=64)(self._facts)
+
+    @property
+    def identity(self) -> str:
+        """Hash of what the rows depend on beside the settings."""
+        return digest([PLAN_VERSION, asdict(self.lengths.facts)])[:16]
 
     def windows(self, epoch: int) -> Iterator[WindowPlan]:
         for window in range(self.order.num_windows):

@@ -26,6 +26,8 @@ class StreamState:
     """Manifest hash of the split."""
     prompt: str
     """Fingerprint of tokenizer and prompt style."""
+    plan: str
+    """Identity of the plan: token lengths and rules of packing."""
     row_tokens: int
     rows_per_step: int
     negatives_per_positive: int
@@ -44,7 +46,7 @@ class StreamState:
         Raises:
             CheckpointError: names the first difference.
         """
-        for name in ("shards", "prompt", "row_tokens", "rows_per_step", "negatives_per_positive", "seed"):
+        for name in ("shards", "prompt", "plan", "row_tokens", "rows_per_step", "negatives_per_positive", "seed"):
             saved, now = getattr(self, name), getattr(start, name)
             if saved != now:
                 raise CheckpointError(

@@ -17,6 +17,7 @@ from typing import Literal
 from trsr_dist.errors import DataError
 from trsr_dist.log import get_logger
 from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.shards.counts import epoch_facts
 from trsr_dist.shards.loader import StepReader, load_steps
 from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.plan import PackingSettings, TrainPlan
@@ -64,7 +65,9 @@ class TrainStream:
     ) -> None:
         lengths = measure_lengths(shards, builder, rank, world_size, num_workers, tolerate=data_errors == "skip")
         self.plan = TrainPlan(lengths, settings)
-        start = StreamState(0, 0, 0, 0, shards.manifest_hash, builder.fingerprint, **asdict(settings))
+        start = StreamState(
+            0, 0, 0, 0, shards.manifest_hash, builder.fingerprint, self.plan.identity, **asdict(settings)
+        )
         if state is not None:
             state.check(start)
         self._state = state or start
@@ -78,8 +81,8 @@ class TrainStream:
         self._check_damage(lengths.facts.num_damaged, f"{lengths.folder}: {lengths.facts.damaged} hold damaged samples")
 
     def steps_in_epoch(self, epoch: int) -> int:
-        """Exact number of steps; plans the whole epoch at the first call (about 5 seconds per million samples)."""
-        return self.plan.facts(epoch).num_steps
+        """Exact number of steps; counted once, see ``epoch_facts``."""
+        return epoch_facts(self.plan, epoch, keep=self._rank == 0).num_steps
 
     def __iter__(self) -> Iterator[Step]:
         with load_steps(StepReader(self._reader), self._advised_specs(), self._num_workers) as steps:
