@@ -93,7 +93,7 @@ def score_everything(job: Evaluation, users: SplitUsers, ranks: Ranks, force: bo
         distributed.barrier()
         worker = make_worker(job, users, ranks)
         loaded = load(job, job.model, ranks)
-        builder, provenance = check_answers(job, loaded.builder, loaded.provenance), loaded.provenance
+        builder, provenance = check_answers(job, loaded.builder), loaded.provenance
         run_passes(job, worker, "model", loaded, builder)
         del loaded
         if any(entry.source == "base" for entry in job.passes):
@@ -115,23 +115,18 @@ def load(job: Evaluation, name_or_path: str, ranks: Ranks) -> LoadedModel:
         name_or_path,
         device=device,
         dtype=getattr(torch, job.precision),
+        prompt=job.config.prompt.model_dump(),
         attention=job.config.model.attention,
         trust_remote_code=job.config.model.trust_remote_code,
     )
 
 
-def check_answers(job: Evaluation, builder: PromptBuilder, provenance: dict[str, Any]) -> PromptBuilder:
-    """The model's builder, if its answers are those of its training and of the config.
+def check_answers(job: Evaluation, builder: PromptBuilder) -> PromptBuilder:
+    """The model's builder, if its answers are those of the config.
 
     Raises:
         ModelError: they are not.
     """
-    recorded = provenance.get("answer_ids")
-    if recorded and tuple(recorded) != tuple(builder.answer_ids):
-        raise ModelError(
-            f"{job.model}: trained with answer tokens {tuple(recorded)}, its tokenizer gives {builder.answer_ids}; "
-            "the tokenizer files are not those of the training"
-        )
     if tuple(builder.answers) != tuple(job.config.prompt.answers):
         raise ModelError(
             f"{job.model}: trained to answer {tuple(builder.answers)}, prompt.answers is "
@@ -144,7 +139,7 @@ def run_passes(job: Evaluation, worker: PartWorker, source: str, loaded: LoadedM
     """All passes of one model."""
 
     def forward(row: PackedRow) -> np.ndarray:
-        return score_row(loaded.model, row, builder.answer_ids).float().cpu().numpy()
+        return score_row(loaded.model, row, loaded.model.device)
 
     for entry in job.passes:
         if entry.source == source:

@@ -96,8 +96,8 @@ def load_base(source: BaseSource, dtype: torch.dtype, device: torch.device | Non
 def refresh_rotary_tables(model: nn.Module) -> None:
     """Compute the rotary frequencies anew, in float32.
 
-    DeepSpeed creates tensors in bfloat16 within ZeRO-3's initialization and casts buffers with the weights. Rounded
-    frequencies turn a position of 1000 by whole radians.
+    Within ZeRO-3's initialization DeepSpeed rounds every new tensor to the weights' dtype. Frequencies in bfloat16 turn
+    a position of 1000 by whole radians.
     """
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RotaryEmbedding") and hasattr(module, "config"):

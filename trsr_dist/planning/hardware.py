@@ -46,3 +46,13 @@ def hardware(name: str) -> Hardware:
     if name not in CATALOGUE:
         raise ConfigError(f"hardware {name!r}: expected one of {', '.join(CATALOGUE)}")
     return CATALOGUE[name]
+
+
+def recognize(device_name: str) -> Hardware | None:
+    """The device of the catalogue whose name stands in what the driver says, such as ``NVIDIA H100 80GB HBM3``."""
+    words = device_name.lower().replace("-", " ").split()
+    for device in CATALOGUE.values():
+        name, _, size = device.name.partition("-")
+        if name in words and (not size or size in words):
+            return device
+    return None

@@ -1,0 +1,23 @@
+"""Train: LoRA under DeepSpeed ZeRO on packed rows with shared prefixes. Run it again to go on where it stopped.
+
+Under deepspeed, torchrun or srun, on any number of ranks, or alone in one process. Exit status 75 means: interrupted,
+saved, run it again.
+"""
+
+from trsr_dist.environment import prepare_process
+
+prepare_process()
+
+from trsr_dist.cli import config_parser, parse_config, run_command  # noqa: E402
+
+
+def main() -> int:
+    example = "deepspeed --num_gpus 8 launch/train.py --config configs/mind.yaml train.learning_rate=1e-4"
+    args, config = parse_config(config_parser(__doc__, example))
+    from trsr_dist.train.job import train
+
+    return train(config, force=args.force, dry_run=args.dry_run)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,78 @@
+"""The one place for process groups and collectives. Every function also works in a single process without a group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trsr_dist.environment import Ranks, export_ranks
+
+TIMEOUT_SECONDS = 1800.0
+
+
+def device_of(ranks: Ranks) -> torch.device:
+    """This rank's device. Where Slurm shows each task its own GPU only, that one has number 0."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def init_distributed(ranks: Ranks, timeout_seconds: float = TIMEOUT_SECONDS, always: bool = False) -> None:
+    """Join the process group: NCCL on GPUs, gloo on CPUs.
+
+    Args:
+        ranks: this process.
+        timeout_seconds: a collective that takes longer raises.
+        always: make a group of one process too (DeepSpeed wants one).
+    """
+    if dist.is_initialized() or (ranks.world_size == 1 and not always):
+        return
+    export_ranks(ranks)
+    device = device_of(ranks)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def sum_over_ranks(values: Sequence[float], device: torch.device | str = "cpu") -> list[float]:
+    """Elementwise sums, in double precision."""
+    if not dist.is_initialized():
+        return list(values)
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's value on all ranks; any object that pickles."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """Every rank's value, on all ranks."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def close() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

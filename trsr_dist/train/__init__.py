@@ -1,0 +1,1 @@
+"""From packed rows to adapters: DeepSpeed ZeRO, losses, elastic checkpoints, preemption."""

@@ -1,0 +1,258 @@
+"""Puts a training together: model, engine, restored state, hooks, trainer."""
+
+from __future__ import annotations
+
+import errno
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from trsr_dist import distributed
+from trsr_dist.config import Config
+from trsr_dist.environment import Ranks
+from trsr_dist.errors import CheckpointError, ConfigError, TrsrError
+from trsr_dist.evaluate.metrics import metric_names
+from trsr_dist.log import MetricLog, get_logger
+from trsr_dist.model.fingerprint import base_fingerprint
+from trsr_dist.model.loading import load_base
+from trsr_dist.model.lora import adapter_config, add_lora
+from trsr_dist.model.recommender import Recommender
+from trsr_dist.planning.flops import training_flops
+from trsr_dist.planning.hardware import recognize
+from trsr_dist.planning.shape import ModelShape
+from trsr_dist.planning.tokens import Workload
+from trsr_dist.run import RunFolder, manifest_hash
+from trsr_dist.shards.reader import ShardSet
+from trsr_dist.train.checkpoints import Checkpoint, CheckpointFolder, TrainerState
+from trsr_dist.train.elastic import gather_state, restore_state
+from trsr_dist.train.engine import Engine, zero3_initialization
+from trsr_dist.train.meter import Sums
+from trsr_dist.train.monitor import Monitor
+from trsr_dist.train.prepare import Prepared
+from trsr_dist.train.step import StepRunner
+from trsr_dist.train.trainer import Control, Hooks, LoopSettings, Trainer
+from trsr_dist.train.validation import Validator
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+log = get_logger("train")
+
+
+@dataclass(frozen=True)
+class Build:
+    """Everything a training consists of; each part is made when it is first asked for.
+
+    All ranks ask for the same parts in the same order.
+    """
+
+    config: Config
+    run: RunFolder
+    ranks: Ranks
+    prepared: Prepared
+    checkpoints: CheckpointFolder
+    checkpoint: Checkpoint | None
+    """To go on from."""
+
+    def trainer(self, control: Control) -> Trainer:
+        """The loop, ready to run."""
+        engine, state = self.engine, self.state
+        runner = StepRunner(
+            engine,
+            self.config.train.loss,
+            self.prepared.builder.answer_ids,
+            self.config.train.row_tokens,
+            self.config.run.seed,
+            control.heartbeat,
+        )
+        evaluate = self.evaluate if self.validator is not None else None
+        hooks = Hooks(self.save, evaluate, self.mark_best)
+        return Trainer(engine, self.prepared.stream, runner, self.loop_settings, hooks, state, self.monitor, control)
+
+    @cached_property
+    def model(self) -> Recommender:
+        """The base with fresh LoRA layers, on this rank's device or, under ZeRO-3, divided over the ranks."""
+        prepared, lora = self.prepared, self.config.lora
+        with zero3_initialization(prepared.zero_config):
+            device = None if prepared.zero.stage == 3 else distributed.device_of(self.ranks)
+            base = load_base(prepared.source, prepared.dtype, device)
+        config = add_lora(
+            base, lora.r, lora.alpha, lora.dropout, lora.target_modules, lora.use_rslora, self.config.run.seed
+        )
+        if self.config.train.activation_checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        base.peft_adapter_config = config
+        return Recommender(base, prepared.builder.answer_ids, prepared.backend)
+
+    @cached_property
+    def engine(self) -> Engine:
+        """The engine, with the checkpoint's weights and moments."""
+        train = self.config.train
+        engine = Engine(self.model, self.prepared.zero_config, train.weight_decay, train.adam_betas)
+        if self.checkpoint is not None:
+            restore_state(engine, self.checkpoint.tensors, self.checkpoint.state.adam_step)
+            log.info("resumed from %s", self.checkpoint.folder)
+        return engine
+
+    @cached_property
+    def state(self) -> TrainerState:
+        """Where to go on, under this run's settings."""
+        if self.checkpoint is None:
+            return TrainerState(0, 0, {}, settings=self.settings)
+        recorded = self.checkpoint.state.settings or {}
+        for key, value in self.settings.items():
+            if recorded.get(key, value) != value:
+                log.warning(
+                    "%s was %r up to step %d, now it is %r", key, recorded[key], self.checkpoint.state.step, value
+                )
+        return replace(self.checkpoint.state, settings=self.settings)
+
+    @cached_property
+    def settings(self) -> dict[str, Any]:
+        """What the losses depend on beside data and model."""
+        train = self.config.train.model_dump(mode="json")
+        names = ("loss", "learning_rate", "warmup_ratio", "schedule", "weight_decay", "adam_betas", "max_grad_norm")
+        lora = {f"lora.{key}": value for key, value in self.config.lora.model_dump(mode="json").items()}
+        return {f"train.{name}": train[name] for name in names} | {"steps": self.prepared.num_steps} | lora
+
+    @property
+    def loop_settings(self) -> LoopSettings:
+        train = self.config.train
+        return LoopSettings(
+            num_steps=self.prepared.num_steps,
+            learning_rate=train.learning_rate,
+            warmup_ratio=train.warmup_ratio,
+            schedule=train.schedule,
+            save_every_steps=train.save_every_steps,
+            evaluate_every_steps=train.evaluate_every_steps,
+            early_stopping_patience=train.early_stopping_patience,
+            max_bad_steps=train.max_bad_steps,
+        )
+
+    @cached_property
+    def validator(self) -> Validator | None:
+        """None where the run never ranks the validation users."""
+        train, evaluate = self.config.train, self.config.evaluate
+        if not train.evaluate_every_steps:
+            return None
+        names = metric_names(evaluate.top_k)
+        if train.best_metric not in names:
+            raise ConfigError(f"train.best_metric={train.best_metric!r}: expected one of {', '.join(names)}")
+        shards = ShardSet(self.run.split("valid"))
+        return Validator(
+            shards, self.prepared.builder, evaluate.row_tokens, train.evaluate_users, evaluate.top_k, self.ranks
+        )
+
+    @cached_property
+    def monitor(self) -> Monitor:
+        metrics = None
+        if self.ranks.is_main:
+            metrics = MetricLog(self.run.root, "train", self.config.run.tensorboard, self.state.step + 1)
+        return Monitor(
+            metrics,
+            self.prepared.num_steps,
+            self.state.step,
+            self.config.train.log_every_steps,
+            self.count_flops,
+            self.peak_flops,
+        )
+
+    @property
+    def peak_flops(self) -> float:
+        """Of all devices, per second, by their data sheet; 0 where unknown."""
+        if not torch.cuda.is_available():
+            return 0.0
+        device = recognize(torch.cuda.get_device_name())
+        return 0.0 if device is None else device.flops_per_second * self.ranks.world_size
+
+    def count_flops(self, sums: Sums) -> float:
+        """Floating point operations of forward and backward passes, recomputation not counted (as MFU is defined)."""
+        if self.shape is None:
+            return 0.0
+        work = Workload(round(sums.tokens), round(sums.attended_pairs), round(sums.answers), round(sums.users))
+        return training_flops(self.shape, work, self.num_lora_parameters)
+
+    @cached_property
+    def shape(self) -> ModelShape | None:
+        """None where the model's config is not of the common form."""
+        try:
+            return ModelShape.from_config(self.prepared.model_config.to_dict())
+        except TrsrError:
+            return None
+
+    @cached_property
+    def num_lora_parameters(self) -> int:
+        return sum(getattr(p, "ds_numel", p.numel()) for p in self.engine.trainable().values())
+
+    def save(self, state: TrainerState) -> None:
+        """Write a checkpoint; a problem of rank 0 is raised on all ranks.
+
+        Raises:
+            CheckpointError: the checkpoint was not written; those before it are intact.
+        """
+        tensors = gather_state(self.engine)
+        problem = ""
+        if self.ranks.is_main:
+            try:
+                self.checkpoints.save(tensors, state, self.adapter_config, self.provenance(state))
+            except TrsrError as error:
+                problem = str(error)
+            except OSError as error:
+                what = "the disk is full" if error.errno in FULL_DISK else str(error)
+                problem = f"{self.checkpoints.root}: {what}; the checkpoints before this one are intact"
+        problem = distributed.from_rank_zero(problem)
+        if problem:
+            raise CheckpointError(problem)
+
+    def mark_best(self, step: int) -> None:
+        if self.ranks.is_main:
+            self.checkpoints.point("best", self.checkpoints.root / f"step-{step:06d}")
+
+    def evaluate(self, step: int) -> float:
+        """Rank the validation users; the value of ``train.best_metric``."""
+        metrics = self.validator.run(self.engine)
+        name = self.config.train.best_metric
+        self.monitor.evaluated(step, metrics)
+        log.info("step %d  validation of %d users  %s %.4f", step, self.validator.num_users, name, metrics[name])
+        return metrics[name]
+
+    def close(self, state: TrainerState) -> None:
+        """Write the hyperparameters with what became of them."""
+        best = {} if state.best_value is None else {self.config.train.best_metric: state.best_value}
+        self.monitor.close(self.settings, best)
+
+    @property
+    def adapter_config(self) -> dict[str, Any]:
+        return adapter_config(self.model.causal.peft_adapter_config, self.prepared.name, self.config.model.revision)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        return base_fingerprint(self.prepared.source.name_or_path)
+
+    def provenance(self, state: TrainerState) -> dict[str, Any]:
+        """What a later stage must know of a checkpoint; kept with it and with the merged model."""
+        prepared, train = self.prepared, self.config.train
+        return {
+            "base": {
+                "name_or_path": prepared.name,
+                "revision": self.config.model.revision,
+                "fingerprint": self.fingerprint,
+            },
+            "prompt": prepared.builder.settings,
+            "answer_ids": list(prepared.builder.answer_ids),
+            "domain": self.config.domain,
+            "shards": {"train": manifest_hash(self.run.split("train"))},
+            "train": {
+                "step": state.step,
+                "num_steps": prepared.num_steps,
+                "loss": train.loss,
+                "negatives_per_positive": train.negatives_per_positive,
+                "learning_rate": train.learning_rate,
+                "precision": prepared.precision,
+                "zero_stage": prepared.zero.stage,
+                "best_value": state.best_value,
+                "seed": self.config.run.seed,
+            },
+            "config": self.config.model_dump(mode="json"),
+        }

@@ -1,0 +1,182 @@
+"""Checkpoint folders: complete or absent, verified when written and when read, the newest good one found.
+
+step-000100/  adapter/ (PEFT)  optimizer.safetensors  state.json  provenance.json  manifest.json
+latest, best  text files that name a complete folder
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from trsr_dist.errors import CheckpointError, DataError
+from trsr_dist.files import atomic_file, atomic_folder, read_json, sha256_of, write_json
+from trsr_dist.log import get_logger
+from trsr_dist.model.lora import adapter_name, parameter_name
+from trsr_dist.model.places import ADAPTER_CONFIG, PROVENANCE
+from trsr_dist.run import MANIFEST
+
+ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
+NAME = re.compile(r"step-(\d{6,})$")
+
+log = get_logger("checkpoint")
+
+
+@dataclass(frozen=True, slots=True)
+class TrainerState:
+    """Where a run stands: everything but tensors."""
+
+    step: int
+    """Optimizer steps made, skipped ones included."""
+    adam_step: int
+    """Steps that changed the weights."""
+    stream: dict[str, Any]
+    """Of the last step trained (``StreamState``)."""
+    best_value: float | None = None
+    """Of ``train.best_metric`` so far."""
+    best_step: int = 0
+    num_bad_evaluations: int = 0
+    """Evaluations in a row without a better value."""
+    skipped_steps: int = 0
+    seconds: float = 0.0
+    """Of training, over all starts."""
+    settings: dict[str, Any] | None = None
+    """What losses depend on beside the stream: schedule, loss, optimizer; a resumed run must agree."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What a checkpoint folder holds."""
+
+    folder: Path
+    tensors: dict[str, torch.Tensor]
+    """By ``weight/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME``; float32."""
+    state: TrainerState
+
+
+class CheckpointFolder:
+    """``RUN/checkpoints``.
+
+    Args:
+        root: the folder.
+        keep: recent checkpoints that stay, beside the best.
+        fence: raises where this process may no longer publish (``run.FolderLock.check``).
+    """
+
+    def __init__(self, root: Path, keep: int, fence: Callable[[], None] | None = None) -> None:
+        self.root = root
+        self._keep = keep
+        self._fence = fence
+
+    def save(
+        self,
+        tensors: dict[str, torch.Tensor],
+        state: TrainerState,
+        adapter_config: dict[str, Any],
+        provenance: dict[str, Any],
+    ) -> Path:
+        """Write a checkpoint whole, read it back, then point ``latest`` to it and remove old ones.
+
+        Raises:
+            CheckpointError: what was read back is not what was written, or a tensor is not finite.
+            RunError: this process has lost the folder to another one.
+        """
+        folder = self.root / f"step-{state.step:06d}"
+        with atomic_folder(folder, self._fence) as target:
+            (target / "adapter").mkdir()
+            weights = {k.removeprefix("weight/"): v for k, v in tensors.items() if k.startswith("weight/")}
+            adapter = {adapter_name(name): tensor.contiguous() for name, tensor in weights.items()}
+            save_file(adapter, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            moments = {k: v.contiguous() for k, v in tensors.items() if not k.startswith("weight/")}
+            save_file(moments, target / OPTIMIZER)
+            write_json(target / "adapter" / ADAPTER_CONFIG, adapter_config)
+            write_json(target / STATE, asdict(state))
+            write_json(target / PROVENANCE, provenance)
+            files = sorted(path for path in target.rglob("*") if path.is_file())
+            listed = {
+                str(path.relative_to(target)): {"size": path.stat().st_size, "sha256": sha256_of(path)}
+                for path in files
+            }
+            write_json(target / MANIFEST, {"files": listed})
+            _verify(read_checkpoint(target), tensors)
+        self.point("latest", folder)
+        self._remove_old()
+        return folder
+
+    def point(self, name: str, folder: Path) -> None:
+        """Make ``latest`` or ``best`` name a checkpoint."""
+        with atomic_file(self.root / name) as stream:
+            stream.write(folder.name + "\n")
+
+    def newest(self) -> Checkpoint | None:
+        """The newest checkpoint that is whole; damaged ones are passed over and said aloud.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none of them can be read.
+        """
+        folders = sorted(self._folders(), reverse=True)
+        for folder in folders:
+            try:
+                return read_checkpoint(folder)
+            except CheckpointError as error:
+                log.warning("%s; falling back to the checkpoint before it", error)
+        if folders:
+            raise CheckpointError(f"{self.root}: none of {len(folders)} checkpoints can be read; move them away")
+        return None
+
+    def tidy(self) -> None:
+        """Remove what killed processes left half-written. Call while holding the folder's lock."""
+        for left in self.root.glob(".step-*"):
+            shutil.rmtree(left, ignore_errors=True)
+
+    def _remove_old(self) -> None:
+        best = self.root / "best"
+        kept = best.read_text(encoding="utf-8").strip() if best.is_file() else ""
+        for folder in sorted(self._folders())[: -self._keep]:
+            if folder.name != kept:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _folders(self) -> Iterator[Path]:
+        return (path for path in self.root.glob("step-*") if NAME.match(path.name) and path.is_dir())
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint and check every file.
+
+    Raises:
+        CheckpointError: incomplete, damaged, or with tensors that are empty or not finite.
+    """
+    try:
+        files = read_json(folder / MANIFEST)["files"]
+        for name, recorded in files.items():
+            path = folder / name
+            if not path.is_file() or path.stat().st_size != recorded["size"] or sha256_of(path) != recorded["sha256"]:
+                raise CheckpointError(f"{path}: missing, truncated or changed since it was written")
+        adapter = load_file(folder / ADAPTER_WEIGHTS)
+        tensors = {f"weight/{parameter_name(name)}": tensor for name, tensor in adapter.items()}
+        tensors |= load_file(folder / OPTIMIZER)
+        state = TrainerState(**read_json(folder / STATE))
+    except (DataError, KeyError, TypeError, OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: not a whole checkpoint ({error})") from None
+    for name, tensor in tensors.items():
+        if not tensor.numel() or not torch.isfinite(tensor).all():
+            raise CheckpointError(f"{folder}: {name} is empty or not finite")
+    return Checkpoint(folder, tensors, state)
+
+
+def _verify(read: Checkpoint, written: dict[str, torch.Tensor]) -> None:
+    same = read.tensors.keys() == written.keys() and all(
+        torch.equal(tensor, written[name]) for name, tensor in read.tensors.items()
+    )
+    if not same:
+        raise CheckpointError(f"{read.folder}: read back, it is not what was written; check the disk")

@@ -1,0 +1,135 @@
+"""DeepSpeed around the recommender: building, one step, and what differs between ZeRO stages."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+from torch import nn
+
+from trsr_dist.errors import ModelError
+from trsr_dist.model.recommender import Recommender
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutcome:
+    """What an optimizer step did."""
+
+    grad_norm: float
+    """Global norm before clipping; infinite or NaN where the step was skipped."""
+    is_applied: bool
+    """False where a gradient was not finite on some rank: no rank has changed its weights."""
+
+
+class Engine:
+    """A DeepSpeed engine for a step of several rows.
+
+    Args:
+        model: with LoRA layers; only they are trainable.
+        zero_config: complete (``complete_zero_config``).
+        weight_decay: AdamW's.
+        betas: AdamW's.
+    """
+
+    def __init__(
+        self, model: Recommender, zero_config: dict[str, Any], weight_decay: float, betas: tuple[float, float]
+    ) -> None:
+        skip_shared_memory_operator()
+        self.model = model
+        self.stage: int = zero_config["zero_optimization"]["stage"]
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.adam = torch.optim.AdamW(trainable, lr=0.0, betas=betas, weight_decay=weight_decay)
+        self.wrapped, *_ = deepspeed.initialize(model=model, optimizer=self.adam, config=zero_config)
+        self.wrapped.train()  # from_pretrained leaves models in eval mode: no dropout, no recomputation
+        self._world_size = self.wrapped.dp_world_size
+
+    @property
+    def device(self) -> torch.device:
+        return self.wrapped.device
+
+    @property
+    def zero_optimizer(self) -> Any:
+        """DeepSpeed's optimizer around AdamW; AdamW itself at stage 0."""
+        return self.wrapped.optimizer
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a row's gradients. ``loss`` is this row's share of the step's loss over all ranks."""
+        # DeepSpeed averages over the ranks; the shares are to be summed.
+        self.wrapped.backward(loss * self._world_size, scale_wrt_gas=False)
+        if not self.wrapped.is_gradient_accumulation_boundary():
+            self.wrapped.step()
+
+    def step(self, learning_rate: float) -> StepOutcome:
+        """Update the weights, after the last row's ``backward``."""
+        for group in self.zero_optimizer.param_groups:
+            group["lr"] = learning_rate
+        if self.stage == 0:
+            return self._step_without_zero()
+        self.wrapped.step()
+        is_applied = not getattr(self.zero_optimizer, "overflow", False)
+        return StepOutcome(float(self.wrapped.get_global_grad_norm()), is_applied)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Trainable parameters by their name in the causal language model."""
+        return {name: p for name, p in self.model.causal.named_parameters() if p.requires_grad}
+
+    def _step_without_zero(self) -> StepOutcome:
+        """Stage 0: DeepSpeed does not look whether gradients are finite."""
+        gradients = [p.grad for p in self.trainable().values() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        is_finite = norm < float("inf")  # False for NaN too
+        if not is_finite:
+            for parameter in self.trainable().values():
+                parameter.grad = None
+        self.wrapped.step()
+        return StepOutcome(norm, is_finite)
+
+
+def check_gradients(engine: Engine) -> None:
+    """Every LoRA B must have received a gradient, before the first step: none does where the graph was cut.
+
+    All ranks call it, after the last backward pass of the first step.
+
+    Raises:
+        ModelError: names the layers without one.
+    """
+    from deepspeed.utils import safe_get_full_grad
+
+    dead = []
+    for name, parameter in engine.trainable().items():
+        gradient = safe_get_full_grad(parameter) if engine.stage else parameter.grad
+        if ".lora_B." in name and (gradient is None or not gradient.any()):
+            dead.append(name)
+    if dead:
+        raise ModelError(
+            f"{len(dead)} LoRA layers received no gradient in the first step, the first is {dead[0]}: the backward "
+            "pass does not reach them; check lora.target_modules and train.activation_checkpointing with this model"
+        )
+
+
+def skip_shared_memory_operator() -> None:
+    """Keep DeepSpeed from compiling an operator for CPUs: it takes a minute and training does not use it."""
+    # `import deepspeed.comm.torch as m` binds PyTorch's module of that name.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+
+
+@contextmanager
+def zero3_initialization(zero_config: dict[str, Any]) -> Iterator[None]:
+    """Within this context transformers gives each rank its share of a model's weights only, at stage 3."""
+    if zero_config["zero_optimization"]["stage"] < 3:
+        yield
+        return
+    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    skip_shared_memory_operator()
+    kept = HfDeepSpeedConfig(zero_config)  # transformers holds a weak reference only
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del kept

@@ -1,0 +1,99 @@
+"""Signs of life of every rank in the run folder, and the end of a rank that is stuck.
+
+A collective with a dead or stuck rank fails on the others after the process group's timeout. What each was doing
+stands in RUN/heartbeats, so that the error can say who was where.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from trsr_dist.environment import Ranks
+from trsr_dist.files import read_json, temporary_name
+
+BEAT_SECONDS = 5.0
+EXIT_STUCK = 74
+"""EX_IOERR: this rank made no progress and has ended itself."""
+
+
+class Heartbeat:
+    """This rank's step and phase, written every few seconds by a thread.
+
+    Args:
+        run_dir: the run's folder.
+        ranks: this process.
+        stuck_seconds: without a change for so long the process ends; the collectives' timeout should come first.
+    """
+
+    def __init__(self, run_dir: Path, ranks: Ranks, stuck_seconds: float) -> None:
+        self._folder = run_dir / "heartbeats"
+        self._path = self._folder / f"rank-{ranks.rank:05d}.json"
+        self._ranks = ranks
+        self._stuck_seconds = stuck_seconds
+        self._state: tuple[int, str, float] = (0, "start", time.time())
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._write()
+        self._thread.start()
+
+    def at(self, step: int, phase: str) -> None:
+        """Note what this rank does now."""
+        self._state = (step, phase, time.time())
+
+    def stop(self) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._write()
+
+    def _run(self) -> None:
+        while not self._stop.wait(BEAT_SECONDS):
+            self._write()
+            step, phase, since = self._state
+            if time.time() - since > self._stuck_seconds:
+                text = describe_ranks(self._folder)
+                sys.stderr.write(f"rank {self._ranks.rank}: stuck in step {step}, phase {phase}; ending\n{text}\n")
+                sys.stderr.flush()
+                os._exit(EXIT_STUCK)
+
+    def _write(self) -> None:
+        step, phase, since = self._state
+        value = {
+            "rank": self._ranks.rank,
+            "world_size": self._ranks.world_size,
+            "host": self._ranks.host,
+            "pid": os.getpid(),
+            "step": step,
+            "phase": phase,
+            "since": round(since, 3),
+            "time": round(time.time(), 3),
+        }
+        temporary = temporary_name(self._path)
+        temporary.write_text(json.dumps(value), encoding="utf-8")
+        os.replace(temporary, self._path)
+
+
+def read_heartbeats(folder: Path) -> list[dict[str, Any]]:
+    """The last sign of life of every rank of the newest start, by rank."""
+    beats = sorted((read_json(path) for path in folder.glob("rank-*.json")), key=lambda beat: beat["rank"])
+    newest = max(beats, key=lambda beat: beat["time"], default=None)
+    return [beat for beat in beats if beat["rank"] < newest["world_size"]] if newest else []
+
+
+def describe_ranks(folder: Path) -> str:
+    """Who was where: one line a rank, those furthest behind first."""
+    now = time.time()
+    beats = sorted(read_heartbeats(folder), key=lambda beat: (beat["step"], beat["time"]))
+    return "\n".join(
+        f"  rank {beat['rank']} on {beat['host']} (pid {beat['pid']}): step {beat['step']}, {beat['phase']} for "
+        f"{now - beat['since']:.0f} s; last sign of life {now - beat['time']:.0f} s ago"
+        for beat in beats
+    )

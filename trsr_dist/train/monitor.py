@@ -1,0 +1,137 @@
+"""What a running training shows: log lines, a progress bar, metrics.jsonl and TensorBoard; on rank 0."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trsr_dist.log import MetricLog, get_logger, progress
+from trsr_dist.train.meter import Sums, scalars
+
+log = get_logger("train")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Of one step."""
+
+    step: int
+    """Counted from 1: the step just made."""
+    epoch: int
+    learning_rate: float
+    grad_norm: float
+    seconds: float
+
+
+class Monitor:
+    """Collects steps and writes every n-th.
+
+    Args:
+        metrics: None on all ranks but the first.
+        num_steps: of the whole training.
+        first_step: steps that earlier starts made.
+        every: steps between two log lines.
+        flops: from sums to floating point operations.
+        peak_flops: of all devices, per second; 0: unknown.
+    """
+
+    def __init__(
+        self,
+        metrics: MetricLog | None,
+        num_steps: int,
+        first_step: int,
+        every: int,
+        flops: Callable[[Sums], float],
+        peak_flops: float,
+    ) -> None:
+        self._metrics = metrics
+        self._num_steps = num_steps
+        self._every = every
+        self._flops = flops
+        self._peak_flops = peak_flops
+        self._sums, self._seconds, self._steps = Sums(), 0.0, 0
+        self._bar = progress(total=num_steps, description="train", unit="step") if metrics else None
+        if self._bar is not None:
+            self._bar.update(first_step)
+
+    def add(self, made: Progress, sums: Sums) -> None:
+        """Take a step's sums over all ranks."""
+        if self._metrics is None:
+            return
+        self._sums.add(sums)
+        self._seconds += made.seconds
+        self._steps += 1
+        self._bar.update(1)
+        if made.step % self._every == 0 or made.step == self._num_steps:
+            self._write(made)
+
+    def saved(self, step: int, seconds: float) -> None:
+        """A checkpoint was written."""
+        if self._metrics is not None:
+            self._metrics.write(step, {"train/checkpoint_seconds": seconds})
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """The validation users were ranked."""
+        if self._metrics is not None:
+            self._metrics.write(step, {f"valid/{name}": value for name, value in metrics.items()})
+
+    def close(self, settings: dict[str, Any], final: dict[str, float]) -> None:
+        """Write the hyperparameters beside the final metrics."""
+        if self._metrics is None:
+            return
+        self._bar.close()
+        if self._metrics.writer is not None and final:
+            plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
+            self._metrics.writer.add_hparams(plain, {f"final/{k}": v for k, v in final.items()}, run_name="hparams")
+        self._metrics.close()
+
+    def _write(self, made: Progress) -> None:
+        values = scalars(self._sums, self._seconds, self._flops(self._sums), self._peak_flops)
+        eta = (self._num_steps - made.step) * self._seconds / self._steps
+        values |= {
+            "train/learning_rate": made.learning_rate,
+            "train/grad_norm": made.grad_norm,
+            "train/epoch": made.epoch,
+            "train/memory_gb": peak_memory_bytes() / 1e9,
+            "train/eta_seconds": eta,
+        }
+        self._metrics.write(made.step, values)
+        log.info(describe(made, self._num_steps, values))
+        self._sums, self._seconds, self._steps = Sums(), 0.0, 0
+
+
+def describe(made: Progress, num_steps: int, values: dict[str, float]) -> str:
+    """One line."""
+    parts = [f"step {made.step}/{num_steps}", f"loss {values['train/loss']:.4f}"]
+    if "train/auc" in values:
+        parts.append(f"auc {values['train/auc']:.3f}")
+    parts += [
+        f"lr {made.learning_rate:.2e}",
+        f"grad {made.grad_norm:.2f}",
+        f"{values['train/tokens_per_second']:.0f} tokens/s",
+        f"{values['train/users_per_second']:.1f} users/s",
+        f"fill {values['train/row_fill']:.2f}",
+        f"sharing {values['train/sharing_gain']:.2f}x",
+        f"data wait {values['train/data_wait_share']:.1%}",
+    ]
+    if "train/mfu" in values:
+        parts.append(f"MFU {values['train/mfu']:.1%}")
+    return "  ".join([*parts, f"ETA {clock(values['train/eta_seconds'])}"])
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
+
+
+def peak_memory_bytes() -> int:
+    """Highest memory of this rank: the GPU's, or without one the process's."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,192 @@
+"""All that can be checked before a GPU is touched, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+
+from trsr_dist.config import Config
+from trsr_dist.distributed import barrier, device_of
+from trsr_dist.environment import Ranks
+from trsr_dist.errors import ConfigError
+from trsr_dist.model.loading import BaseSource, check_weights, load_config, load_tokenizer, shared_backend
+from trsr_dist.model.places import BaseName, base_folder
+from trsr_dist.planning.memory import ZeroSetting
+from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.run import RunFolder
+from trsr_dist.shards.plan import PackingSettings
+from trsr_dist.shards.reader import ShardSet
+from trsr_dist.shards.steps import StreamState
+from trsr_dist.shards.stream import TrainStream
+from trsr_dist.train.checkpoints import Checkpoint
+from trsr_dist.train.losses import PER_USER
+from trsr_dist.train.zero_config import complete_zero_config, read_zero_config, zero_setting
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the builders need."""
+
+    source: BaseSource
+    """The base, in a local folder."""
+    name: str
+    """Of the base as it is recorded: a path or a hub id."""
+    model_config: PretrainedConfig
+    builder: PromptBuilder
+    tokenizer: Any
+    stream: TrainStream
+    num_steps: int
+    zero: ZeroSetting
+    zero_config: dict[str, Any]
+    precision: str
+    backend: str | None
+    """Of the shared-prefix attention."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return getattr(torch, self.precision)
+
+
+def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint | None) -> Prepared:
+    """Check config, model folder, shards and checkpoint against each other; plan the steps. All ranks call it.
+
+    Raises:
+        ConfigError: settings that contradict each other or the data.
+        ModelError: the base or its tokenizer cannot be read.
+        DataError: the shards are missing or damaged.
+        CheckpointError: the checkpoint belongs to other data or settings.
+    """
+    train = config.train
+    if ranks.world_size > train.rows_per_step:
+        raise ConfigError(
+            f"{ranks.world_size} ranks share train.rows_per_step={train.rows_per_step} rows, so that some would have "
+            "nothing to do; raise train.rows_per_step or take fewer ranks"
+        )
+    settings = read_zero_config(find_file(train.deepspeed_config))
+    source, name = base_source(config, run, ranks)
+    check_weights(source)
+    tokenizer, model_config = load_tokenizer(source), load_config(source)
+    builder = PromptBuilder(tokenizer, **config.prompt.model_dump())
+    precision = resolve_precision(train.precision)
+    device = device_of(ranks)
+    backend = shared_backend(
+        model_config, config.model.attention, device, getattr(torch, precision), builder.max_tokens
+    )
+    stream = open_stream(config, run, ranks, builder, checkpoint)
+    check_loss(train.loss, backend, stream, train.row_tokens)
+    rows_per_rank = -(-train.rows_per_step // ranks.world_size)
+    zero_config = complete_zero_config(
+        settings, rows_per_rank, ranks.world_size, precision, train.max_grad_norm, device.type == "cuda"
+    )
+    check_quantization(config.model.quantization, zero_setting(zero_config))
+    return Prepared(
+        source=source,
+        name=name,
+        model_config=model_config,
+        builder=builder,
+        tokenizer=tokenizer,
+        stream=stream,
+        num_steps=count_steps(stream, train.num_epochs, train.max_steps),
+        zero=zero_setting(zero_config),
+        zero_config=zero_config,
+        precision=precision,
+        backend=backend,
+    )
+
+
+def find_file(name: str) -> Path:
+    """A file named relative to the working folder, else to this repository."""
+    return Path(name) if Path(name).exists() else ROOT / name
+
+
+def base_source(config: Config, run: RunFolder, ranks: Ranks) -> tuple[BaseSource, str]:
+    """The base in a local folder (one of the hub is fetched by rank 0 first), and its recorded name.
+
+    Raises:
+        ConfigError: no base is named.
+        ModelError: it is not here and not on the hub.
+    """
+    if not config.model.name_or_path:
+        raise ConfigError("model.name_or_path is empty: name a base model's folder or hub id")
+    name = run.resolve(config.model.name_or_path)
+    base = BaseName(name, config.model.revision, "")
+    if ranks.is_main:
+        base_folder(base, None)
+    barrier()
+    folder = str(base_folder(base, None))
+    return BaseSource(folder, "", config.model.trust_remote_code, config.model.quantization), name
+
+
+def resolve_precision(precision: str) -> str:
+    """``auto`` becomes bfloat16 on a GPU that has it, else float32."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+
+
+def packing_settings(config: Config) -> PackingSettings:
+    """What the rows depend on."""
+    train = config.train
+    return PackingSettings(train.row_tokens, train.rows_per_step, train.negatives_per_positive, config.run.seed)
+
+
+def open_stream(
+    config: Config, run: RunFolder, ranks: Ranks, builder: PromptBuilder, checkpoint: Checkpoint | None
+) -> TrainStream:
+    """The train split's stream, from where the checkpoint stands."""
+    train = config.train
+    return TrainStream(
+        ShardSet(run.split("train")),
+        builder,
+        packing_settings(config),
+        ranks.rank,
+        ranks.world_size,
+        train.num_workers,
+        train.data_errors,
+        train.max_data_errors,
+        None if checkpoint is None else StreamState.from_dict(checkpoint.state.stream),
+    )
+
+
+def check_loss(loss: str, backend: str | None, stream: TrainStream, row_tokens: int) -> None:
+    """Some losses need all of a user's candidates in one row, or shared prefixes.
+
+    Raises:
+        ConfigError: they cannot be had.
+    """
+    if loss == "full_text" and backend is None:
+        raise ConfigError("train.loss=full_text needs shared prefixes, which this model cannot have; use answer")
+    longest = stream.plan.lengths.facts.longest_unit
+    if loss in PER_USER and longest > row_tokens:
+        raise ConfigError(
+            f"train.loss={loss} compares a user's candidates, so they must share a row: the longest user has {longest} "
+            f"tokens, train.row_tokens is {row_tokens}; raise it, or lower train.pool_size or prompt.max_tokens"
+        )
+
+
+def check_quantization(quantization: str, zero: ZeroSetting) -> None:
+    """A quantized base lies whole on every rank.
+
+    Raises:
+        ConfigError: ZeRO-3 is asked to divide it.
+    """
+    if quantization != "none" and zero.stage == 3:
+        raise ConfigError(
+            f"model.quantization={quantization} and ZeRO stage 3 exclude each other: quantized weights cannot be "
+            "divided; take ds_configs/zero2.json"
+        )
+
+
+def count_steps(stream: TrainStream, num_epochs: float, max_steps: int) -> int:
+    """Optimizer steps of the whole training: exact, by planning each epoch."""
+    if max_steps:
+        return max_steps
+    whole, part = int(num_epochs), num_epochs - int(num_epochs)
+    steps = sum(stream.steps_in_epoch(epoch) for epoch in range(whole))
+    return steps + (max(1, round(part * stream.steps_in_epoch(whole))) if part else 0)

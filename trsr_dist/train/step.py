@@ -1,0 +1,99 @@
+"""One optimizer step: rows through the model, sums over the ranks, the update."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from trsr_dist.distributed import sum_over_ranks
+from trsr_dist.errors import ModelError
+from trsr_dist.hashing import hash64
+from trsr_dist.model.inputs import RowInputs
+from trsr_dist.records import TokenizedUser
+from trsr_dist.rows import PackedRow, pack_row
+from trsr_dist.shards.steps import Step
+from trsr_dist.train.engine import Engine
+from trsr_dist.train.heartbeat import Heartbeat
+from trsr_dist.train.losses import PER_USER, RowLoss, row_loss
+from trsr_dist.train.meter import Sums
+
+
+class StepRunner:
+    """Runs steps on one rank.
+
+    Args:
+        engine: see there.
+        loss: ``train.loss``.
+        answer_ids: tokens of yes and no.
+        row_tokens: what a row can hold.
+        seed: of dropout masks.
+        heartbeat: of this rank.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        loss: str,
+        answer_ids: tuple[int, int],
+        row_tokens: int,
+        seed: int,
+        heartbeat: Heartbeat,
+    ) -> None:
+        self._engine = engine
+        self._loss = loss
+        self._answer_ids = answer_ids
+        self._row_tokens = row_tokens
+        self._seed = seed
+        self._heartbeat = heartbeat
+        self._filler = pack_row([TokenizedUser("", (answer_ids[0],), ((answer_ids[1],),), (0,), ("",))])
+
+    def backward(self, step: Step) -> tuple[Sums, tuple[str, ...]]:
+        """Forward and backward of this rank's rows; returns its own sums and the users of rows with a bad loss."""
+        sums = Sums(num_ranks=1.0)
+        results = []
+        for row, number in zip(step.rows, step.numbers, strict=True):
+            self._heartbeat.at(step.state.step, f"row of {row.num_tokens} tokens")
+            results.append(self._run_row(row, step.state.step, number, self.weight(step)))
+            sums.add_row(row, self._row_tokens)
+        # Read back after the last row: until then the GPU need not wait for this process.
+        bad: list[str] = []
+        for row, result in zip(step.rows, results, strict=True):
+            if row.num_answers:
+                loss = float(result.total)
+                sums.loss += loss
+                bad += [] if math.isfinite(loss) else row.users
+                if result.log_odds is not None:
+                    sums.add_scores(result.log_odds.cpu(), torch.from_numpy(row.labels), torch.from_numpy(row.group))
+        sums.bad_rows = float(bool(bad))
+        return sums, tuple(bad)
+
+    def reduce(self, step: Step, sums: Sums, must_stop: bool) -> Sums:
+        """Sums over the ranks."""
+        self._heartbeat.at(step.state.step, "sums over ranks")
+        sums.stops = float(must_stop)
+        total = Sums.from_list(sum_over_ranks(sums.to_list(), self._engine.device))
+        total.weight = self.weight(step)
+        return total
+
+    def weight(self, step: Step) -> int:
+        """What the step's loss is divided by: users or answers over all ranks."""
+        return step.num_users if self._loss in PER_USER else step.num_answers
+
+    def _run_row(self, row: PackedRow, step: int, number: int, weight: int) -> RowLoss:
+        """Returns the row's loss without its graph."""
+        # Masks depend on the row, not on the rank: the world size does not change them.
+        torch.manual_seed(hash64(self._seed, step, number) % 2**63)
+        inputs = RowInputs(row if row.num_answers else self._filler, self._engine.device)
+        try:
+            result = row_loss(self._engine.wrapped, inputs, self._loss, self._answer_ids)
+            share = result.total / weight if row.num_answers else result.total * 0.0
+            # A loss that is not finite must spoil the gradients too, so that all ranks skip the step.
+            self._engine.backward(share * torch.where(torch.isfinite(share), 1.0, float("nan")))
+        except torch.OutOfMemoryError:
+            raise ModelError(
+                f"out of memory on a row of {row.num_tokens} tokens with {row.num_answers} answers: lower "
+                "train.row_tokens, set train.activation_checkpointing=true, or take a higher ZeRO stage "
+                "(train.deepspeed_config=ds_configs/zero3.json)"
+            ) from None
+        return RowLoss(result.total.detach(), result.log_odds)

@@ -1,0 +1,218 @@
+"""The training loop: steps, what is watched, checkpoints, validation, and when to stop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from trsr_dist.distributed import gather_objects
+from trsr_dist.errors import ModelError
+from trsr_dist.log import get_logger
+from trsr_dist.shards.steps import Step
+from trsr_dist.shards.stream import TrainStream
+from trsr_dist.train.checkpoints import TrainerState
+from trsr_dist.train.engine import Engine, StepOutcome, check_gradients
+from trsr_dist.train.heartbeat import Heartbeat
+from trsr_dist.train.monitor import Monitor, Progress
+from trsr_dist.train.schedule import learning_rate
+from trsr_dist.train.step import StepRunner
+from trsr_dist.train.stopping import StopReasons
+
+NAMED_USERS = 10
+"""So many users of a bad step are named in an error."""
+
+log = get_logger("train")
+
+
+@dataclass(frozen=True, slots=True)
+class LoopSettings:
+    """Numbers of the loop, from the run's config."""
+
+    num_steps: int
+    learning_rate: float
+    warmup_ratio: float
+    schedule: str
+    save_every_steps: int
+    evaluate_every_steps: int
+    """0: never."""
+    early_stopping_patience: int
+    """0: never."""
+    max_bad_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the loop calls; each is called by all ranks."""
+
+    save: Callable[[TrainerState], None]
+    """Write a checkpoint."""
+    evaluate: Callable[[int], float] | None
+    """Rank the validation users; the value of the metric that names the best step."""
+    mark_best: Callable[[int], None]
+    """The checkpoint of this step is the best so far."""
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What watches over this rank."""
+
+    reasons: StopReasons
+    heartbeat: Heartbeat
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """How a training ended."""
+
+    is_complete: bool
+    """False where it was interrupted and is to be run again."""
+    reason: str
+    """Empty where all steps were made."""
+
+
+class Trainer:
+    """Runs a training to its end, or to a reason to stop.
+
+    Args:
+        engine: built and restored.
+        stream: from where the state stands.
+        runner: of steps.
+        settings: see there.
+        hooks: see there.
+        state: where to go on.
+        monitor: see there.
+        control: see there.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        stream: TrainStream,
+        runner: StepRunner,
+        settings: LoopSettings,
+        hooks: Hooks,
+        state: TrainerState,
+        monitor: Monitor,
+        control: Control,
+    ) -> None:
+        self._engine = engine
+        self._stream = stream
+        self._runner = runner
+        self._settings = settings
+        self._hooks = hooks
+        self.state = state
+        self._monitor = monitor
+        self._control = control
+        self._num_bad_steps = 0
+        self._saved_step = state.step
+        self._gradients_checked = False
+
+    def run(self) -> Ending:
+        """Train.
+
+        Raises:
+            ModelError: too many steps in a row were not finite, or a LoRA layer gets no gradient.
+            DataError: a sample is damaged.
+        """
+        steps = iter(self._stream)
+        reason = ""
+        while self.state.step < self._settings.num_steps and not reason and not self._is_out_of_patience():
+            reason = self._step(steps)
+            if self._is_due(self._settings.evaluate_every_steps):
+                self._evaluate()
+            if self._is_due(self._settings.save_every_steps):
+                self._save()
+        self._save()
+        if self.state.step < self._settings.num_steps and self._is_out_of_patience():
+            return Ending(True, f"no better validation in {self.state.num_bad_evaluations} evaluations")
+        return Ending(self.state.step >= self._settings.num_steps, reason)
+
+    def _step(self, steps: Iterator[Step]) -> str:
+        """One step; returns a reason to stop that some rank has."""
+        started = time.perf_counter()
+        self._at(self.state.step + 1, "waiting for data")
+        step = next(steps)
+        waited = time.perf_counter() - started
+        own, bad_users = self._runner.backward(step)
+        own.wait_seconds = waited
+        if not self._gradients_checked:
+            check_gradients(self._engine)
+            self._gradients_checked = True
+        reason = self._control.reasons.reason()
+        total = self._runner.reduce(step, own, bool(reason))
+        self._at(step.state.step, "optimizer step")
+        rate = self._rate()
+        outcome = self._engine.step(rate)
+        seconds = time.perf_counter() - started
+        self._control.reasons.walltime.saw_step(seconds)
+        self._advance(step, outcome, seconds)
+        self._monitor.add(Progress(self.state.step, step.epoch, rate, outcome.grad_norm, seconds), total)
+        self._note_outcome(step, outcome, bad_users)
+        return (reason or "another rank has a reason to stop") if total.stops else ""
+
+    def _rate(self) -> float:
+        s = self._settings
+        return learning_rate(self.state.step, s.num_steps, s.learning_rate, s.warmup_ratio, s.schedule)
+
+    def _at(self, step: int, phase: str) -> None:
+        self._control.heartbeat.at(step, phase)
+
+    def _advance(self, step: Step, outcome: StepOutcome, seconds: float) -> None:
+        self.state = replace(
+            self.state,
+            step=step.state.step,
+            adam_step=self.state.adam_step + outcome.is_applied,
+            skipped_steps=self.state.skipped_steps + (not outcome.is_applied),
+            stream=step.state.to_dict(),
+            seconds=self.state.seconds + seconds,
+        )
+
+    def _note_outcome(self, step: Step, outcome: StepOutcome, bad_users: tuple[str, ...]) -> None:
+        """Count steps that were skipped. Without a bad loss the gradient was: then any user of the step may be why."""
+        if outcome.is_applied:
+            self._num_bad_steps = 0
+            return
+        found = [user for users in gather_objects(bad_users) for user in users]
+        if not found:
+            here = tuple(user for row in step.rows for user in row.users)
+            found = [user for users in gather_objects(here) for user in users]
+        self._num_bad_steps += 1
+        text = f"step {step.state.step}: loss or gradient not finite, skipped; users {found[:NAMED_USERS]}"
+        if self._num_bad_steps > self._settings.max_bad_steps:
+            raise ModelError(
+                f"{text}; {self._num_bad_steps} such steps in a row, train.max_bad_steps allows "
+                f"{self._settings.max_bad_steps}: lower train.learning_rate, or look at these users' texts"
+            )
+        log.warning(text)
+
+    def _is_due(self, every: int) -> bool:
+        return bool(every) and (self.state.step % every == 0 or self.state.step == self._settings.num_steps)
+
+    def _save(self) -> None:
+        if self._saved_step == self.state.step:
+            return
+        started = time.perf_counter()
+        self._at(self.state.step, "saving")
+        self._hooks.save(self.state)
+        self._saved_step = self.state.step
+        seconds = time.perf_counter() - started
+        self._control.reasons.walltime.saw_save(seconds)
+        self._monitor.saved(self.state.step, seconds)
+
+    def _evaluate(self) -> None:
+        """Rank the validation users; the best step's checkpoint is kept."""
+        if self._hooks.evaluate is None:
+            return
+        self._at(self.state.step, "validation")
+        value = self._hooks.evaluate(self.state.step)
+        if self.state.best_value is None or value > self.state.best_value:
+            self.state = replace(self.state, best_value=value, best_step=self.state.step, num_bad_evaluations=0)
+            self._save()
+            self._hooks.mark_best(self.state.step)
+        else:
+            self.state = replace(self.state, num_bad_evaluations=self.state.num_bad_evaluations + 1)
+
+    def _is_out_of_patience(self) -> bool:
+        patience = self._settings.early_stopping_patience
+        return bool(patience) and self.state.num_bad_evaluations >= patience

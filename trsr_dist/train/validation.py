@@ -1,0 +1,85 @@
+"""Ranks the validation users in the middle of a training, over all ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from trsr_dist.distributed import gather_objects
+from trsr_dist.environment import Ranks
+from trsr_dist.evaluate.metrics import average, metric_names, user_metrics
+from trsr_dist.evaluate.parts import assign_parts, split_parts
+from trsr_dist.evaluate.scoring import PartScorer
+from trsr_dist.model.forward import score_row
+from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.shards.reader import ShardSet
+from trsr_dist.train.engine import Engine
+
+
+class Validator:
+    """The users that are ranked, and this rank's share of them.
+
+    Args:
+        shards: of the validation split.
+        builder: writes the prompts.
+        row_tokens: length limit of a row.
+        max_users: only the first so many; 0: all.
+        top_k: cut-offs of the metrics.
+        ranks: this process.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        builder: PromptBuilder,
+        row_tokens: int,
+        max_users: int,
+        top_k: Sequence[int],
+        ranks: Ranks,
+    ) -> None:
+        self._shards = shards
+        self._builder = builder
+        self._row_tokens = row_tokens
+        self._top_k = tuple(top_k)
+        self.num_users = min(max_users or len(shards), len(shards))
+        self._parts = split_parts(self.num_users)
+        costs = [int(shards.sizes(part.start, part.stop).sum()) for part in self._parts]
+        self._mine = assign_parts(costs, ranks.world_size)[ranks.rank]
+
+    def run(self, engine: Engine) -> dict[str, float]:
+        """Metrics over all users, equal on all ranks."""
+        scorers = [self._scorer(part) for part in self._mine]
+        num_forwards = max(gather_objects(sum(map(len, scorers))))
+        engine.wrapped.eval()
+        try:
+            self._score(engine, scorers, num_forwards)
+        finally:
+            engine.wrapped.train()
+        values = [user_metrics(user.scores, user.labels, self._top_k) for scorer in scorers for user in scorer.result()]
+        everywhere = gather_objects(dict(zip(self._mine, _by_part(values, scorers), strict=True)))
+        parts = {number: rows for share in everywhere for number, rows in share.items()}
+        table = np.concatenate([parts[number] for number in sorted(parts)])
+        return dict(zip(metric_names(self._top_k), map(float, average(table)), strict=True))
+
+    def _scorer(self, part: int) -> PartScorer:
+        return PartScorer(self._shards.read_many(self._parts[part]), self._builder, self._row_tokens)
+
+    @torch.no_grad()
+    def _score(self, engine: Engine, scorers: list[PartScorer], num_forwards: int) -> None:
+        """Score all rows; under ZeRO-3 ranks with fewer rows repeat one, for the ranks gather weights together."""
+        done = 0
+        for scorer in scorers:
+            for number, row in enumerate(scorer.rows()):
+                scorer.take(number, score_row(engine.wrapped, row, engine.device))
+                done += 1
+        if engine.stage == 3 and done < num_forwards:
+            filler = next(self._scorer(0).rows())
+            for _ in range(num_forwards - done):
+                score_row(engine.wrapped, filler, engine.device)
+
+
+def _by_part(values: list[np.ndarray], scorers: list[PartScorer]) -> list[np.ndarray]:
+    rows = iter(values)
+    return [np.array([next(rows) for _ in scorer.users]) for scorer in scorers]
