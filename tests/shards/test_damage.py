@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import tarfile
 from itertools import islice
 from pathlib import Path
@@ -107,6 +108,9 @@ def test_damaged_index(shards: ShardSet, content: bytes) -> None:
         (lambda data: b"[1]", "a JSON list; expected an object"),
         (lambda data: data.replace(b'"label"', b'"lable"'), "a candidate lacks 'label'"),
         (lambda data: b"\xff" + data, "not valid JSON"),
+        (lambda data: data.replace(b'"label":0', b'"label":"no"'), "expected item and text as text, and label 0 or 1"),
+        (lambda data: re.sub(rb'"candidates":\[.*\],"prov', b'"candidates":[],"prov', data), "'candidates': an empty"),
+        (lambda data: data.replace(b'"recent":[', b'"recent":[3,'), "'recent': expected texts only"),
     ],
 )
 def test_malformed_sample_is_named(tmp_path: Path, change: object, message: str) -> None:
@@ -163,6 +167,19 @@ def test_skip_leaves_out_one_user_and_keeps_the_steps(shards: ShardSet) -> None:
     assert [len(step.rows) for step in after] == [len(step.rows) for step in before]
     lost = {u for s in before for r in s.rows for u in r.users} - {u for s in after for r in s.rows for u in r.users}
     assert lost == {"user/2"} and stream.num_errors == 1
+
+
+def test_skip_leaves_out_the_users_of_a_truncated_shard_and_keeps_the_steps(shards: ShardSet) -> None:
+    whole = TrainStream(shards, make_builder(), SETTINGS)
+    before = list(islice(whole, whole.steps_in_epoch(0)))
+    truncate(shards.path(1), int(shards.index(1)[4]["offset"]) + 9)
+    stream = TrainStream(ShardSet(shards.folder), make_builder(), SETTINGS, data_errors="skip")
+    after = list(islice(stream, stream.steps_in_epoch(0)))
+    assert [step.num_answers for step in after] == [step.num_answers for step in before]
+    left = {user for step in after for row in step.rows for user in row.users}
+    assert left == {f"user/{number}" for number in range(12)} and stream.num_errors == 9
+    with pytest.raises(DataError, match=r"train-000001\.tar: \d+ bytes, the manifest says"):
+        list(islice(TrainStream(ShardSet(shards.folder), make_builder(), SETTINGS), len(before)))
 
 
 def test_tolerance_turns_fatal(shards: ShardSet) -> None:

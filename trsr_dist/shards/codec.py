@@ -43,10 +43,10 @@ def decode_sample(data: bytes, chosen: Sequence[int] | None = None) -> Sample:
 
     Args:
         data: what ``encode_sample`` wrote.
-        chosen: keep only these candidates; None: all.
+        chosen: keep only these candidates; None: all, and their types are checked.
 
     Raises:
-        DataError: invalid JSON, or a field is missing or of a wrong type; the caller adds where it stands.
+        DataError: invalid JSON, or something is missing or of a wrong type; the caller adds where it stands.
     """
     value = _parse(data)
     rows = value["candidates"] if chosen is None else [value["candidates"][i] for i in chosen]
@@ -54,6 +54,8 @@ def decode_sample(data: bytes, chosen: Sequence[int] | None = None) -> Sample:
         candidates = tuple([Candidate(row["item"], row["text"], row["label"]) for row in rows])
     except (KeyError, TypeError) as error:
         raise DataError(f"a candidate lacks {error}; expected item, text and label") from None
+    if chosen is None:
+        _check_types(value["recent"], candidates)
     return Sample(
         value["user"],
         value["instruction"],
@@ -62,6 +64,16 @@ def decode_sample(data: bytes, chosen: Sequence[int] | None = None) -> Sample:
         candidates,
         value["provenance"],
     )
+
+
+def _check_types(recent: list[Any], candidates: Sequence[Candidate]) -> None:
+    if not candidates:
+        raise DataError("field 'candidates': an empty list; expected one candidate or more")
+    if not all(isinstance(text, str) for text in recent):
+        raise DataError("field 'recent': expected texts only")
+    for candidate in candidates:
+        if not (isinstance(candidate.item, str) and isinstance(candidate.text, str) and candidate.label in (0, 1)):
+            raise DataError(f"candidate {candidate}: expected item and text as text, and label 0 or 1")
 
 
 def _parse(data: bytes) -> dict[str, Any]:
