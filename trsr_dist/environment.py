@@ -153,6 +153,11 @@ def secret(name: str) -> str:
     return os.environ.get(name, "")
 
 
+def server_address() -> str:
+    """Address of the OpenAI-compatible server that runs beside this task; empty where unset."""
+    return os.environ.get("OPENAI_BASE_URL", "")
+
+
 def slurm_end_time() -> float | None:
     """Unix seconds at which Slurm ends this job, None outside Slurm."""
     value = os.environ.get("SLURM_JOB_END_TIME")

@@ -5,7 +5,7 @@ from pathlib import Path
 from trsr_dist.hashing import digest
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize import cache as cache_module
-from trsr_dist.summarize.cache import TextCache, text_key
+from trsr_dist.summarize.cache import TextCache, prompt_hash, text_key
 from trsr_dist.summarize.journal import JournalWriter, pack, scan
 
 
@@ -91,13 +91,42 @@ def test_a_journal_is_never_written_by_two(tmp_path: Path) -> None:
 
 
 def test_keys_change_with_all_that_a_text_depends_on() -> None:
-    prompt = SummaryPrompt("a", ("b",), ("c",))
+    def key(model: str, *parts: object) -> str:
+        return text_key({"model": model}, prompt_hash(SummaryPrompt(*parts)))
+
     keys = {
-        text_key({"model": "x"}, prompt),
-        text_key({"model": "y"}, prompt),
-        text_key({"model": "x"}, SummaryPrompt("a", (), ("b", "c"))),
-        text_key({"model": "x"}, SummaryPrompt("a", ("b", "c"), ())),
-        text_key({"model": "x"}, SummaryPrompt("a2", ("b",), ("c",))),
+        key("x", "a", ("b",), ("c",)),
+        key("y", "a", ("b",), ("c",)),
+        key("x", "a", (), ("b", "c")),
+        key("x", "a", ("b", "c"), ()),
+        key("x", "a2", ("b",), ("c",)),
     }
     assert len(keys) == 5
-    assert text_key({"model": "x"}, prompt) == text_key({"model": "x"}, SummaryPrompt("a", ("b",), ("c",)))
+    assert key("x", "a", ("b",), ("c",)) in keys
+
+
+def test_a_cache_cut_at_any_byte_gives_true_texts_or_none(tmp_path: Path) -> None:
+    """As a kill leaves it: what is left is used, the rest is made again, and the next task reads both."""
+    records = [record(i) for i in range(3)]
+    whole = b"".join(map(pack, records))
+    for size in range(len(whole) + 1):
+        folder = tmp_path / str(size)
+        folder.mkdir()
+        (folder / "killed.journal").write_bytes(whole[:size])
+        again = TextCache(folder, "again")
+        for one in records:
+            if again.get(one["key"]) is None:
+                again.add(one)
+        again.close()
+        assert [TextCache(folder, "later").get(one["key"]) for one in records] == records
+
+
+def test_many_journals_are_read_with_few_open_files(tmp_path: Path) -> None:
+    for number in range(3 * cache_module.MAX_OPEN):
+        (tmp_path / f"{number:04d}.journal").write_bytes(pack(record(number)))
+    cache = TextCache(tmp_path, "reader")
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    for number in [*range(3 * cache_module.MAX_OPEN), 0]:
+        assert cache.get(record(number)["key"]) == record(number)
+    assert len(list(Path("/proc/self/fd").iterdir())) - before <= cache_module.MAX_OPEN
+    cache.close()

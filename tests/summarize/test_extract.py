@@ -2,7 +2,8 @@ import pytest
 
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.extract import extract, split_fields
-from trsr_dist.summarize.plans import PLANS, node_prompt
+from trsr_dist.summarize.plans import planner
+from trsr_dist.summarize.plans.graph import node_prompt
 
 TENNIS = "category: sports; subcategory: tennis; title: A quiet final in the rain"
 MARKETS = "category: finance; subcategory: markets; title: Stocks rise for a third day in a row"
@@ -10,7 +11,7 @@ MARKETS = "category: finance; subcategory: markets; title: Stocks rise for a thi
 
 def summarize(items: list[str], scheme: str, max_words: int) -> str:
     """The whole plan, by hand."""
-    plan = PLANS[scheme](len(items), 5, 3)
+    plan = planner(scheme)(len(items), 5, 3)
     texts: list[str] = []
     for node in plan:
         prompt = node_prompt(node, items, [texts[parent] for parent in node.parents], "news")

@@ -1,7 +1,10 @@
 import pytest
 
 from trsr_dist.prompts.wording import block_instruction, merge_instruction, update_instruction
-from trsr_dist.summarize.plans import PLANS, Plan, children, heights, hierarchical, node_prompt, recurrent
+from trsr_dist.summarize.plans import planner
+from trsr_dist.summarize.plans.graph import Plan, children, heights, node_prompt
+from trsr_dist.summarize.plans.hierarchical import plan as hierarchical
+from trsr_dist.summarize.plans.recurrent import plan as recurrent
 
 
 def sources(plan: Plan, position: int) -> list[int]:
@@ -14,7 +17,7 @@ def sources(plan: Plan, position: int) -> list[int]:
 @pytest.mark.parametrize("scheme", ["hierarchical", "recurrent"])
 @pytest.mark.parametrize("num_items", [1, 4, 5, 6, 25, 26, 41, 200, 206, 1000])
 def test_the_summary_reads_each_item_once_in_order(scheme: str, num_items: int) -> None:
-    plan = PLANS[scheme](num_items, 5, 3)
+    plan = planner(scheme)(num_items, 5, 3)
     assert sources(plan, len(plan) - 1) == list(range(num_items))
     assert all(parent < position for position, node in enumerate(plan) for parent in node.parents)
 
@@ -32,7 +35,7 @@ def test_depth_of_a_tree_grows_with_the_logarithm_that_of_a_chain_with_the_lengt
 
 @pytest.mark.parametrize("scheme", ["hierarchical", "recurrent"])
 def test_new_items_leave_full_blocks_as_they_are(scheme: str) -> None:
-    old, new = PLANS[scheme](25, 5, 8), PLANS[scheme](33, 5, 8)
+    old, new = planner(scheme)(25, 5, 8), planner(scheme)(33, 5, 8)
     assert old[:5] == new[:5]
 
 

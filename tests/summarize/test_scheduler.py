@@ -9,7 +9,8 @@ import pytest
 from trsr_dist.errors import DataError
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.cache import TextCache
-from trsr_dist.summarize.plans import hierarchical, recurrent
+from trsr_dist.summarize.plans.hierarchical import plan as hierarchical
+from trsr_dist.summarize.plans.recurrent import plan as recurrent
 from trsr_dist.summarize.requests import Completion, Request
 from trsr_dist.summarize.scheduler import Result, Scheduler, Work
 
@@ -117,9 +118,9 @@ def test_only_new_blocks_are_generated_when_a_user_gains_items(tmp_path: Path) -
         return lambda: next(works, None)
 
     for plan, expected in ((recurrent, 2), (hierarchical, 3)):
-        run(LateEngine(4), tmp_path / plan.__name__, grown(20, plan), "a")
+        run(LateEngine(4), tmp_path / str(expected), grown(20, plan), "a")
         engine = LateEngine(4)
-        run(engine, tmp_path / plan.__name__, grown(30, plan), "b")
+        run(engine, tmp_path / str(expected), grown(30, plan), "b")
         assert len(engine.log) == expected
 
 
@@ -137,14 +138,14 @@ def test_one_users_failure_is_that_users_alone(tmp_path: Path) -> None:
         return Completion(request.key, echo(request.prompt))
 
     results = run(LateEngine(8, answer), tmp_path, users(10))
-    assert {tag for tag, result in results.items() if result.error} == {3}
-    assert "refused" in results[3].error
+    assert {tag for tag, result in results.items() if result.failure} == {3}
+    assert "refused" in results[3].failure.reason
 
 
 def test_a_prompt_that_cannot_be_fitted_fails_its_user(tmp_path: Path) -> None:
     works = iter([Work(0, hierarchical(2, 5, 3), ["too long", "b"]), Work(1, hierarchical(2, 5, 3), ["a", "b"])])
     results = run(LateEngine(8), tmp_path, lambda: next(works, None))
-    assert "does not fit" in results[0].error and not results[1].error
+    assert "does not fit" in results[0].failure.reason and not results[1].failure
 
 
 def test_a_faulty_text_is_tried_once_more_with_sampling(tmp_path: Path) -> None:
@@ -168,7 +169,7 @@ def test_a_fault_that_stays_is_flagged_and_an_empty_text_fails(tmp_path: Path) -
     works = iter([Work(name, hierarchical(1, 5, 3), [name]) for name in "ab"])
     engine = LateEngine(4, answer)
     results = run(engine, tmp_path, lambda: next(works, None))
-    assert "no text" in results["a"].error
+    assert "no text" in results["a"].failure.reason
     assert results["b"].records[0]["flags"] == ["repetition"]
     assert len(engine.log) == 4
 

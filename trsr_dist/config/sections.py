@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from trsr_dist.summarize.plans import schemes
 
 
 class Section(BaseModel):
@@ -81,16 +83,21 @@ class DataSection(Section):
 
 
 class SummarizeSection(Section):
-    scheme: Literal["hierarchical", "recurrent", "none"] = "hierarchical"
-    """A summary of block summaries (as a CNN pools); summary t from summary t-1 and block t (as an RNN); no summary."""
+    """docs/summarization.md tells what lies behind these."""
+
+    scheme: str = "hierarchical"
+    """hierarchical: a summary of block summaries (as a CNN pools); recurrent: summary t from summary t-1 and block t
+    (as an RNN); none: no summary. A module in trsr_dist/summarize/plans/ adds another one."""
     engine: Literal["extractive", "transformers", "openai", "vllm"] = "extractive"
-    """extractive: deterministic, no model; transformers: Hugging Face; openai: any OpenAI-compatible server."""
+    """extractive: deterministic, no model; transformers: Hugging Face, in this process; openai: any OpenAI-compatible
+    server (vLLM serve, SGLang, llama.cpp); vllm: vLLM in this process, in an environment of its own."""
     model: str = ""
     """Model folder, hub id, or the server's model name."""
     revision: str = ""
-    """Pinned revision of a hub model; empty: the default branch."""
+    """Pinned revision of a hub model; empty: the default branch. openai: only a part of the texts' keys."""
     base_url: str = ""
-    """openai: address of the server, such as http://node1:8000/v1. The key comes from OPENAI_API_KEY."""
+    """openai: address of the server, such as http://node1:8000/v1; empty: OPENAI_BASE_URL. The key comes from
+    OPENAI_API_KEY alone."""
     trust_remote_code: bool = False
     """Run model code from the hub. Off unless you have read that code."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -121,6 +128,20 @@ class SummarizeSection(Section):
     """Samples in one tar shard; also the unit of work that tasks share."""
     lease_seconds: float = Field(120, gt=0)
     """A unit whose holder shows no life for this long is taken over by another task."""
+
+    @field_validator("scheme")
+    @classmethod
+    def _has_a_plan(cls, scheme: str) -> str:
+        if scheme not in schemes():
+            raise ValueError(f"no such scheme; there are {', '.join(schemes())}")
+        return scheme
+
+    @field_validator("base_url")
+    @classmethod
+    def _holds_no_key(cls, base_url: str) -> str:
+        if "@" in base_url or "?" in base_url:
+            raise ValueError("no user, password or query may stand here; the key comes from OPENAI_API_KEY")
+        return base_url
 
 
 class PromptSection(Section):
@@ -208,6 +229,8 @@ class TrainSection(Section):
     """Recent checkpoints kept, beside the best; 1 is refused since the newest may be the corrupt one."""
     evaluate_every_steps: int = Field(0, ge=0)
     """Steps between rankings of the validation users; 0: never."""
+    evaluate_users: int = Field(1000, ge=0)
+    """Validation users ranked in training, the first of the split; 0: all."""
     best_metric: str = "ndcg@10"
     """Validation metric that names the best checkpoint."""
     early_stopping_patience: int = Field(0, ge=0)

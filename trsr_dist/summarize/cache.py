@@ -13,14 +13,21 @@ from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.journal import JournalWriter, read_at, scan
 
 SUFFIX = ".journal"
+MAX_OPEN = 64
+"""Journals kept open for reading: every start of every task leaves one, and a process may open 1024 files."""
 MERGE_AT = 100_000
 """New entries join the sorted index at this number: 20 bytes an entry there, some 200 before."""
 ENTRY = np.dtype([("key", "<u8"), ("file", "<u4"), ("offset", "<u8")])
 
 
-def text_key(identity: dict[str, Any], prompt: SummaryPrompt) -> str:
-    """Key of a text: engine, model, decoding and prompt. The untrimmed prompt stands for the trimmed one."""
-    return digest([identity, prompt.instruction, prompt.previous, prompt.items])[:32]
+def prompt_hash(prompt: SummaryPrompt) -> str:
+    """Hash of a prompt's parts. The untrimmed prompt stands for the trimmed one."""
+    return digest([prompt.instruction, prompt.previous, prompt.items])[:32]
+
+
+def text_key(identity: dict[str, Any], prompt: str) -> str:
+    """Key of a text: engine, model, decoding, seed and the prompt's hash."""
+    return digest([identity, prompt])[:32]
 
 
 class PlaceIndex:
@@ -92,9 +99,7 @@ class TextCache:
         if place is None:
             return None
         number, offset = place
-        if number not in self._readers:
-            self._readers[number] = os.open(self._files[number], os.O_RDONLY)
-        record = read_at(self._readers[number], offset)
+        record = read_at(self._reader(number), offset)
         return record if record is not None and record["key"] == key else None
 
     def add(self, record: dict[str, Any]) -> None:
@@ -111,6 +116,14 @@ class TextCache:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    def _reader(self, number: int) -> int:
+        """Descriptor of a journal; the one that was opened first makes room."""
+        if number not in self._readers:
+            if len(self._readers) >= MAX_OPEN:
+                os.close(self._readers.pop(next(iter(self._readers))))
+            self._readers[number] = os.open(self._files[number], os.O_RDONLY)
+        return self._readers[number]
 
     def _scan(self, path: Path) -> None:
         number = self._files.index(path)

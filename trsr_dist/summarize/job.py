@@ -6,6 +6,8 @@ folder. A task ends when the sets of all splits are published, whoever did the w
 
 from __future__ import annotations
 
+import errno
+import shutil
 import signal
 import sys
 import time
@@ -19,9 +21,10 @@ from typing import Any
 
 from trsr_dist.cli import EXIT_REQUEUE
 from trsr_dist.config import Config, dump_config
+from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.environment import Ranks, array_task, detect_ranks
-from trsr_dist.errors import RunError
+from trsr_dist.errors import EngineError, RunError, TrsrError
 from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.prompts.wording import WORDING_VERSION
@@ -29,14 +32,14 @@ from trsr_dist.run import RunFolder, is_finished
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.engines.build import build_engine, engine_identity
 from trsr_dist.summarize.leases import LeaseFolder, Owner
-from trsr_dist.summarize.plans import PLANS
+from trsr_dist.summarize.plans import planner
+from trsr_dist.summarize.progress import TaskProgress, work_name, write_job
+from trsr_dist.summarize.report import Reporter
 from trsr_dist.summarize.scheduler import Scheduler
 from trsr_dist.summarize.units import SplitWork
 from trsr_dist.summarize.worker import Recipe, Worker
 
-SPLITS = ("train", "valid", "test")
-WAIT_SECONDS = 0.5
-"""Between two looks at units that other tasks hold."""
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 log = get_logger("summarize")
 
@@ -62,23 +65,32 @@ def summarize(config: Config, force: bool = False, dry_run: bool = False) -> int
     """Run this task's share of the job; returns when the shards of all splits are published.
 
     Raises:
-        RunError: the shards there were made with other settings or inputs, and ``force`` is not given.
-        EngineError: users failed and the policy says stop.
+        RunError: the shards there were made with other settings or inputs and ``force`` is not given, or the run folder
+            cannot be written.
+        EngineError: users failed and the policy says stop, or the engine is gone.
     """
     task = Task.detect()
     setup_logging(task.index, "summarize")
     run = RunFolder(Path(config.run.dir))
-    if dry_run:
-        print(dump_config(config))
-        print(describe(config, HistoryStore(run.histories)))
-        return 0
     store = HistoryStore(run.histories)
-    job = Job(config, run, store, task, force)
-    if not job.unpublished:
-        log.info("%s: nothing to do, the shards of %s are there", run.shards, ", ".join(SPLITS))
+    if dry_run:
+        print(dump_config(config) + describe(config, store))
         return 0
-    signal.signal(signal.SIGTERM, _stop)
-    job.run()
+    try:
+        job = Job(config, run, store, task, force)
+        job.tidy()
+        if not job.unpublished:
+            log.info("%s: nothing to do, the shards of %s are there", run.shards, ", ".join(SPLITS))
+            return 0
+        signal.signal(signal.SIGTERM, _stop)
+        job.run()
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise RunError(
+            f"{error.filename or run.root}: {error.strerror}; make room or give leave to write, then run the stage "
+            "again: what is finished is kept"
+        ) from None
     return 0
 
 
@@ -99,31 +111,50 @@ class Job:
         self.settings = shard_settings(config, self.identity)
         self.inputs = {"histories": store.manifest_hash}
         self.replace = force
-        redo = force and task.count == 1
-        self.unpublished = {split: self._work(split) for split in SPLITS if redo or not self._is_published(split)}
+        self.redo = force and task.count == 1
+        """Make finished sets anew. Of several tasks, none could tell an old set from what another has just made."""
+        self.works = {split: self._work(split) for split in SPLITS}
+        self.unpublished = {s: work for s, work in self.works.items() if self.redo or not self._is_published(s)}
+        if force and not self.redo and not self.unpublished:
+            log.warning(
+                "--force with several tasks replaces only sets of other settings; one process redoes finished ones"
+            )
+
+    def tidy(self) -> None:
+        """Remove what a task left behind that was killed right after publishing."""
+        for split in self.works.keys() - self.unpublished.keys():
+            self.works[split].clear(self.task.name)
+        for gone in (self.run_folder.summaries / "work").glob(".gone-*"):
+            shutil.rmtree(gone, ignore_errors=True)
 
     def run(self) -> None:
         """Work until every split is published."""
         if self.task.index == 0:
             self.run_folder.write_config("summarize", dump_config(self.config))
-        for work in self.unpublished.values():
-            work.open()
         summaries = self.run_folder.summaries
+        write_job(self._progress_folder, self.works)
+        for work in self.unpublished.values():
+            if self.redo:
+                work.clear(self.task.name)
+            work.open()
         owner = Owner.myself(self.task.name, self.task.ranks.job_id, self.task.ranks.restart)
         leases = LeaseFolder(summaries / "leases", owner, self.config.summarize.lease_seconds)
         cache = TextCache(summaries / "journal", self.task.name)
         try:
-            self._work_on(leases, cache)
+            self._with_engine(leases, cache)
         finally:
             leases.close()
             cache.close()
 
-    def _work_on(self, leases: LeaseFolder, cache: TextCache) -> None:
-        works = list(self.unpublished.values())
-        first = self.task.index / self.task.count
-        worker = Worker(self.store, works, leases, self._recipe(), self.task.name, first)
+    @property
+    def _progress_folder(self) -> Path:
+        return self.run_folder.summaries / "progress" / digest([self.settings, self.inputs])[:12]
+
+    def _with_engine(self, leases: LeaseFolder, cache: TextCache) -> None:
+        works, first = list(self.unpublished.values()), self.task.index / self.task.count
+        worker = Worker(self.store, works, leases, self._recipe(), self.task.name, first, cache.refresh)
         settings = self.config.summarize
-        engine = build_engine(settings, self.run_folder.resolve(settings.model))
+        engine = build_engine(settings, self.run_folder.resolve(settings.model), self.task.ranks.local_rank)
         scheduler = Scheduler(
             engine,
             self.identity,
@@ -133,42 +164,80 @@ class Job:
             settings.temperature,
             self.config.run.seed,
         )
+        reporter = self._reporter(leases, worker, scheduler)
+        state, message = "stopped", ""
         try:
-            while self.unpublished:
-                for result in scheduler.run(worker.next_work):
-                    worker.take(result)
-                    worker.abandon_lost()
-                self._publish(leases)
-                if self.unpublished:
-                    time.sleep(WAIT_SECONDS)
-                    cache.refresh()
+            self._work_on(worker, scheduler, leases, reporter)
+            state = "done"
+        except TrsrError as error:
+            state, message = "failed", str(error)
+            raise
         finally:
+            reporter.close(state, message)
             engine.close()
 
+    def _reporter(self, leases: LeaseFolder, worker: Worker, scheduler: Scheduler) -> Reporter:
+        return Reporter(
+            self.run_folder,
+            self._progress_folder,
+            TaskProgress(self.task.name, self.task.ranks.host),
+            leases,
+            worker,
+            scheduler,
+            alone=self.task.count == 1,
+            tensorboard=self.config.run.tensorboard,
+        )
+
+    def _work_on(self, worker: Worker, scheduler: Scheduler, leases: LeaseFolder, reporter: Reporter) -> None:
+        reporter.update()
+        while True:
+            self._publish(leases)
+            if not self.unpublished:
+                return
+            for result in scheduler.run(worker.next_work):
+                worker.take(result)
+                worker.abandon_lost()
+                reporter.update(new_users=1)
+            self._publish(leases)
+            if self.unpublished:
+                time.sleep(leases.look_seconds)
+                reporter.update()
+
     def _publish(self, leases: LeaseFolder) -> None:
+        """Publish what is complete; take note of what others have published."""
         for split, work in list(self.unpublished.items()):
-            if (self.task.count > 1 or not work.folder.exists()) and self._is_published(split):
-                del self.unpublished[split]
-            elif not work.folder.exists():
+            gone = not work.folder.exists()  # asked first: others publish, then remove the folder
+            if not self.redo and self._is_published(split):
+                work.clear(self.task.name)
+            elif gone:
                 raise RunError(f"{work.folder}: removed while this task was at work; run the stage again")
-            elif work.is_complete():
-                with leases.holding(f"{work.folder.name}-publish") as mine:
-                    if mine and self._publish_split(split, work):
-                        del self.unpublished[split]
+            elif not (work.is_complete() and self._publish_alone(split, work, leases)):
+                continue
+            del self.unpublished[split]
+
+    def _publish_alone(self, split: str, work: SplitWork, leases: LeaseFolder) -> bool:
+        with leases.holding(f"{work.folder.name}-publish") as mine:
+            return mine and work.folder.exists() and self._publish_split(split, work)
 
     def _publish_split(self, split: str, work: SplitWork) -> bool:
         units = [work.facts(unit) for unit in range(work.num_units)]
         counts: Counter[str] = Counter()
         for unit in units:
             counts.update(unit["counts"])
-        failed = [row for unit in units for row in unit["failed"]]
+        failed = [failure for unit in units for failure in unit["failed"]]
+        if len(failed) > self.config.summarize.max_failures:
+            raise EngineError(
+                f"{split}: {len(failed)} users failed, {failed[0]['user']!r} among them: {failed[0]['reason']}; raise "
+                f"summarize.max_failures to publish without them, or remove {work.folder} to try them again"
+            )
         num_users = sum(unit["num_users"] for unit in units)
         facts = {"split": split, "num_users": num_users, "failed": failed, "counts": dict(sorted(counts.items()))}
         target = self.run_folder.split(split)
         if not work.publish(target, self.task.name, self.settings, self.inputs, **facts):
             return False
         work.clear(self.task.name)
-        log.info("%s: %d users in %d shards, %d failed", target, num_users, work.num_units, len(failed))
+        told = ", ".join(f"{name} {number}" for name, number in facts["counts"].items())
+        log.info("%s: %d users in %d shards, %d failed; %s", target, num_users, work.num_units, len(failed), told)
         return True
 
     def _is_published(self, split: str) -> bool:
@@ -180,14 +249,13 @@ class Job:
             raise
 
     def _work(self, split: str) -> SplitWork:
-        name = f"{split}-{digest([self.settings, self.inputs])[:12]}"
-        folder = self.run_folder.summaries / "work" / name
+        folder = self.run_folder.summaries / "work" / work_name(split, self.settings, self.inputs)
         return SplitWork(folder, split, self.store.num_users(split), self.config.summarize.users_per_shard)
 
     def _recipe(self) -> Recipe:
         settings = self.config.summarize
         return Recipe(
-            plan=partial(PLANS[settings.scheme], block_size=settings.block_size, fan_in=settings.fan_in),
+            plan=partial(planner(settings.scheme), block_size=settings.block_size, fan_in=settings.fan_in),
             domain=self.config.domain,
             num_recent=self.config.prompt.recent_items,
             repeated_kept=self.config.data.repeated_target == "keep",
@@ -223,17 +291,16 @@ def shard_settings(config: Config, identity: dict[str, Any]) -> dict[str, Any]:
 def describe(config: Config, store: HistoryStore) -> str:
     """The plan in words: users, units, prompts."""
     settings = config.summarize
-    lines = []
+    plan = planner(settings.scheme)
+    lines = ["# plan"]
     for split in SPLITS:
         num_users = store.num_users(split)
         looked_at = range(min(num_users, 1000))
-        nodes = sum(
-            len(PLANS[settings.scheme](len(store.user(split, i).history), settings.block_size, settings.fan_in))
-            for i in looked_at
-        )
-        per_user = nodes / max(len(looked_at), 1)
+        lengths = (len(store.user(split, i).history) for i in looked_at)
+        nodes = sum(len(plan(length, settings.block_size, settings.fan_in)) for length in lengths)
+        prompts = nodes * num_users / max(len(looked_at), 1)
         lines.append(
-            f"{split}: {num_users} users in {-(-num_users // settings.users_per_shard)} units, about "
-            f"{per_user:.1f} prompts a user, {per_user * num_users:.0f} in all"
+            f"# {split}: {num_users} users in {-(-num_users // settings.users_per_shard)} units, about {prompts:.0f} "
+            f"prompts, at most {prompts * settings.max_new_tokens:.0f} new tokens"
         )
     return "\n".join(lines)

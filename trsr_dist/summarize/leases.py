@@ -1,15 +1,17 @@
 """Leases on units of work in a shared folder: they save double work and expire with their holder.
 
-Made for NFS: a lease is a file created with O_EXCL, kept alive through its modification time, and every age is the
+Made for NFS: a lease is a file created by a hard link, kept alive through its modification time, and every age is the
 difference of two of the file server's stamps. What makes results right is not the lease but the commit (``units.py``).
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -18,6 +20,9 @@ from pathlib import Path
 from trsr_dist.environment import process_start
 
 BEATS_PER_LEASE = 4
+LOOKS_PER_LEASE = 20
+SHORTEST_LOOK_SECONDS, LONGEST_LOOK_SECONDS = 0.1, 10.0
+NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +67,9 @@ class LeaseFolder:
         self.folder = folder
         self.owner = owner
         self.lease_seconds = lease_seconds
+        self.look_seconds = min(max(lease_seconds / LOOKS_PER_LEASE, SHORTEST_LOOK_SECONDS), LONGEST_LOOK_SECONDS)
+        """Worth waiting between two looks at what others hold: many waiting tasks must not wear the file server out."""
+        self._clock = (float("-inf"), 0.0)
         self._held: dict[str, Lease] = {}
         self._guard = threading.Lock()
         self._stop = threading.Event()
@@ -71,7 +79,7 @@ class LeaseFolder:
     def acquire(self, name: str) -> Lease | None:
         """The lease, or None where another live task holds it."""
         path = self.folder / name
-        if not self._create(path) and not (self._remove_if_stale(path) and self._create(path)):
+        if (path.exists() and not self._remove_if_stale(path)) or not self._create(path):
             return None
         lease = Lease(path, name)
         with self._guard:
@@ -118,13 +126,20 @@ class LeaseFolder:
         return self.folder / f".clock-{self.owner.task}"
 
     def _create(self, path: Path) -> bool:
-        """Create the lease with its content in one step, so that no reader finds it empty."""
+        """Create the lease with its content in one step, so that no reader finds it empty.
+
+        Without hard links a reader may find it empty for a moment, and judges it by its age.
+        """
         draft = self.folder / f".draft-{self.owner.task}"
         draft.write_text(json.dumps(asdict(self.owner)))
         try:
             os.link(draft, path)
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
+            return _create_new(path, draft.read_bytes())
         finally:
             draft.unlink()
         return True
@@ -167,10 +182,13 @@ class LeaseFolder:
         return modified is not None and self._server_time() - modified > self.lease_seconds
 
     def _server_time(self) -> float:
-        """The file server's clock: the stamp of a file just touched."""
-        self._clock_path.touch()
-        os.utime(self._clock_path)
-        return _modified(self._clock_path) or 0.0
+        """The file server's clock: the stamp of a file just touched, or touched a moment ago."""
+        now, (then, stamp) = time.monotonic(), self._clock
+        if now - then >= self.look_seconds:
+            self._clock_path.touch()
+            os.utime(self._clock_path)
+            then, stamp = self._clock = now, _modified(self._clock_path) or 0.0
+        return stamp + now - then
 
     def _keep_alive(self) -> None:
         while not self._stop.wait(self.lease_seconds / BEATS_PER_LEASE):
@@ -182,6 +200,16 @@ class LeaseFolder:
                         os.utime(lease.path)
                 except OSError:
                     continue
+
+
+def _create_new(path: Path, content: bytes) -> bool:
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+    except FileExistsError:
+        return False
+    with os.fdopen(descriptor, "wb") as stream:
+        stream.write(content)
+    return True
 
 
 def _modified(path: Path) -> float | None:

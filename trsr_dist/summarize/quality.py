@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
 
 from trsr_dist.prompts.text import SUMMARY_CUE, SummaryPrompt
 
@@ -18,11 +17,15 @@ REPEAT_MIN_WORDS = 12
 """Shorter texts are never called repetitive."""
 
 
-def clean(text: str, markers: Iterable[str] = TURN_MARKERS) -> tuple[str, bool]:
+def turn_place(text: str) -> int | None:
+    """Where a turn that the model made up begins; None where there is none."""
+    return min((place for place in (text.find(marker, 1) for marker in TURN_MARKERS) if place > 0), default=None)
+
+
+def clean(text: str) -> tuple[str, bool]:
     """One line without what follows a turn marker, and whether there was one (a run-on)."""
-    places = [place for place in (text.find(marker, 1) for marker in markers) if place > 0]
-    kept = text[: min(places)] if places else text
-    return " ".join(kept.split()), bool(places)
+    place = turn_place(text)
+    return " ".join(text[:place].split()), place is not None
 
 
 def flags_of(text: str, prompt: SummaryPrompt, run_on: bool, cut: bool) -> tuple[str, ...]:

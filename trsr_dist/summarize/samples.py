@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from trsr_dist.errors import DataError
+from trsr_dist.hashing import digest
 from trsr_dist.records import Candidate, Item, Sample
-from trsr_dist.summarize.plans import Plan
+from trsr_dist.summarize.plans.graph import Plan
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +69,24 @@ def make_sample(
     )
 
 
-def node_provenance(plan: Plan, records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Which nodes a summary was made of: kind, span of the history, key; and the quality flags met on the way."""
+def node_provenance(plan: Plan, records: Sequence[dict[str, Any]], history: Sequence[Item]) -> dict[str, Any]:
+    """What a summary was made of: its nodes, its blocks, and the quality flags met on the way.
+
+    A node is (kind, span of the history, key of the text, hash of the prompt); a block's id is the hash of its items'
+    ids.
+    """
     nodes = [
-        [node.kind, node.start, node.stop, record["key"]] for node, record in zip(plan, records, strict=bool(records))
+        [node.kind, node.start, node.stop, record["key"], record["prompt"]]
+        for node, record in zip(plan, records, strict=bool(records))
     ]
-    flags = sorted({flag for record in records for flag in record["flags"]})
-    sampled = sum(record.get("sampled", False) for record in records)
-    words_cut = sum(record.get("words_cut", 0) for record in records)
-    return {"nodes": nodes, "flags": flags, "sampled": sampled, "words_cut": words_cut}
+    spans = [(node.start, node.stop) for node in plan if node.start < node.stop]
+    return {
+        "blocks": [digest([item.id for item in history[start:stop]])[:16] for start, stop in spans],
+        "nodes": nodes,
+        "flags": sorted({flag for record in records for flag in record["flags"]}),
+        "sampled": sum(record.get("sampled", False) for record in records),
+        "words_cut": sum(record.get("words_cut", 0) for record in records),
+    }
 
 
 def _normal(text: str) -> str:

@@ -15,12 +15,14 @@ from typing import Any
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
 from trsr_dist.prompts.text import SummaryPrompt
-from trsr_dist.summarize.cache import TextCache, text_key
-from trsr_dist.summarize.plans import Plan, children, heights, node_prompt
+from trsr_dist.summarize.cache import TextCache, prompt_hash, text_key
+from trsr_dist.summarize.plans.graph import Plan, children, heights, node_prompt
 from trsr_dist.summarize.quality import clean, flags_of
 from trsr_dist.summarize.requests import Completion, Engine, Request
 
 RETRY_TEMPERATURE = 0.7
+USERS_PER_PLACE = 2
+"""Users at work for each place of the engine: more than one, since some wait for a prompt that another one shares."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +37,24 @@ class Work:
 
 
 @dataclass(frozen=True, slots=True)
+class Failure:
+    """A request that has failed for good."""
+
+    node: int
+    """Position in the user's plan."""
+    key: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Result:
     """A user's finished plan."""
 
     tag: Any
     records: tuple[dict[str, Any], ...]
-    """One a node: key, text, flags, counts. Empty where the plan is empty or has failed."""
-    error: str = ""
-    """Why the plan failed; empty where it did not."""
+    """One a node: key, prompt hash, text, flags, counts. Empty where the plan is empty or has failed."""
+    failure: Failure | None = None
+    """What made the plan fail, if it did."""
 
 
 @dataclass(slots=True)
@@ -76,6 +88,8 @@ class _Pending:
     """A request in flight and the nodes that wait for it."""
 
     request: Request
+    prompt: str
+    """Hash of the prompt."""
     words_cut: int
     waiting: list[tuple[_User, int]]
     first: dict[str, Any] | None = None
@@ -117,10 +131,8 @@ class Scheduler:
         self._pending: dict[str, _Pending] = {}
         self._orders = itertools.count()
         self._finished: list[Result] = []
-
-    @property
-    def num_in_flight(self) -> int:
-        return len(self._pending)
+        self.num_users = 0
+        """Users begun and not finished."""
 
     def run(self, next_work: Callable[[], Work | None]) -> Iterator[Result]:
         """Results as users finish, in any order.
@@ -148,7 +160,7 @@ class Scheduler:
                 *_, position, user = heapq.heappop(self._ready)
                 self._start(user, position)
                 continue
-            if len(self._finished) >= self.engine.capacity:
+            if max(len(self._finished), self.num_users // USERS_PER_PLACE) >= self.engine.capacity:
                 return
             work = next_work()
             if work is None:
@@ -161,8 +173,9 @@ class Scheduler:
         for position, node in enumerate(work.plan):
             if not node.parents:
                 self._push(user, position)
+        self.num_users += 1
         if not size:
-            self._finished.append(Result(work.tag, ()))
+            self._finish(Result(work.tag, ()))
 
     def _push(self, user: _User, position: int) -> None:
         heapq.heappush(self._ready, (-user.height[position], user.order, position, user))
@@ -173,7 +186,8 @@ class Scheduler:
         node = user.work.plan[position]
         previous = [user.records[parent]["text"] for parent in node.parents]
         prompt = node_prompt(node, user.work.items, previous, self.domain)
-        key = text_key(self.identity, prompt)
+        hashed = prompt_hash(prompt)
+        key = text_key(self.identity, hashed)
         if key in self._pending:
             self._pending[key].waiting.append((user, position))
             return
@@ -182,35 +196,35 @@ class Scheduler:
             self.counts.cache_hits += 1
             self._deliver(record, [(user, position)])
             return
-        self._submit(key, prompt, user, position)
+        self._submit(key, hashed, prompt, (user, position))
 
-    def _submit(self, key: str, prompt: SummaryPrompt, user: _User, position: int) -> None:
+    def _submit(self, key: str, hashed: str, prompt: SummaryPrompt, place: tuple[_User, int]) -> None:
         try:
             fitted, words_cut = self.engine.fit(prompt)
         except DataError as error:
-            self._fail([(user, position)], str(error))
+            self._fail([place], key, str(error))
             return
         self.counts.words_cut += words_cut
         self.counts.requests += 1
         request = Request(key, fitted, self.max_new_tokens, self.temperature, hash64(self.seed, key) >> 1)
-        self._pending[key] = _Pending(request, words_cut, [(user, position)])
+        self._pending[key] = _Pending(request, hashed, words_cut, [place])
         self.engine.submit(request)
 
     def _complete(self, completion: Completion) -> None:
         pending = self._pending.pop(completion.key)
         self.counts.prompt_tokens += completion.prompt_tokens
         self.counts.new_tokens += completion.new_tokens
-        if completion.error:
-            self._fail(pending.waiting, completion.error)
+        if completion.error and pending.first is None:
+            self._fail(pending.waiting, completion.key, completion.error)
             return
-        record = self._record(completion, pending)
+        record = pending.first if completion.error else self._record(completion, pending)
         if record["flags"] and pending.first is None:
             self._retry(pending, record)
             return
         if pending.first is not None and len(pending.first["flags"]) <= len(record["flags"]):
             record = pending.first
         if "empty" in record["flags"]:
-            self._fail(pending.waiting, "the engine wrote no text, and none when sampled")
+            self._fail(pending.waiting, completion.key, "the engine wrote no text, and none when sampled")
             return
         self.cache.add(record)
         for flag in record["flags"]:
@@ -221,6 +235,7 @@ class Scheduler:
         text, run_on = clean(completion.text)
         record = {
             "key": completion.key,
+            "prompt": pending.prompt,
             "text": text,
             "flags": list(flags_of(text, pending.request.prompt, run_on, completion.cut)),
             "prompt_tokens": completion.prompt_tokens,
@@ -237,7 +252,7 @@ class Scheduler:
         self.counts.retries += 1
         old = pending.request
         request = replace(old, temperature=self.temperature or RETRY_TEMPERATURE, seed=hash64("retry", old.key) >> 1)
-        self._pending[old.key] = _Pending(request, pending.words_cut, pending.waiting, record)
+        self._pending[old.key] = _Pending(request, pending.prompt, pending.words_cut, pending.waiting, record)
         self.engine.submit(request)
 
     def _deliver(self, record: dict[str, Any], waiting: list[tuple[_User, int]]) -> None:
@@ -246,14 +261,18 @@ class Scheduler:
             user.records[position] = record
             user.left -= 1
             if not user.left and not user.failed:
-                self._finished.append(Result(user.work.tag, tuple(user.records)))
+                self._finish(Result(user.work.tag, tuple(user.records)))
             for child in user.children[position]:
                 if all(user.records[parent] for parent in user.work.plan[child].parents):
                     self._push(user, child)
 
-    def _fail(self, waiting: list[tuple[_User, int]], reason: str) -> None:
+    def _fail(self, waiting: list[tuple[_User, int]], key: str, reason: str) -> None:
         for user, position in waiting:
             self.counts.failures += not user.failed
             if not user.failed:
                 user.failed = True
-                self._finished.append(Result(user.work.tag, (), f"node {position}: {reason}"))
+                self._finish(Result(user.work.tag, (), Failure(position, key, reason)))
+
+    def _finish(self, result: Result) -> None:
+        self.num_users -= 1
+        self._finished.append(result)

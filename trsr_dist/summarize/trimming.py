@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from trsr_dist.errors import DataError
@@ -13,6 +13,8 @@ from trsr_dist.prompts.trimming import cut_words
 
 def trim_prompt(prompt: SummaryPrompt, count: Callable[[SummaryPrompt], int], limit: int) -> tuple[SummaryPrompt, int]:
     """Cut item texts evenly, the longest first, then earlier summaries; never the instruction.
+
+    Texts are cut by words, and by characters where whole words do not fit (scripts without blanks).
 
     Args:
         prompt: the whole prompt.
@@ -28,26 +30,33 @@ def trim_prompt(prompt: SummaryPrompt, count: Callable[[SummaryPrompt], int], li
     fitted = prompt
     for name in ("items", "previous"):
         if count(fitted) > limit:
-            fitted = _cap_words(fitted, name, count, limit)
+            fitted = _cap(fitted, name, count, limit)
     if count(fitted) > limit:
         raise DataError(
             f"a summarization prompt has {count(fitted)} tokens without any item and {limit} are allowed; raise "
             "summarize.max_prompt_tokens or use a model with a longer context"
         )
-    return fitted, _num_words(prompt) - _num_words(fitted)
+    return fitted, _num_words_cut((*prompt.previous, *prompt.items), (*fitted.previous, *fitted.items))
 
 
-def _cap_words(prompt: SummaryPrompt, name: str, count: Callable[[SummaryPrompt], int], limit: int) -> SummaryPrompt:
-    """The largest cap on the words of each text of a part with which the prompt fits; 0 where none does."""
+def _cap(prompt: SummaryPrompt, name: str, count: Callable[[SummaryPrompt], int], limit: int) -> SummaryPrompt:
+    """The largest cap on the length of each text of a part with which the prompt fits; 0 where none does."""
     texts = getattr(prompt, name)
-    longest = max((len(text.split()) for text in texts), default=0)
 
-    def capped(num_words: int) -> SummaryPrompt:
-        return replace(prompt, **{name: tuple(cut_words(text, num_words) for text in texts)})
+    def largest(longest: int, cut: Callable[[str, int], str]) -> SummaryPrompt:
+        def capped(length: int) -> SummaryPrompt:
+            return replace(prompt, **{name: tuple(cut(text, length) for text in texts)})
 
-    too_many = bisect_left(range(longest + 1), True, key=lambda n: count(capped(n)) > limit)
-    return capped(max(too_many - 1, 0))
+        too_many = bisect_left(range(longest + 1), True, key=lambda length: count(capped(length)) > limit)
+        return capped(max(too_many - 1, 0))
+
+    by_words = largest(max((len(text.split()) for text in texts), default=0), cut_words)
+    if any(getattr(by_words, name)):
+        return by_words
+    return largest(max(map(len, texts), default=0), lambda text, length: text[:length])
 
 
-def _num_words(prompt: SummaryPrompt) -> int:
-    return sum(len(text.split()) for text in (*prompt.previous, *prompt.items))
+def _num_words_cut(before: Sequence[str], after: Sequence[str]) -> int:
+    """A word that lost characters counts as well."""
+    pairs = zip(before, after, strict=True)
+    return sum(max(len(old.split()) - len(new.split()), int(old != new)) for old, new in pairs)

@@ -10,6 +10,7 @@ import errno
 import os
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ class SplitWork:
         self.users_per_unit = users_per_unit
         self.num_units = -(-num_users // users_per_unit)
         self._done: set[int] = set()
+        self._failed: dict[int, list[dict[str, Any]]] = {}
 
     def open(self) -> None:
         """Make the work folder, or find the one that earlier tasks have begun."""
@@ -60,8 +62,19 @@ class SplitWork:
         return all(self.is_done(unit) for unit in range(self.num_units))
 
     def facts(self, unit: int) -> dict[str, Any]:
-        """What a committed unit holds: ``shard``, ``num_users``, ``failed`` and counts."""
+        """What a committed unit holds: ``shard``, ``num_users``, ``failed`` and ``counts``.
+
+        Raises:
+            DataError: it is gone: the set has been published and the work folder removed.
+        """
         return read_json(self._unit(unit) / FACTS)
+
+    def failures(self) -> list[dict[str, Any]]:
+        """Users without a summary in all committed units: user, node, key, reason."""
+        for unit in range(self.num_units):
+            if unit not in self._failed and (self._unit(unit) / FACTS).is_file():
+                self._failed[unit] = self.facts(unit)["failed"]
+        return [failure for unit in sorted(self._failed) for failure in self._failed[unit]]
 
     def commit(self, unit: int, samples: Iterable[Sample], facts: dict[str, Any], task: str) -> bool:
         """Write a unit's shard and make it count.
@@ -98,8 +111,8 @@ class SplitWork:
             False where another task was faster.
         """
         whole = self.folder / f"set-{task}"
-        whole.mkdir()
         try:
+            whole.mkdir()
             for unit in range(self.num_units):
                 self._link_files(self._unit(unit), whole)
             shards = [ShardFacts(**self.facts(unit)["shard"]) for unit in range(self.num_units)]
@@ -115,7 +128,8 @@ class SplitWork:
     def clear(self, task: str) -> None:
         """After publishing: remove the work folder, in one step, so that no half of it is ever taken up again."""
         gone = self.folder.with_name(f".gone-{self.folder.name}-{task}")
-        os.rename(self.folder, gone)
+        with suppress(FileNotFoundError):
+            os.rename(self.folder, gone)
         shutil.rmtree(gone, ignore_errors=True)
 
     def _unit(self, unit: int) -> Path:
@@ -152,6 +166,6 @@ def link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EXDEV):
             raise
         shutil.copyfile(source, target)

@@ -12,15 +12,12 @@ from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.errors import EngineError
 from trsr_dist.log import get_logger
 from trsr_dist.prompts.wording import recommend_instruction
-from trsr_dist.records import Candidate, Sample
+from trsr_dist.records import Candidate, Item, Sample
 from trsr_dist.summarize.leases import Lease, LeaseFolder
-from trsr_dist.summarize.plans import Plan
-from trsr_dist.summarize.samples import check_leaks, make_sample, node_provenance
-from trsr_dist.summarize.scheduler import Result, Work
+from trsr_dist.summarize.plans.graph import Plan
+from trsr_dist.summarize.samples import SampleFacts, check_leaks, make_sample, node_provenance
+from trsr_dist.summarize.scheduler import Failure, Result, Work
 from trsr_dist.summarize.units import SplitWork
-
-RESCAN_SECONDS = 0.5
-"""Between two looks for a free unit."""
 
 log = get_logger("summarize")
 
@@ -38,6 +35,7 @@ class Recipe:
     failed_users: str
     """``fail``, ``skip`` or ``recent_only``."""
     max_failures: int
+    """More failed users than this, of all tasks together, stop the job."""
     provenance: dict[str, Any]
     """Common to all samples."""
 
@@ -52,9 +50,21 @@ class OpenUnit:
     waiting: list[int]
     """Positions of users not yet started, last first."""
     samples: dict[int, Sample] = field(default_factory=dict)
+    num_finished: int = 0
     left: int = 0
-    failed: list[dict[str, str]] = field(default_factory=list)
+    failed: list[dict[str, Any]] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A user on the way through the scheduler."""
+
+    unit: OpenUnit
+    position: int
+    row: UserRow
+    history: list[Item]
+    facts: SampleFacts
 
 
 class Worker:
@@ -67,6 +77,7 @@ class Worker:
         recipe: how samples are made.
         task: this task's name.
         first: where in the ring of units this task starts, 0 to 1.
+        refresh: called for each claimed unit: reads the texts that an earlier holder has left.
     """
 
     def __init__(
@@ -77,48 +88,61 @@ class Worker:
         recipe: Recipe,
         task: str,
         first: float,
+        refresh: Callable[[], None],
     ) -> None:
         self.store = store
+        self.works = works
         self.leases = leases
         self.recipe = recipe
         self.task = task
+        self.refresh = refresh
         units = [(work, unit) for work in works for unit in range(work.num_units)]
         start = int(first * len(units))
         self._ring = units[start:] + units[:start]
         self._open: list[OpenUnit] = []
         self._last_scan = float("-inf")
-        self.users_done = 0
-        self.failures = 0
-        self.units_done = 0
 
     @property
-    def open_units(self) -> list[OpenUnit]:
-        return self._open
+    def num_uncommitted(self) -> int:
+        """Users finished in units that are not committed yet."""
+        return sum(unit.num_finished for unit in self._open)
+
+    @property
+    def uncommitted_failures(self) -> list[dict[str, Any]]:
+        """Failed users of units that are not committed yet."""
+        return [failure for unit in self._open for failure in unit.failed]
 
     def next_work(self) -> Work | None:
-        """The next user of a unit held here, claiming another unit when all are started; None if none is free."""
+        """The next user of a unit held here, claiming another unit when all are started; None if none is free.
+
+        Raises:
+            DataError: a target stands in the history; nothing was generated for it.
+        """
         unit = next((unit for unit in self._open if unit.waiting), None) or self._claim()
         if unit is None:
             return None
         position = unit.waiting.pop()
-        row = self.store.user(unit.work.split, position)
-        items = [self.store.catalogue.text(item) for item in row.history]
-        return Work((unit, position, row), self.recipe.plan(len(items)), items)
+        row, catalogue = self.store.user(unit.work.split, position), self.store.catalogue
+        history = [catalogue.item(item) for item in row.history]
+        targets = [catalogue.item(item) for item, label in zip(row.candidates, row.labels, strict=True) if label]
+        facts = check_leaks(row.user, history, targets, self.recipe.repeated_kept)
+        started = Started(unit, position, row, history, facts)
+        return Work(started, self.recipe.plan(len(history)), [item.text for item in history])
 
     def take(self, result: Result) -> None:
         """Keep a user's result; commit the unit when it was the last one.
 
         Raises:
             EngineError: the user failed and the policy or the tolerance says stop.
-            DataError: a target stands in the history.
         """
-        unit, position, row = result.tag
-        self.users_done += 1
+        started: Started = result.tag
+        unit = started.unit
+        unit.num_finished += 1
         unit.left -= 1
-        if result.error:
-            self._note_failure(unit, row.user, result.error)
-        if not (result.error and self.recipe.failed_users == "skip"):
-            unit.samples[position] = self._sample(unit, row, result)
+        if result.failure:
+            self._note_failure(unit, started.row.user, result.failure)
+        if not (result.failure and self.recipe.failed_users == "skip"):
+            unit.samples[started.position] = self._sample(started, result)
         if not unit.left:
             self._finish(unit)
 
@@ -132,57 +156,62 @@ class Worker:
 
     def _claim(self) -> OpenUnit | None:
         now = time.monotonic()
-        if now - self._last_scan < RESCAN_SECONDS:
+        if now - self._last_scan < self.leases.look_seconds:
             return None
         self._ring = [(work, unit) for work, unit in self._ring if not work.is_done(unit)]
         mine = {(open_unit.work.split, open_unit.unit) for open_unit in self._open}
         for work, unit in self._ring:
-            if (work.split, unit) in mine:
-                continue
-            lease = self.leases.acquire(f"{work.folder.name}-{unit:06d}")
-            if lease is None:
-                continue
-            if work.is_done(unit):
-                self.leases.release(lease)
-                continue
-            users = work.users(unit)
-            self._open.append(OpenUnit(work, unit, lease, list(reversed(users)), left=len(users)))
-            return self._open[-1]
+            opened = None if (work.split, unit) in mine else self._take_unit(work, unit)
+            if opened is not None:
+                return opened
         self._last_scan = now
         return None
 
-    def _note_failure(self, unit: OpenUnit, user: str, reason: str) -> None:
-        self.failures += 1
-        unit.failed.append({"user": user, "reason": reason})
-        log.warning("no summary for user %s: %s", user, reason)
+    def _take_unit(self, work: SplitWork, unit: int) -> OpenUnit | None:
+        lease = self.leases.acquire(f"{work.folder.name}-{unit:06d}")
+        if lease is None:
+            return None
+        if work.is_done(unit):
+            self.leases.release(lease)
+            return None
+        self.refresh()
+        users = work.users(unit)
+        self._open.append(OpenUnit(work, unit, lease, list(reversed(users)), left=len(users)))
+        return self._open[-1]
+
+    def _note_failure(self, unit: OpenUnit, user: str, failure: Failure) -> None:
+        unit.failed.append({"user": user, "node": failure.node, "key": failure.key, "reason": failure.reason})
+        log.warning("no summary for user %s: node %d: %s", user, failure.node, failure.reason)
         if self.recipe.failed_users == "fail":
             raise EngineError(
-                f"user {user!r}: {reason}; set summarize.failed_users to skip or recent_only to go on without"
+                f"user {user!r}: node {failure.node}: {failure.reason}; set summarize.failed_users to skip or "
+                "recent_only to go on without"
             )
-        if self.failures > self.recipe.max_failures:
+        num_failed = len(self.uncommitted_failures) + sum(len(work.failures()) for work in self.works)
+        if num_failed > self.recipe.max_failures:
             raise EngineError(
-                f"{self.failures} users failed, the last one {user!r}: {reason}; summarize.max_failures allows "
+                f"{num_failed} users failed, the last one {user!r}: {failure.reason}; summarize.max_failures allows "
                 f"{self.recipe.max_failures}"
             )
 
-    def _sample(self, unit: OpenUnit, row: UserRow, result: Result) -> Sample:
-        catalogue = self.store.catalogue
-        history = [catalogue.item(item) for item in row.history]
+    def _sample(self, started: Started, result: Result) -> Sample:
+        catalogue, row, unit = self.store.catalogue, started.row, started.unit
         chosen = [catalogue.item(item) for item in row.candidates]
-        targets = [item for item, label in zip(chosen, row.labels, strict=True) if label]
-        facts = check_leaks(row.user, history, targets, self.recipe.repeated_kept)
-        nodes = node_provenance(self.recipe.plan(len(history)), result.records)
-        unit.counts.update(repeated_targets=facts.repeated_targets, near_duplicates=facts.near_duplicates)
+        plan = self.recipe.plan(len(started.history))
+        nodes = node_provenance(plan if result.records else (), result.records, started.history)
+        unit.counts.update(
+            repeated_targets=started.facts.repeated_targets, near_duplicates=started.facts.near_duplicates
+        )
         unit.counts.update({f"flag_{flag}": 1 for flag in nodes["flags"]})
         unit.counts.update(nodes=len(result.records), sampled=nodes["sampled"], words_cut=nodes["words_cut"])
         return make_sample(
             user=row.user,
             instruction=recommend_instruction(self.recipe.domain),
-            history=history,
+            history=started.history,
             candidates=[Candidate(item.id, item.text, label) for item, label in zip(chosen, row.labels, strict=True)],
             num_recent=self.recipe.num_recent,
             records=result.records,
-            provenance=self.recipe.provenance | nodes | ({"failed": result.error} if result.error else {}),
+            provenance=self.recipe.provenance | nodes | ({"failed": result.failure.reason} if result.failure else {}),
         )
 
     def _finish(self, unit: OpenUnit) -> None:
@@ -192,5 +221,5 @@ class Worker:
         else:
             samples = [unit.samples[position] for position in sorted(unit.samples)]
             facts = {"num_users": len(samples), "failed": unit.failed, "counts": dict(sorted((+unit.counts).items()))}
-            self.units_done += unit.work.commit(unit.unit, samples, facts, self.task)
+            unit.work.commit(unit.unit, samples, facts, self.task)
         self.leases.release(unit.lease)

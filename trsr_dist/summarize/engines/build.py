@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 from trsr_dist.config.sections import SummarizeSection
+from trsr_dist.errors import ConfigError, ModelError
 from trsr_dist.hashing import digest
 from trsr_dist.summarize.extract import EXTRACT_VERSION
 from trsr_dist.summarize.requests import Engine
@@ -13,10 +15,15 @@ from trsr_dist.summarize.requests import Engine
 SMALL_FILE = 1 << 20
 SAMPLED_BYTES = 1 << 16
 SAMPLES = 16
+COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def engine_identity(settings: SummarizeSection, model: str, seed: int) -> dict[str, Any]:
-    """All that a text depends on beside its prompt; part of every key and of the provenance. Loads no model."""
+    """All that a text depends on beside its prompt; part of every key and of the provenance. Loads no model.
+
+    Raises:
+        ModelError: a hub model's commit cannot be found out.
+    """
     if settings.scheme == "none":
         return {"engine": "none"}
     if settings.engine == "extractive":
@@ -26,7 +33,7 @@ def engine_identity(settings: SummarizeSection, model: str, seed: int) -> dict[s
         "engine": settings.engine,
         "model": settings.model,
         "revision": settings.revision,
-        "fingerprint": model_fingerprint(Path(model)),
+        "fingerprint": model_fingerprint(Path(model)) or hub_commit(settings),
         "precision": settings.precision,
         "prompt_style": settings.prompt_style,
         "max_prompt_tokens": settings.max_prompt_tokens,
@@ -39,12 +46,34 @@ def engine_identity(settings: SummarizeSection, model: str, seed: int) -> dict[s
 def model_fingerprint(folder: Path) -> str:
     """Hash of a model folder: small files whole (config, tokenizer, template), large ones by size and samples.
 
-    Empty where the model is no folder: a hub id with its revision, or a server's name for its model, says enough.
+    Empty where the model is no folder.
     """
     if not folder.is_dir():
         return ""
     files = sorted(path for path in folder.glob("*.*") if path.is_file())
     return digest([[path.name, path.stat().st_size, _content(path)] for path in files])[:32]
+
+
+def hub_commit(settings: SummarizeSection) -> str:
+    """The commit that a hub model's revision stands for, from the hub or its local cache; empty for a server's model.
+
+    Raises:
+        ModelError: neither knows it.
+    """
+    if settings.engine == "openai":
+        return ""
+    if COMMIT.fullmatch(settings.revision):
+        return settings.revision
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(settings.model, "config.json", revision=settings.revision or None)).parent.name
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise ModelError(
+            f"summarize.model={settings.model!r}: neither a folder nor a model that the hub or its cache gives "
+            f"({str(error).splitlines()[0]})"
+        ) from None
 
 
 def _content(path: Path) -> str:
@@ -59,20 +88,20 @@ def _content(path: Path) -> str:
     return digest(pieces)
 
 
-def build_engine(settings: SummarizeSection, model: str) -> Engine:
+def build_engine(settings: SummarizeSection, model: str, local_rank: int) -> Engine:
     """The engine that the settings ask for.
 
     Raises:
         ModelError: the model cannot be loaded.
-        ConfigError: the engine's library is not installed.
+        ConfigError: the engine's library is not installed, or no server is named.
     """
     if settings.engine == "extractive" or settings.scheme == "none":
         from trsr_dist.summarize.engines.extractive import ExtractiveEngine
 
         return ExtractiveEngine(settings.max_in_flight)
-    from trsr_dist.summarize.engines.transformers import TransformersEngine
-
-    return TransformersEngine.load(
+    if settings.engine == "openai":
+        return _client(settings)
+    common = (
         model,
         settings.revision,
         settings.trust_remote_code,
@@ -80,4 +109,27 @@ def build_engine(settings: SummarizeSection, model: str) -> Engine:
         settings.prompt_style,
         settings.max_prompt_tokens,
         settings.max_in_flight,
+    )
+    if settings.engine == "vllm":
+        from trsr_dist.summarize.engines.vllm import VllmEngine
+
+        return VllmEngine.load(*common)
+    from trsr_dist.summarize.engines.transformers import TransformersEngine
+
+    return TransformersEngine.load(*common, local_rank)
+
+
+def _client(settings: SummarizeSection) -> Engine:
+    try:
+        from trsr_dist.summarize.engines.openai import OpenAIEngine
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"summarize.engine=openai: {error}; pip install -e '.[openai]'") from None
+    return OpenAIEngine(
+        settings.base_url,
+        settings.model,
+        settings.prompt_style,
+        settings.max_prompt_tokens,
+        settings.max_in_flight,
+        settings.timeout_seconds,
+        settings.max_retries,
     )

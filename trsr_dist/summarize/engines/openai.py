@@ -13,8 +13,8 @@ from typing import Any
 
 import openai
 
-from trsr_dist.environment import secret
-from trsr_dist.errors import EngineError
+from trsr_dist.environment import secret, server_address
+from trsr_dist.errors import ConfigError, EngineError
 from trsr_dist.log import get_logger
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.quality import TURN_MARKERS
@@ -38,13 +38,16 @@ class OpenAIEngine:
     """Sends requests from a pool of threads; the key comes from the environment alone.
 
     Args:
-        base_url: address of the server, ending in ``/v1``.
+        base_url: address of the server, ending in ``/v1``; empty: ``OPENAI_BASE_URL``.
         model: the server's name for the model.
         prompt_style: ``plain``: the completions protocol; otherwise the chat protocol with the server's template.
         max_prompt_tokens: longer prompts are trimmed.
         max_in_flight: concurrent requests.
         timeout_seconds: of one try.
         max_retries: of one request.
+
+    Raises:
+        ConfigError: no address is given.
     """
 
     def __init__(
@@ -57,13 +60,18 @@ class OpenAIEngine:
         timeout_seconds: float,
         max_retries: int,
     ) -> None:
+        address = base_url or server_address()
+        if not address:
+            raise ConfigError(
+                "summarize.base_url is empty: engine=openai needs the server's address, http://host:8000/v1"
+            )
         self.capacity = max_in_flight
         self.model = model
         self.chat = prompt_style != "plain"
         self.max_prompt_tokens = max_prompt_tokens
         self.max_retries = max_retries
         self._client = openai.OpenAI(
-            base_url=base_url,
+            base_url=address,
             api_key=secret(KEY_VARIABLE) or "none",
             timeout=timeout_seconds,
             max_retries=max_retries,
@@ -105,9 +113,24 @@ class OpenAIEngine:
         except FATAL as error:
             self._done.put(EngineError(f"{self._client.base_url}: {describe(error)}; check base_url, model and key"))
         except openai.OpenAIError as error:
-            self._done.put(Completion(request.key, error=describe(error)))
+            self._done.put(self._blame(request, error))
         except RuntimeError as error:
             self._done.put(EngineError(f"{self._client.base_url}: {error}"))
+
+    def _blame(self, request: Request, error: openai.OpenAIError) -> Completion | EngineError:
+        """The request has failed, or the server is gone: then no request is at fault."""
+        if isinstance(error, openai.APIConnectionError) and not self._server_answers():
+            return EngineError(f"{self._client.base_url}: {describe(error)}; start the server and run the stage again")
+        return Completion(request.key, error=describe(error))
+
+    def _server_answers(self) -> bool:
+        try:
+            self._client.models.list()
+        except openai.APIStatusError:
+            return True
+        except (ValueError, openai.OpenAIError) as error:
+            return not isinstance(error, openai.APIConnectionError)
+        return True
 
     def _ask_until_valid(self, request: Request) -> Completion:
         reason = ""

@@ -6,22 +6,22 @@ float32 gives the text that ``generate`` gives for each prompt alone.
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from trsr_dist.errors import ModelError
 from trsr_dist.log import get_logger
-from trsr_dist.prompts.builder import resolve_style
 from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.summarize.engines.encoding import PromptEncoder, load_tokenizer, unreadable
 from trsr_dist.summarize.engines.slots import Slots
-from trsr_dist.summarize.quality import TURN_MARKERS
+from trsr_dist.summarize.quality import turn_place
 from trsr_dist.summarize.requests import Completion, Request
-from trsr_dist.summarize.trimming import trim_prompt
 
 PREFILL_ROWS = 8
 PREFILL_WASTE = 1.25
@@ -47,26 +47,21 @@ class TransformersEngine:
 
     Args:
         model: a decoder with full attention in all layers, in eval mode.
-        tokenizer: its tokenizer.
-        prompt_style: ``plain``, ``chat`` or ``auto``.
-        max_prompt_tokens: longer prompts are trimmed.
+        encoder: its tokenizer, with the prompt's style and limit.
         num_slots: sequences decoded at once.
 
     Raises:
         ModelError: the model has layers that this engine's cache does not serve.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, prompt_style: str, max_prompt_tokens: int, num_slots: int
-    ) -> None:
-        check_attention(model, max_prompt_tokens)
+    def __init__(self, model: PreTrainedModel, encoder: PromptEncoder, num_slots: int) -> None:
+        check_attention(model, encoder.max_prompt_tokens)
         self.capacity = 2 * num_slots
         self.model = model
-        self.tokenizer = tokenizer
-        self.style = resolve_style(tokenizer, prompt_style)
-        self.max_prompt_tokens = max_prompt_tokens
+        self.encoder = encoder
         self.num_slots = num_slots
-        self._stop_ids = stop_ids(model, tokenizer)
+        self._stop_ids = stop_ids(model, encoder.tokenizer)
+        self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
         self._waiting: deque[Sequence] = deque()
         self._prefilling: list[Sequence] = []
         self._active: list[Sequence] = []
@@ -83,41 +78,47 @@ class TransformersEngine:
         prompt_style: str,
         max_prompt_tokens: int,
         num_slots: int,
+        local_rank: int = 0,
     ) -> TransformersEngine:
-        """Load model and tokenizer, onto the GPU where there is one.
+        """Load model and tokenizer, onto this task's GPU where there is one.
+
+        On a CPU one thread is used: matrix products split their sums by threads, and texts shall not depend on how the
+        work was divided.
 
         Raises:
             ModelError: they cannot be loaded.
         """
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        num_gpus = torch.cuda.device_count()
+        device = torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu")
+        if not num_gpus:
+            torch.set_num_threads(1)
         if precision == "auto":
-            precision = "bfloat16" if device.type == "cuda" else "float32"
+            precision = "bfloat16" if num_gpus else "float32"
+        tokenizer = load_tokenizer(name_or_path, revision, trust_remote_code)
         options = {"revision": revision or None, "trust_remote_code": trust_remote_code}
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name_or_path, **options)
             model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=getattr(torch, precision), **options)
         except (OSError, ValueError) as error:
-            raise ModelError(f"summarize.model={name_or_path!r}: cannot be loaded: {error}") from None
-        return cls(model.to(device).eval(), tokenizer, prompt_style, max_prompt_tokens, num_slots)
+            raise unreadable(name_or_path, error) from None
+        encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens)
+        return cls(model.to(device).eval(), encoder, num_slots)
 
     def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
-        """Trim by true token count. A token holds at least one byte, so short prompts need no counting."""
-        if self.style == "plain" and len(prompt.text().encode()) < self.max_prompt_tokens:
-            return prompt, 0
-        return trim_prompt(prompt, lambda tried: len(self._encode(tried)), self.max_prompt_tokens)
+        return self.encoder.fit(prompt)
 
     def submit(self, request: Request) -> None:
-        self._waiting.append(Sequence(request, self._encode(request.prompt)))
+        prompt = self.encoder.encode(request.prompt)
+        needed = len(prompt) + request.max_new_tokens
+        if needed > self._context:
+            reason = f"{needed} tokens with the answer, {self._context} in the model's context; "
+            self._done.append(Completion(request.key, error=reason + "lower summarize.max_prompt_tokens"))
+            return
+        self._waiting.append(Sequence(request, prompt))
 
     def poll(self) -> list[Completion]:
         while not self._done and (self._waiting or self._active):
-            try:
-                if self._has_room():
-                    self._prefill(self._take_waiting())
-                elif self._active:
-                    self._decode()
-            except (torch.OutOfMemoryError, RuntimeError) as error:
-                self._shrink(error)
+            if not self._step():
+                self._shrink()
         done, self._done = self._done, []
         return done
 
@@ -129,12 +130,18 @@ class TransformersEngine:
     def _new_slots(self) -> Slots:
         return Slots(self.model.config.get_text_config().num_hidden_layers, self.num_slots, self.model.device)
 
-    def _encode(self, prompt: SummaryPrompt) -> list[int]:
-        text = prompt.text()
-        if self.style == "chat":
-            messages = [{"role": "user", "content": text}]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer(text, add_special_tokens=self.style == "plain")["input_ids"]
+    def _step(self) -> bool:
+        """Prefill or decode; False where memory does not suffice."""
+        try:
+            if self._has_room():
+                self._prefill(self._take_waiting())
+            else:
+                self._decode()
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        return True
 
     def _has_room(self) -> bool:
         """Whether to prefill now: a few at a time while others are decoding, for a step costs as much for one."""
@@ -171,6 +178,7 @@ class TransformersEngine:
         room = max(length + s.request.max_new_tokens for length, s in zip(lengths, sequences, strict=True))
         self._slots.admit(cache, lengths, room)
         self._active += sequences
+        self._prefilling = []
         first = len(self._active) - len(sequences)
         self._append(logits[torch.arange(len(sequences)), place], first)
 
@@ -214,7 +222,7 @@ class TransformersEngine:
         full = len(tokens) >= sequence.request.max_new_tokens
         if not (by_token or full or len(tokens) % STOP_CHECK_TOKENS == 0):
             return None
-        text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True)
         stopped = self._stop_place(text)
         if not (by_token or full or stopped is not None):
             return None
@@ -223,17 +231,12 @@ class TransformersEngine:
 
     def _stop_place(self, text: str) -> int | None:
         """Where the next turn begins. With a chat template the model ends its turn itself."""
-        if self.style == "chat":
-            return None
-        places = [place for place in (text.find(marker, 1) for marker in TURN_MARKERS) if place > 0]
-        return min(places, default=None)
+        return None if self.encoder.style == "chat" else turn_place(text)
 
-    def _shrink(self, error: RuntimeError) -> None:
+    def _shrink(self) -> None:
         """Out of memory: start over with half the places; a single sequence that does not fit has failed."""
-        if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
-            raise error
-        started = [*self._active, *(s for s in self._prefilling if s not in self._active)]
-        self._active = []
+        started = [*self._active, *self._prefilling]
+        self._active, self._prefilling = [], []
         if self.num_slots == 1:
             failed = started.pop(0)
             reason = f"out of memory with a prompt of {len(failed.prompt)} tokens alone"
@@ -245,6 +248,11 @@ class TransformersEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         log.warning("out of memory: going on with %d sequences at once", self.num_slots)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an allocation failed, on a GPU or (an unnamed error of the allocator) on a CPU."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def sample(logits: torch.Tensor, sequence: Sequence) -> int:

@@ -1,0 +1,67 @@
+"""From prompts to token ids with a Hugging Face tokenizer, for engines that hold the model in this process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from trsr_dist.errors import ModelError
+from trsr_dist.prompts.builder import resolve_style
+from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.summarize.trimming import trim_prompt
+
+
+class PromptEncoder:
+    """Writes, counts and trims the prompts of one model.
+
+    Args:
+        tokenizer: the model's.
+        style: ``plain``, ``chat`` or ``auto``.
+        max_prompt_tokens: longer prompts are trimmed.
+    """
+
+    def __init__(self, tokenizer: Any, style: str, max_prompt_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        self.style = resolve_style(tokenizer, style)
+        self.max_prompt_tokens = max_prompt_tokens
+
+    def encode(self, prompt: SummaryPrompt) -> list[int]:
+        """Token ids. A chat template writes its own special tokens."""
+        text = prompt.text()
+        if self.style == "chat":
+            messages = [{"role": "user", "content": text}]
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer(text, add_special_tokens=self.style == "plain")["input_ids"]
+
+    def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
+        """Trim by true token count. A token holds at least one byte, so short prompts need no counting.
+
+        Raises:
+            DataError: the instruction alone is over the limit.
+        """
+        if self.style == "plain" and len(prompt.text().encode()) < self.max_prompt_tokens:
+            return prompt, 0
+        return trim_prompt(prompt, lambda tried: len(self.encode(tried)), self.max_prompt_tokens)
+
+
+def load_tokenizer(name_or_path: str, revision: str, trust_remote_code: bool) -> Any:
+    """The tokenizer of a model folder or hub id.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(
+            name_or_path, revision=revision or None, trust_remote_code=trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise unreadable(name_or_path, error) from None
+
+
+def unreadable(name_or_path: str, error: Exception) -> ModelError:
+    """Why the summarizer's model cannot be used."""
+    return ModelError(
+        f"summarize.model={name_or_path!r}: cannot be loaded: {error}; name a complete model folder or a hub id, with "
+        "its summarize.revision"
+    )

@@ -1,0 +1,118 @@
+"""vLLM in this process, through its synchronous ``LLMEngine``.
+
+vLLM pins its own torch and transformers, so it needs an environment of its own with this package installed into it; a
+server (``vllm serve``, engine=openai) needs none. Written after vLLM 0.33 and not run there yet.
+"""
+
+from __future__ import annotations
+
+from trsr_dist.errors import ConfigError
+from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.summarize.engines.encoding import PromptEncoder, load_tokenizer
+from trsr_dist.summarize.quality import TURN_MARKERS
+from trsr_dist.summarize.requests import Completion, Request
+
+try:
+    from vllm import EngineArgs, LLMEngine, RequestOutput, SamplingParams, TokensPrompt
+    from vllm.exceptions import VLLMClientError
+    from vllm.sampling_params import RequestOutputKind
+except ImportError as error:
+    raise ConfigError(
+        f"summarize.engine=vllm: no vLLM here ({error}); pip install vllm in an environment of its own, then "
+        "pip install --no-deps -e . there (docs/summarization.md); or serve the model and use engine=openai"
+    ) from None
+
+
+class VllmEngine:
+    """Hands requests to vLLM's own scheduler, which batches them as they come.
+
+    Args:
+        model: folder or hub id.
+        revision: of a hub model; empty: the default branch.
+        trust_remote_code: run the model's own code.
+        precision: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        encoder: the model's tokenizer, with the prompt's style and limit.
+        max_in_flight: sequences generated at once.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        revision: str,
+        trust_remote_code: bool,
+        precision: str,
+        encoder: PromptEncoder,
+        max_in_flight: int,
+    ) -> None:
+        self.capacity = 2 * max_in_flight
+        self.encoder = encoder
+        self._done: list[Completion] = []
+        self._engine = LLMEngine.from_engine_args(
+            EngineArgs(
+                model=model,
+                revision=revision or None,
+                trust_remote_code=trust_remote_code,
+                dtype=precision,
+                max_num_seqs=max_in_flight,
+                enable_prefix_caching=True,
+            )
+        )
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str,
+        revision: str,
+        trust_remote_code: bool,
+        precision: str,
+        prompt_style: str,
+        max_prompt_tokens: int,
+        max_in_flight: int,
+    ) -> VllmEngine:
+        """Load model and tokenizer.
+
+        Raises:
+            ModelError: the tokenizer cannot be loaded.
+        """
+        tokenizer = load_tokenizer(name_or_path, revision, trust_remote_code)
+        encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens)
+        return cls(name_or_path, revision, trust_remote_code, precision, encoder, max_in_flight)
+
+    def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
+        return self.encoder.fit(prompt)
+
+    def submit(self, request: Request) -> None:
+        sampling = SamplingParams(
+            max_tokens=request.max_new_tokens,
+            temperature=request.temperature,
+            seed=request.seed if request.temperature else None,
+            stop=None if self.encoder.style == "chat" else list(TURN_MARKERS),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+        )
+        try:
+            self._engine.add_request(
+                request.key, TokensPrompt(prompt_token_ids=self.encoder.encode(request.prompt)), sampling
+            )
+        except (ValueError, VLLMClientError) as error:
+            self._done.append(Completion(request.key, error=str(error)))
+
+    def poll(self) -> list[Completion]:
+        while not self._done and self._engine.has_unfinished_requests():
+            self._done += [completion_of(output) for output in self._engine.step() if output.finished]
+        done, self._done = self._done, []
+        return done
+
+    def close(self) -> None:
+        del self._engine
+
+
+def completion_of(output: RequestOutput) -> Completion:
+    """What vLLM wrote, under the request's own key."""
+    written = output.outputs[0]
+    return Completion(
+        output.request_id,
+        written.text,
+        cut=written.finish_reason == "length",
+        prompt_tokens=len(output.prompt_token_ids),
+        new_tokens=len(written.token_ids),
+    )

@@ -1,0 +1,218 @@
+"""What is seen from outside: a small file of each task, and what they and the committed units add up to.
+
+RUN/summaries/progress/{settings}/job.json         splits and units of the job
+RUN/summaries/progress/{settings}/{task}.json      what a task has done, rewritten every few seconds
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from trsr_dist.errors import DataError
+from trsr_dist.files import read_json, write_json
+from trsr_dist.hashing import digest
+from trsr_dist.run import MANIFEST, RunFolder
+from trsr_dist.summarize.units import SplitWork
+
+JOB = "job.json"
+WRITE_SECONDS = 10.0
+"""Between two rewritings of a task's file."""
+SILENT_SECONDS = 60.0
+"""A task whose file is older than this is taken for dead."""
+RATE_SECONDS = 120.0
+"""Rates are those of the last minutes."""
+
+
+@dataclass(slots=True)
+class TaskProgress:
+    """What one task has done since its start."""
+
+    task: str
+    host: str
+    state: str = "running"
+    """running, done, stopped (asked to end) or failed."""
+    error: str = ""
+    users: int = 0
+    uncommitted: int = 0
+    """Users finished in units that are not committed yet."""
+    in_flight: int = 0
+    """Users begun and not finished."""
+    quarantined: int = 0
+    """Failed users of units that are not committed yet."""
+    nodes: int = 0
+    cache_hits: int = 0
+    requests: int = 0
+    retries: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    users_per_second: float = 0.0
+    tokens_per_second: float = 0.0
+    """Read and written."""
+    time: float = 0.0
+    """Unix seconds of this writing."""
+
+
+class Rates:
+    """Growth per second over the last minutes."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._marks: deque[tuple[float, tuple[float, ...]]] = deque([(clock(), ())])
+
+    def update(self, *totals: float) -> tuple[float, ...]:
+        """Growth per second of each total, all of them 0 at the beginning."""
+        now = self._clock()
+        self._marks.append((now, totals))
+        while len(self._marks) > 2 and self._marks[1][0] <= now - RATE_SECONDS:
+            self._marks.popleft()
+        then, before = self._marks[0]
+        elapsed = max(now - then, 1e-6)
+        return tuple((total - old) / elapsed for total, old in zip(totals, before or (0.0,) * len(totals), strict=True))
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """The job as a whole."""
+
+    num_users: int
+    users_done: int
+    in_flight: int
+    quarantined: int
+    nodes: int
+    cache_hits: int
+    tokens: int
+    """Read and written, by all tasks since the job was first started."""
+    users_per_second: float
+    tokens_per_second: float
+    splits: dict[str, str]
+    """``published`` or how many units are committed, by split."""
+    failures: list[dict[str, Any]]
+    """Quarantined users of committed units: user, node, key, reason."""
+    tasks: list[TaskProgress]
+    """Those at work and those that failed."""
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """None where nothing moves."""
+        left = self.num_users - self.users_done
+        return left / self.users_per_second if self.users_per_second else None if left else 0.0
+
+    @property
+    def scalars(self) -> dict[str, float]:
+        """By their TensorBoard names."""
+        values = {
+            "users_done": self.users_done,
+            "users_in_flight": self.in_flight,
+            "users_quarantined": self.quarantined,
+            "nodes": self.nodes,
+            "cache_hits": self.cache_hits,
+            "users_per_second": self.users_per_second,
+            "tokens_per_second": self.tokens_per_second,
+        }
+        if self.eta_seconds is not None:
+            values["eta_seconds"] = self.eta_seconds
+        return {f"summarize/{name}": value for name, value in values.items()}
+
+
+def write_job(folder: Path, works: dict[str, SplitWork]) -> None:
+    """Say what the job consists of; every task writes the same."""
+    splits = {
+        split: {"work": work.folder.name, "num_users": work.num_users, "users_per_unit": work.users_per_unit}
+        for split, work in works.items()
+    }
+    write_json(folder / JOB, {"splits": splits})
+
+
+class ProgressReader:
+    """Reads a job's progress again and again; committed units are read once.
+
+    Args:
+        run: the run folder.
+        folder: ``RUN/summaries/progress/{settings}``.
+    """
+
+    def __init__(self, run: RunFolder, folder: Path) -> None:
+        self.run = run
+        self.folder = folder
+        splits = read_json(folder / JOB)["splits"]
+        self._works = {
+            split: SplitWork(run.summaries / "work" / facts["work"], split, facts["num_users"], facts["users_per_unit"])
+            for split, facts in splits.items()
+        }
+
+    @classmethod
+    def latest(cls, run: RunFolder) -> ProgressReader | None:
+        """Of the job that was at work last; None where there has been none."""
+        jobs = sorted((run.summaries / "progress").glob(f"*/{JOB}"), key=lambda path: path.stat().st_mtime)
+        return cls(run, jobs[-1].parent) if jobs else None
+
+    def read(self) -> Overview:
+        """The state of the job at this moment."""
+        tasks = read_tasks(self.folder)
+        alive = [task for task in tasks if task.state == "running"]
+        parts = [self._read_split(split, work) for split, work in self._works.items()]
+        failures = [failure for _, _, failed in parts for failure in failed]
+        return Overview(
+            num_users=sum(work.num_users for work in self._works.values()),
+            users_done=sum(users for _, users, _ in parts) + sum(task.uncommitted for task in alive),
+            in_flight=sum(task.in_flight for task in alive),
+            quarantined=len(failures) + sum(task.quarantined for task in alive),
+            nodes=sum(task.nodes for task in tasks),
+            cache_hits=sum(task.cache_hits for task in tasks),
+            tokens=sum(task.prompt_tokens + task.new_tokens for task in tasks),
+            users_per_second=sum(task.users_per_second for task in alive),
+            tokens_per_second=sum(task.tokens_per_second for task in alive),
+            splits={split: state for split, (state, _, _) in zip(self._works, parts, strict=True)},
+            failures=failures,
+            tasks=[task for task in tasks if task.state in ("running", "failed")],
+        )
+
+    def _read_split(self, split: str, work: SplitWork) -> tuple[str, int, list[dict[str, Any]]]:
+        """State, users whose unit is committed, failures."""
+        failed = self._published_failures(split, work)
+        if failed is not None:
+            return "published", work.num_users, failed
+        units = [unit for unit in range(work.num_units) if work.is_done(unit)] if work.folder.exists() else []
+        users = sum(len(work.users(unit)) for unit in units)
+        return f"{len(units)} of {work.num_units} units", users, work.failures()
+
+    def _published_failures(self, split: str, work: SplitWork) -> list[dict[str, Any]] | None:
+        """Failures in the manifest of the published set; None where this job's set is not published."""
+        path = self.run.split(split) / MANIFEST
+        if not path.is_file():
+            return None
+        manifest = read_json(path)
+        own = work.folder.name == work_name(split, manifest["settings"], manifest["inputs"])
+        return manifest["failed"] if own else None
+
+
+def work_name(split: str, settings: dict[str, Any], inputs: dict[str, str]) -> str:
+    """Name of a split's work folder, which no other settings or inputs share."""
+    return f"{split}-{digest([settings, inputs])[:12]}"
+
+
+def read_tasks(folder: Path) -> list[TaskProgress]:
+    """Files of all tasks; one that stopped writing without a word is taken for ``killed``."""
+    tasks = []
+    for path in sorted(folder.glob("*.json")):
+        if path.name == JOB:
+            continue
+        try:
+            task = TaskProgress(**read_json(path))
+        except (DataError, TypeError):
+            continue
+        if task.state == "running" and time.time() - task.time > SILENT_SECONDS:
+            task.state = "killed"
+        tasks.append(task)
+    return tasks
+
+
+def write_task(folder: Path, progress: TaskProgress) -> None:
+    """Replace the task's file."""
+    progress.time = round(time.time(), 3)
+    write_json(folder / f"{progress.task}.json", asdict(progress))
