@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -21,8 +22,11 @@ def device_of(ranks: Ranks) -> torch.device:
     return torch.device("cpu")
 
 
-def init_distributed(ranks: Ranks, timeout_seconds: float = TIMEOUT_SECONDS, always: bool = False) -> None:
-    """Join the process group: NCCL on GPUs, gloo on CPUs.
+@contextmanager
+def process_group(ranks: Ranks, timeout_seconds: float = TIMEOUT_SECONDS, always: bool = False) -> Iterator[None]:
+    """Within this context the ranks are joined: by NCCL on GPUs, by gloo on CPUs. A group that is there is used.
+
+    After an error the group is left as it is: closing one whose members have died can wait for ever.
 
     Args:
         ranks: this process.
@@ -30,6 +34,7 @@ def init_distributed(ranks: Ranks, timeout_seconds: float = TIMEOUT_SECONDS, alw
         always: make a group of one process too (DeepSpeed wants one).
     """
     if dist.is_initialized() or (ranks.world_size == 1 and not always):
+        yield
         return
     export_ranks(ranks)
     device = device_of(ranks)
@@ -37,6 +42,8 @@ def init_distributed(ranks: Ranks, timeout_seconds: float = TIMEOUT_SECONDS, alw
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    yield
+    dist.destroy_process_group()
 
 
 def barrier() -> None:
@@ -70,9 +77,3 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
-
-
-def close() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()

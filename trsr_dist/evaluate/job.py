@@ -86,8 +86,7 @@ def score_everything(job: Evaluation, users: SplitUsers, ranks: Ranks, force: bo
     """Score this process's parts of every pass, then wait for the other ranks. Returns the model's provenance."""
     if force and array_task()[1] > 1:
         raise ConfigError("--force in a Slurm array would remove what other tasks write; remove the folder before")
-    distributed.init_distributed(ranks)
-    try:
+    with distributed.process_group(ranks):
         if ranks.is_main and force:
             job.clear()
         distributed.barrier()
@@ -100,15 +99,13 @@ def score_everything(job: Evaluation, users: SplitUsers, ranks: Ranks, force: bo
             base = load(job, job.base, ranks)
             run_passes(job, worker, "base", base, PromptBuilder(base.tokenizer, **builder.settings))
         distributed.barrier()
-    finally:
-        distributed.close()
     return provenance
 
 
 def load(job: Evaluation, name_or_path: str, ranks: Ranks) -> LoadedModel:
     """Open a model on this rank's device."""
-    device = f"cuda:{ranks.local_rank}" if torch.cuda.is_available() else "cpu"
-    if device == "cpu":
+    device = distributed.device_of(ranks)
+    if device.type == "cpu":
         # Matrix products split their sums by threads: one thread gives the same digits for any number of ranks.
         torch.set_num_threads(1)
     return open_model(

@@ -53,16 +53,15 @@ def train(config: Config, force: bool = False, dry_run: bool = False) -> int:
     follow_launcher()
     signals = StopSignals()
     heartbeat = Heartbeat(run.root, ranks, STUCK_FACTOR * config.train.timeout_seconds)
-    distributed.init_distributed(ranks, config.train.timeout_seconds, always=True)
+    reasons = StopReasons(run.root, signals, walltime_of(config.train.walltime_seconds), ranks.is_main)
     heartbeat.start()
-    control = Control(
-        StopReasons(run.root, signals, walltime_of(config.train.walltime_seconds), ranks.is_main),
-        heartbeat,
-    )
-    with _named_failures(run, ranks), _locked(run, ranks) as lock:
-        ending = _train(config, run, ranks, control, lock, force)
+    with (
+        _named_failures(run, ranks),
+        distributed.process_group(ranks, config.train.timeout_seconds, always=True),
+        _locked(run, ranks) as lock,
+    ):
+        ending = _train(config, run, ranks, Control(reasons, heartbeat), lock, force)
     heartbeat.stop()
-    distributed.close()
     return 0 if ending.is_complete else EXIT_REQUEUE
 
 

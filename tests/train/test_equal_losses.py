@@ -1,0 +1,61 @@
+"""Losses do not depend on ZeRO stage, offloading, number of ranks, packing or sharing: all equal a plain loop's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.spawn import run_ranks
+from tests.train.world import NUM_STEPS, link_run, losses_of, make_config, make_run, plain_losses
+from trsr_dist.config import load_config
+
+OFFLOAD = {"device": "cpu"}
+STAGES = {
+    "zero0": {"stage": 0},
+    "zero1": {"stage": 1},
+    "zero2": {"stage": 2},
+    "zero2_offload": {"stage": 2, "offload_optimizer": OFFLOAD},
+    "zero3": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "zero3_offload": {"stage": 3, "offload_optimizer": OFFLOAD, "offload_param": OFFLOAD},
+}
+WORLD_SIZES = (1, 2, 4)
+
+
+def train_all(rank: int, world_size: int, folder: Path) -> None:
+    """Train under every stage, one after the other, in one process group."""
+    from trsr_dist.train.job import train
+
+    for name in STAGES:
+        assert train(load_config(folder / name / "config.yaml")) == 0
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def plain(source: Path) -> list[float]:
+    return plain_losses(make_config(source))
+
+
+@pytest.fixture(scope="module", params=WORLD_SIZES)
+def runs(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of all stages on this number of ranks."""
+    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
+    for name, zero in STAGES.items():
+        run = link_run(folder / name, source)
+        (run / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
+        make_config(run, train={"deepspeed_config": str(run / "ds.json")})
+    run_ranks(train_all, request.param, folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_losses_equal_a_plain_loop(runs: Path, plain: list[float], name: str) -> None:
+    losses = losses_of(runs / name)
+    assert sorted(losses) == list(range(1, NUM_STEPS + 1))
+    assert max(plain) - min(plain) > 0.1, "the loop must learn, or equal losses say nothing"
+    assert [losses[step] for step in sorted(losses)] == pytest.approx(plain, abs=1e-5)
