@@ -19,6 +19,7 @@ from trsr_dist.model.fingerprint import base_fingerprint
 from trsr_dist.model.loading import load_base
 from trsr_dist.model.lora import adapter_config, add_lora
 from trsr_dist.model.recommender import Recommender
+from trsr_dist.model.recomputation import enable_recomputation
 from trsr_dist.planning.flops import training_flops
 from trsr_dist.planning.hardware import recognize
 from trsr_dist.planning.shape import ModelShape
@@ -81,7 +82,7 @@ class Build:
             base, lora.r, lora.alpha, lora.dropout, lora.target_modules, lora.use_rslora, self.config.run.seed
         )
         if self.config.train.activation_checkpointing:
-            base.gradient_checkpointing_enable({"use_reentrant": False})
+            enable_recomputation(base)
         base.peft_adapter_config = config
         return Recommender(base, prepared.builder.answer_ids, prepared.backend)
 

@@ -1,0 +1,214 @@
+"""Sharing prefixes changes nothing: logits and LoRA gradients equal those of separate, unpadded sequences."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from tests.model.world import (
+    ANSWERS,
+    CONFIGS,
+    CPU,
+    ROPES,
+    gradients,
+    make_model,
+    make_row,
+    make_user,
+    model_config,
+    recommender,
+    relative,
+    run,
+)
+from trsr_dist.model.attention import backends
+from trsr_dist.model.attention.layout import Layout
+from trsr_dist.model.inputs import RowInputs, separate_prompts
+from trsr_dist.model.text_targets import text_targets
+from trsr_dist.rows import PackedRow, pack_row
+
+BACKENDS = ["cpu", "dense"]
+HEADS = [0, 12]
+
+
+def one_by_one(model: nn.Module, row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
+    """The oracle: every prompt alone through the stock model, nothing of this project in it."""
+    model.zero_grad()
+    logits = []
+    for prompt, label in zip(separate_prompts(row), row.labels, strict=True):
+        output = model(input_ids=torch.tensor(prompt)[None]).logits[:, -1]
+        target = torch.tensor([ANSWERS[0] if label else ANSWERS[1]])
+        nn.functional.cross_entropy(output.float(), target, reduction="sum").backward()
+        logits.append(output.detach().float())
+    return torch.cat(logits), gradients(model)
+
+
+def assert_equal(found: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> None:
+    torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=0)
+    assert relative(found[1], expected[1]) < 1e-5
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_equal_to_separate_sequences(kind: str, backend: str, head: int) -> None:
+    model, row = make_model(model_config(kind)), make_row(head)
+    assert row.head_length == head
+    assert_equal(run(recommender(model, backend), row), one_by_one(model, row))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_equal_with_recomputed_activations(backend: str) -> None:
+    model, row = make_model(model_config()), make_row(12)
+    whole = run(recommender(model, backend), row)
+    recomputed = run(recommender(model, backend, checkpointing=True), row)
+    assert torch.equal(whole[0], recomputed[0])
+    assert_equal(recomputed, one_by_one(model, row))
+
+
+def test_recomputation_is_really_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    original = backends.Cascade.forward
+    counted = staticmethod(lambda *args: (calls.append(1), original(*args))[1])
+    monkeypatch.setattr(backends.Cascade, "forward", counted)
+    model, row = make_model(model_config()), make_row()
+    run(recommender(model, "cpu"), row)
+    without = len(calls)
+    run(recommender(model, "cpu", checkpointing=True), row)
+    assert (without, len(calls) - without) == (3, 5), "the two layers below the last one run twice"
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_no_gradient_is_computed_below_the_first_adapter(checkpointing: bool) -> None:
+    model = recommender(make_model(model_config()), "cpu", checkpointing)
+    seen = []
+    model.causal.model.embed_tokens.register_forward_hook(lambda *args: seen.append(args[-1].requires_grad))
+    run(model, make_row())
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("rope", ROPES)
+def test_equal_with_scaled_rotary_positions(rope: str) -> None:
+    model, row = make_model(model_config(rope=rope, max_position_embeddings=256)), make_row(12)
+    assert_equal(run(recommender(model, "cpu"), row), one_by_one(model, row))
+
+
+@pytest.mark.parametrize("settings", [{"num_key_value_heads": 4}, {"num_key_value_heads": 1}, {"head_dim": 32}])
+def test_equal_with_other_heads(settings: dict) -> None:
+    model, row = make_model(model_config(**settings)), make_row(12)
+    assert_equal(run(recommender(model, "cpu"), row), one_by_one(model, row))
+
+
+def test_equal_with_all_linear_layers_adapted() -> None:
+    model, row = make_model(model_config(), targets="all"), make_row(12)
+    assert_equal(run(recommender(model, "cpu"), row), one_by_one(model, row))
+
+
+def test_pair_is_the_two_logits_in_float32() -> None:
+    model, row = make_model(model_config()), make_row(12)
+    logits, _ = run(recommender(model, "cpu"), row)
+    pair, _ = run(recommender(model, "cpu"), row, "pair")
+    torch.testing.assert_close(pair, logits[:, list(ANSWERS)], atol=1e-5, rtol=0)
+
+
+def test_rows_do_not_depend_on_their_other_users() -> None:
+    model = make_model(model_config())
+    users = [make_user("a", 60, (5, 6), 8), make_user("b", 33, (4,), 8)]
+    together, _ = run(recommender(model, "cpu"), pack_row(users))
+    alone = torch.cat([run(recommender(model, "cpu"), pack_row([user]))[0] for user in users])
+    torch.testing.assert_close(together, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_full_text_loss_equals_separate_sequences(backend: str) -> None:
+    model, row = make_model(model_config()), make_row(12)
+    model.zero_grad()
+    expected = 0.0
+    for prompt, label in zip(separate_prompts(row), row.labels, strict=True):
+        text = torch.tensor([*prompt, ANSWERS[0] if label else ANSWERS[1]])
+        logits = model(input_ids=text[None, :-1]).logits[0]
+        loss = nn.functional.cross_entropy(logits.float(), text[1:])
+        loss.backward()
+        expected += loss.item()
+    shared = recommender(model, backend)
+    loss = shared(RowInputs(row, CPU), "text", text_targets(row, ANSWERS, CPU))
+    loss.backward()
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert relative(gradients(shared), gradients(model)) < 1e-5
+
+
+def test_separate_fallback_equals_the_oracle() -> None:
+    model, row = make_model(model_config()), make_row(12)
+    assert_equal(run(recommender(model, None), row), one_by_one(model, row))
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_bfloat16_is_as_near_to_float32_as_separate_sequences_are(kind: str) -> None:
+    row = make_row(12)
+    exact = one_by_one(make_model(model_config(kind)), row)
+    model = make_model(model_config(kind), torch.bfloat16)
+    shared, separate = run(recommender(model, "cpu"), row), one_by_one(model, row)
+    spread = float(exact[0].std())
+    assert float((shared[0] - exact[0]).abs().max()) < 2 * float((separate[0] - exact[0]).abs().max()) + 0.01 * spread
+    assert relative(shared[1], exact[1]) < 2 * relative(separate[1], exact[1]) + 0.01
+
+
+class TestNegativeControls:
+    """What goes wrong must be seen by these tests: each fault moves the results by far more than the tolerance."""
+
+    def test_positions_that_do_not_restart(self) -> None:
+        model, row = make_model(model_config()), make_row()
+        object.__setattr__(row, "position_ids", torch.arange(row.num_tokens).numpy())
+        assert self._error(model, row, "cpu") > 1e-3
+
+    def test_candidates_that_see_earlier_ones(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def mask(layout: Layout) -> torch.Tensor:
+            own, _ = layout.segments
+            user = torch.cat([own[: layout.suffix_start], own.new_tensor(_owners(layout))])
+            places = torch.arange(layout.num_tokens)
+            return (user[None] == user[:, None]) & (places[None] <= places[:, None])
+
+        monkeypatch.setattr(Layout, "mask", property(mask))
+        assert self._error(make_model(model_config()), make_row(), "dense") > 1e-3
+
+    def test_gradient_of_the_log_sum_exp_that_is_dropped(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """The obvious merge of FlashAttention 2's outputs: right forward, dq and dk wrong by percents."""
+        monkeypatch.setattr(backends.Cascade, "apply", _merge_without_gradient)
+        model, row = make_model(model_config()), make_row()
+        found, expected = run(recommender(model, "cpu"), row), one_by_one(model, row)
+        torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=0)
+        assert relative(found[1], expected[1]) > 1e-3
+
+    @staticmethod
+    def _error(model: nn.Module, row: PackedRow, backend: str) -> float:
+        return float((run(recommender(model, backend), row)[0] - one_by_one(model, row)[0]).abs().max())
+
+
+def _owners(layout: Layout) -> list[int]:
+    return [user + 1 for user, total in enumerate(layout.suffix_totals) for _ in range(total)]
+
+
+def _merge_without_gradient(q, k, v, calls, kernel, scale):  # noqa: ANN001, ANN202
+    """Each call differentiable by itself, as FlashAttention 2 is, and log-sum-exps taken for constants."""
+
+    class One(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, q, k, v, call):  # noqa: ANN001, ANN205
+            out, lse = kernel.forward(q, k, v, call, scale)
+            ctx.save_for_backward(q, k, v, out, lse)
+            ctx.call = call
+            ctx.mark_non_differentiable(lse)
+            return out, lse
+
+        @staticmethod
+        def backward(ctx, grad, _):  # noqa: ANN001, ANN205
+            return *kernel.backward(grad.contiguous(), ctx.saved_tensors, ctx.call, scale), None
+
+    out, lse = One.apply(q, k[calls[0].keys], v[calls[0].keys], calls[0])
+    for call in calls[1:]:
+        part, part_lse = One.apply(q[call.queries], k[call.keys], v[call.keys], call)
+        rows = call.queries
+        total = torch.logaddexp(lse[:, rows], part_lse)
+        old, new = ((x - total).exp().t()[..., None] for x in (lse[:, rows], part_lse))
+        out = torch.cat([out[: rows.start], out[rows] * old + part * new, out[rows.stop :]])
+        lse = torch.cat([lse[:, : rows.start], total, lse[:, rows.stop :]], dim=1)
+    return out
