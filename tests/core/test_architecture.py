@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "shards": {"prompts"},
     "summarize": {"prompts", "data", "shards"},
     "model": {"prompts", "shards", "data"},
-    "train": {"planning", "prompts", "shards", "model"},
+    "train": {"planning", "prompts", "shards", "model", "evaluate"},
     "merge": {"prompts", "shards", "model"},
     "evaluate": {"prompts", "shards", "data", "model"},
 }
