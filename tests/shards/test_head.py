@@ -95,12 +95,12 @@ def test_lengths_of_a_restored_shard_are_measured_again(tmp_path: Path) -> None:
     assert measure_lengths(shards, make_builder()).facts.num_damaged == 0
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", None])
+@pytest.mark.parametrize("content", [b"", b"not lengths", b"\0" * 64, None])
 def test_damaged_lengths_are_measured_again(tmp_path: Path, content: bytes | None) -> None:
     shards = make_split(tmp_path / "train", SIZES)
     folder = lengths_folder(shards, make_builder())
     table = measure_lengths(shards, make_builder()).table([(0, 30)])
-    path = folder / "train-000001.tar.npy"
+    path = folder / "train-000001.tar.lengths"
     path.write_bytes(path.read_bytes()[:-4] if content is None else content)
     (folder / "summary.json").unlink()
     measure_lengths(shards, make_builder())

@@ -149,6 +149,12 @@ class Catalogue:
         """Unix seconds at which the first user is known to have met the item; 0 where nobody did or without times."""
         return self._rows.value(4, row)
 
+    def numbers(self) -> dict[str, tuple[int, int]]:
+        """Popularity and first_seen of every item, by its id."""
+        ids = (item for batch in self._rows.batches for item in batch.column("id").to_pylist())
+        values = (self._rows.column(name).tolist() for name in ("popularity", "first_seen"))
+        return dict(zip(ids, zip(*values, strict=True), strict=True))
+
     def item(self, row: int) -> Item:
         return Item(self.id(row), self.text(row), self.category(row))
 

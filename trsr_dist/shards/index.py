@@ -24,7 +24,7 @@ END_BYTES = 1024
 
 
 def index_path(tar: Path) -> Path:
-    return tar.with_name(f"{tar.name}.index.npy")
+    return tar.with_name(f"{tar.name}.index")
 
 
 def scan_tar(path: Path) -> np.ndarray:
@@ -78,7 +78,13 @@ def _check_end(path: Path, end: int, num_samples: int) -> None:
 def write_index(path: Path, rows: np.ndarray, sha256: str) -> None:
     """Write the index of the tar at ``path``; its first row says which tar it was made from."""
     with atomic_file(index_path(path), "wb") as stream:
-        np.save(stream, np.concatenate([_header(path.stat().st_size, sha256), rows]))
+        stream.write(with_header(path.stat().st_size, sha256, rows).tobytes())
+
+
+def with_header(tar_bytes: int, sha256: str, rows: np.ndarray) -> np.ndarray:
+    """All that an index holds. First row: size and part of the hash of the tar, number and CRC-32 of the other rows."""
+    header = (tar_bytes, _sha_prefix(sha256), len(rows), zlib.crc32(rows.tobytes()))
+    return np.concatenate([np.array([header], dtype=ROW), rows])
 
 
 def build_index(path: Path) -> np.ndarray:
@@ -97,22 +103,19 @@ def open_index(path: Path, sha256: str, num_samples: int) -> np.ndarray:
     index = index_path(path)
     fix = "rebuild it with tools/inspect_shards.py --index"
     try:
-        rows = np.load(index, mmap_mode="r")
+        rows = np.memmap(index, dtype=ROW, mode="r").view(np.ndarray)
     except FileNotFoundError:
         raise DataError(f"{index}: missing; {fix}") from None
-    except (ValueError, EOFError) as error:
+    except ValueError as error:
         raise DataError(f"{index}: not an index ({error}); {fix}") from None
-    if rows.dtype != ROW or not len(rows):
-        raise DataError(f"{index}: dtype {rows.dtype}, expected {ROW}; {fix}")
-    if rows[0]["key"] != _sha_prefix(sha256):
+    header, rows = rows[0], rows[1:]
+    if header["key"] != _sha_prefix(sha256):
         raise DataError(f"{index}: made from another version of {path.name}; {fix}")
-    if len(rows) - 1 != num_samples:
-        raise DataError(f"{index}: {len(rows) - 1} samples, the manifest says {num_samples}; {fix}")
-    return rows[1:]
-
-
-def _header(tar_bytes: int, sha256: str) -> np.ndarray:
-    return np.array([(tar_bytes, _sha_prefix(sha256), 0, 0)], dtype=ROW)
+    if len(rows) != num_samples:
+        raise DataError(f"{index}: {len(rows)} samples, the manifest says {num_samples}; {fix}")
+    if header["crc"] != zlib.crc32(rows):
+        raise DataError(f"{index}: damaged, its checksum differs; {fix}")
+    return rows
 
 
 def _sha_prefix(sha256: str) -> int:

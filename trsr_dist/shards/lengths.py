@@ -6,6 +6,7 @@ folder is named by ``PromptBuilder.fingerprint``; the tars are never touched.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trsr_dist.files import read_json
+from trsr_dist.files import atomic_file, read_json
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.shards.reader import ShardSet
 
@@ -21,9 +22,9 @@ TRIMS = ("recent_dropped", "summary_words_cut", "item_words_cut", "candidates_ca
 TRIMS_FOR_ALL = TRIMS[:3]
 """These depend on all of a user's candidates; the cap on a candidate depends on that candidate alone."""
 SUMMARY = "summary.json"
-NUM_HEADER = 4 + len(TRIMS)
-"""int32s before a file's table: samples, part of the tar's hash, damaged samples, tokens of the head, users with each
-kind of trim."""
+NUM_HEADER = 5 + len(TRIMS)
+"""int32s before a file's table: CRC-32 of all that follows, samples, part of the tar's hash, damaged samples, tokens of
+the head, users with each kind of trim."""
 OPEN_FILES = 128
 """Kept memory-mapped; each holds a file descriptor, as the shards do."""
 
@@ -114,8 +115,7 @@ class Lengths:
 
     def header(self, shard: int) -> Header:
         """Counts of a shard."""
-        array = np.load(length_path(self.folder, self.shards.facts[shard]), mmap_mode="r")
-        damaged, head, *trims = array[2:NUM_HEADER].tolist()
+        damaged, head, *trims = _map(length_path(self.folder, self.shards.facts[shard]))[3:NUM_HEADER].tolist()
         return Header(damaged, head, dict(zip(TRIMS, trims, strict=True)))
 
     def table(self, runs: Sequence[tuple[int, int]]) -> Table:
@@ -144,26 +144,44 @@ class Lengths:
 
     def _open_shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
         facts = self.shards.facts[shard]
-        array = np.load(length_path(self.folder, facts), mmap_mode="r")
-        return _split_file(array)
+        return _split_file(_map(length_path(self.folder, facts)))
 
 
 def length_path(folder: Path, facts: dict) -> Path:
-    return folder / f"{facts['name']}.npy"
+    return folder / f"{facts['name']}.lengths"
+
+
+def write_lengths(folder: Path, facts: dict, header: Header, starts: Sequence[int], values: Sequence[int]) -> None:
+    """Write a shard's file.
+
+    Args:
+        folder: of the split's lengths.
+        facts: what the manifest says of the shard.
+        header: counts.
+        starts: where each sample's values begin, and where the last one's end.
+        values: of each sample ``prefix << 1 | trimmed``, then ``suffix << 1 | label`` of each candidate; of a damaged
+            sample 0.
+    """
+    trims = (header.trimmed_users[name] for name in TRIMS)
+    counts = [facts["num_samples"], sha_part(facts), header.num_damaged, header.head_tokens, *trims]
+    content = np.array([*counts, *starts, *values], dtype="<i4").tobytes()
+    with atomic_file(length_path(folder, facts), "wb") as stream:
+        stream.write(zlib.crc32(content).to_bytes(4, "little") + content)
 
 
 def is_measured(folder: Path, facts: dict) -> bool:
-    """Whether a shard's file is there, whole, and made from this version of the tar."""
+    """Whether a shard's file is there, undamaged, and made from this version of the tar."""
     try:
-        array = np.load(length_path(folder, facts), mmap_mode="r")
-    except (FileNotFoundError, ValueError, EOFError):
+        array = _map(length_path(folder, facts))
+    except (FileNotFoundError, ValueError):
         return False
-    end = NUM_HEADER + facts["num_samples"]
-    return (
-        len(array) > end
-        and array[:2].tolist() == [facts["num_samples"], sha_part(facts)]
-        and (array[end] == len(array) - end - 1)
-    )
+    is_whole = len(array) > NUM_HEADER and array[:1].view("<u4")[0] == zlib.crc32(array[1:])
+    return bool(is_whole) and array[1:3].tolist() == [facts["num_samples"], sha_part(facts)]
+
+
+def _map(path: Path) -> np.ndarray:
+    """int32, memory-mapped."""
+    return np.memmap(path, dtype="<i4", mode="r").view(np.ndarray)
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
@@ -171,8 +189,8 @@ def _joined(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def _split_file(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Starts of the samples, and values: prefix << 1 | trimmed, then suffix << 1 | label of each candidate."""
-    num_samples = int(array[0])
+    """Starts and values, see ``write_lengths``."""
+    num_samples = int(array[1])
     return array[NUM_HEADER : NUM_HEADER + num_samples + 1], array[NUM_HEADER + num_samples + 1 :]
 
 

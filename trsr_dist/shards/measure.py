@@ -10,10 +10,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-import numpy as np
-
 from trsr_dist.errors import DataError
-from trsr_dist.files import atomic_file, read_json, write_json
+from trsr_dist.files import read_json, write_json
 from trsr_dist.log import get_logger, progress
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import TokenizedUser
@@ -21,12 +19,12 @@ from trsr_dist.shards.lengths import (
     SUMMARY,
     TRIMS,
     TRIMS_FOR_ALL,
+    Header,
     LengthFacts,
     Lengths,
     is_measured,
-    length_path,
     lengths_folder,
-    sha_part,
+    write_lengths,
 )
 from trsr_dist.shards.reader import ShardSet
 
@@ -159,9 +157,8 @@ class Measuring:
                 head = _common_length(tokenized.prefix, first[:head])
                 trims.update(name for name in tokenized.trims if name in TRIMS)
             starts.append(len(values))
-        header = [facts["num_samples"], sha_part(facts), damaged, head, *(trims[name] for name in TRIMS)]
-        with atomic_file(length_path(self.folder, facts), "wb") as stream:
-            np.save(stream, np.array([*header, *starts, *values], dtype=np.int32))
+        header = Header(damaged, head, {name: trims[name] for name in TRIMS})
+        write_lengths(self.folder, facts, header, starts, values)
 
 
 def _measure_shards(measuring: Measuring, numbers: list[int], num_workers: int) -> None:

@@ -131,13 +131,15 @@ class ShardSet:
 
     Raises:
         RunError: there is no manifest.
-        DataError: a shard that the manifest names is missing.
+        DataError: a shard that the manifest names is missing, or it names none.
     """
 
     def __init__(self, folder: str | Path, cache: ShardCache | None = None) -> None:
         self.folder = Path(folder)
         self.manifest_hash = manifest_hash(self.folder)
         self.manifest = read_json(self.folder / MANIFEST)
+        if "shards" not in self.manifest:
+            raise DataError(f"{self.folder / MANIFEST}: names no shards; give the folder of a split, RUN/shards/train")
         self.facts: list[dict] = self.manifest["shards"]
         self.starts = np.cumsum([0, *(facts["num_samples"] for facts in self.facts)])
         self.index = lru_cache(maxsize=OPEN_SHARDS)(self._open_index)

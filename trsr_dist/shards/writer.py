@@ -58,7 +58,12 @@ def candidate_digest(sample: Sample) -> str:
 
 
 def write_split_manifest(
-    folder: Path, shards: list[ShardFacts], settings: dict[str, Any], inputs: dict[str, str], **facts: Any
+    folder: Path,
+    shards: list[ShardFacts],
+    settings: dict[str, Any],
+    inputs: dict[str, str],
+    stage: str = "summarize",
+    **facts: Any,
 ) -> None:
     """Write the manifest that makes a folder of shards a split; call it last.
 
@@ -67,11 +72,12 @@ def write_split_manifest(
         shards: in the split's order.
         settings: the config that the bytes depend on.
         inputs: hashes of what was read.
+        stage: that wrote the shards.
         **facts: counts and whatever else the stage wants to keep.
     """
     write_manifest(
         folder,
-        "summarize",
+        stage,
         settings,
         inputs,
         **facts,

@@ -1,0 +1,77 @@
+"""Look into shards: counts, lengths, label balance, duplicates, leaks, shortcuts, damage.
+
+DIR is RUN/shards or the folder of one split. Token lengths are measured beside the shards where they are missing. The
+exit status is 1 where something is wrong; warnings leave it 0.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trsr_dist.environment import prepare_process
+
+prepare_process()
+
+from trsr_dist.cli import run_command  # noqa: E402
+from trsr_dist.config import Config, load_config  # noqa: E402
+from trsr_dist.data.store import HistoryStore  # noqa: E402
+from trsr_dist.log import setup_logging  # noqa: E402
+from trsr_dist.prompts.builder import PromptBuilder  # noqa: E402
+from trsr_dist.run import MANIFEST, RunFolder  # noqa: E402
+from trsr_dist.shards.inspect.job import Options, inspect_shards  # noqa: E402
+from trsr_dist.shards.inspect.tokens import Tokens  # noqa: E402
+from trsr_dist.shards.plan import PackingSettings  # noqa: E402
+
+EXAMPLE = "python tools/inspect_shards.py runs/quickstart/shards --config configs/quickstart.yaml --verify"
+
+
+def main() -> int:
+    """Parse, look, print."""
+    args = parse_arguments()
+    setup_logging(stage="inspect")
+    config = (
+        load_config(args.config, args.overrides) if args.config else Config.model_validate({"data": {"format": "demo"}})
+    )
+    options = Options(args.index, args.verify, args.samples, make_tokens(args, config), item_numbers(args.dir))
+    return inspect_shards(args.dir, options)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("dir", type=Path, metavar="DIR", help="RUN/shards, or the folder of one split")
+    add("--config", metavar="FILE", help="of the run: its tokenizer, prompt and row settings are used")
+    add("--tokenizer", metavar="DIR", help="model folder or hub id, in place of the config's")
+    add("--verify", action="store_true", help="check every byte")
+    add("--index", action="store_true", help="first build missing indexes, and the manifest of tars from elsewhere")
+    add("--samples", type=int, default=1, metavar="N", help="samples to show of each split (default: 1)")
+    add("--workers", type=int, default=0, metavar="N", help="processes that measure token lengths")
+    add("overrides", nargs="*", metavar="key=value", help="override a setting of the config")
+    return parser.parse_intermixed_args()
+
+
+def make_tokens(args: argparse.Namespace, config: Config) -> Tokens | None:
+    """The tokenizer and settings of the run; None where none was named."""
+    name = args.tokenizer or (args.config and RunFolder(Path(config.run.dir)).resolve(config.model.name_or_path))
+    if not name:
+        return None
+    from trsr_dist.model.loading import BaseSource, load_tokenizer
+
+    tokenizer = load_tokenizer(BaseSource(name, config.model.revision, config.model.trust_remote_code))
+    train = config.train
+    packing = PackingSettings(train.row_tokens, train.rows_per_step, train.negatives_per_positive, config.run.seed)
+    return Tokens(PromptBuilder(tokenizer, **config.prompt.model_dump()), packing, args.workers)
+
+
+def item_numbers(folder: Path) -> dict[str, tuple[int, int]] | None:
+    """Popularity and time of the items, where the run's histories lie beside the shards."""
+    folders = [parent / "histories" for parent in folder.resolve().parents[:2]]
+    found = [path for path in folders if (path / MANIFEST).is_file()]
+    return HistoryStore(found[0]).catalogue.numbers() if found else None
+
+
+if __name__ == "__main__":
+    run_command(main)

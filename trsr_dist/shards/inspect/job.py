@@ -1,0 +1,153 @@
+"""Looks into the shards of one split, or of all splits of a run, and says what it found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from trsr_dist.errors import DataError, TrsrError
+from trsr_dist.files import read_json
+from trsr_dist.run import MANIFEST
+from trsr_dist.shards.inspect.adopt import index_split
+from trsr_dist.shards.inspect.content import SplitContent, judge_content, read_content
+from trsr_dist.shards.inspect.findings import Findings
+from trsr_dist.shards.inspect.overlap import TRAIN, judge_overlaps
+from trsr_dist.shards.inspect.shortcuts import ItemNumbers
+from trsr_dist.shards.inspect.tokens import Tokens, histogram, show_text
+from trsr_dist.shards.inspect.verify import verify_split
+from trsr_dist.shards.reader import ShardSet
+
+ORDER = ("train", "valid", "test")
+FREQUENT = 0.01
+"""Share of the items whose share of the targets tells how uneven they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What to do beside looking at the samples."""
+
+    index: bool = False
+    """Build missing indexes and manifests first."""
+    verify: bool = False
+    """Check every byte."""
+    num_samples: int = 1
+    """Samples to show of each split."""
+    tokens: Tokens | None = None
+    """None: what needs a tokenizer is left out."""
+    numbers: ItemNumbers | None = None
+    """Of the run's items; None: what needs them is left out."""
+
+
+def inspect_shards(folder: Path, options: Options) -> int:
+    """Print what is in the shards below ``folder``; returns 1 where something is wrong, else 0.
+
+    Raises:
+        DataError: there are no shards.
+    """
+    folders = split_folders(folder)
+    if options.index:
+        for path in folders:
+            index_split(path)
+    findings = Findings()
+    if options.verify:
+        for path in folders:
+            print(f"{path}: verified {verify_split(path, findings):,} bytes of tars with their indexes")
+    shards = {path.name: opened for path in folders if (opened := _open(path, findings)) is not None}
+    contents = {name: read_content(opened, name, options.numbers) for name, opened in shards.items()}
+    for name, content in contents.items():
+        print("\n".join(_describe(content, shards[name], options, findings)) + "\n")
+        judge_content(content, shards[name], findings)
+    judge_overlaps(contents, shards, findings)
+    print("\n".join([*_left_out(contents, options), *findings.lines()]))
+    return 1 if findings.errors else 0
+
+
+def split_folders(folder: Path) -> list[Path]:
+    """``folder`` itself where it is a split, else the splits in it.
+
+    Raises:
+        DataError: it is neither.
+    """
+    if _is_split(folder):
+        return [folder]
+    found = [path for path in folder.iterdir() if path.is_dir() and _is_split(path)] if folder.is_dir() else []
+    if not found:
+        raise DataError(f"{folder}: no shards (*.tar) here or one level below; give a split's folder or RUN/shards")
+    return sorted(found, key=lambda path: (ORDER.index(path.name) if path.name in ORDER else len(ORDER), path.name))
+
+
+def _is_split(folder: Path) -> bool:
+    has_shards = any(folder.glob("*.tar")) or (folder / MANIFEST).is_file() and "shards" in read_json(folder / MANIFEST)
+    return has_shards and not folder.name.startswith(".")
+
+
+def _open(folder: Path, findings: Findings) -> ShardSet | None:
+    try:
+        return ShardSet(folder)
+    except TrsrError as error:
+        findings.error(f"{error} (tars from elsewhere: tools/inspect_shards.py --index)")
+        return None
+
+
+def _describe(content: SplitContent, shards: ShardSet, options: Options, findings: Findings) -> Iterator[str]:
+    """All lines on one split."""
+    sizes = [facts["num_samples"] for facts in shards.facts]
+    num_bytes = np.array([facts["num_bytes"] for facts in shards.facts])
+    yield f"{shards.folder}: {len(shards):,} users in {len(sizes):,} shards, {num_bytes.sum():,} bytes"
+    yield (
+        f"shards           {min(sizes):,} to {max(sizes):,} users; the largest has "
+        f"{num_bytes.max() / num_bytes.mean():.2f} times the mean bytes"
+    )
+    if content.users:
+        yield from _describe_candidates(content)
+    if options.tokens is not None:
+        try:
+            yield from options.tokens.describe(shards, content.name == TRAIN)
+        except TrsrError as error:
+            findings.error(f"{content.name}: {error}")
+    else:
+        yield "bytes of a sample"
+        yield from histogram(shards.sizes(0, len(shards)))
+    for index in content.indices[: options.num_samples]:
+        sample = shards.read(index)
+        yield f"sample {index}, user {sample.user!r}:"
+        shown = options.tokens.show(sample) if options.tokens is not None else show_text(sample)
+        yield from (f"  | {line}" for text in shown for line in text.splitlines())
+
+
+def _describe_candidates(content: SplitContent) -> Iterator[str]:
+    positives, negatives = np.array(content.positives), np.array(content.negatives)
+    both = positives + negatives
+    yield (
+        f"candidates       {both.min()} to {both.max()} a user, {both.mean():.1f} on average; {positives.sum():,} yes "
+        f"and {negatives.sum():,} no, {positives.sum() / both.sum():.1%} yes"
+    )
+    counts = sorted(content.target_counts.values(), reverse=True)
+    if counts:
+        frequent = max(1, round(FREQUENT * len(counts)))
+        yield (
+            f"targets          {len(counts):,} items; the {frequent:,} most frequent make up "
+            f"{sum(counts[:frequent]) / sum(counts):.1%} of all targets"
+        )
+    if content.shortcuts is not None:
+        for shortcut in content.shortcuts.measured:
+            yield f"AUC              {shortcut.auc:.3f} +- {shortcut.error:.3f} by {shortcut.name} alone"
+        if content.shortcuts.num_unknown:
+            yield f"                 {content.shortcuts.num_unknown:,} candidates are not among the histories' items"
+
+
+def _left_out(contents: dict[str, SplitContent], options: Options) -> Iterator[str]:
+    """What this look did not cover."""
+    if options.tokens is None:
+        yield "left out: token lengths, trims and steps (give --config C or --tokenizer DIR)"
+    if options.numbers is None:
+        yield "left out: AUC of popularity and item age (no RUN/histories beside the shards)"
+    elif not any(len(content.shortcuts.measured) > 1 for content in contents.values()):
+        yield "left out: AUC of item age (the data has no times)"
+    if len(contents) < 2:
+        yield "left out: comparisons between splits (give RUN/shards)"
+    if not options.verify:
+        yield "left out: bytes outside the samples (give --verify)"
