@@ -16,24 +16,25 @@ prepare_process()
 from trsr_dist.cli import run_command  # noqa: E402
 from trsr_dist.config import Config, load_config  # noqa: E402
 from trsr_dist.data.store import HistoryStore  # noqa: E402
+from trsr_dist.files import read_json  # noqa: E402
 from trsr_dist.log import setup_logging  # noqa: E402
 from trsr_dist.prompts.builder import PromptBuilder  # noqa: E402
 from trsr_dist.run import MANIFEST, RunFolder  # noqa: E402
 from trsr_dist.shards.inspect.job import Options, inspect_shards  # noqa: E402
+from trsr_dist.shards.inspect.shortcuts import ItemFacts  # noqa: E402
 from trsr_dist.shards.inspect.tokens import Tokens  # noqa: E402
 from trsr_dist.shards.plan import PackingSettings  # noqa: E402
 
 EXAMPLE = "python tools/inspect_shards.py runs/quickstart/shards --config configs/quickstart.yaml --verify"
+DEFAULTS = Config.model_validate({"data": {"format": "demo"}})
 
 
 def main() -> int:
     """Parse, look, print."""
     args = parse_arguments()
     setup_logging(stage="inspect")
-    config = (
-        load_config(args.config, args.overrides) if args.config else Config.model_validate({"data": {"format": "demo"}})
-    )
-    options = Options(args.index, args.verify, args.samples, make_tokens(args, config), item_numbers(args.dir))
+    config = load_config(args.config, args.overrides) if args.config else DEFAULTS
+    options = Options(args.index, args.verify, args.samples, make_tokens(args, config), item_facts(args.dir))
     return inspect_shards(args.dir, options)
 
 
@@ -66,11 +67,13 @@ def make_tokens(args: argparse.Namespace, config: Config) -> Tokens | None:
     return Tokens(PromptBuilder(tokenizer, **config.prompt.model_dump()), packing, args.workers)
 
 
-def item_numbers(folder: Path) -> dict[str, tuple[int, int]] | None:
+def item_facts(folder: Path) -> ItemFacts | None:
     """Popularity and time of the items, where the run's histories lie beside the shards."""
-    folders = [parent / "histories" for parent in folder.resolve().parents[:2]]
-    found = [path for path in folders if (path / MANIFEST).is_file()]
-    return HistoryStore(found[0]).catalogue.numbers() if found else None
+    found = [path for up in folder.resolve().parents[:2] if ((path := up / "histories") / MANIFEST).is_file()]
+    if not found:
+        return None
+    by_clicks = read_json(found[0] / MANIFEST)["settings"]["candidates"] in ("popularity", "targets")
+    return ItemFacts(HistoryStore(found[0]).catalogue.numbers(), by_clicks)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from trsr_dist.shards.inspect.adopt import index_split
 from trsr_dist.shards.inspect.checks import sample_faults
 from trsr_dist.shards.inspect.findings import Findings
 from trsr_dist.shards.inspect.job import Options, inspect_shards
-from trsr_dist.shards.inspect.shortcuts import Shortcuts, user_auc
+from trsr_dist.shards.inspect.shortcuts import ItemFacts, Shortcuts, user_auc
 from trsr_dist.shards.inspect.similar import near_duplicates
 from trsr_dist.shards.inspect.verify import verify_split
 from trsr_dist.shards.measure import measure_lengths
@@ -228,24 +228,26 @@ def test_auc_is_the_share_of_pairs_in_order() -> None:
     assert user_auc([5, 1], [3]) == 0.5
 
 
-def test_shortcuts_are_seen(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every target was clicked once more than its negatives: in train that is its own click."""
-    numbers = {
-        candidate.item: (1 + candidate.label, 0 if candidate.label else 1000)
-        for number in range(9)
-        for candidate in make_sample(number).candidates
-    }
-    for split, popularity in (("train", "0.500"), ("test", "1.000")):
-        shards = write_split(tmp_path / split, [make_sample(number) for number in range(9)], (9,))
-        inspect_shards(shards.folder, Options(numbers=numbers))
-        out = capsys.readouterr().out
-        assert f"AUC              {popularity} +- 0.000 by popularity" in out
-        assert ("popularity alone tells positives from negatives" in out) == (split == "test")
-        assert "item age (newer is higher) alone tells positives from negatives (AUC 1.000)" in out
+@pytest.mark.parametrize(
+    ("split", "drawn_by_clicks", "auc"),
+    [("train", False, 0.5), ("train", True, 1), ("test", False, 1), ("test", True, 1)],
+)
+def test_shortcuts_are_seen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], split: str, drawn_by_clicks: bool, auc: float
+) -> None:
+    """Every target was clicked once more than its negatives: in train that may be its own click."""
+    samples = [make_sample(number) for number in range(9)]
+    numbers = {c.item: (1 + c.label, 0 if c.label else 1000) for sample in samples for c in sample.candidates}
+    shards = write_split(tmp_path / split, samples, (9,))
+    inspect_shards(shards.folder, Options(items=ItemFacts(numbers, drawn_by_clicks)))
+    out = capsys.readouterr().out
+    assert f"AUC              {auc:.3f} +- 0.000 by popularity" in out
+    assert ("popularity alone tells positives from negatives" in out) == (auc == 1)
+    assert "item age (newer is higher) alone tells positives from negatives (AUC 1.000)" in out
 
 
 def test_few_users_who_differ_by_chance_are_no_shortcut() -> None:
-    shortcuts = Shortcuts({"a": (1, 0), "b": (2, 0)}, is_train=False)
+    shortcuts = Shortcuts(ItemFacts({"a": (1, 0), "b": (2, 0)}, False), is_train=False)
     for items in ("ab", "ba", "ab"):
         shortcuts.add([Candidate(items[0], "", 1), Candidate(items[1], "", 0)])
     popularity = shortcuts.measured[0]

@@ -14,7 +14,7 @@ from trsr_dist.log import progress
 from trsr_dist.records import Sample
 from trsr_dist.shards.inspect.checks import ERRORS, TARGET_LEAKS, sample_faults
 from trsr_dist.shards.inspect.findings import Findings
-from trsr_dist.shards.inspect.shortcuts import ItemNumbers, Shortcuts
+from trsr_dist.shards.inspect.shortcuts import ItemFacts, Shortcuts
 from trsr_dist.shards.reader import ShardSet
 
 
@@ -60,9 +60,9 @@ class SplitContent:
             self.examples.setdefault(fault, sample.user)
 
 
-def read_content(shards: ShardSet, name: str, numbers: ItemNumbers | None) -> SplitContent:
+def read_content(shards: ShardSet, name: str, items: ItemFacts | None) -> SplitContent:
     """Read every sample; damaged ones are noted and passed over."""
-    content = SplitContent(name, None if numbers is None else Shortcuts(numbers, name == "train"))
+    content = SplitContent(name, None if items is None else Shortcuts(items, name == "train"))
     for index in progress(range(len(shards)), description=name, unit=" samples"):
         try:
             content.add(index, shards.read(index))

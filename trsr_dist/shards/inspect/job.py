@@ -15,7 +15,7 @@ from trsr_dist.shards.inspect.adopt import index_split
 from trsr_dist.shards.inspect.content import SplitContent, judge_content, read_content
 from trsr_dist.shards.inspect.findings import Findings
 from trsr_dist.shards.inspect.overlap import TRAIN, judge_overlaps
-from trsr_dist.shards.inspect.shortcuts import ItemNumbers
+from trsr_dist.shards.inspect.shortcuts import ItemFacts
 from trsr_dist.shards.inspect.tokens import Tokens, histogram, show_text
 from trsr_dist.shards.inspect.verify import verify_split
 from trsr_dist.shards.reader import ShardSet
@@ -37,7 +37,7 @@ class Options:
     """Samples to show of each split."""
     tokens: Tokens | None = None
     """None: what needs a tokenizer is left out."""
-    numbers: ItemNumbers | None = None
+    items: ItemFacts | None = None
     """Of the run's items; None: what needs them is left out."""
 
 
@@ -56,7 +56,7 @@ def inspect_shards(folder: Path, options: Options) -> int:
         for path in folders:
             print(f"{path}: verified {verify_split(path, findings):,} bytes of tars with their indexes")
     shards = {path.name: opened for path in folders if (opened := _open(path, findings)) is not None}
-    contents = {name: read_content(opened, name, options.numbers) for name, opened in shards.items()}
+    contents = {name: read_content(opened, name, options.items) for name, opened in shards.items()}
     for name, content in contents.items():
         print("\n".join(_describe(content, shards[name], options, findings)) + "\n")
         judge_content(content, shards[name], findings)
@@ -143,7 +143,7 @@ def _left_out(contents: dict[str, SplitContent], options: Options) -> Iterator[s
     """What this look did not cover."""
     if options.tokens is None:
         yield "left out: token lengths, trims and steps (give --config C or --tokenizer DIR)"
-    if options.numbers is None:
+    if options.items is None:
         yield "left out: AUC of popularity and item age (no RUN/histories beside the shards)"
     elif not any(len(content.shortcuts.measured) > 1 for content in contents.values()):
         yield "left out: AUC of item age (the data has no times)"

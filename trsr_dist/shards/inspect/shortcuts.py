@@ -15,8 +15,15 @@ SEPARATES = 0.1
 NEVER = np.iinfo(np.int64).max
 """Stands for the time of an item that nobody is known to have met: newer than all."""
 
-ItemNumbers = Mapping[str, tuple[int, int]]
-"""By item id: clicks of train users, and Unix seconds at which the item was first met (0: unknown)."""
+
+@dataclass(frozen=True, slots=True)
+class ItemFacts:
+    """What the run's histories say of the items."""
+
+    numbers: Mapping[str, tuple[int, int]]
+    """By item id: clicks of train users, and Unix seconds at which the item was first met (0: unknown)."""
+    drawn_by_clicks: bool
+    """Negatives are drawn in proportion to clicks (data.candidates: popularity, targets)."""
 
 
 @dataclass(slots=True)
@@ -55,15 +62,18 @@ def user_auc(positives: Sequence[int], negatives: Sequence[int]) -> float:
 class Shortcuts:
     """Popularity and newness of the candidates.
 
+    A train target's popularity holds the target's own click, which is taken off; but not where negatives are drawn from
+    the same clicks, since each of them was drawn by one of its own.
+
     Args:
-        numbers: of every item.
-        is_train: popularity counts the targets of train users, so each of them is reckoned without its own click.
+        facts: of the items.
+        is_train: the split is the one whose clicks are counted.
     """
 
-    def __init__(self, numbers: ItemNumbers, is_train: bool) -> None:
-        self._numbers = numbers
-        self._own_click = int(is_train)
-        self._has_times = any(first_seen for _, first_seen in numbers.values())
+    def __init__(self, facts: ItemFacts, is_train: bool) -> None:
+        self._numbers = facts.numbers
+        self._own_click = int(is_train and not facts.drawn_by_clicks)
+        self._has_times = any(first_seen for _, first_seen in facts.numbers.values())
         self._popularity = Shortcut("popularity")
         self._newness = Shortcut("item age (newer is higher)")
         self.num_unknown = 0
