@@ -2,63 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import threading
+import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from trsr_dist.errors import EngineError
+from tests.summarize.server import Answer, Handler, Server, good, refusing, serving
+from trsr_dist.errors import ConfigError, EngineError
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.engines.openai import OpenAIEngine
 from trsr_dist.summarize.requests import Completion, Request
-
-Answer = Callable[["Handler", dict, int], None]
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self) -> None:  # noqa: N802
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        with self.server.guard:
-            self.server.requests.append((self.path, body, self.headers.get("Authorization")))
-            self.server.now += 1
-            self.server.most = max(self.server.most, self.server.now)
-            tries = sum(seen == body and path == self.path for path, seen, _ in self.server.requests)
-        try:
-            self.server.answer(self, body, tries)
-        finally:
-            with self.server.guard:
-                self.server.now -= 1
-
-    def reply(self, value: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
-        data = value if isinstance(value, bytes) else json.dumps(value).encode()
-        self.send_response(status)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        for name, text in (headers or {}).items():
-            self.send_header(name, text)
-        self.end_headers()
-        self.wfile.write(data)
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-def good(handler: Handler, body: dict, tries: int) -> None:
-    """A summary that depends on the prompt."""
-    if handler.path == "/tokenize":
-        handler.reply({"count": len(body["prompt"].split())})
-        return
-    prompt = body["messages"][0]["content"] if "messages" in body else body["prompt"]
-    text = f"summary of {len(prompt)}"
-    choice = {"index": 0, "finish_reason": "stop"}
-    choice |= {"message": {"role": "assistant", "content": text}} if "messages" in body else {"text": text}
-    handler.reply({"id": "x", "choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 3}})
 
 
 def failing_first(status: int) -> Answer:
@@ -100,23 +53,10 @@ def malformed_first(data: bytes) -> Answer:
     return answer
 
 
-@contextmanager
-def serving(answer: Answer) -> Iterator[ThreadingHTTPServer]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    server.requests, server.answer, server.guard, server.now, server.most = [], answer, threading.Lock(), 0, 0
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-
-
-def engine(server: ThreadingHTTPServer, **options: object) -> OpenAIEngine:
+def engine(server: Server, **options: object) -> OpenAIEngine:
     settings = {"prompt_style": "auto", "max_prompt_tokens": 400, "max_in_flight": 4, "timeout_seconds": 10.0}
     settings |= {"max_retries": 3, **options}
-    return OpenAIEngine(f"http://127.0.0.1:{server.server_address[1]}/v1", "small", **settings)
+    return OpenAIEngine(server.address, "small", **settings)
 
 
 def ask(client: OpenAIEngine, number: int = 3) -> list[Completion]:
@@ -164,16 +104,36 @@ def test_a_slow_reply_is_given_up_and_asked_again() -> None:
 
 
 def test_a_request_that_fails_for_good_is_one_completion_with_its_reason() -> None:
-    def answer(handler: Handler, body: dict, tries: int) -> None:
-        if "xx" in body["messages"][0]["content"]:
-            handler.reply({"error": {"message": "the prompt is refused"}}, 400)
-        else:
-            good(handler, body, tries)
-
-    with serving(answer) as server:
+    with serving(refusing("xx")) as server:
         done = ask(engine(server))
     assert [bool(completion.error) for completion in done] == [False, False, True]
     assert "400" in done[2].error and "the prompt is refused" in done[2].error
+
+
+def test_a_request_that_cuts_its_own_connection_is_to_blame_itself() -> None:
+    def answer(handler: Handler, body: dict, tries: int) -> None:
+        cut_off_first(handler, body, 1 if "xx" in body["messages"][0]["content"] else 2)
+
+    with serving(answer) as server:
+        done = ask(engine(server, max_retries=1))
+    assert [bool(completion.error) for completion in done] == [False, False, True]
+
+
+def test_where_the_server_is_gone_no_request_is_to_blame() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    client = OpenAIEngine(f"http://127.0.0.1:{port}/v1", "small", "auto", 400, 4, 2.0, 0)
+    with pytest.raises(EngineError, match="start the server"):
+        ask(client, 1)
+
+
+def test_the_address_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(good) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.address)
+        assert ask(OpenAIEngine("", "small", "auto", 400, 4, 10.0, 1), 1)[0].text == expected(1)[0]
+    monkeypatch.delenv("OPENAI_BASE_URL")
+    with pytest.raises(ConfigError, match="summarize.base_url"):
+        OpenAIEngine("", "small", "auto", 400, 4, 10.0, 1)
 
 
 def test_a_server_that_stays_down_or_talks_nonsense_is_reported() -> None:

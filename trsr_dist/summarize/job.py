@@ -76,14 +76,9 @@ def summarize(config: Config, force: bool = False, dry_run: bool = False) -> int
     if dry_run:
         print(dump_config(config) + describe(config, store))
         return 0
+    earlier = signal.signal(signal.SIGTERM, _stop)
     try:
-        job = Job(config, run, store, task, force)
-        job.tidy()
-        if not job.unpublished:
-            log.info("%s: nothing to do, the shards of %s are there", run.shards, ", ".join(SPLITS))
-            return 0
-        signal.signal(signal.SIGTERM, _stop)
-        job.run()
+        _run(Job(config, run, store, task, force))
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
@@ -91,7 +86,17 @@ def summarize(config: Config, force: bool = False, dry_run: bool = False) -> int
             f"{error.filename or run.root}: {error.strerror}; make room or give leave to write, then run the stage "
             "again: what is finished is kept"
         ) from None
+    finally:
+        signal.signal(signal.SIGTERM, earlier)
     return 0
+
+
+def _run(job: Job) -> None:
+    job.tidy()
+    if job.unpublished:
+        job.run()
+    else:
+        log.info("%s: nothing to do, the shards of %s are there", job.run_folder.shards, ", ".join(SPLITS))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:

@@ -60,8 +60,9 @@ class TransformersEngine:
         self.model = model
         self.encoder = encoder
         self.num_slots = num_slots
+        self._given_slots = num_slots
         self._stop_ids = stop_ids(model, encoder.tokenizer)
-        self._context = getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+        self._context = context_tokens(model)
         self._waiting: deque[Sequence] = deque()
         self._prefilling: list[Sequence] = []
         self._active: list[Sequence] = []
@@ -234,20 +235,25 @@ class TransformersEngine:
         return None if self.encoder.style == "chat" else turn_place(text)
 
     def _shrink(self) -> None:
-        """Out of memory: start over with half the places; a single sequence that does not fit has failed."""
+        """Out of memory: start over with half the places. A sequence that does not fit alone has failed; it was to
+        blame for the last halvings, so all places are tried again."""
         started = [*self._active, *self._prefilling]
         self._active, self._prefilling = [], []
-        if self.num_slots == 1:
-            failed = started.pop(0)
+        if self.num_slots > 1:
+            self._resize(self.num_slots // 2)
+        else:
+            failed = started.pop()
             reason = f"out of memory with a prompt of {len(failed.prompt)} tokens alone"
             self._done.append(Completion(failed.request.key, error=reason))
-        self.num_slots = max(1, self.num_slots // 2)
-        self.capacity = 2 * self.num_slots
+            self._resize(self._given_slots)
         self._waiting.extendleft(reversed([Sequence(s.request, s.prompt) for s in started]))
+
+    def _resize(self, num_slots: int) -> None:
+        self.num_slots, self.capacity = num_slots, 2 * num_slots
         self._slots = self._new_slots()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        log.warning("out of memory: going on with %d sequences at once", self.num_slots)
+        log.warning("out of memory: going on with %d sequences at once", num_slots)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -270,19 +276,33 @@ def stop_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
     return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
 
 
+def context_tokens(model: PreTrainedModel) -> int:
+    """Tokens that the model and this engine's cache take: up to a sliding window's length, all tokens are seen."""
+    config = model.config.get_text_config()
+    kinds = getattr(config, "layer_types", None)
+    slides = "sliding_attention" in kinds if kinds else True
+    limits = (
+        getattr(config, "max_position_embeddings", None),
+        getattr(config, "sliding_window", None) if slides else None,
+    )
+    return min((limit for limit in limits if limit), default=sys.maxsize)
+
+
 def check_attention(model: PreTrainedModel, max_prompt_tokens: int) -> None:
-    """Refuse models whose cache is more than keys and values of all tokens.
+    """Refuse models whose cache is more than keys and values of all tokens, and prompts that cannot fit.
 
     Raises:
-        ModelError: names the kind of layer and the way out.
+        ModelError: says why, and the way out.
     """
-    config = model.config.get_text_config()
-    kinds = set(getattr(config, "layer_types", None) or []) - {"full_attention"}
-    window = getattr(config, "sliding_window", None)
-    if kinds == {"sliding_attention"} or not kinds:
-        kinds = {"sliding_attention"} if window and kinds and window < max_prompt_tokens else set()
-    if kinds:
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
+    if kinds - {"full_attention", "sliding_attention"}:
         raise ModelError(
             f"model {model.config.name_or_path!r} has {', '.join(sorted(kinds))} layers, which engine=transformers "
             "does not batch; serve the model with vLLM and use engine=openai"
+        )
+    if context_tokens(model) <= max_prompt_tokens:
+        raise ModelError(
+            f"model {model.config.name_or_path!r} takes {context_tokens(model)} tokens (its context, or its sliding "
+            f"window), not summarize.max_prompt_tokens={max_prompt_tokens} and an answer; lower that, or serve the "
+            "model with vLLM and use engine=openai"
         )

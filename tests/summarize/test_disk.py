@@ -1,0 +1,94 @@
+"""A disk that is full or cannot be written: a clear error, nothing half-written, and the work goes on later."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.summarize.world import run_here, tree_hash, write_config, write_histories
+from trsr_dist.errors import RunError
+
+USERS = {"train": 60, "valid": 8, "test": 8}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Shards of a disk with room."""
+    run = tmp_path_factory.mktemp("roomy") / "run"
+    write_histories(run, USERS)
+    run_here(write_config(run))
+    return tree_hash(run / "shards")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A disk of its own in memory, that can be made smaller, larger and read-only."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder]
+    mounted = subprocess.run(command, capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a file system of its own needs root: {mounted.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+def remount(disk: Path, options: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
+
+
+def used_kib(disk: Path) -> int:
+    status = os.statvfs(disk)
+    return (status.f_blocks - status.f_bfree) * status.f_frsize // 1024
+
+
+def prepared(disk: Path) -> tuple[Path, Path]:
+    run = disk / "run"
+    write_histories(run, USERS)
+    return run, write_config(run)
+
+
+@pytest.mark.parametrize("room_kib", [16, 40, 100, 200, 400])
+def test_a_full_disk(disk: Path, expected: dict[str, str], room_kib: int) -> None:
+    """It fills up in the journal, in a unit or while a set is published."""
+    run, config = prepared(disk)
+    remount(disk, f"size={used_kib(disk) + room_kib}k")
+    with pytest.raises(RunError, match="No space left on device; make room"):
+        run_here(config)
+    assert set(tree_hash(run / "shards").items()) <= set(expected.items())
+    assert not list(run.glob("summaries/work/*/attempts/*")) and not list(run.glob("summaries/work/*/set-*"))
+    remount(disk, "size=64m")
+    run_here(config)
+    assert tree_hash(run / "shards") == expected
+
+
+def test_a_disk_that_cannot_be_written(disk: Path, expected: dict[str, str]) -> None:
+    run, config = prepared(disk)
+    before = tree_hash(run)
+    remount(disk, "ro")
+    with pytest.raises(RunError, match="Read-only file system; make room or give leave to write"):
+        run_here(config)
+    remount(disk, "rw")
+    assert tree_hash(run) == before
+    run_here(config)
+    assert tree_hash(run / "shards") == expected
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_leave_to_write(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_histories(run, USERS)
+    config = write_config(run)
+    run.chmod(0o555)
+    try:
+        with pytest.raises(RunError, match="Permission denied; make room or give leave to write"):
+            run_here(config)
+    finally:
+        run.chmod(0o755)
+    assert [path.name for path in run.iterdir()] == ["histories"]

@@ -1,0 +1,180 @@
+"""The transformers engine: each text is what ``generate`` gives for its prompt alone, whatever goes on around it."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.summarize.models import CONTEXT, small_model, tokenizer
+from tests.summarize.world import ROOT
+from trsr_dist.errors import ModelError
+from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.summarize.engines.encoding import PromptEncoder
+from trsr_dist.summarize.engines.transformers import TransformersEngine, is_out_of_memory
+from trsr_dist.summarize.requests import Completion, Request
+
+WORDS = "quiet river final stocks window paper winter letter garden signal".split()  # noqa: SIM905
+
+
+@pytest.fixture(scope="module")
+def model() -> object:
+    torch.set_num_threads(1)
+    return small_model()
+
+
+def engine(model: object, slots: int = 8, chat: bool = False, max_prompt_tokens: int = 2000) -> TransformersEngine:
+    return TransformersEngine(model, PromptEncoder(tokenizer(chat), "auto", max_prompt_tokens), slots)
+
+
+def ragged(number: int, **options: object) -> list[Request]:
+    """Requests of 10 to 300 tokens in and 5 to 60 out."""
+    draw = random.Random(number)
+
+    def item() -> str:
+        return " ".join(draw.choices(WORDS, k=draw.randint(2, 30)))
+
+    prompts = [SummaryPrompt("say it", (), tuple(item() for _ in range(draw.randint(1, 4)))) for _ in range(number)]
+    return [Request(f"k{i}", prompt, draw.randint(5, 60), **options) for i, prompt in enumerate(prompts)]
+
+
+def answers(engine: TransformersEngine, requests: list[Request], at_once: int = 1000) -> dict[str, Completion]:
+    """Submit as places appear; a key answered twice would be noticed."""
+    done: dict[str, Completion] = {}
+    for number, request in enumerate(requests):
+        engine.submit(request)
+        while number + 1 - len(done) >= at_once:
+            take(engine, done)
+    while len(done) < len(requests):
+        take(engine, done)
+    assert engine.poll() == []
+    return done
+
+
+def take(engine: TransformersEngine, done: dict[str, Completion]) -> None:
+    for completion in engine.poll():
+        assert completion.key not in done
+        done[completion.key] = completion
+
+
+@torch.inference_mode()
+def generated(model: object, request: Request) -> str:
+    ids = tokenizer()(request.prompt.text())["input_ids"]
+    out = model.generate(torch.tensor([ids]), max_new_tokens=request.max_new_tokens, do_sample=False)
+    return tokenizer().decode(out[0, len(ids) :], skip_special_tokens=True)
+
+
+@pytest.mark.parametrize(("slots", "at_once"), [(1, 1), (3, 5), (32, 1000)])
+def test_texts_are_those_of_generate_alone(model: object, slots: int, at_once: int) -> None:
+    requests = ragged(30)
+    done = answers(engine(model, slots), requests, at_once)
+    assert [done[request.key].text for request in requests] == [generated(model, request) for request in requests]
+    assert len({completion.text for completion in done.values()}) == len(requests)
+    assert all(done[request.key].new_tokens <= request.max_new_tokens for request in requests)
+
+
+def test_sampled_texts_depend_on_their_seed_alone(model: object) -> None:
+    requests = ragged(12, temperature=0.8, seed=3)
+    alone = answers(engine(model, 1), requests)
+    crowd = answers(engine(model, 8), [*ragged(30), *requests][30:])
+    assert {key: one.text for key, one in crowd.items()} == {key: one.text for key, one in alone.items()}
+    other = answers(engine(model, 8), ragged(12, temperature=0.8, seed=4))
+    assert sum(other[key].text != alone[key].text for key in alone) > 8
+
+
+def test_the_end_token_ends_a_text_and_the_limit_cuts_it(model: object) -> None:
+    requests = ragged(40)
+    done = answers(engine(model), requests)
+    for request in requests:
+        assert done[request.key].cut == (done[request.key].new_tokens == request.max_new_tokens)
+    first = tokenizer()(done["k0"].text, add_special_tokens=False)["input_ids"][0]
+    stopping = engine(model)
+    stopping._stop_ids |= {first}
+    assert not answers(stopping, [Request("k", requests[0].prompt, 50)])["k"].cut
+
+
+def test_long_prompts_are_trimmed_to_true_tokens(model: object) -> None:
+    for chat in (False, True):
+        limited = engine(model, chat=chat, max_prompt_tokens=150)
+        prompt = SummaryPrompt(
+            "say it now", ("likes tennis",), ("short one", "Tennis " * 400, "\u30c6\u30cb\u30b9" * 300)
+        )
+        fitted, cut = limited.fit(prompt)
+        assert fitted.instruction == prompt.instruction and fitted.previous == prompt.previous
+        assert 100 < len(limited.encoder.encode(fitted)) <= 150 and cut > 0
+        limited.submit(Request("k", fitted, 5))
+        (completion,) = limited.poll()
+        assert completion.prompt_tokens <= 150
+
+
+def test_the_chat_template_is_used_where_there_is_one() -> None:
+    prompt = SummaryPrompt("say it", (), ("a",))
+    chat, plain = (PromptEncoder(tokenizer(chat), "auto", 500).encode(prompt) for chat in (True, False))
+    assert tokenizer(True).decode(chat) == f"<|user|>\n{prompt.text()}<|end|>\n<|assistant|>\n"
+    assert tokenizer().decode(plain) == prompt.text()
+
+
+def test_a_prompt_beyond_the_models_context_fails_alone(model: object) -> None:
+    requests = [*ragged(3), Request("long", SummaryPrompt("say it"), CONTEXT)]
+    done = answers(engine(model), requests)
+    assert "summarize.max_prompt_tokens" in done["long"].error
+    assert [done[f"k{i}"].error for i in range(3)] == [""] * 3
+
+
+def test_other_kinds_of_attention_and_too_short_a_context_are_refused() -> None:
+    model = small_model()
+    model.config.layer_types = ["full_attention", "linear_attention"]
+    with pytest.raises(ModelError, match="linear_attention"):
+        engine(model)
+    model.config.layer_types = ["full_attention", "sliding_attention"]
+    model.config.sliding_window = 500
+    assert engine(model, max_prompt_tokens=400)._context == 500
+    with pytest.raises(ModelError, match="500 tokens.*summarize.max_prompt_tokens=600"):
+        engine(model, max_prompt_tokens=600)
+    model.config.layer_types = ["full_attention"] * 2
+    with pytest.raises(ModelError, match=f"{CONTEXT} tokens"):
+        engine(model, max_prompt_tokens=CONTEXT)
+
+
+def test_out_of_memory_halves_the_batch_and_goes_on() -> None:
+    """In a process that may grow by 300 MB: 4096 places do not fit, and one giant request not even alone."""
+    done = subprocess.run([sys.executable, "-c", _LITTLE_MEMORY], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    places, same, error = done.stdout.splitlines()[-3:]
+    assert 64 <= int(places) < 4096
+    assert same == "True"
+    assert "out of memory" in error
+
+
+_LITTLE_MEMORY = """
+import resource
+import torch
+from tests.summarize.models import small_model
+from tests.summarize.test_transformers import answers, engine, ragged
+from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.summarize.requests import Request
+
+torch.set_num_threads(1)
+model = small_model()
+model.config.max_position_embeddings = 10**9
+requests = ragged(40)
+expected = answers(engine(model, 8), requests)
+now = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (now + 300_000_000, now + 300_000_000))
+crowded = engine(model, 4096)
+requests.insert(20, Request("giant", SummaryPrompt("say it"), 10**8))
+done = answers(crowded, requests, at_once=10)
+print(crowded.num_slots)
+print(all(done[key].text == one.text for key, one in expected.items()))
+print(done["giant"].error)
+"""
+
+
+def test_other_errors_are_no_lack_of_memory() -> None:
+    assert not is_out_of_memory(RuntimeError("shape '[2]' is invalid"))
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(1 << 45)
+    assert is_out_of_memory(caught.value)
