@@ -179,3 +179,42 @@ def test_a_plan_without_nodes_needs_no_engine(tmp_path: Path) -> None:
     engine = LateEngine(4)
     results = run(engine, tmp_path, lambda: next(works, None))
     assert len(results) == 1000 and engine.log == []
+
+
+def test_users_who_wait_for_one_prompt_are_not_admitted_without_end(tmp_path: Path) -> None:
+    works = (Work(user, hierarchical(3, 5, 3), ["a", "b", "c"]) for user in range(1000))
+    admitted = 0
+
+    def counting() -> Work | None:
+        nonlocal admitted
+        admitted += 1
+        return next(works, None)
+
+    results = scheduler(LateEngine(4), tmp_path).run(counting)
+    next(results)
+    assert admitted <= 16
+    assert sum(1 for _ in results) == 999
+
+
+def test_a_retry_that_fails_leaves_the_first_text(tmp_path: Path) -> None:
+    def answer(request: Request) -> Completion:
+        if request.temperature:
+            return Completion(request.key, error="out of memory")
+        return Completion(request.key, "Likes tennis and", cut=True)
+
+    works = iter([Work("u", hierarchical(1, 5, 3), ["a"])])
+    (result,) = run(LateEngine(4, answer), tmp_path, lambda: next(works, None)).values()
+    assert result.records[0]["text"] == "Likes tennis and" and result.records[0]["flags"] == ["cut"]
+
+
+def test_faults_are_counted_and_the_better_of_two_texts_is_kept(tmp_path: Path) -> None:
+    def answer(request: Request) -> Completion:
+        text = "the user likes " * 10 if request.temperature == 0 else "Likes tennis and"
+        return Completion(request.key, text, cut=True, prompt_tokens=5, new_tokens=7)
+
+    works = iter([Work("u", hierarchical(1, 5, 3), ["a"])])
+    job = scheduler(LateEngine(4, answer), tmp_path)
+    (result,) = job.run(lambda: next(works, None))
+    assert result.records[0]["flags"] == ["cut"] and result.records[0]["sampled"]
+    assert (job.counts.flags, job.counts.retries, job.counts.requests) == ({"cut": 1}, 1, 1)
+    assert (job.counts.prompt_tokens, job.counts.new_tokens) == (10, 14)

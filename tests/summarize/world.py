@@ -27,8 +27,19 @@ def item_text(row: int) -> str:
     return f"category: {category}; subcategory: {subcategory}; title: {' '.join(draw.sample(WORDS, 4))} {row}"
 
 
-def write_histories(run: Path, users: dict[str, int], max_history: int = 40, leak: bool = False) -> None:
-    """RUN/histories with so many users in each split, one target and three negatives each."""
+def write_histories(
+    run: Path, users: dict[str, int], max_history: int = 40, least: int = 1, more: int = 0, leak: bool = False
+) -> None:
+    """RUN/histories with so many users in each split, one target and three negatives each.
+
+    Args:
+        run: the run folder.
+        users: by split.
+        max_history: most items of a user.
+        least: fewest items of a user.
+        more: items that each user has on top of that.
+        leak: the target is in the history.
+    """
     folder = run / "histories"
     folder.mkdir(parents=True)
     with ArrowWriter(folder / "items.arrow", ITEM_SCHEMA) as writer:
@@ -38,11 +49,11 @@ def write_histories(run: Path, users: dict[str, int], max_history: int = 40, lea
         with ArrowWriter(folder / f"{split}.arrow", USER_SCHEMA) as writer:
             for number in range(users.get(split, 0)):
                 draw = random_stream(split, number)
-                items = draw.sample(range(NUM_ITEMS), max_history + 4)
-                history = items[: draw.randint(1, max_history)]
+                items = draw.sample(range(NUM_ITEMS), NUM_ITEMS)
+                history = items[: draw.randint(least, max_history) + more]
                 candidates = [history[0] if leak else items[-1], *items[-4:-1]]
                 writer.add(f"{split}-{number}", history, candidates, [1, 0, 0, 0], number)
-    write_manifest(folder, "prepare", {}, {}, users=users)
+    write_manifest(folder, "prepare", {}, {}, users=users, lengths=[least, max_history, more])
 
 
 def write_config(run: Path, **sections: dict) -> Path:

@@ -1,0 +1,205 @@
+"""Whole jobs: what is made again and what is not, what is refused, and the order in which users may come."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.summarize.server import Answer, Handler, Server, good, prompt_of, serving
+from tests.summarize.world import run_here, tree_hash, write_config, write_histories
+from trsr_dist.config import load_config
+from trsr_dist.errors import ConfigError, ModelError, RunError
+from trsr_dist.files import read_json
+from trsr_dist.records import Sample
+from trsr_dist.shards.reader import ShardSet
+from trsr_dist.summarize import plans
+from trsr_dist.summarize.cache import TextCache
+from trsr_dist.summarize.engines.build import build_engine, hub_commit
+from trsr_dist.summarize.job import summarize
+
+USERS = {"train": 20, "valid": 3, "test": 3}
+
+
+def prepared(folder: Path, **settings: object) -> tuple[Path, Path]:
+    run = folder / "run"
+    write_histories(run, USERS)
+    return run, write_config(run, summarize=settings)
+
+
+@contextmanager
+def served(folder: Path, **settings: object) -> Iterator[tuple[Path, Path, Server]]:
+    """A job on a good server."""
+    with serving(good) as server:
+        engine = {"engine": "openai", "model": "small", "base_url": server.address}
+        yield *prepared(folder, **engine, **settings), server
+
+
+def prompts(server: Server) -> list[str]:
+    return [prompt_of(body) for _, body, _ in server.requests]
+
+
+def samples(run: Path, split: str = "train") -> dict[str, Sample]:
+    shards = ShardSet(run / "shards" / split)
+    return {sample.user: sample for sample in shards.read_many(range(len(shards)))}
+
+
+def grow(run: Path) -> None:
+    """Every user goes on: five more items."""
+    (run / "histories").rename(run / "old")
+    write_histories(run, USERS, more=5)
+
+
+@pytest.mark.parametrize("scheme", ["hierarchical", "recurrent"])
+def test_users_who_go_on_cost_only_their_new_blocks(tmp_path: Path, scheme: str) -> None:
+    with served(tmp_path, scheme=scheme, block_size=5, fan_in=100) as (run, config, server):
+        run_here(config)
+        old, first = samples(run), prompts(server)
+        server.requests.clear()
+        grow(run)
+        with pytest.raises(RunError, match="histories"):
+            run_here(config)
+        run_here(config, force=True)
+        new = samples(run)
+        asked = prompts(server)
+    assert len(asked) == len(set(asked)) and not set(asked) & set(first)
+    for user, sample in new.items():
+        before, after = ({tuple(node) for node in one.provenance["nodes"]} for one in (old[user], sample))
+        full_blocks = len(old[user].provenance["history"]) // 5
+        assert len(before & after) >= full_blocks
+        assert len(after - before) <= 3
+
+
+def test_a_plan_of_ones_own_is_one_short_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "plans").mkdir()
+    (tmp_path / "plans" / "ends.py").write_text(_ENDS)
+    monkeypatch.setattr(plans, "__path__", [*plans.__path__, str(tmp_path / "plans")])
+    run, config = prepared(tmp_path, scheme="ends", block_size=3)
+    run_here(config)
+    for sample in samples(run).values():
+        kinds = [node[0] for node in sample.provenance["nodes"]]
+        assert kinds == ["end", "end", "both"] and sample.summary
+
+
+_ENDS = '''
+"""The first and the latest block, side by side."""
+
+from trsr_dist.summarize.plans.graph import Node, Plan
+
+
+def plan(num_items: int, block_size: int, fan_in: int) -> Plan:
+    """Two blocks and what they have in common."""
+    first, last = (0, min(block_size, num_items)), (max(0, num_items - block_size), num_items)
+    return Node("end", end, (), *first), Node("end", end, (), *last), Node("both", both, (0, 1))
+
+
+def end(domain: str) -> str:
+    return f"Summarize these {domain}."
+
+
+def both(domain: str) -> str:
+    return f"What do these two summaries of {domain} share?"
+'''
+
+
+def test_an_unknown_scheme_is_named_with_those_there_are(tmp_path: Path) -> None:
+    _, config = prepared(tmp_path)
+    with pytest.raises(ConfigError, match="summarize.scheme='treelike'.*hierarchical, none, recurrent"):
+        load_config(config, ["summarize.scheme=treelike"])
+
+
+def test_a_base_url_with_a_password_is_refused(tmp_path: Path) -> None:
+    _, config = prepared(tmp_path)
+    with pytest.raises(ConfigError, match="OPENAI_API_KEY"):
+        load_config(config, ["summarize.base_url=http://me:word@host/v1"])
+
+
+def test_texts_that_a_dead_holder_left_are_used_by_its_heir(tmp_path: Path) -> None:
+    """They are written while the heir is at work, so it must look again when it takes over a unit."""
+    with served(tmp_path / "calm") as (run, config, _):
+        run_here(config)
+        texts = TextCache(run / "summaries/journal", "reader")
+        records = [texts.get(node[3]) for sample in samples(run).values() for node in sample.provenance["nodes"]]
+    with served(tmp_path / "heir", users_per_shard=4, max_in_flight=1) as (run, config, server):
+        dead = TextCache(run / "summaries/journal", "dead")
+        server.answer = leaving(dead, records)
+        run_here(config)
+    assert len(server.requests) < len(records) // 2
+
+
+def leaving(cache: TextCache, records: list[dict]) -> Answer:
+    """Good; while the first prompt is answered, another task writes all that it has done."""
+    left = iter(records)
+
+    def answer(handler: Handler, body: dict, tries: int) -> None:
+        for record in left:
+            cache.add(record)
+        good(handler, body, tries)
+
+    return answer
+
+
+def test_other_settings_are_refused_and_forced(tmp_path: Path) -> None:
+    run, config = prepared(tmp_path)
+    run_here(config)
+    before = tree_hash(run / "shards")
+    with pytest.raises(RunError, match="block_size=5, now 3"):
+        run_here(config, "summarize.block_size=3")
+    assert tree_hash(run / "shards") == before
+    run_here(config, "summarize.block_size=3", force=True)
+    assert read_json(run / "shards/train/manifest.json")["settings"]["block_size"] == 3
+    run_here(config, "summarize.block_size=5", force=True)
+    assert tree_hash(run / "shards") == before
+
+
+def test_a_dry_run_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, config = prepared(tmp_path)
+    before = tree_hash(run)
+    assert summarize(load_config(config), dry_run=True) == 0
+    assert "# train: 20 users in 3 units, about" in capsys.readouterr().out
+    assert tree_hash(run) == before and not (run / "summaries").exists()
+
+
+def test_what_a_kill_right_after_publishing_left_is_cleared(tmp_path: Path) -> None:
+    run, config = prepared(tmp_path)
+    run_here(config)
+    for name in (".gone-old", read_json(next(run.glob("summaries/progress/*/job.json")))["splits"]["train"]["work"]):
+        (run / "summaries/work" / name / "units").mkdir(parents=True)
+    run_here(config)
+    assert list((run / "summaries/work").iterdir()) == []
+
+
+def test_histories_of_any_length(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_histories(run, {"train": 2, "valid": 1, "test": 1}, max_history=110, least=100)
+    config = write_config(run, summarize={"block_size": 1, "fan_in": 2})
+    for scheme in ("hierarchical", "recurrent"):
+        run_here(config, f"summarize.scheme={scheme}", force=True)
+        assert all(len(sample.provenance["nodes"]) >= 100 for sample in samples(run).values())
+
+
+def test_the_missing_engine_is_named_with_its_installation(tmp_path: Path) -> None:
+    _, config = prepared(tmp_path, engine="vllm", model="some/model")
+    if find_spec("vllm"):
+        pytest.skip("vLLM is installed")
+    with pytest.raises(ConfigError, match="pip install vllm"):
+        build_engine(load_config(config).summarize, "some/model", 0)
+
+
+def test_a_hub_model_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the local cache, as on a node without a network."""
+    commit, folder = "a" * 40, tmp_path / "hub" / "models--some--model"
+    (folder / "snapshots" / commit).mkdir(parents=True)
+    (folder / "snapshots" / commit / "config.json").write_text("{}")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    _, config = prepared(tmp_path, engine="transformers", model="some/model")
+    assert hub_commit(load_config(config).summarize) == commit
+    assert hub_commit(load_config(config, [f"summarize.revision={'b' * 40}"]).summarize) == "b" * 40
+    with pytest.raises(ModelError, match="other/model"):
+        hub_commit(load_config(config, ["summarize.model=other/model"]).summarize)
