@@ -94,4 +94,4 @@ def check_samples(run: Path, scheme: str) -> None:
     counts = read_json(run / "shards/train/manifest.json")["counts"]
     assert len(users) == len(set(users)) == USERS
     assert "" not in summaries and len(summaries) >= USERS - 3
-    assert counts["flag_cut"] and counts["sampled"] and counts["nodes"]
+    assert counts["flag_cut"] and counts["words_cut"] and counts["nodes"]

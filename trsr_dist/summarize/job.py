@@ -241,8 +241,8 @@ class Job:
         if not work.publish(target, self.task.name, self.settings, self.inputs, **facts):
             return False
         work.clear(self.task.name)
-        told = ", ".join(f"{name} {number}" for name, number in facts["counts"].items())
-        log.info("%s: %d users in %d shards, %d failed; %s", target, num_users, work.num_units, len(failed), told)
+        told = "".join(f", {name} {number}" for name, number in facts["counts"].items())
+        log.info("%s: %d users in %d shards, %d failed%s", target, num_users, work.num_units, len(failed), told)
         return True
 
     def _is_published(self, split: str) -> bool:
