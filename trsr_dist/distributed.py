@@ -26,8 +26,6 @@ def device_of(ranks: Ranks) -> torch.device:
 def process_group(ranks: Ranks, timeout_seconds: float = TIMEOUT_SECONDS, always: bool = False) -> Iterator[None]:
     """Within this context the ranks are joined: by NCCL on GPUs, by gloo on CPUs. A group that is there is used.
 
-    After an error the group is left as it is: closing one whose members have died can wait for ever.
-
     Args:
         ranks: this process.
         timeout_seconds: a collective that takes longer raises.
@@ -42,8 +40,20 @@ def process_group(ranks: Ranks, timeout_seconds: float = TIMEOUT_SECONDS, always
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
-    yield
+    try:
+        yield
+    except BaseException:
+        _abandon(backend)
+        raise
     dist.destroy_process_group()
+
+
+def _abandon(backend: str) -> None:
+    """Leave a group whose members may be dead: NCCL would wait for them."""
+    if backend == "nccl":
+        dist.distributed_c10d._abort_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def barrier() -> None:

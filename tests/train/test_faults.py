@@ -1,0 +1,202 @@
+"""Kills, hangs, signals, full disks: the run stops fast, says why, and goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.train.jobs import ROOT, Job, is_alive, wait_until
+from tests.train.world import link_run, losses_of, make_config, make_run
+from trsr_dist.cli import EXIT_REQUEUE
+from trsr_dist.train.checkpoints import CheckpointFolder
+
+NUM_STEPS = 48
+SAVE_EVERY = 5
+TIMEOUT_SECONDS = 8
+HOST = os.uname().nodename
+Start = Callable[..., Job]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture
+def run(source: Path, tmp_path: Path) -> Path:
+    return new_run(tmp_path / "run", source)
+
+
+@pytest.fixture
+def start(run: Path) -> Iterator[Start]:
+    jobs = []
+
+    def begin(launcher: str, other: Path | None = None) -> Job:
+        jobs.append(Job(other or run, launcher))
+        return jobs[-1]
+
+    yield begin
+    for job in jobs:
+        job.kill()
+
+
+def new_run(run: Path, source: Path, **train: object) -> Path:
+    link_run(run, source)
+    configure(run, **train)
+    return run
+
+
+def configure(run: Path, **train: object) -> None:
+    settings = {"max_steps": NUM_STEPS, "save_every_steps": SAVE_EVERY, "timeout_seconds": TIMEOUT_SECONDS} | train
+    make_config(run, train=settings)
+
+
+def newest_step(run: Path) -> int:
+    return CheckpointFolder(run / "checkpoints", 3).newest().state.step
+
+
+def assert_saved_where_it_stopped(job: Job) -> None:
+    assert "interrupted, saved" in job.output
+    assert newest_step(job.run) == max(losses_of(job.run)) < NUM_STEPS
+
+
+@pytest.mark.timeout(500)
+def test_one_run_through_every_fault(source: Path, run: Path, start: Start, tmp_path: Path) -> None:
+    """Nine starts of one run; afterwards every step's loss is that of a run that nothing happened to."""
+    faults = [
+        signal_one_rank,
+        signal_one_rank_under_deepspeed,
+        kill_the_launcher,
+        kill_a_rank,
+        stop_a_rank,
+        damage_the_newest_checkpoint,
+        touch_the_stop_file,
+        run_out_of_time,
+    ]
+    for number, fault in enumerate(faults, 1):
+        fault(run, start, number * SAVE_EVERY + 1)
+    job = start("alone")
+    assert job.end() == 0, job.output
+    calm = start("alone", new_run(tmp_path / "calm", source))
+    assert calm.end() == 0, calm.output
+    losses = losses_of(run)
+    assert sorted(losses) == list(range(1, NUM_STEPS + 1))
+    assert losses == pytest.approx(losses_of(calm.run), abs=1e-5)
+
+
+def signal_one_rank(run: Path, start: Start, step: int) -> None:
+    job = start("torchrun")
+    job.wait_for_step(step)
+    os.kill(job.pids()[1], signal.SIGUSR1)
+    assert job.end() == 1, "torchrun does not pass on the ranks' own status"
+    assert_saved_where_it_stopped(job)
+
+
+def signal_one_rank_under_deepspeed(run: Path, start: Start, step: int) -> None:
+    job = start("deepspeed")
+    job.wait_for_step(step)
+    os.kill(job.pids()[1], signal.SIGTERM)
+    assert job.end() == EXIT_REQUEUE, job.output
+    assert_saved_where_it_stopped(job)
+
+
+def kill_the_launcher(run: Path, start: Start, step: int) -> None:
+    """DeepSpeed's runner leaves its ranks behind; they notice, save and stop."""
+    job = start("deepspeed")
+    job.wait_for_step(step)
+    ranks = job.pids()
+    job.process.kill()
+    job.end()
+    wait_until(lambda: not any(map(is_alive, ranks)))
+    assert_saved_where_it_stopped(job)
+
+
+def kill_a_rank(run: Path, start: Start, step: int) -> None:
+    job = start("torchrun")
+    job.wait_for_step(step)
+    ranks = job.pids()
+    os.kill(ranks[1], signal.SIGKILL)
+    assert job.end() != 0
+    assert "where all ranks were" in job.output
+    assert f"rank 1 on {HOST} (pid {ranks[1]})" in job.output
+
+
+def stop_a_rank(run: Path, start: Start, step: int) -> None:
+    """A stuck rank: the other one ends by itself within the collectives' time limit."""
+    job = start("torchrun")
+    job.wait_for_step(step)
+    ranks = job.pids()
+    os.kill(ranks[1], signal.SIGSTOP)
+    wait_until(lambda: not is_alive(ranks[0]), 6 * TIMEOUT_SECONDS)
+    os.kill(ranks[1], signal.SIGKILL)
+    assert job.end() != 0
+    assert f"rank 1 on {HOST} (pid {ranks[1]})" in job.output
+
+
+def damage_the_newest_checkpoint(run: Path, start: Start, step: int) -> None:
+    newest = newest_step(run)
+    path = run / "checkpoints" / f"step-{newest:06d}" / "optimizer.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    job = start("alone")
+    job.wait_for_step(newest + 1)
+    refuse_a_second_training(job)
+    os.kill(job.process.pid, signal.SIGTERM)
+    assert job.end() == EXIT_REQUEUE
+    assert f"step-{newest:06d}/optimizer.safetensors: missing, truncated or changed" in job.output
+    assert f"resumed from {run}/checkpoints/step-{newest - newest % SAVE_EVERY - SAVE_EVERY:06d}" in job.output
+
+
+def refuse_a_second_training(first: Job) -> None:
+    os.kill(first.process.pid, signal.SIGSTOP)  # it would finish meanwhile
+    second = subprocess.run(first.process.args, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    os.kill(first.process.pid, signal.SIGCONT)
+    assert second.returncode == 1, second.stderr
+    assert f"checkpoints.lock: held by pid {first.process.pid}" in second.stderr
+
+
+def touch_the_stop_file(run: Path, start: Start, step: int) -> None:
+    job = start("alone")
+    job.wait_for_step(step)
+    (run / "STOP").touch()
+    assert job.end() == EXIT_REQUEUE
+    assert "STOP was touched" in job.output
+    assert_saved_where_it_stopped(job)
+    (run / "STOP").unlink()
+
+
+def run_out_of_time(run: Path, start: Start, step: int) -> None:
+    configure(run, walltime_seconds=0.1)
+    job = start("alone")
+    assert job.end() == EXIT_REQUEUE
+    assert "the job's time is nearly over" in job.output
+    configure(run)
+
+
+def test_a_second_signal_leaves_at_once(run: Path, start: Start) -> None:
+    job = start("alone")
+    job.wait_for_step(SAVE_EVERY + 1)
+    os.kill(job.process.pid, signal.SIGSTOP)  # so that both signals are pending before a step can end
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGCONT):
+        os.kill(job.process.pid, number)
+    assert job.end() in (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
+    assert newest_step(run) == SAVE_EVERY
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small disk")
+def test_a_full_disk_while_saving_keeps_the_checkpoint_before(run: Path, start: Start) -> None:
+    disk = run / "checkpoints"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=192k", "none", disk], check=True)
+    try:
+        job = start("torchrun")
+        assert job.end() != 0
+        assert "the disk is full" in job.output
+        assert newest_step(run) % SAVE_EVERY == 0
+        assert not list(disk.glob(".step-*")), "nothing half-written is left"
+    finally:
+        subprocess.run(["umount", disk], check=True)
