@@ -123,6 +123,11 @@ def prepare_process(num_threads: int | None = None) -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
+def cores_of_a_rank() -> int:
+    """Cores that this process may use, shared fairly with the other ranks of the node."""
+    return max(1, len(os.sched_getaffinity(0)) // detect_ranks().local_world_size)
+
+
 def die_with_parent() -> None:
     """Ask the kernel for SIGTERM when the launcher dies: DeepSpeed's runner leaves its ranks behind as orphans.
 

@@ -105,3 +105,14 @@ def test_damaged_lengths_are_measured_again(tmp_path: Path, content: bytes | Non
     (folder / "summary.json").unlink()
     measure_lengths(shards, make_builder())
     assert np.array_equal(Lengths(shards, folder).table([(0, 30)]).suffixes, table.suffixes)
+
+
+def test_processes_measure_what_one_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With much to measure all cores of the rank take part, without being asked."""
+    alone, together = (make_split(tmp_path / name, SIZES) for name in ("alone", "together"))
+    measure_lengths(alone, make_builder())
+    monkeypatch.setattr("trsr_dist.shards.measure.MANY_SAMPLES", 1)
+    monkeypatch.setattr("trsr_dist.shards.measure.cores_of_a_rank", lambda: 3)
+    folder = measure_lengths(together, make_builder()).folder
+    for path in lengths_folder(alone, make_builder()).iterdir():
+        assert (folder / path.name).read_bytes() == path.read_bytes()

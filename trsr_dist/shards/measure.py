@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
+from trsr_dist.environment import cores_of_a_rank
 from trsr_dist.errors import DataError
 from trsr_dist.files import read_json, write_json
 from trsr_dist.log import get_logger, progress
@@ -28,6 +29,8 @@ from trsr_dist.shards.lengths import (
 )
 from trsr_dist.shards.reader import ShardSet
 
+MANY_SAMPLES = 4000
+"""From so many on a rank measures with all cores that are its share of the node: the GPUs wait for it."""
 STALL_SECONDS = 3600.0
 """Waiting for the other ranks ends after so long without a new file."""
 
@@ -49,7 +52,7 @@ def measure_lengths(
         builder: writes the prompts.
         rank: this process; it measures every ``world_size``-th shard.
         world_size: how many processes share the work.
-        num_workers: further processes that this one starts; 0: none.
+        num_workers: processes that this one starts to measure at least; 0: none unless there is much to measure.
         tolerate: a damaged sample counts as one without candidates, instead of an error.
 
     Raises:
@@ -168,9 +171,11 @@ def _measure_shards(measuring: Measuring, numbers: list[int], num_workers: int) 
     shards = measuring.shards
     log.info("%s: measuring token lengths of %d shards", shards.folder, len(todo))
     first = measuring.first_prefix()
-    if num_workers > 1 and len(todo) > 1:
+    num_samples = sum(shards.facts[number]["num_samples"] for number in todo)
+    num_processes = min(len(todo), max(num_workers, cores_of_a_rank()) if num_samples >= MANY_SAMPLES else num_workers)
+    if num_processes > 1:
         context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(num_workers, context, _start_worker, (measuring, first)) as pool:
+        with ProcessPoolExecutor(num_processes, context, _start_worker, (measuring, first)) as pool:
             for _ in progress(pool.map(_work, todo), total=len(todo), description="token lengths", unit="shard"):
                 pass
     else:

@@ -85,22 +85,13 @@ class TrainStream:
         return epoch_facts(self.plan, epoch, keep=self._rank == 0).num_steps
 
     def __iter__(self) -> Iterator[Step]:
-        with load_steps(StepReader(self._reader), self._advised_specs(), self._num_workers) as steps:
+        specs = step_specs(self.plan, self._state, self._rank, self._world_size)
+        advised = advise_ahead(specs, self._reader.shards)
+        with load_steps(StepReader(self._reader), advised, self._num_workers) as steps:
             for step in steps:
                 self._check_errors(step)
                 self._state = step.state
                 yield step
-
-    def _advised_specs(self) -> Iterator[StepSpec]:
-        """The specs, each handed out only when later ones have been asked of the kernel."""
-        waiting: deque[StepSpec] = deque()
-        for spec in step_specs(self.plan, self._state, self._rank, self._world_size):
-            for unit in (unit for row in spec.rows for unit in row):
-                with suppress(DataError):  # the reader will say what is wrong
-                    self._reader.shards.advise(unit.sample, unit.sample + 1)
-            waiting.append(spec)
-            if len(waiting) > ADVISED_STEPS:
-                yield waiting.popleft()
 
     def _check_errors(self, step: Step) -> None:
         for error in step.errors:
@@ -114,3 +105,15 @@ class TrainStream:
             raise DataError(f"{error}; that makes {count}, train.max_data_errors allows {self._max_data_errors}")
         if count:
             log.warning("left out: %s", error)
+
+
+def advise_ahead(specs: Iterator[StepSpec], shards: ShardSet) -> Iterator[StepSpec]:
+    """The specs, each handed out only when the kernel has been asked to read later ones."""
+    waiting: deque[StepSpec] = deque()
+    for spec in specs:
+        for unit in (unit for row in spec.rows for unit in row):
+            with suppress(DataError):  # the reader will say what is wrong
+                shards.advise(unit.sample, unit.sample + 1)
+        waiting.append(spec)
+        if len(waiting) > ADVISED_STEPS:
+            yield waiting.popleft()
