@@ -20,6 +20,7 @@ from trsr_dist.run import MANIFEST, RunFolder
 from trsr_dist.summarize.units import SplitWork
 
 JOB = "job.json"
+PUBLISHED = "published"
 WRITE_SECONDS = 10.0
 """Between two rewritings of a task's file."""
 SILENT_SECONDS = 60.0
@@ -95,6 +96,10 @@ class Overview:
     """Quarantined users of committed units: user, node, key, reason."""
     tasks: list[TaskProgress]
     """Those at work and those that failed."""
+
+    @property
+    def is_done(self) -> bool:
+        return all(state == PUBLISHED for state in self.splits.values())
 
     @property
     def eta_seconds(self) -> float | None:
@@ -176,7 +181,7 @@ class ProgressReader:
         """State, users whose unit is committed, failures."""
         failed = self._published_failures(split, work)
         if failed is not None:
-            return "published", work.num_users, failed
+            return PUBLISHED, work.num_users, failed
         units = [unit for unit in range(work.num_units) if work.is_done(unit)] if work.folder.exists() else []
         users = sum(len(work.users(unit)) for unit in units)
         return f"{len(units)} of {work.num_units} units", users, work.failures()

@@ -1,0 +1,155 @@
+"""What tools/status.py reads out of a run folder."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.summarize.server import Handler, Server, good, refusing, serving
+from tests.summarize.world import ROOT, run_here, start, write_config, write_histories
+from trsr_dist.environment import Ranks
+from trsr_dist.errors import EngineError, RunError
+from trsr_dist.files import write_json
+from trsr_dist.log import MetricLog, read_metrics
+from trsr_dist.run import RunFolder
+from trsr_dist.status import describe_run, duration
+from trsr_dist.summarize.progress import SILENT_SECONDS, ProgressReader, Rates, TaskProgress, write_task
+from trsr_dist.train.heartbeat import Heartbeat
+
+USERS = {"train": 30, "valid": 3, "test": 3}
+
+
+def prepared(folder: Path, server: Server, **settings: object) -> tuple[Path, Path]:
+    run = folder / "run"
+    write_histories(run, USERS, max_history=12)
+    engine = {"engine": "openai", "model": "small", "base_url": server.address, "users_per_shard": 4, "max_retries": 0}
+    return run, write_config(run, summarize=engine | settings)
+
+
+def test_a_job_of_two_tasks_at_work(tmp_path: Path) -> None:
+    """The server holds its answers back half way, so that the numbers stand still."""
+
+    def half_way(handler: Handler, body: dict, tries: int) -> None:
+        if len(handler.server.requests) > 40:
+            handler.server.released.wait(100)
+        good(handler, body, tries)
+
+    with serving(half_way) as server:
+        server.released = threading.Event()
+        run, config = prepared(tmp_path, server, max_in_flight=4)
+        tasks = [start(config, rank=rank, world_size=2) for rank in range(2)]
+        deadline = time.monotonic() + 60
+        while "2 tasks at work" not in (text := describe_run(run)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert "prepare     done" in text and "of 36 done" in text and "tokens/s" in text
+        assert text.count("task 0000") == 2
+        server.released.set()
+        assert [task.wait(100) for task in tasks] == [0, 0]
+    text = describe_run(run)
+    assert "summarize   done" in text and "users: 36 of 36 done (100.0%), 0 in flight, 0 quarantined" in text
+    rows = [row for row in read_metrics(run) if row["stage"] == "summarize"]
+    assert rows[-1]["summarize/users_done"] == 36 and rows[-1]["summarize/eta_seconds"] == 0
+    overview = ProgressReader.latest(RunFolder(run)).read()
+    assert overview.tokens == 10 * sum(path == "/v1/chat/completions" for path, _, _ in server.requests)
+    assert rows[-1]["summarize/nodes"] == overview.nodes
+
+
+def test_quarantined_users_and_failed_tasks_are_named(tmp_path: Path) -> None:
+    with serving(refusing("title")) as server:
+        run, config = prepared(tmp_path, server, failed_users="skip", max_failures=3)
+        with pytest.raises(EngineError, match="summarize.max_failures"):
+            run_here(config)
+        text = describe_run(run)
+        assert "stopped: no task is at work" in text
+        assert "failed 00:00:0" in text and "summarize.max_failures allows 3" in text
+        run_here(config, "summarize.max_failures=100")
+    text = describe_run(run)
+    assert "36 quarantined" in text and "node 0: BadRequestError 400" in text
+
+
+def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = tmp_path / "run"
+    write_histories(run, USERS)
+    run_here(write_config(run), "run.tensorboard=true")
+    events = EventAccumulator(str(run / "tensorboard/summarize"))
+    events.Reload()
+    *_, last = read_metrics(run)
+    for name, value in last.items():
+        if name.startswith("summarize/"):
+            assert events.Scalars(name)[-1].value == pytest.approx(value)
+    assert events.Scalars("summarize/users_done")[-1].step == 36
+
+
+def test_a_task_that_went_silent_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    folder = run / "summaries/progress/abc"
+    splits = {"train": {"work": "train-abc", "num_users": 100, "users_per_unit": 10}}
+    write_json(folder / "job.json", {"splits": splits})
+    write_task(
+        folder, TaskProgress("a", "one", uncommitted=5, in_flight=7, users_per_second=2.0, nodes=9, cache_hits=1)
+    )
+    write_task(folder, TaskProgress("b", "two", uncommitted=1, in_flight=1, users_per_second=0.5))
+    overview = ProgressReader.latest(RunFolder(run)).read()
+    assert (overview.users_done, overview.in_flight, overview.eta_seconds) == (6, 8, 94 / 2.5)
+    assert "2 tasks at work, ETA 00:00:38" in describe_run(run)
+    now = time.time() + SILENT_SECONDS + 1
+    monkeypatch.setattr(time, "time", lambda: now)
+    overview = ProgressReader.latest(RunFolder(run)).read()
+    assert (overview.users_done, overview.in_flight, overview.eta_seconds) == (0, 0, None)
+    assert (overview.nodes, overview.cache_hits) == (9, 1)
+
+
+def test_rates_are_those_of_the_last_minutes() -> None:
+    now = 0.0
+    rates = Rates(lambda: now)
+    for now in range(10, 310, 10):  # noqa: B007
+        last = rates.update(now * 3, now**2)
+    assert last[0] == pytest.approx(3)
+    assert last[1] == pytest.approx((300**2 - 180**2) / 120)
+
+
+def test_a_training_with_its_ranks(tmp_path: Path) -> None:
+    metrics = MetricLog(tmp_path, "train", tensorboard=False)
+    metrics.write(10, {"train/loss": 0.7})
+    metrics.write(20, {"train/loss": 0.512345, "train/users_per_second": 33.0})
+    metrics.close()
+    heartbeat = Heartbeat(tmp_path, Ranks(rank=1, world_size=2, host="node1"), stuck_seconds=100)
+    heartbeat.start()
+    heartbeat.at(21, "gradient sum")
+    heartbeat.stop()
+    text = describe_run(tmp_path)
+    assert "step 20, 00:00:0" in text and "train/loss 0.5123, train/users_per_second 33" in text
+    assert "rank 1 on node1" in text and "step 21, gradient sum" in text
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/latest").write_text("step-000020")
+    assert "newest checkpoint: step-000020" in describe_run(tmp_path)
+
+
+def test_an_empty_run_and_no_run(tmp_path: Path) -> None:
+    text = describe_run(tmp_path)
+    assert [line.split()[0] for line in text.splitlines()] == ["prepare", "summarize", "train", "merge", "evaluate"]
+    with pytest.raises(RunError, match="no such run folder"):
+        describe_run(tmp_path / "nothing")
+
+
+def test_the_command(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/status.py", str(tmp_path / "nothing")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1 and done.stderr.startswith("error:") and "Traceback" not in done.stderr
+
+
+def test_durations() -> None:
+    assert [duration(seconds) for seconds in (0, 59.6, 3661, 90061)] == [
+        "00:00:00",
+        "00:01:00",
+        "01:01:01",
+        "1 d 01:01:01",
+    ]

@@ -1,0 +1,24 @@
+"""Show the progress of a run: users done, speed and ETA of the summarization, last step and ranks of the training."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trsr_dist.cli import run_command
+from trsr_dist.status import describe_run
+
+EXAMPLE = "python tools/status.py runs/mind\n  watch -n 10 python tools/status.py runs/mind"
+
+
+def main() -> None:
+    """Print what the run folder tells."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder (run.dir)")
+    print(describe_run(parser.parse_args().run))
+
+
+if __name__ == "__main__":
+    run_command(main)
