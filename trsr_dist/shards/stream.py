@@ -117,3 +117,4 @@ def advise_ahead(specs: Iterator[StepSpec], shards: ShardSet) -> Iterator[StepSp
         waiting.append(spec)
         if len(waiting) > ADVISED_STEPS:
             yield waiting.popleft()
+    yield from waiting
