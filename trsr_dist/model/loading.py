@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
@@ -14,6 +15,7 @@ from trsr_dist.errors import ConfigError, ModelError
 from trsr_dist.log import get_logger
 from trsr_dist.model.architecture import sharing_hindrance
 from trsr_dist.model.attention.backends import choose_backend
+from trsr_dist.model.zero3 import load_divided
 
 log = get_logger("model")
 
@@ -70,13 +72,13 @@ def check_weights(source: BaseSource) -> None:
         raise ModelError(f"{folder}: no weights (*.safetensors); name a complete model folder with model.name_or_path")
 
 
-def load_base(source: BaseSource, dtype: torch.dtype, device: torch.device | None) -> nn.Module:
-    """The frozen base in ``dtype``.
+def load_base(source: BaseSource, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """The frozen base in ``dtype``, whole.
 
     Args:
         source: which.
         dtype: of the weights; a quantized base computes in it.
-        device: where to; None: leave the place to ZeRO-3, which holds a share of each weight on every rank.
+        device: where to.
 
     Raises:
         ModelError: the weights cannot be read.
@@ -89,8 +91,43 @@ def load_base(source: BaseSource, dtype: torch.dtype, device: torch.device | Non
     except (OSError, ValueError, KeyError) as error:
         raise _unreadable(source, "weights", error) from None
     model.requires_grad_(False)
+    return model if source.quantization != "none" else model.to(device)
+
+
+def load_base_divided(source: BaseSource, dtype: torch.dtype, zero_config: dict[str, Any]) -> nn.Module:
+    """The frozen base under ZeRO-3. All ranks call it.
+
+    Args:
+        source: a local folder.
+        dtype: of the weights.
+        zero_config: DeepSpeed's, with stage 3.
+
+    Raises:
+        ModelError: the weights cannot be read.
+    """
+    config = load_config(source)
+    try:
+        divided = load_divided(Path(source.name_or_path), config, dtype, zero_config, source.options)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise _unreadable(source, "weights", error) from None
+    model = divided.model if divided is not None else _load_through_rank_zero(source, dtype, zero_config)
+    model.requires_grad_(False)
     refresh_rotary_tables(model)
-    return model if device is None or source.quantization != "none" else model.to(device)
+    return model
+
+
+def _load_through_rank_zero(source: BaseSource, dtype: torch.dtype, zero_config: dict[str, Any]) -> nn.Module:
+    """As transformers does it, for files whose tensors must be renamed or put together."""
+    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    kept = HfDeepSpeedConfig(zero_config)  # transformers holds a weak reference only
+    try:
+        return AutoModelForCausalLM.from_pretrained(source.name_or_path, dtype=dtype, **source.options)
+    except (OSError, ValueError, KeyError) as error:
+        raise _unreadable(source, "weights", error) from None
+    finally:
+        unset_hf_deepspeed_config()
+        del kept
 
 
 def refresh_rotary_tables(model: nn.Module) -> None:
@@ -102,7 +139,7 @@ def refresh_rotary_tables(model: nn.Module) -> None:
     for name, module in list(model.named_modules()):
         if type(module).__name__.endswith("RotaryEmbedding") and hasattr(module, "config"):
             fresh = type(module)(config=module.config)
-            device = next(model.parameters()).device
+            device = next(module.buffers()).device
             parent, _, child = name.rpartition(".")
             setattr(model.get_submodule(parent), child, fresh.to(device))
 

@@ -50,8 +50,12 @@ def add_lora(
     )
     torch.manual_seed(seed)
     inject_adapter_in_model(config, model, ADAPTER)
+    dtype = model.get_input_embeddings().weight.dtype
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
+        is_lora = "lora_" in name
+        parameter.requires_grad_(is_lora)
+        if is_lora:  # PEFT makes them in float32 where it cannot see a weight, under ZeRO-3
+            parameter.data = parameter.data.to(dtype)
     return config
 
 

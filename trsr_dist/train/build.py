@@ -16,7 +16,7 @@ from trsr_dist.errors import CheckpointError, ConfigError, TrsrError
 from trsr_dist.evaluate.metrics import metric_names
 from trsr_dist.log import MetricLog, get_logger
 from trsr_dist.model.fingerprint import base_fingerprint
-from trsr_dist.model.loading import load_base
+from trsr_dist.model.loading import load_base, load_base_divided
 from trsr_dist.model.lora import adapter_config, add_lora
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.model.recomputation import enable_recomputation
@@ -28,7 +28,7 @@ from trsr_dist.run import RunFolder, manifest_hash
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.train.checkpoints import Checkpoint, CheckpointFolder, TrainerState
 from trsr_dist.train.elastic import gather_state, restore_state
-from trsr_dist.train.engine import Engine, zero3_initialization
+from trsr_dist.train.engine import Engine, skip_shared_memory_operator
 from trsr_dist.train.meter import Sums
 from trsr_dist.train.monitor import Monitor
 from trsr_dist.train.prepare import Prepared
@@ -75,9 +75,11 @@ class Build:
     def model(self) -> Recommender:
         """The base with fresh LoRA layers, on this rank's device or, under ZeRO-3, divided over the ranks."""
         prepared, lora = self.prepared, self.config.lora
-        with zero3_initialization(prepared.zero_config):
-            device = None if prepared.zero.stage == 3 else distributed.device_of(self.ranks)
-            base = load_base(prepared.source, prepared.dtype, device)
+        if prepared.zero.stage == 3:
+            skip_shared_memory_operator()
+            base = load_base_divided(prepared.source, prepared.dtype, prepared.zero_config)
+        else:
+            base = load_base(prepared.source, prepared.dtype, distributed.device_of(self.ranks))
         config = add_lora(
             base, lora.r, lora.alpha, lora.dropout, lora.target_modules, lora.use_rslora, self.config.run.seed
         )

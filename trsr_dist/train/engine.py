@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,20 +114,3 @@ def skip_shared_memory_operator() -> None:
     """Keep DeepSpeed from compiling an operator for CPUs: it takes a minute and training does not use it."""
     # `import deepspeed.comm.torch as m` binds PyTorch's module of that name.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
-
-
-@contextmanager
-def zero3_initialization(zero_config: dict[str, Any]) -> Iterator[None]:
-    """Within this context transformers gives each rank its share of a model's weights only, at stage 3."""
-    if zero_config["zero_optimization"]["stage"] < 3:
-        yield
-        return
-    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
-
-    skip_shared_memory_operator()
-    kept = HfDeepSpeedConfig(zero_config)  # transformers holds a weak reference only
-    try:
-        yield
-    finally:
-        unset_hf_deepspeed_config()
-        del kept

@@ -1,0 +1,50 @@
+"""A base divided over real ranks: each holds and reads its share, and together they hold the model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.merge.models import make_base
+from tests.spawn import run_ranks
+
+ZERO3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
+
+
+def load_share(rank: int, world_size: int, folder: Path, dtype: str) -> dict[str, Any]:
+    import deepspeed
+
+    from trsr_dist.model.loading import BaseSource, load_config
+    from trsr_dist.model.zero3 import load_divided
+    from trsr_dist.train.engine import skip_shared_memory_operator
+
+    skip_shared_memory_operator()
+    config = load_config(BaseSource(str(folder)))
+    precision = {"bf16": {"enabled": dtype == "bfloat16"}}
+    found = load_divided(folder, config, getattr(torch, dtype), ZERO3 | precision, {})
+    held = sum(parameter.ds_tensor.nbytes for parameter in found.model.parameters())
+    with deepspeed.zero.GatheredParameters(list(found.model.parameters())):
+        whole = {name: parameter.detach().float().numpy() for name, parameter in found.model.named_parameters()}
+    return {"read": found.num_bytes_read, "held": held, "whole": whole}
+
+
+@pytest.mark.parametrize(("world_size", "tied", "dtype"), [(2, False, "float32"), (3, True, "bfloat16")])
+def test_ranks_hold_and_read_their_shares(tmp_path: Path, world_size: int, tied: bool, dtype: str) -> None:
+    folder = make_base(tmp_path / "base", tied=tied)
+    stored = {name: tensor for path in folder.glob("*.safetensors") for name, tensor in load_file(path).items()}
+    num_bytes = sum(tensor.nbytes for tensor in stored.values())
+    longest_row = max(tensor[0].nbytes for tensor in stored.values())
+    ranks = run_ranks(load_share, world_size, folder, dtype)
+    for rank in ranks:
+        assert rank["whole"].keys() == stored.keys()
+        for name, values in rank["whole"].items():
+            assert torch.equal(torch.from_numpy(values), stored[name].to(getattr(torch, dtype)).float()), name
+        size = num_bytes // 4 * torch.empty(0, dtype=getattr(torch, dtype)).element_size()
+        assert size / world_size <= rank["held"] <= size / world_size + 8 * len(stored) * world_size
+    read = sum(rank["read"] for rank in ranks)
+    edges = len(stored) * world_size * longest_row
+    assert num_bytes <= read <= num_bytes + edges, "every byte is read once, rows at the edges of shares twice"

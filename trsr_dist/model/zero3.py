@@ -1,0 +1,111 @@
+"""A frozen base under ZeRO-3: every rank reads, and holds, its share of each weight only.
+
+transformers reads all weights into the memory of rank 0 and sends them round. Here the model is made empty and
+divided, then each rank reads its rows of the safetensors files: the ranks of a node read every file once together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers.initialization import no_init_weights
+
+from trsr_dist.errors import ModelError
+from trsr_dist.log import get_logger
+
+log = get_logger("model")
+
+
+@dataclass(frozen=True, slots=True)
+class DividedModel:
+    """A model whose weights lie divided over the ranks."""
+
+    model: nn.Module
+    num_bytes_read: int
+    """By this rank."""
+
+
+def load_divided(
+    folder: Path, config: PretrainedConfig, dtype: torch.dtype, zero_config: dict[str, Any], options: dict[str, Any]
+) -> DividedModel | None:
+    """Load a base from a local folder; None where its files do not name the model's own weights.
+
+    Args:
+        folder: holds safetensors.
+        config: of the model.
+        dtype: of the weights.
+        zero_config: DeepSpeed's, with stage 3.
+        options: further ones of ``from_config``.
+
+    Raises:
+        ModelError: a tensor has another shape than the config says.
+    """
+    files = tensor_files(folder)
+    with empty_and_divided(zero_config):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+    model.tie_weights()
+    parameters = dict(model.named_parameters())
+    missing = sorted(parameters.keys() - files.keys())
+    if missing:
+        log.info("%s: %s is stored under another name; rank 0 reads the weights for all", folder, missing[0])
+        return None
+    num_bytes = 0
+    for file, names in by_file({name: files[name] for name in parameters}).items():
+        with safe_open(file, framework="pt") as tensors:
+            for name in names:
+                num_bytes += _fill(parameters[name], tensors, name, file)
+    return DividedModel(model, num_bytes)
+
+
+@contextmanager
+def empty_and_divided(zero_config: dict[str, Any]) -> Iterator[None]:
+    """Within this context new models are divided over the ranks as they are made, their weights left unset."""
+    from deepspeed import zero
+
+    with no_init_weights(), zero.Init(config_dict_or_path=zero_config):
+        yield
+
+
+def tensor_files(folder: Path) -> dict[str, Path]:
+    """The file that holds each tensor of a model folder."""
+    files = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as tensors:
+            files |= dict.fromkeys(tensors.keys(), path)
+    return files
+
+
+def by_file(files: dict[str, Path]) -> dict[Path, list[str]]:
+    """Tensor names of each file."""
+    grouped: dict[Path, list[str]] = {}
+    for name, path in files.items():
+        grouped.setdefault(path, []).append(name)
+    return grouped
+
+
+@torch.no_grad()
+def _fill(parameter: nn.Parameter, tensors: Any, name: str, file: Path) -> int:
+    """Read this rank's share of a parameter; returns the bytes read."""
+    stored = tensors.get_slice(name)
+    shape = tuple(stored.get_shape())
+    if shape != tuple(parameter.ds_shape):
+        raise ModelError(f"{file}: {name} has shape {shape}, the config says {tuple(parameter.ds_shape)}")
+    share = parameter.ds_tensor
+    start = share.ds_numel * parameter.ds_process_group.rank()
+    stop = min(start + share.ds_numel, parameter.ds_numel)
+    if start >= stop:
+        return 0
+    width = parameter.ds_numel // shape[0]
+    first, last = start // width, -(-stop // width)
+    rows = stored[first:last]
+    values = rows.flatten()[start - first * width : stop - first * width]
+    share[: len(values)].copy_(values)
+    return rows.nbytes
