@@ -1,0 +1,215 @@
+"""Summarizing with the transformers engine and small models made here, in CPU-seconds, everything side by side.
+
+Ragged prompts against one ``generate`` call each, chains by the number in flight, the scheduler on top of the engine,
+and a second run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trsr_dist.benchmarks.common import Row, timed
+from trsr_dist.hashing import random_stream
+from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.summarize.cache import TextCache
+from trsr_dist.summarize.engines.encoding import PromptEncoder
+from trsr_dist.summarize.engines.transformers import TransformersEngine
+from trsr_dist.summarize.plans import planner
+from trsr_dist.summarize.requests import Completion, Engine, Request
+from trsr_dist.summarize.scheduler import Scheduler, Work
+
+REPEATS = 3
+"""Each way is run so often, in turns; medians count."""
+NUM_RAGGED = 32
+TOKENS_IN, TOKENS_OUT = (50, 800), (10, 150)
+NUM_CHAINS, NODES_PER_CHAIN, BLOCK_SIZE = 40, 5, 2
+IN_FLIGHT = (1, 8, 32)
+MAX_NEW_TOKENS = 64
+END_SHARE = 0.06
+"""Share of the vocabulary that ends a chain's text: about 16 tokens a text, and hardly one cut at the limit."""
+SLOTS = 32
+NUM_WORDS = 1000
+LARGE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 4}
+TINY = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def run(scale: float) -> list[Row]:
+    """The table; ``scale`` multiplies the numbers of prompts and of chains."""
+    torch.set_num_threads(1)
+    tokenizer = _tokenizer()
+    large, tiny = _model(tokenizer, LARGE), _model(tokenizer, TINY)
+    num_chains = max(8, round(NUM_CHAINS * scale))
+    rows = _against_generate(large, tokenizer, _ragged(tokenizer, max(4, round(NUM_RAGGED * scale))))
+    for model in (large, tiny):
+        model.generation_config.eos_token_id = list(range(3, 3 + round(END_SHARE * len(tokenizer))))
+    return rows + _chains(tiny, tokenizer, num_chains) + _overhead(large, tokenizer, num_chains)
+
+
+def _against_generate(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, requests: list[Request]
+) -> list[Row]:
+    alone, together = [], []
+    for _ in range(REPEATS):
+        with timed() as timer:
+            expected = {request.key: _generate(model, tokenizer, request) for request in requests}
+        alone.append(timer.cpu)
+        with timed() as timer:
+            done = _answers(_engine(model, tokenizer, SLOTS), requests)
+        together.append(timer.cpu)
+    tokens = sum(completion.new_tokens for completion in done.values())
+    case = f"{len(requests)} ragged prompts, {model.num_parameters() / 1e6:.1f}M weights"
+    rows = [
+        Row("summarize", case, "generate, one by one", tokens / median(alone), "new tokens/CPU-s"),
+        Row("summarize", case, "engine", tokens / median(together), "new tokens/CPU-s"),
+        _ratio(case, "engine, ratio to generate", alone, together, "bar: 1"),
+    ]
+    same = sum(done[key].text == text for key, text in expected.items())
+    return [*rows, Row("summarize", case, "equal texts", same / len(requests), "share")]
+
+
+def _chains(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_chains: int) -> list[Row]:
+    seconds: dict[int, list[float]] = {number: [] for number in IN_FLIGHT}
+    texts: dict[int, dict[int, str]] = {}
+    for _ in range(REPEATS):
+        for number in IN_FLIGHT:
+            with tempfile.TemporaryDirectory() as folder, timed() as timer:
+                engine = _engine(model, tokenizer, number)
+                engine.capacity = number
+                texts[number] = _schedule(engine, Path(folder), num_chains)
+            seconds[number].append(timer.cpu)
+    nodes = num_chains * NODES_PER_CHAIN
+    case = f"{num_chains} recurrent chains, {nodes} nodes, {model.num_parameters() / 1e6:.1f}M weights"
+    rows = [Row("summarize", case, f"{n} in flight", nodes / median(seconds[n]), "nodes/CPU-s") for n in IN_FLIGHT]
+    same = "texts equal" if all(found == texts[1] for found in texts.values()) else "texts differ"
+    return [*rows, _ratio(case, "32 in flight, ratio to 1", seconds[1], seconds[32], f"bar: 4; {same}")]
+
+
+def _overhead(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_chains: int) -> list[Row]:
+    """Scheduler, trimming, keys, cache and quality gate: what a run costs outside the engine's own work."""
+    shares, calls = [], 0
+    for _ in range(REPEATS):
+        with tempfile.TemporaryDirectory() as folder:
+            first, again = (_Timed(_engine(model, tokenizer, SLOTS)) for _ in range(2))
+            with timed() as timer:
+                texts = _schedule(first, Path(folder), num_chains)
+            assert _schedule(again, Path(folder), num_chains) == texts
+        shares.append(100 * (timer.cpu / first.seconds - 1))
+        calls += again.num_requests
+    case = f"{num_chains} recurrent chains, {model.num_parameters() / 1e6:.1f}M weights"
+    note = f"{min(shares):.2f} to {max(shares):.2f} in {REPEATS} rounds; bar: 2"
+    return [
+        Row("summarize", case, "scheduler on top of the engine", median(shares), "%", note),
+        Row("summarize", case, "engine calls of a second run", calls, "calls", "bar: 0"),
+    ]
+
+
+def _ratio(case: str, measure: str, slow: list[float], fast: list[float], note: str) -> Row:
+    ratios = [one / other for one, other in zip(slow, fast, strict=True)]
+    spread = f"{min(ratios):.2f} to {max(ratios):.2f} in {REPEATS} rounds; {note}"
+    return Row("summarize", case, measure, median(ratios), "x", spread)
+
+
+class _Timed:
+    """An engine whose CPU-seconds and requests are counted."""
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        self._engine = engine
+        self.fit, self.close = engine.fit, engine.close
+        self.seconds = 0.0
+        self.num_requests = 0
+
+    @property
+    def capacity(self) -> int:
+        return self._engine.capacity
+
+    def submit(self, request: Request) -> None:
+        self.num_requests += 1
+        self._count(self._engine.submit, request)
+
+    def poll(self) -> list[Completion]:
+        return self._count(self._engine.poll)
+
+    def _count(self, function: Callable[..., Any], *args: object) -> Any:
+        start = time.process_time()
+        result = function(*args)
+        self.seconds += time.process_time() - start
+        return result
+
+
+def _schedule(engine: Engine, folder: Path, num_chains: int) -> dict[int, str]:
+    """Run chains of short prompts; the last texts by user."""
+    num_items = NODES_PER_CHAIN * BLOCK_SIZE
+    plan = planner("recurrent")(num_items, BLOCK_SIZE, 0)
+    works = (Work(user, plan, [_words(3, "item", user, i) for i in range(num_items)]) for user in range(num_chains))
+    cache = TextCache(folder, f"task-{len(list(folder.iterdir()))}")
+    scheduler = Scheduler(engine, {"engine": "benchmark"}, cache, "news", MAX_NEW_TOKENS)
+    found = {result.tag: result.records[-1]["text"] for result in scheduler.run(lambda: next(works, None))}
+    cache.close()
+    return found
+
+
+def _engine(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_slots: int) -> TransformersEngine:
+    return TransformersEngine(model, PromptEncoder(tokenizer, "plain", max(TOKENS_IN)), num_slots)
+
+
+def _answers(engine: TransformersEngine, requests: list[Request]) -> dict[str, Completion]:
+    for request in requests:
+        engine.submit(request)
+    done: dict[str, Completion] = {}
+    while len(done) < len(requests):
+        done |= {completion.key: completion for completion in engine.poll()}
+    return done
+
+
+@torch.inference_mode()
+def _generate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, request: Request) -> str:
+    inputs = tokenizer(request.prompt.text(), return_tensors="pt", return_token_type_ids=False)
+    out = model.generate(**inputs, max_new_tokens=request.max_new_tokens, do_sample=False)
+    return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def _ragged(tokenizer: PreTrainedTokenizerFast, number: int) -> list[Request]:
+    """Prompts and answers of all lengths within the limits."""
+    requests = []
+    for i in range(number):
+        draw = random_stream("ragged", i)
+        length, new_tokens = draw.randint(*TOKENS_IN), draw.randint(*TOKENS_OUT)
+        prompt = SummaryPrompt("Summarize.", (), (_words(length, "ragged", i),))
+        excess = len(tokenizer(prompt.text())["input_ids"]) - length
+        prompt = SummaryPrompt("Summarize.", (), (_words(length - excess, "ragged", i),))
+        requests.append(Request(str(i), prompt, new_tokens))
+    return requests
+
+
+def _words(number: int, *keys: object) -> str:
+    draw = random_stream("words", *keys)
+    return " ".join(f"w{draw.randrange(NUM_WORDS)}" for _ in range(number))
+
+
+def _model(tokenizer: PreTrainedTokenizerFast, sizes: dict[str, int]) -> LlamaForCausalLM:
+    """A random Llama that never ends a text by itself."""
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.1, eos_token_id=None, pad_token_id=0, **sizes)
+    return LlamaForCausalLM(config).eval()
+
+
+def _tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE made here, with one token for each of the words and no end token."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=2048, special_tokens=["<pad>"], initial_alphabet=alphabet, show_progress=False
+    )
+    backend.train_from_iterator([f" w{number}" for number in range(NUM_WORDS)] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>")
