@@ -9,16 +9,19 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.lab import ENDED, REPOSITORY, Lab, wait_until
+from trsr_dist.shards.reader import ShardSet
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(400)]
 SETTINGS = [
     "demo.num_users=3000", "demo.num_items=300", "summarize.users_per_shard=50", "summarize.lease_seconds=8",
 ]  # fmt: skip
 
+FEW = ["demo.num_users=240", "summarize.users_per_shard=10"]
 
-def python(run: Path, program: str) -> None:
+
+def python(run: Path, program: str, *more: str) -> None:
     """Run a stage without Slurm."""
-    settings = ["--config", "configs/quickstart.yaml", *SETTINGS, f"run.dir={run}"]
+    settings = ["--config", "configs/quickstart.yaml", *SETTINGS, f"run.dir={run}", *more]
     subprocess.run([sys.executable, program, *settings], cwd=REPOSITORY, check=True, capture_output=True, timeout=120)
 
 
@@ -35,6 +38,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(lab: Lab, tmp_path: Path) -> Path:
     """A prepared run folder; all nodes are free."""
     python(tmp_path / "run", "tools/prepare_data.py")
+    lab.wait_for_nodes(3)
+    return tmp_path / "run"
+
+
+@pytest.fixture
+def small_run(lab: Lab, tmp_path: Path) -> Path:
+    """A prepared run folder with few users."""
+    python(tmp_path / "run", "tools/prepare_data.py", *FEW)
     lab.wait_for_nodes(3)
     return tmp_path / "run"
 
@@ -60,6 +71,21 @@ def assert_same_shards(run: Path, other: Path) -> None:
         for name in names[0]:
             mine, its = ((folder / "shards" / split / name).read_bytes() for folder in (run, other))
             assert mine == its, f"{split}/{name}"
+
+
+def served(lab: Lab, run: Path, program: Path) -> str:
+    """A job whose tasks start their own servers, of the given program."""
+    settings = f"configs/quickstart.yaml {' '.join([*SETTINGS, *FEW])} run.dir={run} summarize.model=small"
+    env = {"TRSR_VLLM": str(program), "TRSR_VLLM_OPTIONS": "--max-model-len 4096"}
+    options = f"--parsable -o {run.parent}/0.out -N2 --ntasks-per-node=2"
+    job = lab.run(f"sbatch {options} slurm/summarize_vllm.sbatch {settings}", env=env).strip()
+    return lab.wait_for_job(job)
+
+
+def script(path: Path, text: str) -> Path:
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
 
 
 def text(run: Path) -> str:
@@ -88,6 +114,27 @@ def test_several_tasks_of_one_job_preempted(lab: Lab, run: Path, undisturbed: Pa
     assert lab.wait_for_job(job) == "COMPLETED", text(run)
     assert lab.job(job)["Restarts"] == "1", text(run)
     assert_same_shards(run, undisturbed)
+
+
+def test_servers_beside_the_tasks(lab: Lab, small_run: Path, tmp_path: Path) -> None:
+    server = REPOSITORY / "tests/summarize/server.py"
+    program = script(tmp_path / "vllm", f'echo "$@"; exec {sys.executable} {server} "$@"')
+    assert served(lab, small_run, program) == "COMPLETED", text(small_run)
+    logs = list(small_run.glob("logs/summarize-*/server-*.log"))
+    assert len(logs) == 4
+    assert all(path.read_text().startswith("serve small --host 127.0.0.1 --port 2") for path in logs)
+    for split in ("train", "valid", "test"):
+        shards = ShardSet(small_run / "shards" / split)
+        assert all(sample.summary.startswith("summary of") for sample in shards.read_many(range(len(shards))))
+    for node in lab.nodes:
+        assert str(server) not in lab.run("cat /proc/[0-9]*/cmdline | tr '\\0' ' '", on=node, check=False)
+
+
+def test_a_server_that_does_not_start_ends_the_job(lab: Lab, small_run: Path, tmp_path: Path) -> None:
+    program = script(tmp_path / "vllm", "echo no such model; exit 3")
+    assert served(lab, small_run, program) == "FAILED", text(small_run)
+    assert "the server ended before it answered" in text(small_run) and "no such model" in text(small_run)
+    assert not (small_run / "shards").exists()
 
 
 @pytest.mark.soak

@@ -100,7 +100,8 @@ def _run(job: Job) -> None:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """Leave by way of the ``finally`` blocks, so that leases are given back at once."""
+    """Leave by way of the ``finally`` blocks, which give the leases back; a second signal must not end that."""
+    signal.signal(number, signal.SIG_IGN)
     sys.exit(EXIT_REQUEUE)
 
 
