@@ -1,0 +1,221 @@
+"""The parts of the training that need no ranks: schedule, losses, DeepSpeed's config, checkpoints, reasons to stop."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from tests.model.world import make_row
+from trsr_dist.errors import CheckpointError, ConfigError, RunError
+from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState, read_checkpoint
+from trsr_dist.train.losses import listwise_sum, pairwise_sum
+from trsr_dist.train.meter import Sums, count_pairs, scalars
+from trsr_dist.train.schedule import learning_rate
+from trsr_dist.train.stopping import StopReasons, StopSignals, Walltime
+from trsr_dist.train.zero_config import complete_zero_config, read_zero_config, zero_setting
+
+ROOT = Path(__file__).parents[2]
+NAME = "model.layers.0.self_attn.q_proj.lora_B.default.weight"
+
+
+class TestSchedule:
+    def test_warms_up_and_falls_to_nothing(self) -> None:
+        rates = [learning_rate(step, 100, 1.0, 0.1, "linear") for step in range(100)]
+        assert rates[0] > 0
+        assert rates[:10] == sorted(rates[:10])
+        assert rates[10] == max(rates) == 1.0
+        assert rates[10:] == sorted(rates[10:], reverse=True)
+        assert 0 < rates[-1] < 0.02
+
+    @pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)])
+    def test_shapes(self, schedule: str, middle: float) -> None:
+        assert learning_rate(50, 100, 1.0, 0.0, schedule) == pytest.approx(middle)
+
+
+class TestLosses:
+    """Two users: the first has two positives."""
+
+    scores = torch.tensor([2.0, 1.0, 0.5, -1.0, 0.3, 0.7])
+    labels = torch.tensor([1, 1, 0, 0, 0, 1])
+    group = torch.tensor([0, 0, 0, 0, 1, 1])
+
+    def test_pairwise_is_the_mean_over_pairs_summed_over_users(self) -> None:
+        def loss(high: float, low: float) -> float:
+            return -torch.nn.functional.logsigmoid(torch.tensor(float(high - low))).item()
+
+        first = (loss(2, 0.5) + loss(2, -1) + loss(1, 0.5) + loss(1, -1)) / 4
+        expected = first + loss(0.7, 0.3)
+        assert pairwise_sum(self.scores, self.labels, self.group).item() == pytest.approx(expected, rel=1e-6)
+
+    def test_listwise_is_the_mean_over_positives_summed_over_users(self) -> None:
+        one, two = self.scores[:4].log_softmax(0), self.scores[4:].log_softmax(0)
+        expected = -(one[0] + one[1]).item() / 2 - two[1].item()
+        assert listwise_sum(self.scores, self.labels, self.group).item() == pytest.approx(expected, rel=1e-6)
+
+    @pytest.mark.parametrize("loss", [pairwise_sum, listwise_sum])
+    def test_users_do_not_touch_each_other(self, loss) -> None:  # noqa: ANN001
+        parts = [loss(self.scores[s], self.labels[s], self.group[s] - g) for g, s in ((0, slice(4)), (1, slice(4, 6)))]
+        assert loss(self.scores, self.labels, self.group).item() == pytest.approx(sum(parts).item(), rel=1e-6)
+
+    @pytest.mark.parametrize("loss", [pairwise_sum, listwise_sum])
+    def test_a_user_without_positives_costs_nothing(self, loss) -> None:  # noqa: ANN001
+        assert loss(self.scores, torch.zeros(6, dtype=torch.int64), self.group).item() == 0
+
+
+class TestZeroConfig:
+    @pytest.mark.parametrize("path", sorted((ROOT / "ds_configs").glob("*.json")), ids=lambda path: path.stem)
+    def test_every_shipped_file_is_complete_for_deepspeed(self, path: Path) -> None:
+        from deepspeed.runtime.config import DeepSpeedConfig
+
+        settings = complete_zero_config(read_zero_config(path), 4, 1, "bfloat16", 1.0, on_gpu=True)
+        parsed = DeepSpeedConfig(settings)
+        assert parsed.gradient_accumulation_steps == 4
+        assert parsed.gradient_clipping == 1.0
+        assert parsed.bfloat16_config.enabled
+        assert parsed.zero_optimization_stage == zero_setting(settings).stage
+
+    @pytest.mark.parametrize("key", ["train_batch_size", "gradient_clipping", "bf16", "optimizer", "scheduler"])
+    def test_a_setting_with_an_owner_is_refused(self, tmp_path: Path, key: str) -> None:
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": 2}, key: "auto"}))
+        with pytest.raises(ConfigError, match=rf"{key}.*train\."):
+            read_zero_config(path)
+
+    @pytest.mark.parametrize("text", ["{", "{}", '{"zero_optimization": {"stage": 4}}'])
+    def test_broken_files_are_named(self, tmp_path: Path, text: str) -> None:
+        (tmp_path / "ds.json").write_text(text)
+        with pytest.raises(ConfigError, match=r"ds\.json"):
+            read_zero_config(tmp_path / "ds.json")
+        with pytest.raises(ConfigError, match=r"ds_configs/"):
+            read_zero_config(tmp_path / "missing.json")
+
+    def test_stage_0_in_bfloat16_becomes_stage_1(self) -> None:
+        settings = {"zero_optimization": {"stage": 0}}
+        stages = [
+            zero_setting(complete_zero_config(settings, 1, 1, precision, 0, on_gpu=False)).stage
+            for precision in ("float32", "bfloat16")
+        ]
+        assert stages == [0, 1]
+
+
+class TestCheckpoints:
+    def save(self, folder: CheckpointFolder, step: int) -> Path:
+        tensors = {f"{kind}/{NAME}": torch.full((2, 3), float(step)) for kind in ("weight", "exp_avg", "exp_avg_sq")}
+        return folder.save(tensors, TrainerState(step, step, {"epoch": 0}), {"peft_type": "LORA"}, {"train": {}})
+
+    def test_round_trip(self, tmp_path: Path) -> None:
+        path = self.save(CheckpointFolder(tmp_path, 2), 7)
+        found = read_checkpoint(path)
+        assert found.state.step == 7
+        assert found.tensors[f"weight/{NAME}"].eq(7).all()
+        assert (tmp_path / "latest").read_text().strip() == "step-000007"
+
+    def test_old_ones_go_but_not_the_best(self, tmp_path: Path) -> None:
+        folder = CheckpointFolder(tmp_path, 2)
+        folder.point("best", self.save(folder, 1))
+        for step in (2, 3, 4):
+            self.save(folder, step)
+        assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000001", "step-000003", "step-000004"]
+        assert folder.newest().state.step == 4
+
+    @pytest.mark.parametrize(
+        "name", ["state.json", "optimizer.safetensors", "adapter/adapter_model.safetensors", "manifest.json"]
+    )
+    def test_a_cut_file_falls_back_to_the_one_before(
+        self, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        folder = CheckpointFolder(tmp_path, 3)
+        self.save(folder, 1)
+        path = self.save(folder, 2) / name
+        path.write_bytes(path.read_bytes()[:-3])
+        assert folder.newest().state.step == 1
+        path.unlink()
+        assert folder.newest().state.step == 1
+
+    def test_nothing_readable_is_an_error_not_a_fresh_start(self, tmp_path: Path) -> None:
+        folder = CheckpointFolder(tmp_path, 3)
+        (self.save(folder, 1) / "state.json").unlink()
+        with pytest.raises(CheckpointError, match="none of 1 checkpoints"):
+            folder.newest()
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_values_that_are_not_finite_are_not_published(self, tmp_path: Path, value: float) -> None:
+        folder = CheckpointFolder(tmp_path, 3)
+        tensors = {f"{kind}/{NAME}": torch.full((2, 3), value) for kind in ("weight", "exp_avg", "exp_avg_sq")}
+        with pytest.raises(CheckpointError, match="not finite"):
+            folder.save(tensors, TrainerState(1, 1, {}), {}, {})
+        assert not list(tmp_path.iterdir())
+
+    def test_a_superseded_run_cannot_publish(self, tmp_path: Path) -> None:
+        def fence() -> None:
+            raise RunError("lost")
+
+        self.save(CheckpointFolder(tmp_path, 3), 1)
+        with pytest.raises(RunError, match="lost"):
+            self.save(CheckpointFolder(tmp_path, 3, fence), 2)
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000001"]
+        assert (tmp_path / "latest").read_text().strip() == "step-000001"
+
+    def test_half_written_folders_are_tidied_and_never_read(self, tmp_path: Path) -> None:
+        folder = CheckpointFolder(tmp_path, 3)
+        self.save(folder, 1)
+        left = tmp_path / ".step-000002.tmp-host-1"
+        left.mkdir()
+        save_file({}, left / "optimizer.safetensors")
+        assert folder.newest().state.step == 1
+        folder.tidy()
+        assert not left.exists()
+
+
+class TestStopping:
+    def test_time_for_a_step_and_a_save_is_kept(self) -> None:
+        walltime = Walltime(time.time() + 100)
+        walltime.saw_step(10)
+        walltime.saw_save(20)
+        assert not walltime.is_over()
+        walltime.saw_step(60)
+        assert walltime.is_over()
+        assert not Walltime(None).is_over()
+
+    def test_signals_are_remembered(self, tmp_path: Path) -> None:
+        signals = StopSignals()
+        try:
+            reasons = StopReasons(tmp_path, signals, Walltime(None), is_main=True)
+            assert reasons.reason() == ""
+            signal.raise_signal(signal.SIGUSR1)
+            assert reasons.reason() == "signal SIGUSR1"
+        finally:
+            signals.restore()
+
+    def test_only_rank_zero_looks_for_the_file(self, tmp_path: Path) -> None:
+        signals = StopSignals()
+        signals.restore()
+        (tmp_path / "STOP").touch()
+        found = [StopReasons(tmp_path, signals, Walltime(None), is_main).reason() for is_main in (True, False)]
+        assert "STOP" in found[0]
+        assert found[1] == ""
+
+
+def test_sums_add_up_whatever_the_split() -> None:
+    row = make_row(12)
+    one, two = Sums(), Sums()
+    for sums, times in ((one, 2), (two, 1)):
+        for _ in range(times):
+            sums.add_row(row, 1000)
+    two.add(two)
+    assert one.to_list() == two.to_list()
+    assert scalars(one, 2.0, 6e9, 12e9)["train/mfu"] == pytest.approx(0.25)
+
+
+def test_pairs_are_those_of_the_mask() -> None:
+    from trsr_dist.model.attention.layout import Layout
+
+    for head in (0, 12):
+        row = make_row(head)
+        assert count_pairs(row) == int(Layout.of(row, torch.device("cpu")).mask.sum())
