@@ -128,8 +128,8 @@ def cores_of_a_rank() -> int:
     return max(1, len(os.sched_getaffinity(0)) // detect_ranks().local_world_size)
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the launcher dies: DeepSpeed's runner leaves its ranks behind as orphans.
+def die_with_parent(number: int = signal.SIGTERM) -> None:
+    """Ask the kernel for a signal when the parent dies: DeepSpeed's runner leaves its ranks behind as orphans.
 
     Linux only; elsewhere nothing happens.
     """
@@ -137,7 +137,7 @@ def die_with_parent() -> None:
 
     set_parent_death_signal = 1
     try:
-        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, signal.SIGTERM)
+        ctypes.CDLL(None, use_errno=True).prctl(set_parent_death_signal, number)
     except (OSError, AttributeError):
         return
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from torch.utils.data import DataLoader
 
+from trsr_dist.environment import die_with_parent
 from trsr_dist.shards.rows import RowReader
 from trsr_dist.shards.steps import Step, StepSpec
 
@@ -45,7 +46,7 @@ def load_steps(reader: StepReader, specs: Iterator[StepSpec], num_workers: int) 
         sampler=specs,
         num_workers=num_workers,
         collate_fn=_as_is,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_prepare_worker,
         multiprocessing_context="fork",
     )
     steps = iter(loader)
@@ -63,7 +64,11 @@ def _as_is(step: Step) -> Step:
     return step
 
 
-def _ignore_signals(worker: int) -> None:
-    """Slurm signals every process of a job step; what to do is decided by the training process alone."""
+def _prepare_worker(worker: int) -> None:
+    """Slurm signals every process of a job step; what to do is decided by the training process alone.
+
+    A worker whose training process was killed would wait for ever for a reader of its pipe.
+    """
+    die_with_parent(signal.SIGKILL)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)

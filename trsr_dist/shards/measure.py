@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from trsr_dist.environment import cores_of_a_rank
+from trsr_dist.environment import cores_of_a_rank, die_with_parent
 from trsr_dist.errors import DataError
 from trsr_dist.files import read_json, write_json
 from trsr_dist.log import get_logger, progress
@@ -187,6 +188,7 @@ _worker: list = []
 
 
 def _start_worker(measuring: Measuring, first: tuple[int, ...]) -> None:
+    die_with_parent(signal.SIGKILL)
     _worker[:] = [replace(measuring, shards=ShardSet(measuring.shards.folder)), first]
 
 
