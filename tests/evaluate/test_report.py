@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from tests.evaluate.test_results import SETTINGS, systems_of
-from trsr_dist.evaluate.report import NUM_EXAMPLES, ReportParts, build_example, build_figures, write_report
-from trsr_dist.evaluate.results import build_results, metric_values
+from trsr_dist.evaluate.examples import NUM_EXAMPLES, build_example
+from trsr_dist.evaluate.figures import build_figures, training_values
+from trsr_dist.evaluate.report import ReportParts, write_report
+from trsr_dist.evaluate.results import build_results, metric_values, system_results
 from trsr_dist.records import Candidate, Sample
 
 HOSTILE = "</td><script>alert('x')</script><img src=x onerror=alert(1)> & \"quoted\""
@@ -25,13 +27,14 @@ def write(path: Path) -> str:
     facts = [{"history length": "6-10" if user % 2 else "11-15", "category": HOSTILE} for user in range(120)]
     results = build_results(systems, values, facts, SETTINGS)
     results |= {"split": "test", "model": HOSTILE, "candidates": "uniform", "provenance": {"domain": HOSTILE}}
-    training = [{"step": step, "train/loss": 1 / (step + 1)} for step in range(20)]
+    results["protocols"] = {"targets": system_results(systems, values, SETTINGS)}
+    training = [{"stage": "train", "step": step, "train/loss": 1 / (step + 1)} for step in range(20)]
     figures = build_figures(results, systems, training, "recall@5")
     examples = [
         build_example(sample_of(i, systems.labels[i]), systems.scores["model"][i], systems.scores["control"][i])
         for i in range(NUM_EXAMPLES)
     ]
-    write_report(path, ReportParts(results, figures, examples, f"run: {HOSTILE}"))
+    write_report(path, ReportParts(results, figures, examples, f"run: {HOSTILE}", "recall@5"))
     return path.read_text(encoding="utf-8")
 
 
@@ -53,16 +56,27 @@ def test_the_page_is_whole_and_alone(tmp_path: Path) -> None:
     tags = Tags()
     tags.feed(page)
     assert tags.names.count("svg") == 5
-    assert tags.names.count("details") == NUM_EXAMPLES
+    assert tags.names.count("details") == NUM_EXAMPLES + 2
     assert not {"script", "link", "img", "iframe"} & set(tags.names)
     assert all(link.startswith("#") for link in tags.links)
     assert not re.search(r"url\(\s*['\"]?https?:", page)
     assert "R@5" in page
     assert "personalization gain in R@5" in page
+    assert "gain: fine-tuned - control" in page
+    assert page.count("R@5, negatives") == 1
 
 
 def test_equal_evaluations_give_equal_pages(tmp_path: Path) -> None:
     assert write(tmp_path / "one.html") == write(tmp_path / "two.html")
+
+
+def test_curves_leave_out_what_a_later_start_has_made_void() -> None:
+    steps = [10, 20, 30, 20, 30, 40]
+    rows = [{"stage": "train", "step": step, "train/loss": float(number)} for number, step in enumerate(steps)]
+    others = [{"stage": "train", "step": 20, "valid/auc": 0.5}, {"stage": "evaluate", "step": 5, "train/loss": 9.0}]
+    assert training_values([*rows, *others], "train/loss") == {10: 0.0, 20: 3.0}
+    assert training_values([*rows, *others], "valid/auc") == {20: 0.5}
+    assert training_values(rows, "train/loss") == {10: 0.0, 20: 3.0, 30: 4.0, 40: 5.0}
 
 
 def test_example_ranks_the_target_by_its_score() -> None:

@@ -60,11 +60,14 @@ def test_slices_need_more_than_30_users_and_stand_in_order() -> None:
 
 
 def test_table_has_one_row_a_system_in_a_fixed_order() -> None:
-    systems = {name: {"recall@3": 0.5, "ndcg@3": 0.25} for name in ("control", "model", "random")}
-    lines = metric_table(systems, ["recall@3", "ndcg@3"], "system").splitlines()
+    metrics = {"recall@3": 0.5, "ndcg@3": 0.25}
+    gain = {name: {"mean": 0.125, "low": 0.0, "high": 0.25} for name in metrics}
+    results = {"metrics": metrics, "baselines": {"control": metrics, "random": metrics}, "personalization_gain": gain}
+    lines = metric_table(results, ["recall@3", "ndcg@3"], "system").splitlines()
     assert lines[0].split() == ["system", "R@3", "NDCG@3"]
-    assert [line.split()[0] for line in lines[2:]] == ["random", "fine-tuned", "control"]
+    assert [line.split()[0] for line in lines[2:]] == ["random", "fine-tuned", "control", "gain:"]
     assert lines[3].split()[-2:] == ["0.5000", "0.2500"]
+    assert lines[5].split()[-2:] == ["+0.1250", "+0.1250"]
 
 
 def test_gain_says_what_it_means() -> None:

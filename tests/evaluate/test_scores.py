@@ -32,7 +32,7 @@ def test_scores_come_back_to_the_last_bit(tmp_path: Path) -> None:
         assert found.scores.dtype == np.float32
         assert (found.scores == user.scores).all()
         assert (found.labels == user.labels).all()
-    check_coverage(EXPECTED, folder.read())
+    check_coverage(Path("scores"), EXPECTED, folder.read())
 
 
 def test_scores_of_another_run_are_refused(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_scores_of_another_run_are_refused(tmp_path: Path) -> None:
 )
 def test_coverage_names_what_is_wrong(found: list[UserScores], message: str) -> None:
     with pytest.raises(DataError, match=message):
-        check_coverage(EXPECTED, found)
+        check_coverage(Path("scores"), EXPECTED, found)
 
 
 def test_a_damaged_part_names_file_and_line(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
 from trsr_dist.summarize.plans import schemes
 
@@ -254,18 +254,23 @@ class EvaluateSection(Section):
     """Users to rank for."""
     negatives_per_positive: int = Field(20, ge=1)
     """Negatives in a valid or test user's fixed candidate list."""
-    top_k: tuple[int, ...] = (3, 5, 10)
+    top_k: tuple[PositiveInt, ...] = Field((3, 5, 10), min_length=1)
     """Cut-offs of Recall, MRR and NDCG."""
     row_tokens: int = Field(8192, ge=64)
     """Length of one packed row in evaluation, in tokens."""
+    protocols: tuple[Literal["uniform", "popularity", "targets"], ...] = ()
+    """Further candidate lists of the same users, drawn as data.candidates draws them, ranked by model, control and the
+    baselines without a language model. Each costs as much again as model and control."""
+    deepspeed_config: str = ""
+    """A file with ZeRO stage 3 divides weights that one device cannot hold; empty: the whole model on each device."""
     baselines: tuple[
         Literal["popularity", "recency", "bm25", "gru4rec", "sasrec", "base", "control", "no_summary", "no_recent"],
         ...,
     ] = ("popularity", "base", "control")
     """Ranked beside the model. From train users' clicks: popularity, recency (latest clicks), gru4rec and sasrec
     (trained here, minutes); bm25: words of the history against the candidate's; base: the model before fine-tuning;
-    control: with another user's summary and recent items; no_summary, no_recent: without that part of the prompt.
-    Each of the last four costs as much as the model itself. Random is always there, by its exact expectation."""
+    no_summary, no_recent: without that part of the prompt; each of the last three costs as much as the model itself.
+    Always there: control (with another user's summary and recent items) and random (its exact expectation)."""
     bootstrap_samples: int = Field(1000, ge=0)
     """Resamples of the users for the 95% confidence intervals; 0: none."""
     max_users: int = Field(0, ge=0)

@@ -20,7 +20,8 @@ def derangement(num_users: int, seed: int) -> list[int]:
     """
     if num_users < 2:
         raise DataError(
-            f"the control needs at least 2 users, the split has {num_users}; take control out of evaluate.baselines"
+            f"the control needs another user's text, so at least 2 users, and there are {num_users}; raise "
+            "evaluate.max_users or prepare more data"
         )
     order = list(range(num_users))
     random_stream(seed, "control").shuffle(order)

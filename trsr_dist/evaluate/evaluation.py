@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import torch
 from trsr_dist.config import Config
 from trsr_dist.evaluate.identity import model_identity
 from trsr_dist.evaluate.passes import ScoringPass, plan_passes
-from trsr_dist.evaluate.scores import ScoreFolder
-from trsr_dist.run import MANIFEST, RunFolder, is_finished, manifest_hash
+from trsr_dist.evaluate.scores import IDENTITY, ScoreFolder
+from trsr_dist.files import read_json
+from trsr_dist.run import MANIFEST, RunFolder, check_inputs, manifest_hash
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,8 +44,17 @@ class Evaluation:
         return self.output / f"{self.split}.json"
 
     @property
+    def report(self) -> Path:
+        return self.output / "report.html"
+
+    @property
+    def protocols(self) -> list[str]:
+        """Candidate lists that are drawn beside the shards' own; of the same kind they would say nothing new."""
+        return [name for name in self.config.evaluate.protocols if name != self.config.data.candidates]
+
+    @property
     def passes(self) -> list[ScoringPass]:
-        return plan_passes(self.config.evaluate.baselines)
+        return plan_passes(self.config.evaluate.baselines, self.protocols)
 
     @property
     def precision(self) -> str:
@@ -60,6 +71,7 @@ class Evaluation:
 
     def identity(self, entry: ScoringPass, prompt: str) -> dict[str, Any]:
         """What the scores of a pass depend on; ``prompt`` is the fingerprint of the prompt builder."""
+        drawn = {"histories": manifest_hash(self.run.histories), **self.draws()} if entry.protocol else {}
         return {
             "shards": manifest_hash(self.run.split(self.split)),
             "model": model_identity(self.source(entry)),
@@ -69,32 +81,48 @@ class Evaluation:
             "row_tokens": self.config.evaluate.row_tokens,
             "max_users": self.config.evaluate.max_users,
             "precision": self.precision,
+            "attention": self.config.model.attention,
+            **drawn,
+        }
+
+    def draws(self) -> dict[str, Any]:
+        """How the further candidate lists are drawn."""
+        return {
+            "num_negatives": self.config.evaluate.negatives_per_positive,
+            "seen_before_target": self.config.data.seen_before_target,
         }
 
     def settings(self) -> dict[str, Any]:
         """What the results depend on beside the inputs."""
-        evaluate = self.config.evaluate.model_dump(mode="json", exclude={"negatives_per_positive"})
-        return evaluate | {"seed": self.config.run.seed, "precision": self.precision}
+        exclude = {"negatives_per_positive", "deepspeed_config"}
+        evaluate = self.config.evaluate.model_dump(mode="json", exclude=exclude)
+        drawn = self.draws() if self.protocols else {}
+        base = {"base": model_identity(self.base)} if any(entry.source == "base" for entry in self.passes) else {}
+        return evaluate | drawn | base | {"seed": self.config.run.seed, "precision": self.precision}
 
     def inputs(self) -> dict[str, str]:
         """Hashes of what is read."""
-        sources = sorted({entry.source for entry in self.passes})
-        models = {name: model_identity(self.model if name == "model" else self.base) for name in sources}
         histories, shards = manifest_hash(self.run.histories), manifest_hash(self.run.split(self.split))
-        return {"histories": histories, "shards": shards, **models}
+        return {"histories": histories, "shards": shards, "model": model_identity(self.model)}
 
     def is_done(self, force: bool) -> bool:
-        """Whether the results of exactly this evaluation stand there; a half-done one is taken up again.
+        """Whether the results of exactly this evaluation stand there.
+
+        A half-done one is taken up again, and one with other settings too: the scores that fit are used anew, and
+        ``ScoreFolder.open`` refuses those that do not.
 
         Raises:
-            RunError: the folder holds the results of another evaluation.
+            RunError: the folder holds the results of other shards, another model or other histories.
         """
-        has_manifest = (self.folder / MANIFEST).is_file() and self.results.is_file()
-        return has_manifest and is_finished(self.folder, self.settings(), self.inputs(), force)
+        if force or not (self.folder / MANIFEST).is_file():
+            return False
+        check_inputs(self.folder, self.inputs())
+        is_same = read_json(self.folder / MANIFEST).get("settings") == json.loads(json.dumps(self.settings()))
+        return is_same and self.results.is_file() and self.report.is_file()
 
     def clear(self) -> None:
         """Remove the results and scores of an earlier evaluation."""
         for path in (self.results, self.folder / MANIFEST):
             path.unlink(missing_ok=True)
-        for folder in sorted(path for path in self.folder.glob("*") if path.is_dir()):
+        for folder in {path.parent for name in ("part-*.jsonl", IDENTITY) for path in self.folder.rglob(name)}:
             ScoreFolder(folder).clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,26 @@ import torch
 
 from trsr_dist import distributed
 from trsr_dist.config import Config, dump_config
+from trsr_dist.data.store import HistoryStore
 from trsr_dist.environment import Ranks, array_task, detect_ranks
-from trsr_dist.errors import ConfigError, ModelError
+from trsr_dist.errors import ConfigError, ModelError, RunError
 from trsr_dist.evaluate.evaluation import Evaluation
 from trsr_dist.evaluate.passes import PartWorker
-from trsr_dist.evaluate.reduce import reduce_scores
+from trsr_dist.evaluate.protocols import DrawnLists
+from trsr_dist.evaluate.publish import publish
+from trsr_dist.evaluate.reduce import Reduction
 from trsr_dist.evaluate.split import SplitUsers
+from trsr_dist.evaluate.stored import StoredSplit
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.model.folder import LoadedModel, open_model
 from trsr_dist.model.forward import score_row
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.rows import PackedRow
-from trsr_dist.run import RunFolder
+from trsr_dist.run import RunFolder, folder_lock
 from trsr_dist.shards.reader import ShardSet
+
+WAIT_SECONDS = 24 * 3600.0
+"""A rank that is done waits so long for the others, who score on; the launcher ends all when one dies."""
 
 log = get_logger("evaluate")
 
@@ -47,21 +55,64 @@ def evaluate(config: Config, model: str, *, output: str = "", force: bool = Fals
     run = RunFolder(Path(config.run.dir))
     folder = Path(output) if output else run.evaluation
     job = Evaluation(config, run, run.resolve(model), run.resolve(config.model.name_or_path), folder)
-    users = SplitUsers(ShardSet(run.split(job.split)), config.evaluate.max_users, config.run.seed)
+    if force and array_task()[1] > 1:
+        raise ConfigError("--force in a Slurm array would remove what other tasks write; remove the folder before")
     if dry_run:
-        print(dump_config(config) + plan_text(job, users, ranks))
+        if ranks.is_main:
+            print(dump_config(config) + plan_text(job, ranks))
         return 0
-    if job.is_done(force):
-        log.info("%s: already evaluated with these settings; nothing to do (--force redoes it)", job.folder)
-        return 0
-    provenance = score_everything(job, users, ranks, force)
+    with distributed.process_group(ranks, WAIT_SECONDS):
+        # Rank 0 decides for all: another task of an array may finish between two looks.
+        if distributed.from_rank_zero(job.is_done(force)):
+            log.info("%s: already evaluated with these settings; nothing to do (--force redoes it)", job.folder)
+            return 0
+        store = HistoryStore(run.histories)
+        split = StoredSplit(store, job.split)
+        users = split_users(job, draw_lists(job, store, split))
+        provenance = score_everything(job, users, ranks, force)
     if ranks.is_main:
-        reduce_scores(job, users, provenance)
+        reduce_scores(job, Reduction(job, users, split, store), provenance)
     return 0
 
 
-def plan_text(job: Evaluation, users: SplitUsers, ranks: Ranks) -> str:
+def draw_lists(job: Evaluation, store: HistoryStore, split: StoredSplit) -> dict[str, DrawnLists]:
+    """The further candidate lists."""
+    seed = job.config.run.seed
+    return {protocol: DrawnLists(protocol, store, split, **job.draws(), seed=seed) for protocol in job.protocols}
+
+
+def split_users(job: Evaluation, lists: dict[str, DrawnLists]) -> SplitUsers:
+    """The users to rank for."""
+    return SplitUsers(ShardSet(job.run.split(job.split)), job.config.evaluate.max_users, job.config.run.seed, lists)
+
+
+def reduce_scores(job: Evaluation, reduction: Reduction, provenance: dict[str, Any]) -> None:
+    """Publish the results if all parts of all passes are there; otherwise other array tasks are still at work.
+
+    Raises:
+        DataError: the scores do not cover the split exactly.
+        RunError: another process is publishing.
+    """
+    is_array = array_task()[1] > 1
+    missing = {entry.name: parts for entry in job.passes if (parts := reduction.missing(entry))}
+    if missing and is_array:
+        counts = ", ".join(f"{name} {len(parts)}" for name, parts in missing.items())
+        log.info("left to other tasks: parts of %s; the last task to finish writes the results", counts)
+        return
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(folder_lock(job.folder))
+        except RunError as error:
+            if not is_array:
+                raise
+            log.info("another task writes the results (%s)", error)
+            return
+        publish(job, reduction.run(provenance))
+
+
+def plan_text(job: Evaluation, ranks: Ranks) -> str:
     """What the stage would read, compute and write."""
+    users = split_users(job, {})
     worker = make_worker(job, users, ranks)
     names = ", ".join(entry.name for entry in job.passes)
     return "\n".join(
@@ -70,7 +121,7 @@ def plan_text(job: Evaluation, users: SplitUsers, ranks: Ranks) -> str:
             f"# {len(users)} users of {job.run.split(job.split)} in {len(worker.parts)} parts, {len(worker.mine)} of "
             "them for this process",
             f"# passes with a language model: {names}",
-            f"# write {job.results}, {job.folder}, {job.output / 'report.html'}",
+            f"# write {job.results}, {job.folder}, {job.report}",
         )
     )
 
@@ -84,21 +135,18 @@ def make_worker(job: Evaluation, users: SplitUsers, ranks: Ranks) -> PartWorker:
 
 def score_everything(job: Evaluation, users: SplitUsers, ranks: Ranks, force: bool) -> dict[str, Any]:
     """Score this process's parts of every pass, then wait for the other ranks. Returns the model's provenance."""
-    if force and array_task()[1] > 1:
-        raise ConfigError("--force in a Slurm array would remove what other tasks write; remove the folder before")
-    with distributed.process_group(ranks):
-        if ranks.is_main and force:
-            job.clear()
-        distributed.barrier()
-        worker = make_worker(job, users, ranks)
-        loaded = load(job, job.model, ranks)
-        builder, provenance = check_answers(job, loaded.builder), loaded.provenance
-        run_passes(job, worker, "model", loaded, builder)
-        del loaded
-        if any(entry.source == "base" for entry in job.passes):
-            base = load(job, job.base, ranks)
-            run_passes(job, worker, "base", base, PromptBuilder(base.tokenizer, **builder.settings))
-        distributed.barrier()
+    if ranks.is_main and force:
+        job.clear()
+    distributed.barrier()
+    worker = make_worker(job, users, ranks)
+    loaded = load(job, job.model, ranks)
+    builder, provenance = check_answers(job, loaded.builder), loaded.provenance
+    run_passes(job, worker, "model", loaded, builder)
+    del loaded
+    if any(entry.source == "base" for entry in job.passes):
+        base = load(job, job.base, ranks)
+        run_passes(job, worker, "base", base, PromptBuilder(base.tokenizer, **builder.settings))
+    distributed.barrier()
     return provenance
 
 

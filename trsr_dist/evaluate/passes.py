@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from trsr_dist.evaluate.control import Change
@@ -17,25 +17,32 @@ from trsr_dist.prompts.builder import PromptBuilder
 
 @dataclass(frozen=True, slots=True)
 class ScoringPass:
-    """One system that a language model scores."""
+    """One system that a language model scores on one candidate list."""
 
-    name: str
-    source: Literal["model", "base"]
+    system: str
+    source: Literal["model", "base"] = "model"
     change: Change = "none"
+    protocol: str = ""
+    """Of the candidates; empty: the shards' own."""
+
+    @property
+    def name(self) -> str:
+        """Folder of the scores, below the split's."""
+        return f"{self.protocol}/{self.system}" if self.protocol else self.system
 
 
-MODEL_PASS = ScoringPass("model", "model")
-OPTIONAL_PASSES = (
-    ScoringPass("control", "model", "control"),
-    ScoringPass("no_summary", "model", "no_summary"),
-    ScoringPass("no_recent", "model", "no_recent"),
-    ScoringPass("base", "base"),
+ALWAYS = (ScoringPass("model"), ScoringPass("control", change="control"))
+OPTIONAL = (
+    ScoringPass("no_summary", change="no_summary"),
+    ScoringPass("no_recent", change="no_recent"),
+    ScoringPass("base", source="base"),
 )
 
 
-def plan_passes(baselines: Sequence[str]) -> list[ScoringPass]:
-    """The model's own pass and those of the asked baselines that need a language model."""
-    return [MODEL_PASS, *(entry for entry in OPTIONAL_PASSES if entry.name in baselines)]
+def plan_passes(baselines: Sequence[str], protocols: Sequence[str]) -> list[ScoringPass]:
+    """Model and control on every candidate list, and the asked baselines that need a language model on the own one."""
+    asked = [entry for entry in OPTIONAL if entry.system in baselines]
+    return [*ALWAYS, *asked, *(replace(entry, protocol=protocol) for protocol in protocols for entry in ALWAYS)]
 
 
 class PartWorker:
@@ -58,6 +65,6 @@ class PartWorker:
         """Score this worker's parts that are not on disk yet; returns how many those were."""
         todo = [part for part in self.mine if not folder.has(part)]
         for part in progress(todo, description=f"score {entry.name}", unit="part"):
-            samples = [self._users.sample(index, entry.change) for index in self.parts[part]]
+            samples = [self._users.sample(index, entry.change, entry.protocol) for index in self.parts[part]]
             folder.write(part, score_samples(samples, builder, score_row, self._row_tokens))
         return len(todo)

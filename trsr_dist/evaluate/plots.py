@@ -10,7 +10,7 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from trsr_dist.evaluate.table import SYSTEMS
+from trsr_dist.evaluate.table import SYSTEMS, column_title
 
 COLORS = {"model": "#1f4e9c", "control": "#c8501e", "base": "#6b8e23", "popularity": "#8a6bb1", "random": "#9a9a9a"}
 STYLE = {
@@ -47,19 +47,17 @@ def recall_by_k(positions: Mapping[str, np.ndarray]) -> Figure:
     return figure
 
 
-def metric_by_length(slices: Sequence[Mapping[str, Any]], metric: str) -> Figure:
-    """A metric and its control by history length."""
-    figure, axes = _axes("items in the history", metric)
-    rows = [row for row in slices if row["slice"] == "history length"]
+def metric_by_length(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
+    """A metric and its control, one pair of bars a slice."""
+    figure, axes = _axes("items in the history", column_title(metric))
     places = np.arange(len(rows))
     model = np.array([row["metrics"][metric] for row in rows])
     axes.bar(places - 0.2, model, 0.4, color=COLORS["model"], label=SYSTEMS["model"])
-    if rows and "personalization_gain" in rows[0]:
+    if "personalization_gain" in rows[0]:
         control = model - np.array([row["personalization_gain"][metric] for row in rows])
         axes.bar(places + 0.2, control, 0.4, color=COLORS["control"], label=SYSTEMS["control"])
     axes.set_xticks(places, [f"{row['value']}\n({row['num_users']} users)" for row in rows])
-    if rows:
-        axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8)
     return figure
 
 
@@ -85,10 +83,10 @@ def score_histogram(scores: np.ndarray, labels: np.ndarray) -> Figure:
     return figure
 
 
-def training_curve(steps: Sequence[int], values: Sequence[float], name: str) -> Figure:
+def training_curve(values: Mapping[int, float], name: str) -> Figure:
     """A scalar of the training by step."""
     figure, axes = _axes("optimizer step", name)
-    axes.plot(steps, values, color=COLORS["model"], lw=1.2)
+    axes.plot(list(values), list(values.values()), color=COLORS["model"], lw=1.2)
     return figure
 
 

@@ -61,11 +61,22 @@ def build_results(
         settings: cut-offs, resamples, seed.
     """
     names = metric_names(settings.top_k)
-    others = {name: value for name, value in values.items() if name != "model"}
     scores, labels = np.concatenate(systems.scores["model"]), np.concatenate(systems.labels)
+    return system_results(systems, values, settings) | {
+        "calibration": calibration(scores, labels, settings.train_negatives),
+        "slices": slice_table(facts, values["model"], values.get("control"), names),
+    }
+
+
+def system_results(
+    systems: ScoredSystems, values: Mapping[str, np.ndarray], settings: ResultSettings
+) -> dict[str, Any]:
+    """The systems' metrics on one kind of candidate lists, with intervals and paired differences."""
+    names = metric_names(settings.top_k)
+    others = {name: value for name, value in values.items() if name != "model"}
     return {
         "num_users": len(systems.labels),
-        "num_candidates": len(labels),
+        "num_candidates": sum(map(len, systems.labels)),
         "metrics": _named(names, average(values["model"])),
         "confidence": _intervals(names, values["model"], settings),
         "tie_rate": _tie_rate(systems, "model"),
@@ -74,8 +85,6 @@ def build_results(
         "baseline_tie_rate": {name: _tie_rate(systems, name) for name in systems.scores if name != "model"},
         "personalization_gain": _differences(names, values, "control", settings) if "control" in values else {},
         "differences": {name: _differences(names, values, name, settings) for name in others if name != "control"},
-        "calibration": calibration(scores, labels, settings.train_negatives),
-        "slices": slice_table(facts, values["model"], values.get("control"), names),
     }
 
 

@@ -25,6 +25,10 @@ SHOWN = 5
 """So many missing or doubled pairs are named in an error."""
 
 
+Expected = tuple[str, Sequence[str], Sequence[int]]
+"""User, item ids and labels of a sample."""
+
+
 @dataclass(frozen=True, slots=True)
 class UserScores:
     """A user's scored candidates, in the order of the sample."""
@@ -113,11 +117,12 @@ def read_scores(path: Path) -> list[UserScores]:
     return users
 
 
-def check_coverage(expected: Iterable[tuple[str, Sequence[str], Sequence[int]]], found: Sequence[UserScores]) -> None:
+def check_coverage(folder: Path, expected: Iterable[Expected], found: Sequence[UserScores]) -> None:
     """Assert that the scores hold every (user, candidate) of the split exactly once, with its label.
 
     Args:
-        expected: user, item ids and labels of each sample of the split.
+        folder: of the part files, for the message.
+        expected: every sample of the split.
         found: what the part files hold.
 
     Raises:
@@ -135,10 +140,28 @@ def check_coverage(expected: Iterable[tuple[str, Sequence[str], Sequence[int]]],
         doubled = [pair for pair in surplus if pair in wanted]
         unknown = [pair for pair in surplus if pair[:2] not in known]
         raise DataError(
-            f"scores do not cover the split: {lacking.total()} of {wanted.total()} (user, item, label) missing"
-            f"{_named(list(lacking))}, {len(doubled)} doubled{_named(doubled)}, {len(unknown)} unknown"
+            f"{folder}: the scores do not cover the split: {lacking.total()} of {wanted.total()} (user, item, label) "
+            f"missing{_named(list(lacking))}, {len(doubled)} doubled{_named(doubled)}, {len(unknown)} unknown"
             f"{_named(unknown)}; remove the part files that are wrong, or use --force"
         )
+
+
+def in_order(expected: Iterable[Expected], found: Sequence[UserScores]) -> list[UserScores]:
+    """Scores that cover the split, in the order of its users and candidates."""
+    scores = {
+        (user.user, item): score for user in found for item, score in zip(user.items, user.scores.tolist(), strict=True)
+    }
+    trims = {user.user: user.trims for user in found}
+    return [
+        UserScores(
+            user,
+            tuple(items),
+            np.array(labels, dtype=np.int64),
+            np.array([scores[user, item] for item in items], dtype=np.float32),
+            trims[user],
+        )
+        for user, items, labels in expected
+    ]
 
 
 def _named(pairs: list[tuple[str, str, int]]) -> str:

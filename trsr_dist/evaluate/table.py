@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 SYSTEMS = {
     "random": "random",
@@ -18,6 +19,8 @@ SYSTEMS = {
     "control": "control (another user's text)",
 }
 """Names of the systems, in the order of the table."""
+GAIN = "gain: fine-tuned - control"
+PROTOCOL_SYSTEMS = ("random", "popularity", "model", "control")
 
 
 def column_title(metric: str) -> str:
@@ -34,12 +37,47 @@ def format_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, S
     return "\n".join(_line(line, widths) for line in (head, ruled, *lines[1:]))
 
 
-def metric_table(systems: Mapping[str, Mapping[str, float]], metrics: Sequence[str], title: str) -> str:
-    """The systems' metrics in the order of ``SYSTEMS``."""
-    rows = [
-        (SYSTEMS[name], [f"{systems[name][metric]:.4f}" for metric in metrics]) for name in SYSTEMS if name in systems
-    ]
+def metric_table(results: Mapping[str, Any], metrics: Sequence[str], title: str) -> str:
+    """The systems' metrics in the order of ``SYSTEMS``, and below them the personalization gain."""
+    systems = {**results["baselines"], "model": results["metrics"]}
+    rows = [(SYSTEMS[name], [f"{values[metric]:.4f}" for metric in metrics]) for name, values in ordered(systems)]
+    gain = results["personalization_gain"]
+    if gain:
+        rows.append((GAIN, [f"{gain[metric]['mean']:+.4f}" for metric in metrics]))
     return format_table(title, [column_title(metric) for metric in metrics], rows)
+
+
+def protocol_rows(results: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
+    """Per candidate protocol, the own one first: systems and personalization gain in one metric."""
+    entries = {results["candidates"]: results, **results["protocols"]}
+    return [
+        {
+            "protocol": protocol,
+            "systems": {
+                SYSTEMS[name]: values[metric]
+                for name, values in ordered({**entry["baselines"], "model": entry["metrics"]})
+                if name in PROTOCOL_SYSTEMS
+            },
+            "gain": entry["personalization_gain"].get(metric),
+        }
+        for protocol, entry in entries.items()
+    ]
+
+
+def protocol_table(results: Mapping[str, Any], metric: str) -> str:
+    """The same for the terminal."""
+    rows = protocol_rows(results, metric)
+    columns = [*rows[0]["systems"], *(("gain", "95% low", "95% high") if rows[0]["gain"] else ())]
+    cells = []
+    for row in rows:
+        gain = [f"{row['gain'][name]:+.4f}" for name in ("mean", "low", "high")] if row["gain"] else []
+        cells.append((row["protocol"], [*(f"{value:.4f}" for value in row["systems"].values()), *gain]))
+    return format_table(f"{column_title(metric)}, negatives", columns, cells)
+
+
+def ordered(systems: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Systems in the order of ``SYSTEMS``."""
+    return [(name, systems[name]) for name in SYSTEMS if name in systems]
 
 
 def gain_line(gain: Mapping[str, float], metric: str) -> str:
