@@ -18,6 +18,7 @@ from trsr_dist.model.places import BaseName, base_folder
 from trsr_dist.planning.memory import ZeroSetting
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.run import RunFolder
+from trsr_dist.shards.cache import open_cache
 from trsr_dist.shards.plan import PackingSettings
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.steps import StreamState
@@ -142,7 +143,7 @@ def open_stream(
     """The train split's stream, from where the checkpoint stands."""
     train = config.train
     return TrainStream(
-        ShardSet(run.split("train")),
+        ShardSet(run.split("train"), open_cache(train.cache_dir, train.cache_gb)),
         builder,
         packing_settings(config),
         ranks.rank,
