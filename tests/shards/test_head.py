@@ -11,7 +11,7 @@ import pytest
 
 from tests.shards.world import flip_byte, make_builder, make_sample, make_split, write_split
 from trsr_dist.errors import DataError
-from trsr_dist.shards.lengths import Lengths, lengths_folder
+from trsr_dist.shards.lengths import Lengths, Table, lengths_folder
 from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.plan import PackingSettings, TrainPlan, WindowPlan
 from trsr_dist.shards.reader import ShardSet
@@ -70,6 +70,20 @@ def test_more_users_share_a_row_by_it_and_what_fits_without_still_fits(tmp_path:
     assert with_head.num_rows < without.num_rows and with_head.num_chunks == without.num_chunks
     assert with_head.num_tokens == without.num_tokens - head * (200 - with_head.num_rows)
     assert sum(with_head.num_users(row) for row in range(with_head.num_rows)) == 200
+
+
+@pytest.mark.parametrize(("head", "share"), [(0, 4), (60, 4), (60, 8)])
+def test_rows_of_a_window_are_full(head: int, share: int) -> None:
+    """Users of news: a prefix, one positive and some negatives; rows a few times the longest of them."""
+    draw = np.random.default_rng(share)
+    prefixes, counts = head + draw.integers(40, 500, 8192), draw.integers(2, 6, 8192)
+    suffixes, starts = draw.integers(5, 60, counts.sum()), np.concatenate([[0], np.cumsum(counts)])
+    labels = np.isin(np.arange(len(suffixes)), starts[:-1])
+    table = Table(np.arange(8192), prefixes, np.zeros(8192, dtype=bool), starts, suffixes, labels)
+    row_tokens = share * int(table.unit_tokens().max())
+    plan = WindowPlan(table, np.ones(len(suffixes), dtype=bool), row_tokens, 7, head)
+    assert plan.num_tokens / (plan.num_rows * row_tokens) >= 0.97
+    assert sorted(unit.sample for row in range(plan.num_rows) for unit in plan.units(row)) == list(range(8192))
 
 
 def test_users_longer_than_a_row_are_cut_where_they_would_be_without_it(tmp_path: Path) -> None:
