@@ -124,6 +124,8 @@ def test_where_the_server_is_gone_no_request_is_to_blame() -> None:
         port = free.getsockname()[1]
     client = OpenAIEngine(f"http://127.0.0.1:{port}/v1", "small", "auto", 400, 4, 2.0, 0)
     with pytest.raises(EngineError, match="start the server"):
+        client.fit(SummaryPrompt("say", (), ("long " * 200,)))
+    with pytest.raises(EngineError, match="start the server"):
         ask(client, 1)
 
 

@@ -82,7 +82,12 @@ class OpenAIEngine:
         self._counts_tokens = True
 
     def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
-        """Trim by the server's token count. A token holds at least one byte, so short prompts need no counting."""
+        """Trim by the server's token count. A token holds at least one byte, so short prompts need no counting.
+
+        Raises:
+            DataError: the instruction alone is over the limit.
+            EngineError: the server is gone.
+        """
         limit = self.max_prompt_tokens - TEMPLATE_TOKENS * self.chat
         if len(prompt.text().encode()) < limit:
             return prompt, 0
@@ -120,8 +125,11 @@ class OpenAIEngine:
     def _blame(self, request: Request, error: openai.OpenAIError) -> Completion | EngineError:
         """The request has failed, or the server is gone: then no request is at fault."""
         if isinstance(error, openai.APIConnectionError) and not self._server_answers():
-            return EngineError(f"{self._client.base_url}: {describe(error)}; start the server and run the stage again")
+            return self._lost(error)
         return Completion(request.key, error=describe(error))
+
+    def _lost(self, error: openai.OpenAIError) -> EngineError:
+        return EngineError(f"{self._client.base_url}: {describe(error)}; start the server and run the stage again")
 
     def _server_answers(self) -> bool:
         try:
@@ -163,17 +171,26 @@ class OpenAIEngine:
     def _count(self, text: str) -> int:
         """Tokens of a text; vLLM, SGLang and llama.cpp have ``/tokenize`` beside ``/v1``."""
         if self._counts_tokens:
-            root = str(self._client.base_url).rstrip("/").removesuffix("/v1")
-            body = {"model": self.model, "prompt": text, "content": text}
-            try:
-                reply = self._client.with_options(base_url=root).post("/tokenize", cast_to=object, body=body)
-            except openai.APIStatusError:
-                reply = None
-            if isinstance(reply, dict) and ("count" in reply or "tokens" in reply):
-                return int(reply["count"]) if "count" in reply else len(reply["tokens"])
+            number = self._ask_for_count(text)
+            if number is not None:
+                return number
             self._counts_tokens = False
-            log.warning("%s counts no tokens; taking %d bytes for one", root, BYTES_PER_TOKEN)
+            log.warning("%s counts no tokens; taking %d bytes for one", self._client.base_url, BYTES_PER_TOKEN)
         return len(text.encode()) // BYTES_PER_TOKEN
+
+    def _ask_for_count(self, text: str) -> int | None:
+        """The server's count; None where it has none to give."""
+        root = str(self._client.base_url).rstrip("/").removesuffix("/v1")
+        body = {"model": self.model, "prompt": text, "content": text}
+        try:
+            reply = self._client.with_options(base_url=root).post("/tokenize", cast_to=object, body=body)
+        except openai.APIConnectionError as error:
+            raise self._lost(error) from None
+        except openai.APIStatusError:
+            return None
+        if not isinstance(reply, dict):
+            return None
+        return int(reply["count"]) if "count" in reply else len(reply["tokens"]) if "tokens" in reply else None
 
 
 def read_reply(key: str, reply: Any) -> Completion | None:

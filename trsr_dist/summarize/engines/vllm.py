@@ -1,7 +1,7 @@
 """vLLM in this process, through its synchronous ``LLMEngine``.
 
-vLLM pins its own torch and transformers, so it needs an environment of its own with this package installed into it; a
-server (``vllm serve``, engine=openai) needs none. Written after vLLM 0.33 and not run there yet.
+vLLM pins its own torch and transformers, so it needs an environment of its own with this package in it; a server
+(``vllm serve``, engine=openai) needs none of that.
 """
 
 from __future__ import annotations
