@@ -1,10 +1,11 @@
 # When a job runs again, and when not; sourced by common.sh.
 # shellcheck shell=bash disable=SC2154
 
-# What the stages have written so far, as one word. Logs, leases and settings are no progress.
+# What the stages have written so far, as one word. Logs, leases, signs of life and settings are no progress.
 progress_mark() {
   find "$run" -type f -size +0 ! -path '*/.*' ! -path '*/leases/*' ! -path "$run/logs/*" ! -path "$run/config/*" \
-    ! -path "$run/tensorboard/*" ! -name metrics.jsonl -printf '%P %s\n' 2>/dev/null | sort | cksum | tr ' ' -
+    ! -path "$run/summaries/progress/*" ! -path "$run/heartbeats/*" ! -path "$run/tensorboard/*" \
+    ! -name metrics.jsonl -printf '%P %s\n' 2>/dev/null | sort | cksum | tr ' ' -
 }
 
 # Each start remembers the mark it found; too many starts that found the same one end the job.
