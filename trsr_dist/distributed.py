@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from trsr_dist.environment import Ranks, export_ranks
+from trsr_dist.errors import TrsrError
+
+T = TypeVar("T")
 
 TIMEOUT_SECONDS = 1800.0
 
@@ -78,6 +81,24 @@ def from_rank_zero(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def on_rank_zero(action: Callable[[], T]) -> T:
+    """What ``action`` gives on rank 0, on all ranks; where it fails, all ranks raise its error.
+
+    Raises:
+        TrsrError: rank 0's.
+    """
+    value, error = None, None
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        try:
+            value = action()
+        except TrsrError as found:
+            error = found
+    value, error = from_rank_zero((value, error))
+    if error is not None:
+        raise error
+    return value
 
 
 def gather_objects(value: Any) -> list[Any]:

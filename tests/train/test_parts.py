@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 from tests.model.world import make_row
+from trsr_dist.config.zero import read_zero_config
 from trsr_dist.errors import CheckpointError, ConfigError, RunError
 from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState, read_checkpoint
 from trsr_dist.train.losses import listwise_sum, pairwise_sum
 from trsr_dist.train.meter import Sums, count_pairs, scalars
 from trsr_dist.train.schedule import learning_rate
 from trsr_dist.train.stopping import StopReasons, StopSignals, Walltime
-from trsr_dist.train.zero_config import complete_zero_config, read_zero_config, zero_setting
+from trsr_dist.train.zero_config import complete_zero_config, zero_setting
 
 ROOT = Path(__file__).parents[2]
 NAME = "model.layers.0.self_attn.q_proj.lora_B.default.weight"

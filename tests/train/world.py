@@ -61,7 +61,7 @@ def link_run(folder: Path, source: Path) -> Path:
     return folder
 
 
-def write_config(run: Path, **changes: dict[str, Any]) -> Path:
+def write_config(run: Path, /, **changes: dict[str, Any]) -> Path:
     """The config file of a run; changes go into the sections."""
     sections = {"run": {"dir": str(run), "tensorboard": False}, "model": {"name_or_path": "RUN/base"}} | SETTINGS
     for name, values in changes.items():
@@ -71,7 +71,7 @@ def write_config(run: Path, **changes: dict[str, Any]) -> Path:
     return path
 
 
-def make_config(run: Path, **changes: dict[str, Any]) -> Config:
+def make_config(run: Path, /, **changes: dict[str, Any]) -> Config:
     return load_config(write_config(run, **changes))
 
 

@@ -28,7 +28,7 @@ from trsr_dist.run import RunFolder, manifest_hash
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.train.checkpoints import Checkpoint, CheckpointFolder, TrainerState
 from trsr_dist.train.elastic import gather_state, restore_state
-from trsr_dist.train.engine import Engine, skip_shared_memory_operator
+from trsr_dist.train.engine import Engine
 from trsr_dist.train.meter import Sums
 from trsr_dist.train.monitor import Monitor
 from trsr_dist.train.prepare import Prepared
@@ -76,7 +76,6 @@ class Build:
         """The base with fresh LoRA layers, on this rank's device or, under ZeRO-3, divided over the ranks."""
         prepared, lora = self.prepared, self.config.lora
         if prepared.zero.stage == 3:
-            skip_shared_memory_operator()
             base = load_base_divided(prepared.source, prepared.dtype, prepared.zero_config)
         else:
             base = load_base(prepared.source, prepared.dtype, distributed.device_of(self.ranks))
@@ -195,18 +194,16 @@ class Build:
             CheckpointError: the checkpoint was not written; those before it are intact.
         """
         tensors = gather_state(self.engine)
-        problem = ""
-        if self.ranks.is_main:
-            try:
-                self.checkpoints.save(tensors, state, self.adapter_config, self.provenance(state))
-            except TrsrError as error:
-                problem = str(error)
-            except OSError as error:
-                what = "the disk is full" if error.errno in FULL_DISK else str(error)
-                problem = f"{self.checkpoints.root}: {what}; the checkpoints before this one are intact"
-        problem = distributed.from_rank_zero(problem)
-        if problem:
-            raise CheckpointError(problem)
+        distributed.on_rank_zero(lambda: self._write(tensors, state))
+
+    def _write(self, tensors: dict[str, torch.Tensor], state: TrainerState) -> None:
+        try:
+            self.checkpoints.save(tensors, state, self.adapter_config, self.provenance(state))
+        except OSError as error:
+            what = "the disk is full" if error.errno in FULL_DISK else str(error)
+            raise CheckpointError(
+                f"{self.checkpoints.root}: {what}; the checkpoints before this one are intact"
+            ) from None
 
     def mark_best(self, step: int) -> None:
         if self.ranks.is_main:

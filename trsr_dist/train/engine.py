@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import nn
 
 from trsr_dist.errors import ModelError
 from trsr_dist.model.recommender import Recommender
+from trsr_dist.model.zero3 import skip_shared_memory_operator
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +80,13 @@ class Engine:
         """Stage 0: DeepSpeed does not look whether gradients are finite."""
         gradients = [p.grad for p in self.trainable().values() if p.grad is not None]
         norm = float(torch.nn.utils.get_total_norm(gradients))
-        is_finite = norm < float("inf")  # False for NaN too
-        if not is_finite:
-            for parameter in self.trainable().values():
-                parameter.grad = None
-        self.wrapped.step()
-        return StepOutcome(norm, is_finite)
+        if norm < float("inf"):  # False for NaN too
+            self.wrapped.step()
+            return StepOutcome(norm, True)
+        for parameter in self.trainable().values():
+            parameter.grad = None
+        self.wrapped.micro_steps += 1  # what DeepSpeed counts rows by
+        return StepOutcome(norm, False)
 
 
 def check_gradients(engine: Engine) -> None:
@@ -108,9 +109,3 @@ def check_gradients(engine: Engine) -> None:
             f"{len(dead)} LoRA layers received no gradient in the first step, the first is {dead[0]}: the backward "
             "pass does not reach them; check lora.target_modules and train.activation_checkpointing with this model"
         )
-
-
-def skip_shared_memory_operator() -> None:
-    """Keep DeepSpeed from compiling an operator for CPUs: it takes a minute and training does not use it."""
-    # `import deepspeed.comm.torch as m` binds PyTorch's module of that name.
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None

@@ -11,7 +11,7 @@ from trsr_dist import distributed
 from trsr_dist.cli import EXIT_REQUEUE
 from trsr_dist.config import Config, dump_config
 from trsr_dist.environment import Ranks, detect_ranks
-from trsr_dist.errors import RunError, TrsrError
+from trsr_dist.errors import TrsrError
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.run import FolderLock, RunFolder, folder_lock
 from trsr_dist.train.build import Build
@@ -100,17 +100,10 @@ def _because(reason: str) -> str:
 @contextmanager
 def _locked(run: RunFolder, ranks: Ranks) -> Iterator[FolderLock | None]:
     """Rank 0 holds the checkpoints' folder; when it cannot, all ranks raise why."""
+    locks: list[FolderLock] = []
     with ExitStack() as stack:
-        lock, problem = None, ""
-        if ranks.is_main:
-            try:
-                lock = stack.enter_context(folder_lock(run.checkpoints))
-            except RunError as error:
-                problem = str(error)
-        problem = distributed.from_rank_zero(problem)
-        if problem:
-            raise RunError(problem)
-        yield lock
+        distributed.on_rank_zero(lambda: locks.append(stack.enter_context(folder_lock(run.checkpoints))))
+        yield locks[0] if ranks.is_main else None
 
 
 @contextmanager

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PretrainedConfig
 
 from trsr_dist.config import Config
-from trsr_dist.distributed import barrier, device_of
+from trsr_dist.config.zero import find_file, read_zero_config
+from trsr_dist.distributed import device_of, on_rank_zero
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import ConfigError
 from trsr_dist.model.loading import BaseSource, check_weights, load_config, load_tokenizer, shared_backend
@@ -25,9 +25,7 @@ from trsr_dist.shards.steps import StreamState
 from trsr_dist.shards.stream import TrainStream
 from trsr_dist.train.checkpoints import Checkpoint
 from trsr_dist.train.losses import PER_USER
-from trsr_dist.train.zero_config import complete_zero_config, read_zero_config, zero_setting
-
-ROOT = Path(__file__).parents[2]
+from trsr_dist.train.zero_config import complete_zero_config, zero_setting
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
             "nothing to do; raise train.rows_per_step or take fewer ranks"
         )
     settings = read_zero_config(find_file(train.deepspeed_config))
-    source, name = base_source(config, run, ranks)
+    source, name = base_source(config, run)
     check_weights(source)
     tokenizer, model_config = load_tokenizer(source), load_config(source)
     builder = PromptBuilder(tokenizer, **config.prompt.model_dump())
@@ -101,12 +99,7 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
     )
 
 
-def find_file(name: str) -> Path:
-    """A file named relative to the working folder, else to this repository."""
-    return Path(name) if Path(name).exists() else ROOT / name
-
-
-def base_source(config: Config, run: RunFolder, ranks: Ranks) -> tuple[BaseSource, str]:
+def base_source(config: Config, run: RunFolder) -> tuple[BaseSource, str]:
     """The base in a local folder (one of the hub is fetched by rank 0 first), and its recorded name.
 
     Raises:
@@ -117,10 +110,8 @@ def base_source(config: Config, run: RunFolder, ranks: Ranks) -> tuple[BaseSourc
         raise ConfigError("model.name_or_path is empty: name a base model's folder or hub id")
     name = run.resolve(config.model.name_or_path)
     base = BaseName(name, config.model.revision, "")
-    if ranks.is_main:
-        base_folder(base, None)
-    barrier()
-    folder = str(base_folder(base, None))
+    on_rank_zero(lambda: str(base_folder(base, None)))
+    folder = str(base_folder(base, None))  # each node may have a hub cache of its own
     return BaseSource(folder, "", config.model.trust_remote_code, config.model.quantization), name
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 
 from trsr_dist.distributed import gather_objects
 from trsr_dist.environment import Ranks
+from trsr_dist.evaluate.lockstep import Lockstep
 from trsr_dist.evaluate.metrics import average, metric_names, user_metrics
 from trsr_dist.evaluate.parts import assign_parts, split_parts
-from trsr_dist.evaluate.scoring import PartScorer
+from trsr_dist.evaluate.scoring import PartScorer, ScoreRow
 from trsr_dist.model.forward import score_row
 from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.rows import PackedRow, pack_row
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.train.engine import Engine
 
@@ -51,10 +52,9 @@ class Validator:
     def run(self, engine: Engine) -> dict[str, float]:
         """Metrics over all users, equal on all ranks."""
         scorers = [self._scorer(part) for part in self._mine]
-        num_forwards = max(gather_objects(sum(map(len, scorers))))
         engine.wrapped.eval()
         try:
-            self._score(engine, scorers, num_forwards)
+            self._score(engine, scorers)
         finally:
             engine.wrapped.train()
         values = [user_metrics(user.scores, user.labels, self._top_k) for scorer in scorers for user in scorer.result()]
@@ -66,18 +66,24 @@ class Validator:
     def _scorer(self, part: int) -> PartScorer:
         return PartScorer(self._shards.read_many(self._parts[part]), self._builder, self._row_tokens)
 
-    @torch.no_grad()
-    def _score(self, engine: Engine, scorers: list[PartScorer], num_forwards: int) -> None:
-        """Score all rows; under ZeRO-3 ranks with fewer rows repeat one, for the ranks gather weights together."""
-        done = 0
-        for scorer in scorers:
-            for number, row in enumerate(scorer.rows()):
-                scorer.take(number, score_row(engine.wrapped, row, engine.device))
-                done += 1
-        if engine.stage == 3 and done < num_forwards:
-            filler = next(self._scorer(0).rows())
-            for _ in range(num_forwards - done):
-                score_row(engine.wrapped, filler, engine.device)
+    def _score(self, engine: Engine, scorers: list[PartScorer]) -> None:
+        def forward(row: PackedRow) -> np.ndarray:
+            return score_row(engine.wrapped, row, engine.device)
+
+        if engine.stage < 3:
+            score_parts(scorers, forward)
+            return
+        filler = self._builder.build(self._shards.read(0)).choose([0])
+        together = Lockstep(forward, pack_row([filler]), engine.device)
+        score_parts(scorers, together)
+        together.finish()
+
+
+def score_parts(scorers: list[PartScorer], forward: ScoreRow) -> None:
+    """Score all rows of some parts."""
+    for scorer in scorers:
+        for number, row in enumerate(scorer.rows()):
+            scorer.take(number, forward(row))
 
 
 def _by_part(values: list[np.ndarray], scorers: list[PartScorer]) -> list[np.ndarray]:

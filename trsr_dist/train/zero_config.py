@@ -3,48 +3,9 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
-from trsr_dist.errors import ConfigError
 from trsr_dist.planning.memory import ZeroSetting
-
-OWNED = {
-    "train_batch_size": "train.rows_per_step",
-    "train_micro_batch_size_per_gpu": "train.rows_per_step",
-    "gradient_accumulation_steps": "train.rows_per_step",
-    "gradient_clipping": "train.max_grad_norm",
-    "bf16": "train.precision",
-    "fp16": "train.precision",
-    "torch_autocast": "train.precision",
-    "optimizer": "train.learning_rate, train.weight_decay and train.adam_betas",
-    "scheduler": "train.schedule and train.warmup_ratio",
-    "tensorboard": "run.tensorboard",
-    "steps_per_print": "train.log_every_steps",
-}
-"""Keys of a DeepSpeed config that have an owner in the run's config."""
-
-
-def read_zero_config(path: str | Path) -> dict[str, Any]:
-    """Read and check a file of ``ds_configs/``.
-
-    Raises:
-        ConfigError: missing, not JSON, without a ZeRO stage, or with a setting that the run's config owns.
-    """
-    path = Path(path)
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"train.deepspeed_config={path}: no such file; the shipped ones lie in ds_configs/") from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from None
-    for key in settings:
-        if key in OWNED:
-            raise ConfigError(f"{path}: {key!r} has its owner in the run's config: set {OWNED[key]}, remove it here")
-    stage = settings.get("zero_optimization", {}).get("stage")
-    if stage not in (0, 1, 2, 3):
-        raise ConfigError(f"{path}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
-    return settings
 
 
 def zero_setting(settings: dict[str, Any]) -> ZeroSetting:
