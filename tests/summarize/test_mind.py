@@ -17,7 +17,7 @@ from trsr_dist.shards.reader import ShardSet
 
 MIND = ROOT / "../shared/data/mind"
 pytestmark = pytest.mark.skipif(not (MIND / "news.tsv").is_file(), reason=f"{MIND}: no MIND data")
-USERS = 9
+USERS = 8
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def prepared(folder: Path, model: Path, scheme: str) -> tuple[Path, Path]:
             "engine": "transformers",
             "model": str(model),
             "max_prompt_tokens": 400,
-            "max_new_tokens": 24,
+            "max_new_tokens": 12,
             "users_per_shard": 2,
             "lease_seconds": 4,
             "fan_in": 3,
