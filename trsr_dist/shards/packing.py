@@ -13,6 +13,11 @@ PAIRS_PER_TOKEN = 24576
 """Query-key pairs that cost as much as one token's matrix products: 6 * hidden size, at a hidden size of 4096. A layer
 of a decoder spends about 24 * hidden^2 FLOPs on a token and 4 * hidden on a pair."""
 
+GOOD_FILL = 0.99
+"""Rows this full are not packed a second time."""
+SAMPLED_UNITS = 32
+"""Among so many lengths, from longest to shortest, a row looks for what fills it."""
+
 
 def choose_candidates(
     keys: np.ndarray, starts: np.ndarray, labels: np.ndarray, negatives: int, seed: int
@@ -44,7 +49,9 @@ def choose_candidates(
 
 
 def pack(tokens: np.ndarray, capacity: int, ties: np.ndarray) -> list[list[int]]:
-    """Fill rows by best-fit-decreasing: each unit into the fullest row that still takes it.
+    """Fill rows with units: by best fit, and where that leaves too much room, row by row with the sums that fit best.
+
+    Best fit puts like beside like; units of nearly the same length then leave the same room in every row.
 
     Args:
         tokens: int64, shape (num_units,): none above ``capacity``.
@@ -55,11 +62,20 @@ def pack(tokens: np.ndarray, capacity: int, ties: np.ndarray) -> list[list[int]]
         Unit numbers of each row.
     """
     order = np.lexsort((ties, -tokens))
+    units, sizes = order.tolist(), tokens[order].tolist()
+    rows = _best_fit(sizes, capacity)
+    if len(rows) * capacity * GOOD_FILL > sum(sizes):
+        rows = min(rows, _best_sums(sizes, capacity), key=len)
+    return [[units[place] for place in row] for row in rows]
+
+
+def _best_fit(sizes: list[int], capacity: int) -> list[list[int]]:
+    """Each unit, longest first, into the fullest row that still takes it."""
     rows: list[list[int]] = []
     spaces: list[int] = []
     """Distinct free spaces of the rows begun, ascending."""
     by_space: dict[int, list[list[int]]] = {}
-    for unit, size in zip(order.tolist(), tokens[order].tolist(), strict=True):
+    for unit, size in enumerate(sizes):
         place = bisect_left(spaces, size)
         if place == len(spaces):
             row, space = [], capacity
@@ -76,6 +92,37 @@ def pack(tokens: np.ndarray, capacity: int, ties: np.ndarray) -> list[list[int]]
             insort(spaces, space)
         by_space[space].append(row)
     return rows
+
+
+def _best_sums(sizes: list[int], capacity: int) -> list[list[int]]:
+    """Each row takes the longest unit left and those of a sample of the others that fill it best.
+
+    After minimum bin slack (Gupta and Ho 1999), with sums of a sample of lengths instead of a search.
+    """
+    left = list(range(len(sizes)))
+    rows = []
+    while left:
+        row = [left.pop(0)]
+        places = range(0, len(left), max(1, len(left) // SAMPLED_UNITS))
+        chosen = _best_sum([sizes[left[place]] for place in places], capacity - sizes[row[0]])
+        row += [left.pop(places[number]) for number in chosen]
+        rows.append(row)
+    return rows
+
+
+def _best_sum(sizes: list[int], space: int) -> list[int]:
+    """Places, descending, of sizes with the largest sum within ``space``; early ones are preferred."""
+    within = (1 << (space + 1)) - 1
+    sums = [1]
+    """Bit s of entry k: some of the first k sizes add up to s."""
+    for size in sizes:
+        sums.append((sums[-1] | sums[-1] << size) & within)
+    rest, chosen = sums[-1].bit_length() - 1, []
+    for place in reversed(range(len(sizes))):
+        if not sums[place] >> rest & 1:
+            chosen.append(place)
+            rest -= sizes[place]
+    return chosen
 
 
 def split_unit(prefix: int, suffixes: Sequence[int], capacity: int) -> list[tuple[int, int]]:

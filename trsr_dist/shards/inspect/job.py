@@ -145,7 +145,7 @@ def _left_out(contents: dict[str, SplitContent], options: Options) -> Iterator[s
         yield "left out: token lengths, trims and steps (give --config C or --tokenizer DIR)"
     if options.items is None:
         yield "left out: AUC of popularity and item age (no RUN/histories beside the shards)"
-    elif not any(len(content.shortcuts.measured) > 1 for content in contents.values()):
+    elif contents and not any(len(content.shortcuts.measured) > 1 for content in contents.values()):
         yield "left out: AUC of item age (the data has no times)"
     if len(contents) < 2:
         yield "left out: comparisons between splits (give RUN/shards)"
