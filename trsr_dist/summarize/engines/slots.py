@@ -61,6 +61,13 @@ class Slots(Cache):
         self.lengths.pop()
         self._set_positions()
 
+    def clear(self) -> None:
+        """Give the memory back now: layers and cache refer to each other, and a garbage collection may be far."""
+        for layer in self.layers:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+        self.lengths, self.columns = [], 0
+
     def advance(self) -> None:
         """Each active row has written one token."""
         self.lengths = [length + 1 for length in self.lengths]

@@ -126,7 +126,7 @@ class TransformersEngine:
     def close(self) -> None:
         self._waiting.clear()
         self._active.clear()
-        self._slots = self._new_slots()
+        self._slots.clear()
 
     def _new_slots(self) -> Slots:
         return Slots(self.model.config.get_text_config().num_hidden_layers, self.num_slots, self.model.device)
@@ -250,6 +250,7 @@ class TransformersEngine:
 
     def _resize(self, num_slots: int) -> None:
         self.num_slots, self.capacity = num_slots, 2 * num_slots
+        self._slots.clear()
         self._slots = self._new_slots()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
