@@ -8,15 +8,19 @@ from trsr_dist.environment import prepare_process
 
 prepare_process()
 
-from trsr_dist.cli import config_parser, parse_config, run_command  # noqa: E402
+from trsr_dist.cli import cluster_options, config_parser, parse_config, run_command  # noqa: E402
 
 
 def main() -> int:
     example = "deepspeed --num_gpus 8 launch/train.py --config configs/mind.yaml train.learning_rate=1e-4"
-    args, config = parse_config(config_parser(__doc__, example))
+    args, config = parse_config(cluster_options(config_parser(__doc__, example)))
+    if args.dry_run:
+        from trsr_dist.forecast.job import Request, dry_run
+
+        return dry_run(config, Request(args.hardware, args.nodes, args.devices_per_node, args.mfu, args.price))
     from trsr_dist.train.job import train
 
-    return train(config, force=args.force, dry_run=args.dry_run)
+    return train(config, force=args.force)
 
 
 if __name__ == "__main__":

@@ -28,6 +28,19 @@ def config_parser(description: str, example: str) -> argparse.ArgumentParser:
     return parser
 
 
+def cluster_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add what a forecast is made for."""
+    from trsr_dist.planning.hardware import CATALOGUE
+
+    add = parser.add_argument_group("the cluster of the forecast").add_argument
+    add("--hardware", default="h100", choices=list(CATALOGUE), help="device (default: %(default)s)")
+    add("--nodes", type=int, default=1, metavar="N", help="default: %(default)s")
+    add("--devices-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
+    add("--mfu", type=float, default=0.4, metavar="X", help="share of the peak that is reached (default: %(default)s)")
+    add("--price", type=float, default=0.0, metavar="X", help="of one device for an hour")
+    return parser
+
+
 def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     """Arguments and merged config; the overrides may stand before or after the options."""
     args = parser.parse_intermixed_args(argv)

@@ -22,7 +22,7 @@ PURE = [
     "trsr_dist.planning.communication",
     "trsr_dist.planning.flops",
 ]
-LAYERS = ["planning", "data", "prompts", "shards", "summarize", "model", "train", "merge", "evaluate"]
+LAYERS = ["planning", "data", "prompts", "shards", "summarize", "model", "train", "merge", "evaluate", "forecast"]
 MAY_IMPORT = {
     "planning": set(),
     "prompts": set(),
@@ -30,6 +30,7 @@ MAY_IMPORT = {
     "shards": {"prompts"},
     "summarize": {"prompts", "data", "shards"},
     "model": {"prompts", "shards", "data"},
+    "forecast": {"planning", "prompts", "shards", "data", "summarize", "model", "evaluate"},
     "train": {"planning", "prompts", "shards", "model", "evaluate"},
     "merge": {"prompts", "shards", "model"},
     "evaluate": {"prompts", "shards", "data", "model"},

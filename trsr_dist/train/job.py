@@ -18,7 +18,6 @@ from trsr_dist.train.build import Build
 from trsr_dist.train.checkpoints import CheckpointFolder
 from trsr_dist.train.heartbeat import Heartbeat, describe_ranks
 from trsr_dist.train.launcher import follow_launcher
-from trsr_dist.train.plan import plan_text
 from trsr_dist.train.prepare import Prepared, prepare
 from trsr_dist.train.stopping import StopReasons, StopSignals, walltime_of
 from trsr_dist.train.trainer import Control, Ending
@@ -29,13 +28,12 @@ STUCK_FACTOR = 2.0
 log = get_logger("train")
 
 
-def train(config: Config, force: bool = False, dry_run: bool = False) -> int:
+def train(config: Config, force: bool = False) -> int:
     """Run the stage; see launch/train.py.
 
     Args:
         config: of the run.
         force: start anew; earlier checkpoints of the run are removed.
-        dry_run: print config and plan; touch nothing.
 
     Returns:
         0 when all steps are made, ``EXIT_REQUEUE`` when the training was interrupted and saved.
@@ -46,10 +44,6 @@ def train(config: Config, force: bool = False, dry_run: bool = False) -> int:
     ranks = detect_ranks()
     setup_logging(ranks.rank, "train")
     run = RunFolder(Path(config.run.dir))
-    if dry_run:
-        if ranks.is_main:
-            print(dump_config(config) + plan_text(config, run, ranks))
-        return 0
     follow_launcher()
     signals = StopSignals()
     heartbeat = Heartbeat(run.root, ranks, STUCK_FACTOR * config.train.timeout_seconds)
