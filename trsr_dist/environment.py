@@ -16,6 +16,10 @@ from pathlib import Path
 from trsr_dist.errors import ConfigError
 
 
+GPU_TRACES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
+"""One of these is there where a GPU can be used; asking torch would be too late."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ranks:
     """Who this process is among its peers."""
@@ -99,7 +103,7 @@ def prepare_process(num_threads: int | None = None) -> None:
 
     Without the oneDNN limit, bf16 on CPUs whose AMX is advertised but blocked by a hypervisor dies of SIGILL.
     """
-    has_gpu = Path("/proc/driver/nvidia/version").exists()
+    has_gpu = any(Path(path).exists() for path in GPU_TRACES)
     ranks = detect_ranks()
     cores = len(os.sched_getaffinity(0))
     threads = num_threads or max(1, cores // ranks.local_world_size)

@@ -1,0 +1,52 @@
+"""Whole models on a GPU: shared prefixes against separate sequences; nothing waits for the device."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.model.test_exactness import one_by_one
+from tests.model.world import CONFIGS, gradients, make_model, make_row, model_config, recommender, relative
+from trsr_dist.model.inputs import RowInputs
+from trsr_dist.model.recommender import Recommender
+
+CUDA = torch.device("cuda")
+
+
+def answers(model: Recommender) -> tuple[torch.Tensor, torch.Tensor]:
+    inputs = RowInputs(make_row(12), CUDA)
+    logits = model(inputs, "logits")
+    torch.nn.functional.cross_entropy(logits.float(), torch.where(inputs.labels > 0, 3, 4), reduction="sum").backward()
+    return logits.detach().float().cpu(), gradients(model).cpu()
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_bfloat16_is_as_near_to_float32_as_separate_sequences_are(kind: str, checkpointing: bool) -> None:
+    row = make_row(12)
+    exact = one_by_one(make_model(model_config(kind)), row)
+    separate = one_by_one(make_model(model_config(kind), torch.bfloat16), row)
+    shared = answers(recommender(make_model(model_config(kind), torch.bfloat16).to(CUDA), "torch", checkpointing))
+    spread = float(exact[0].std())
+    assert float((shared[0] - exact[0]).abs().max()) < 2 * float((separate[0] - exact[0]).abs().max()) + 0.02 * spread
+    assert relative(shared[1], exact[1]) < 2 * relative(separate[1], exact[1]) + 0.02
+
+
+def test_float32_is_exact_with_the_dense_mask() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = False
+    exact = one_by_one(make_model(model_config()), make_row(12))
+    found = answers(recommender(make_model(model_config()).to(CUDA), "dense"))
+    torch.testing.assert_close(found[0], exact[0], atol=1e-4, rtol=0)
+    assert relative(found[1], exact[1]) < 1e-4
+
+
+def test_no_step_waits_for_the_gpu() -> None:
+    model = recommender(make_model(model_config(), torch.bfloat16).to(CUDA), "torch")
+    answers(model)  # kernels are chosen and memory is taken in the first pass
+    inputs = RowInputs(make_row(12), CUDA)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        logits = model(inputs, "logits")
+        torch.nn.functional.cross_entropy(logits.float(), inputs.labels, reduction="sum").backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
