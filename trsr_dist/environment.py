@@ -15,7 +15,6 @@ from pathlib import Path
 
 from trsr_dist.errors import ConfigError
 
-
 GPU_TRACES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
 """One of these is there where a GPU can be used; asking torch would be too late."""
 
