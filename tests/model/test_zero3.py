@@ -20,9 +20,7 @@ def load_share(rank: int, world_size: int, folder: Path, dtype: str) -> dict[str
 
     from trsr_dist.model.loading import BaseSource, load_config
     from trsr_dist.model.zero3 import load_divided
-    from trsr_dist.train.engine import skip_shared_memory_operator
 
-    skip_shared_memory_operator()
     config = load_config(BaseSource(str(folder)))
     precision = {"bf16": {"enabled": dtype == "bfloat16"}}
     found = load_divided(folder, config, getattr(torch, dtype), ZERO3 | precision, {})

@@ -50,7 +50,7 @@ def build_figures(
     for name, caption in CURVES.items():
         curve = training_values(training, name)
         if curve:
-            figures[caption] = training_curve(curve, column_title(name.partition("/")[2]))
+            figures[caption] = training_curve(curve, name.partition("/")[2].replace("_", " "))
     return figures
 
 

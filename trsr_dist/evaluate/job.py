@@ -11,6 +11,7 @@ import torch
 
 from trsr_dist import distributed
 from trsr_dist.config import Config, dump_config
+from trsr_dist.config.zero import find_file, read_zero_config
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.environment import Ranks, array_task, detect_ranks
 from trsr_dist.errors import ConfigError, ModelError, RunError
@@ -24,6 +25,7 @@ from trsr_dist.evaluate.stored import StoredSplit
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.model.folder import LoadedModel, open_model
 from trsr_dist.model.forward import score_row
+from trsr_dist.model.zero3 import scoring_config
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.rows import PackedRow
 from trsr_dist.run import RunFolder, folder_lock
@@ -151,7 +153,7 @@ def score_everything(job: Evaluation, users: SplitUsers, ranks: Ranks, force: bo
 
 
 def load(job: Evaluation, name_or_path: str, ranks: Ranks) -> LoadedModel:
-    """Open a model on this rank's device."""
+    """Open a model on this rank's device, or divided over the ranks."""
     device = distributed.device_of(ranks)
     if device.type == "cpu":
         # Matrix products split their sums by threads: one thread gives the same digits for any number of ranks.
@@ -163,7 +165,26 @@ def load(job: Evaluation, name_or_path: str, ranks: Ranks) -> LoadedModel:
         prompt=job.config.prompt.model_dump(),
         attention=job.config.model.attention,
         trust_remote_code=job.config.model.trust_remote_code,
+        zero_config=zero_config(job.config.evaluate.deepspeed_config, job.precision, device),
     )
+
+
+def zero_config(name: str, precision: str, device: torch.device) -> dict[str, Any] | None:
+    """DeepSpeed's config for scoring; None where none is named.
+
+    Raises:
+        ConfigError: the file is not of stage 3: the other stages divide nothing that scoring needs.
+    """
+    if not name:
+        return None
+    settings = read_zero_config(find_file(name), "evaluate.deepspeed_config")
+    stage = settings["zero_optimization"]["stage"]
+    if stage != 3:
+        raise ConfigError(
+            f"evaluate.deepspeed_config={name}: ZeRO stage {stage} divides no weights: nothing is gained; name a "
+            "file with stage 3 or leave it empty"
+        )
+    return scoring_config(settings, precision, device.type == "cuda")
 
 
 def check_answers(job: Evaluation, builder: PromptBuilder) -> PromptBuilder:
@@ -182,13 +203,17 @@ def check_answers(job: Evaluation, builder: PromptBuilder) -> PromptBuilder:
 
 def run_passes(job: Evaluation, worker: PartWorker, source: str, loaded: LoadedModel, builder: PromptBuilder) -> None:
     """All passes of one model."""
+    device = next(loaded.model.parameters()).device
 
     def forward(row: PackedRow) -> np.ndarray:
-        return score_row(loaded.model, row, loaded.model.device)
+        return score_row(loaded.model, row, device)
 
     for entry in job.passes:
         if entry.source == source:
             folder = job.scores(entry)
             folder.open(job.identity(entry, builder.fingerprint))
-            count = worker.run(entry, folder, builder, forward)
+            if job.config.evaluate.deepspeed_config:
+                count = worker.run_together(entry, folder, builder, forward, device)
+            else:
+                count = worker.run(entry, folder, builder, forward)
             log.info("%s: scored %d of %d parts here", entry.name, count, len(worker.parts))

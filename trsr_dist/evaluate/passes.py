@@ -6,13 +6,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
+
 from trsr_dist.evaluate.control import Change
+from trsr_dist.evaluate.lockstep import Lockstep
 from trsr_dist.evaluate.parts import assign_parts, split_parts
 from trsr_dist.evaluate.scores import ScoreFolder
 from trsr_dist.evaluate.scoring import ScoreRow, score_samples
 from trsr_dist.evaluate.split import SplitUsers
 from trsr_dist.log import progress
 from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.rows import pack_row
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +72,13 @@ class PartWorker:
             samples = [self._users.sample(index, entry.change, entry.protocol) for index in self.parts[part]]
             folder.write(part, score_samples(samples, builder, score_row, self._row_tokens))
         return len(todo)
+
+    def run_together(
+        self, entry: ScoringPass, folder: ScoreFolder, builder: PromptBuilder, score_row: ScoreRow, device: torch.device
+    ) -> int:
+        """As ``run``, for a model whose weights lie divided over the ranks."""
+        first = builder.build(self._users.sample(0, entry.change, entry.protocol))
+        forward = Lockstep(score_row, pack_row([first.choose([0])]), device)
+        count = self.run(entry, folder, builder, forward)
+        forward.finish()
+        return count

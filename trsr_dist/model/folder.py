@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,14 @@ from torch import nn
 from trsr_dist.errors import ModelError
 from trsr_dist.files import read_json
 from trsr_dist.model.fingerprint import base_fingerprint
-from trsr_dist.model.loading import BaseSource, load_base, load_config, load_tokenizer, shared_backend
+from trsr_dist.model.loading import (
+    BaseSource,
+    load_base,
+    load_base_divided,
+    load_config,
+    load_tokenizer,
+    shared_backend,
+)
 from trsr_dist.model.places import (
     ADAPTER_CONFIG,
     BaseName,
@@ -25,6 +32,7 @@ from trsr_dist.model.places import (
     run_of,
 )
 from trsr_dist.model.recommender import Recommender
+from trsr_dist.model.zero3 import scoring_engine
 from trsr_dist.prompts.builder import PromptBuilder
 
 
@@ -44,7 +52,8 @@ class ModelPlace:
 class LoadedModel:
     """A model with the prompts that it was trained on."""
 
-    model: Recommender
+    model: nn.Module
+    """A ``Recommender``, or DeepSpeed's engine around one."""
     tokenizer: Any
     builder: PromptBuilder
     provenance: dict[str, Any]
@@ -76,8 +85,9 @@ def open_model(
     prompt: dict[str, Any],
     attention: str = "auto",
     trust_remote_code: bool = False,
+    zero_config: dict[str, Any] | None = None,
 ) -> LoadedModel:
-    """Load a model for scoring.
+    """Load a model for scoring. With ``zero_config`` all ranks call it, and run the model together.
 
     Args:
         name_or_path: merged folder, checkpoint (or a pointer to one), adapter, base model folder or hub id.
@@ -86,6 +96,7 @@ def open_model(
         prompt: settings of the prompts where the folder records none.
         attention: back end of the shared-prefix attention.
         trust_remote_code: run model code from the hub.
+        zero_config: of DeepSpeed's stage 3 (``scoring_config``): the ranks divide the weights; None: all of them here.
 
     Raises:
         CheckpointError: an incomplete or damaged checkpoint.
@@ -99,9 +110,16 @@ def open_model(
     device = torch.device(device)
     config = load_config(source)
     backend = shared_backend(config, attention, device, dtype, builder.max_tokens)
-    causal = with_adapter(load_base(source, dtype, device), place.adapter)
-    model = Recommender(causal, builder.answer_ids, backend)
-    return LoadedModel(model.requires_grad_(False).eval(), tokenizer, builder, place.provenance)
+    base = load_base(source, dtype, device) if zero_config is None else load_divided_base(source, dtype, zero_config)
+    model = Recommender(with_adapter(base, place.adapter), builder.answer_ids, backend).requires_grad_(False).eval()
+    runner = model if zero_config is None else scoring_engine(model, zero_config)
+    return LoadedModel(runner, tokenizer, builder, place.provenance)
+
+
+def load_divided_base(source: BaseSource, dtype: torch.dtype, zero_config: dict[str, Any]) -> nn.Module:
+    """A base whose weights lie divided over the ranks; one of the hub is fetched first."""
+    folder = base_folder(BaseName(source.name_or_path, source.revision, ""), None)
+    return load_base_divided(replace(source, name_or_path=str(folder)), dtype, zero_config)
 
 
 def with_adapter(base: nn.Module, adapter: Path | None) -> nn.Module:

@@ -121,6 +121,6 @@ def gathered(weight: nn.Parameter) -> Any:
     """Within this context a parameter is whole, also under ZeRO-3."""
     if not hasattr(weight, "ds_id"):
         return torch.no_grad()
-    from deepspeed.zero import GatheredParameters
+    from deepspeed import zero
 
-    return GatheredParameters([weight])
+    return zero.GatheredParameters([weight])

@@ -6,6 +6,7 @@ divided, then each rank reads its rows of the safetensors files: the ranks of a 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,7 @@ def load_divided(
     Raises:
         ModelError: a tensor has another shape than the config says.
     """
+    skip_shared_memory_operator()
     files = tensor_files(folder)
     with empty_and_divided(zero_config):
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
@@ -63,6 +65,43 @@ def load_divided(
             for name in names:
                 num_bytes += _fill(parameters[name], tensors, name, file)
     return DividedModel(model, num_bytes)
+
+
+def scoring_engine(model: nn.Module, zero_config: dict[str, Any]) -> nn.Module:
+    """DeepSpeed around a divided model that is not trained: each layer's weights are gathered while it runs.
+
+    All ranks call it, and all make their forward passes together.
+    """
+    import deepspeed
+
+    engine, *_ = deepspeed.initialize(model=model, config=zero_config)
+    engine.eval()
+    return engine
+
+
+def scoring_config(settings: dict[str, Any], precision: str, on_gpu: bool) -> dict[str, Any]:
+    """DeepSpeed's config for a model that is not trained.
+
+    Args:
+        settings: of a file of ``ds_configs/`` with stage 3.
+        precision: float32 or bfloat16.
+        on_gpu: False: without what needs CUDA.
+    """
+    kept = ("stage", "offload_param", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold")
+    kept += ("stage3_max_live_parameters", "stage3_max_reuse_distance")
+    zero = {key: value for key, value in settings["zero_optimization"].items() if key in kept}
+    if not on_gpu and "offload_param" in zero:
+        zero["offload_param"] = zero["offload_param"] | {"pin_memory": False}
+    bf16 = {"enabled": precision == "bfloat16"}
+    return {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1, "bf16": bf16, "steps_per_print": None}
+
+
+def skip_shared_memory_operator() -> None:
+    """Keep DeepSpeed from compiling an operator for CPUs: it takes a minute and nothing here uses it."""
+    import deepspeed  # noqa: F401
+
+    # `import deepspeed.comm.torch as m` binds PyTorch's module of that name.
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 
 
 @contextmanager

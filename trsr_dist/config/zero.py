@@ -1,0 +1,56 @@
+"""Reads DeepSpeed's config files, which hold mechanics only. Pure."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from trsr_dist.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+OWNED = {
+    "train_batch_size": "train.rows_per_step",
+    "train_micro_batch_size_per_gpu": "train.rows_per_step",
+    "gradient_accumulation_steps": "train.rows_per_step",
+    "gradient_clipping": "train.max_grad_norm",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "torch_autocast": "train.precision",
+    "optimizer": "train.learning_rate, train.weight_decay and train.adam_betas",
+    "scheduler": "train.schedule and train.warmup_ratio",
+    "tensorboard": "run.tensorboard",
+    "steps_per_print": "train.log_every_steps",
+}
+"""Keys of a DeepSpeed config that have an owner in the run's config."""
+
+
+def find_file(name: str) -> Path:
+    """A file named relative to the working folder, else to this repository."""
+    return Path(name) if Path(name).exists() else ROOT / name
+
+
+def read_zero_config(path: str | Path, key: str = "train.deepspeed_config") -> dict[str, Any]:
+    """Read and check a file of ``ds_configs/``.
+
+    Args:
+        path: of the file.
+        key: the setting that names it, for messages.
+
+    Raises:
+        ConfigError: missing, not JSON, without a ZeRO stage, or with a setting that the run's config owns.
+    """
+    path = Path(path)
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{key}={path}: no such file; the shipped ones lie in ds_configs/") from None
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    for name in settings:
+        if name in OWNED:
+            raise ConfigError(f"{path}: {name!r} has its owner in the run's config: set {OWNED[name]}, remove it here")
+    stage = settings.get("zero_optimization", {}).get("stage")
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{path}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
+    return settings
