@@ -47,7 +47,7 @@ def timed() -> Iterator[Timer]:
 def suites() -> list[str]:
     """Names of the suites."""
     found = [module.name for module in pkgutil.iter_modules(trsr_dist.benchmarks.__path__)]
-    return sorted(name for name in found if name != "common")
+    return sorted(name for name in found if name not in ("common", "report"))
 
 
 def load_suite(name: str) -> Callable[[float], list[Row]]:

@@ -1,0 +1,26 @@
+"""Everything that only a GPU can show, in one run: its tests and benchmarks, as a markdown and a JSON file."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from trsr_dist.environment import prepare_process
+
+prepare_process()
+
+from trsr_dist.benchmarks.report import check_gpu  # noqa: E402
+from trsr_dist.cli import run_command  # noqa: E402
+
+
+def main() -> int:
+    """Run, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tools/gpu_check.py")
+    parser.add_argument("--output", type=Path, default=Path("docs"), metavar="DIR", help="default: docs")
+    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the rows' length (default: 1)")
+    args = parser.parse_args()
+    return check_gpu(args.output, args.scale)
+
+
+if __name__ == "__main__":
+    run_command(main)
