@@ -15,7 +15,7 @@ from trsr_dist.hashing import digest
 from trsr_dist.shards.plan import PackingSettings
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.steps import Step, StreamState, step_specs
-from trsr_dist.shards.stream import TrainStream
+from trsr_dist.shards.stream import TrainStream, advise_ahead
 
 SETTINGS = PackingSettings(row_tokens=600, rows_per_step=5, negatives_per_positive=2, seed=3)
 
@@ -95,6 +95,14 @@ def test_a_restart_plans_the_next_step_only(shards: ShardSet) -> None:
     next(step_specs(resumed.plan, late, 0, 1))
     assert resumed.steps_in_epoch(0) == len(states), "counted once, by the first"
     assert resumed.plan.window.cache_info().misses <= 2, "a step may end in the next window"
+
+
+def test_reading_ahead_changes_and_loses_nothing(shards: ShardSet) -> None:
+    stream = TrainStream(shards, make_builder(), SETTINGS)
+    state = next(iter(stream)).state
+    for count in (0, 1, 9):
+        specs = list(islice(step_specs(stream.plan, state, 0, 1), count))
+        assert list(advise_ahead(iter(specs), shards)) == specs
 
 
 def test_negatives_change_with_the_epoch_and_positives_stay(shards: ShardSet) -> None:

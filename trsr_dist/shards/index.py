@@ -15,6 +15,7 @@ import numpy as np
 from trsr_dist.errors import DataError
 from trsr_dist.files import atomic_file, sha256_of
 from trsr_dist.hashing import hash64
+from trsr_dist.shards.arrays import open_array
 
 ROW = np.dtype([("offset", "<u8"), ("key", "<u8"), ("num_bytes", "<u4"), ("crc", "<u4")])
 """Payload offset in the tar, hash of the member's key, payload bytes, CRC-32 of the payload."""
@@ -95,7 +96,7 @@ def build_index(path: Path) -> np.ndarray:
 
 
 def open_index(path: Path, sha256: str, num_samples: int) -> np.ndarray:
-    """Memory-mapped index rows of the tar at ``path``.
+    """Index rows of the tar at ``path``.
 
     Raises:
         DataError: missing, damaged, or made from another tar than the one with this hash.
@@ -103,7 +104,7 @@ def open_index(path: Path, sha256: str, num_samples: int) -> np.ndarray:
     index = index_path(path)
     fix = "rebuild it with tools/inspect_shards.py --index"
     try:
-        rows = np.memmap(index, dtype=ROW, mode="r").view(np.ndarray)
+        rows = open_array(index, ROW)
     except FileNotFoundError:
         raise DataError(f"{index}: missing; {fix}") from None
     except ValueError as error:

@@ -16,6 +16,7 @@ import numpy as np
 
 from trsr_dist.files import atomic_file, read_json
 from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.shards.arrays import open_array
 from trsr_dist.shards.reader import ShardSet
 
 TRIMS = ("recent_dropped", "summary_words_cut", "item_words_cut", "candidates_capped")
@@ -25,8 +26,9 @@ SUMMARY = "summary.json"
 NUM_HEADER = 5 + len(TRIMS)
 """int32s before a file's table: CRC-32 of all that follows, samples, part of the tar's hash, damaged samples, tokens of
 the head, users with each kind of trim."""
-OPEN_FILES = 128
-"""Kept memory-mapped; each holds a file descriptor, as the shards do."""
+INT32 = np.dtype("<i4")
+OPEN_FILES = 256
+"""Kept in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,7 @@ class Lengths:
 
     def header(self, shard: int) -> Header:
         """Counts of a shard."""
-        damaged, head, *trims = _map(length_path(self.folder, self.shards.facts[shard]))[3:NUM_HEADER].tolist()
+        damaged, head, *trims = self._array(shard)[3:NUM_HEADER].tolist()
         return Header(damaged, head, dict(zip(TRIMS, trims, strict=True)))
 
     def table(self, runs: Sequence[tuple[int, int]]) -> Table:
@@ -143,8 +145,10 @@ class Lengths:
                 yield values[starts[first] : starts[last]], np.diff(starts[first : last + 1])
 
     def _open_shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        facts = self.shards.facts[shard]
-        return _split_file(_map(length_path(self.folder, facts)))
+        return _split_file(self._array(shard))
+
+    def _array(self, shard: int) -> np.ndarray:
+        return open_array(length_path(self.folder, self.shards.facts[shard]), INT32)
 
 
 def length_path(folder: Path, facts: dict) -> Path:
@@ -164,7 +168,7 @@ def write_lengths(folder: Path, facts: dict, header: Header, starts: Sequence[in
     """
     trims = (header.trimmed_users[name] for name in TRIMS)
     counts = [facts["num_samples"], sha_part(facts), header.num_damaged, header.head_tokens, *trims]
-    content = np.array([*counts, *starts, *values], dtype="<i4").tobytes()
+    content = np.array([*counts, *starts, *values], dtype=INT32).tobytes()
     with atomic_file(length_path(folder, facts), "wb") as stream:
         stream.write(zlib.crc32(content).to_bytes(4, "little") + content)
 
@@ -172,16 +176,11 @@ def write_lengths(folder: Path, facts: dict, header: Header, starts: Sequence[in
 def is_measured(folder: Path, facts: dict) -> bool:
     """Whether a shard's file is there, undamaged, and made from this version of the tar."""
     try:
-        array = _map(length_path(folder, facts))
+        array = open_array(length_path(folder, facts), INT32)
     except (FileNotFoundError, ValueError):
         return False
     is_whole = len(array) > NUM_HEADER and array[:1].view("<u4")[0] == zlib.crc32(array[1:])
     return bool(is_whole) and array[1:3].tolist() == [facts["num_samples"], sha_part(facts)]
-
-
-def _map(path: Path) -> np.ndarray:
-    """int32, memory-mapped."""
-    return np.memmap(path, dtype="<i4", mode="r").view(np.ndarray)
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

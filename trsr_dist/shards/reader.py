@@ -21,7 +21,7 @@ from trsr_dist.shards.codec import decode_sample
 from trsr_dist.shards.index import index_path, open_index
 
 OPEN_SHARDS = 256
-"""So many tars, and as many indexes, are kept open; a process may have 1024 files."""
+"""So many tars are kept open; a process may often have 1024 files only."""
 
 log = get_logger("shards")
 
@@ -226,7 +226,7 @@ class ShardSet:
         self._open.clear()
 
     def _open_index(self, shard: int) -> np.ndarray:
-        """Memory-mapped index rows of a shard; the tar is not looked at."""
+        """Index rows of a shard; the tar is not looked at."""
         facts = self.facts[shard]
         return open_index(self.path(shard), facts["sha256"], facts["num_samples"])
 
