@@ -32,6 +32,7 @@ from trsr_dist.shards.reader import ShardSet
 
 MANY_SAMPLES = 4000
 """From so many on a rank measures with all cores that are its share of the node: the GPUs wait for it."""
+LONGEST_PAUSE_SECONDS = 5.0
 STALL_SECONDS = 3600.0
 """Waiting for the other ranks ends after so long without a new file."""
 
@@ -93,14 +94,16 @@ def _is_complete(folder: Path, shards: ShardSet, tolerate: bool) -> bool:
 
 
 def _wait_for(folder: Path, done: Callable[[], bool]) -> None:
-    last_count, last_change = -1, time.monotonic()
+    """Look again and again, ever less often: many ranks wait on one file system."""
+    last_count, last_change, pause = -1, time.monotonic(), 0.05
     while not done():
         count = len(list(folder.iterdir()))
         if count != last_count:
             last_count, last_change = count, time.monotonic()
         elif time.monotonic() - last_change > STALL_SECONDS:
             raise DataError(f"{folder}: no new token lengths for {STALL_SECONDS:.0f} s; see what another rank says")
-        time.sleep(0.2)
+        time.sleep(pause)
+        pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
