@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trsr_dist.config import Config
+from trsr_dist.distributed import device_of
+from trsr_dist.environment import detect_ranks
 from trsr_dist.evaluate.identity import model_identity
 from trsr_dist.evaluate.passes import ScoringPass, plan_passes
 from trsr_dist.evaluate.scores import IDENTITY, ScoreFolder
 from trsr_dist.files import read_json
+from trsr_dist.model.loading import resolve_precision
 from trsr_dist.run import MANIFEST, RunFolder, check_inputs, manifest_hash
 
 
@@ -59,9 +60,7 @@ class Evaluation:
     @property
     def precision(self) -> str:
         """``train.precision`` with auto resolved."""
-        if self.config.train.precision != "auto":
-            return self.config.train.precision
-        return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
+        return resolve_precision(self.config.train.precision, device_of(detect_ranks()))
 
     def source(self, entry: ScoringPass) -> str:
         return self.model if entry.source == "model" else self.base

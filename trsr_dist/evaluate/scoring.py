@@ -46,6 +46,10 @@ class PartScorer:
             self._scores[entry.user][list(entry.candidates)] = scores[start:stop]
             start = stop
 
+    def scores(self) -> list[np.ndarray]:
+        """float32 log-odds of every user's candidates, in the order of the samples; NaN where none was taken."""
+        return self._scores
+
     def result(self) -> list[UserScores]:
         """Scores of all users, in the order of the samples.
 

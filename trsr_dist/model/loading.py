@@ -37,6 +37,13 @@ class BaseSource:
         return {"trust_remote_code": self.trust_remote_code, **revision}
 
 
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """``auto`` becomes bfloat16 on a GPU that has it, else float32."""
+    if precision != "auto":
+        return precision
+    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+
+
 def load_tokenizer(source: BaseSource) -> Any:
     """The tokenizer of a model folder or hub id.
 

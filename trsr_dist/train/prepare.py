@@ -13,7 +13,14 @@ from trsr_dist.config.zero import find_file, read_zero_config
 from trsr_dist.distributed import device_of, on_rank_zero
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import ConfigError
-from trsr_dist.model.loading import BaseSource, check_weights, load_config, load_tokenizer, shared_backend
+from trsr_dist.model.loading import (
+    BaseSource,
+    check_weights,
+    load_config,
+    load_tokenizer,
+    resolve_precision,
+    shared_backend,
+)
 from trsr_dist.model.places import BaseName, base_folder
 from trsr_dist.planning.memory import ZeroSetting
 from trsr_dist.prompts.builder import PromptBuilder
@@ -72,7 +79,7 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
     check_weights(source)
     tokenizer, model_config = load_tokenizer(source), load_config(source)
     builder = PromptBuilder(tokenizer, **config.prompt.model_dump())
-    precision = resolve_precision(train.precision)
+    precision = resolve_precision(train.precision, device_of(ranks))
     device = device_of(ranks)
     backend = shared_backend(
         model_config, config.model.attention, device, getattr(torch, precision), builder.max_tokens
@@ -113,13 +120,6 @@ def base_source(config: Config, run: RunFolder) -> tuple[BaseSource, str]:
     on_rank_zero(lambda: str(base_folder(base, None)))
     folder = str(base_folder(base, None))  # each node may have a hub cache of its own
     return BaseSource(folder, "", config.model.trust_remote_code, config.model.quantization), name
-
-
-def resolve_precision(precision: str) -> str:
-    """``auto`` becomes bfloat16 on a GPU that has it, else float32."""
-    if precision != "auto":
-        return precision
-    return "bfloat16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "float32"
 
 
 def packing_settings(config: Config) -> PackingSettings:

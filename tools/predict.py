@@ -1,0 +1,57 @@
+"""Rank your own candidates: a user's items, or a ready summary, and any candidates, all as text in JSON lines.
+
+A line of the input: {"id": "u1", "items": ["title: Tea"], "candidates": ["title: Teapot", "title: Tyre"]}, with
+"summary" for a ready one. The output has a line for each, with the candidates by falling log-odds of yes. Prompts,
+trimming and answers are those of the training; they are kept with the model.
+"""
+
+from __future__ import annotations
+
+from trsr_dist.environment import prepare_process
+
+prepare_process()
+
+import argparse  # noqa: E402
+from pathlib import Path  # noqa: E402
+
+from trsr_dist.cli import run_command  # noqa: E402
+from trsr_dist.log import setup_logging  # noqa: E402
+
+EXAMPLE = "python tools/predict.py --model runs/quickstart/merged --input requests.jsonl --output ranked.jsonl"
+
+
+def main() -> None:
+    """Check the lines, load the model, rank."""
+    args = parse_arguments()
+    setup_logging(stage="predict")
+    from trsr_dist.predict.lines import check_lines, predict_lines
+    from trsr_dist.predict.ranker import Ranker
+
+    if not args.skip_bad_lines:
+        check_lines(args.input)
+    ranker = Ranker.open(
+        args.model, args.device, args.precision, args.attention, args.row_tokens, args.trust_remote_code
+    )
+    count = predict_lines(ranker, args.input, args.output, args.skip_bad_lines)
+    print(f"{args.output}: {count} rankings")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, metavar="DIR", help="merged folder, checkpoint or adapter")
+    add("--input", required=True, type=Path, metavar="FILE", help="JSON lines")
+    add("--output", required=True, type=Path, metavar="FILE", help="JSON lines; appears whole")
+    add("--skip-bad-lines", action="store_true", help="leave bad lines out and name them; else they stop the command")
+    add("--device", default="auto", help="cpu, cuda:1, ...; default: a GPU where there is one")
+    add("--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights")
+    add("--attention", default="auto", help="back end, see model.attention")
+    add("--row-tokens", type=int, default=8192, metavar="N", help="length of a packed row; memory grows with it")
+    add("--trust-remote-code", action="store_true", help="run model code from the hub")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,201 @@
+"""A trained model that ranks any candidates for any user, all given as text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+
+import numpy as np
+import torch
+
+from trsr_dist.config.sections import PromptSection
+from trsr_dist.distributed import device_of
+from trsr_dist.environment import detect_ranks
+from trsr_dist.errors import DataError, ModelError
+from trsr_dist.evaluate.scoring import PartScorer
+from trsr_dist.log import get_logger
+from trsr_dist.model.folder import LoadedModel, open_model
+from trsr_dist.model.forward import score_row
+from trsr_dist.model.loading import resolve_precision
+from trsr_dist.predict.history import EXTRACTIVE, HistorySettings, summarize_items
+from trsr_dist.prompts.wording import recommend_instruction
+from trsr_dist.records import Candidate, Sample
+
+REQUESTS_PER_BATCH = 64
+"""Requests whose prompts are packed into rows together."""
+
+log = get_logger("predict")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One user and the candidates to rank."""
+
+    candidates: tuple[str, ...]
+    """Texts, written as the item texts of the training were."""
+    items: tuple[str, ...] = ()
+    """Texts of what the user chose so far, oldest first."""
+    summary: str | None = None
+    """A ready summary of the user's preferences; None: it is made of the items, by frequency, without a model."""
+    name: str = ""
+    """For messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranked:
+    """A candidate in its place."""
+
+    text: str
+    score: float
+    """Log-odds logit(yes) - logit(no), float32."""
+    index: int
+    """Position among the request's candidates."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """A request's answer."""
+
+    candidates: tuple[Ranked, ...]
+    """By falling score; equal scores stay in the given order."""
+    summary: str
+    """That the model was shown."""
+    trims: dict[str, int]
+    """What was cut to fit the token limit; empty where nothing was."""
+
+
+class Ranker:
+    """Ranks candidates by the log-odds of yes, with the prompts, the trimming and the answers of the training.
+
+    Args:
+        loaded: model, tokenizer and prompts; see ``open``.
+        row_tokens: length limit of a packed row, in tokens. Memory grows with it.
+
+    Example:
+        >>> ranker = Ranker.open("runs/quickstart/merged")
+        >>> request = Request(items=("title: Tea", "title: Cups"), candidates=("title: Tyre", "title: Teapot"))
+        >>> ranker.rank(request).candidates
+        (Ranked(text='title: Teapot', score=1.87, index=1), Ranked(text='title: Tyre', score=-2.31, index=0))
+    """
+
+    def __init__(self, loaded: LoadedModel, row_tokens: int = 8192) -> None:
+        self.builder = loaded.builder
+        self.domain: str = loaded.provenance.get("domain", "items")
+        self.history = HistorySettings.of(loaded.provenance)
+        self._model = loaded.model
+        self._row_tokens = row_tokens
+        self._has_warned = False
+
+    @classmethod
+    def open(
+        cls,
+        name_or_path: str,
+        device: str = "auto",
+        precision: str = "auto",
+        attention: str = "auto",
+        row_tokens: int = 8192,
+        trust_remote_code: bool = False,
+    ) -> Ranker:
+        """Load a model.
+
+        Args:
+            name_or_path: merged folder, checkpoint, adapter, or any causal language model.
+            device: such as ``cpu`` or ``cuda:1``; auto: a GPU where there is one.
+            precision: float32 or bfloat16; auto: bfloat16 on a GPU that has it, else float32.
+            attention: back end of the shared-prefix attention, see ``model.attention``.
+            row_tokens: length limit of a packed row, in tokens.
+            trust_remote_code: run model code from the hub.
+
+        Raises:
+            ModelError: the model cannot be read.
+            CheckpointError: an incomplete or damaged checkpoint.
+        """
+        place = device_of(detect_ranks()) if device == "auto" else torch.device(device)
+        dtype = getattr(torch, resolve_precision(precision, place))
+        prompt = PromptSection().model_dump()
+        return cls(open_model(name_or_path, place, dtype, prompt, attention, trust_remote_code), row_tokens)
+
+    def rank(self, request: Request) -> Ranking:
+        """Rank one request's candidates.
+
+        Raises:
+            DataError: no candidates, an empty text, or a prompt whose instruction alone is too long.
+            ModelError: a score is not finite.
+        """
+        return next(self.rank_many([request]))
+
+    def rank_many(self, requests: Iterable[Request]) -> Iterator[Ranking]:
+        """The same for many requests, in their order; several share a forward pass."""
+        waiting = iter(requests)
+        while batch := list(islice(waiting, REQUESTS_PER_BATCH)):
+            samples = [self.sample(request) for request in batch]
+            part = PartScorer(samples, self.builder, self._row_tokens)
+            device = next(self._model.parameters()).device
+            for number, row in enumerate(part.rows()):
+                part.take(number, score_row(self._model, row, device))
+            for request, sample, user, scores in zip(batch, samples, part.users, part.scores(), strict=True):
+                yield Ranking(by_score(request, scores), sample.summary, user.trims)
+
+    def prompts(self, request: Request) -> list[str]:
+        """What the model reads, one text a candidate; trimming, which is done on tokens, left out."""
+        sample = self.sample(request)
+        recent = sample.recent[-self.builder.recent_items :] if self.builder.recent_items else ()
+        return [
+            self.builder.render(sample.instruction, sample.summary, recent, candidate.text)
+            for candidate in sample.candidates
+        ]
+
+    def sample(self, request: Request) -> Sample:
+        """The request as a sample of a shard."""
+        items = self.history.cut(texts_of(request, "items", request.items))
+        texts = texts_of(request, "candidates", request.candidates)
+        if not texts:
+            raise DataError(f"request {request.name!r}: no candidates; give one text or more")
+        return Sample(
+            user=request.name,
+            instruction=recommend_instruction(self.domain),
+            summary=self._summary(request, items),
+            recent=tuple(items),
+            candidates=tuple(Candidate(str(number), text, 0) for number, text in enumerate(texts)),
+        )
+
+    def _summary(self, request: Request, items: Sequence[str]) -> str:
+        if request.summary is not None:
+            return " ".join(request.summary.split())
+        if self.history.engine != EXTRACTIVE and not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "the model was trained on summaries of the engine %r and sees extractive ones here; give ready ones "
+                "of that engine for scores like the evaluation's",
+                self.history.engine,
+            )
+        return summarize_items(items, self.history, self.domain)
+
+
+def texts_of(request: Request, field: str, texts: Sequence[str]) -> tuple[str, ...]:
+    """The texts with white space normalized, as the data preparation does it.
+
+    Raises:
+        DataError: one is empty.
+    """
+    clean = tuple(" ".join(text.split()) for text in texts)
+    if not all(clean):
+        raise DataError(f"request {request.name!r}: {field}[{clean.index('')}] is empty; every item needs a text")
+    return clean
+
+
+def by_score(request: Request, scores: np.ndarray) -> tuple[Ranked, ...]:
+    """Candidates by falling score.
+
+    Raises:
+        ModelError: a score is not finite.
+    """
+    if not np.isfinite(scores).all():
+        place = int(np.flatnonzero(~np.isfinite(scores))[0])
+        raise ModelError(
+            f"request {request.name!r}, candidates[{place}]: score {scores[place]} is not finite; the model diverged "
+            "or its precision overflows (try float32)"
+        )
+    order = np.argsort(-scores, kind="stable").tolist()
+    return tuple(Ranked(request.candidates[place], float(scores[place]), place) for place in order)
