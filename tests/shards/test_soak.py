@@ -81,6 +81,7 @@ def train(rank: int, world_size: int, root: Path, start: int, num_workers: int) 
                 write_json(root / STATE, step.state.to_dict())
             if step.state.epoch == NUM_EPOCHS:
                 break
+    dist.destroy_process_group()
 
 
 def record(step: Step) -> bytes:
