@@ -1,0 +1,129 @@
+"""What an evaluation writes, counted again from the part files and the shards by other means."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.evaluate.world import ROOT, numbers_of, scores_of, write_config
+from trsr_dist.config import load_config
+from trsr_dist.data.store import HistoryStore
+from trsr_dist.errors import DataError
+from trsr_dist.evaluate.job import evaluate
+from trsr_dist.shards.reader import ShardSet
+
+NUM_USERS = 146
+
+
+@pytest.fixture(scope="module")
+def ranks(run: Path, alone: Path) -> dict[str, int]:
+    """Place of each user's target by sorted scores."""
+    scores, shards = scores_of(alone), ShardSet(run / "shards" / "test")
+    places = {}
+    for index in range(len(shards)):
+        sample = shards.read(index)
+        order = sorted(sample.candidates, key=lambda c: -scores[sample.user, c.item])
+        places[sample.user] = 1 + [c.label for c in order].index(1)
+    return places
+
+
+def test_metrics_equal_a_plain_count(alone: Path, ranks: dict[str, int]) -> None:
+    results = numbers_of(alone)
+    assert results["tie_rate"] == 0
+    found = results["metrics"]
+    for k in (1, 3):
+        inside = [rank for rank in ranks.values() if rank <= k]
+        assert found[f"recall@{k}"] == pytest.approx(len(inside) / NUM_USERS)
+        assert found[f"mrr@{k}"] == pytest.approx(sum(1 / rank for rank in inside) / NUM_USERS)
+        assert found[f"ndcg@{k}"] == pytest.approx(sum(1 / math.log2(rank + 1) for rank in inside) / NUM_USERS)
+    assert found["auc"] == pytest.approx(sum((7 - rank) / 6 for rank in ranks.values()) / NUM_USERS)
+
+
+def test_slices_are_the_users_of_that_kind(run: Path, alone: Path, ranks: dict[str, int]) -> None:
+    store = HistoryStore(run / "histories")
+    users = [store.user("test", index) for index in range(store.num_users("test"))]
+    catalogue = store.catalogue
+    category = {row.user: catalogue.category(row.candidates[row.labels.index(1)]) for row in users}
+    slices = {(row["slice"], row["value"]): row for row in numbers_of(alone)["slices"]}
+    assert {kind for kind, _ in slices} >= {"history length", "summary scheme", "trimmed", "target"}
+    assert slices["summary scheme", "hierarchical"]["num_users"] == NUM_USERS
+    seen = [r.user for r in users if catalogue.popularity(r.candidates[r.labels.index(1)])]
+    row = slices["target", "seen in training"]
+    assert row["num_users"] == len(seen) < NUM_USERS
+    assert row["metrics"]["recall@3"] == pytest.approx(sum(ranks[user] <= 3 for user in seen) / len(seen))
+    trimmed = numbers_of(alone)["trims"]["users"]
+    assert slices["trimmed", "yes"]["num_users"] == trimmed
+    assert slices["trimmed", "no"]["num_users"] == NUM_USERS - trimmed
+    counts = Counter(category.values())
+    assert {value for kind, value in slices if kind == "category"} == {c for c, n in counts.items() if n > 30}
+
+
+def test_calibration_counts_every_candidate_and_moves_by_the_training_ratio(alone: Path) -> None:
+    """One negative per positive in training, six here: the correction is log(1 / 6) for every score."""
+    scores = list(scores_of(alone).values())
+    found = numbers_of(alone)["calibration"]
+    for name, shift in (("raw", 0.0), ("corrected", math.log(1 / 6))):
+        bins = found[name]["bins"]
+        assert sum(entry["count"] for entry in bins) == len(scores) == 7 * NUM_USERS
+        total = sum(entry["count"] * entry["predicted"] for entry in bins)
+        assert total == pytest.approx(sum(1 / (1 + math.exp(-score - shift)) for score in scores))
+        assert sum(entry["count"] * entry["observed"] for entry in bins) == pytest.approx(NUM_USERS)
+
+
+def test_compare_gives_the_gain_of_the_results(alone: Path) -> None:
+    command = [sys.executable, "tools/compare.py", str(alone), str(alone / "test" / "control"), "--top-k", "1", "3"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for line in done.stdout.splitlines():
+        match = re.match(r"(R|MRR|NDCG)@3 ", line)
+        if match:
+            name = {"R": "recall", "MRR": "mrr", "NDCG": "ndcg"}[match[1]] + "@3"
+            gain = numbers_of(alone)["personalization_gain"][name]["mean"]
+            assert float(line.split()[3]) == pytest.approx(gain, abs=1e-4)
+    assert f"{NUM_USERS} users" in done.stdout
+
+
+def test_the_report_holds_tables_figures_and_examples(alone: Path) -> None:
+    page, results = (alone / "report.html").read_text(), numbers_of(alone)
+    assert page.count("<svg") == 4, "the run has no training, so no curves"
+    assert page.count("target at rank") == 10
+    for name in ("random", "popularity", "base", "control"):
+        assert f"{results['baselines'][name]['ndcg@3']:.4f}" in page
+    assert f"{results['personalization_gain']['ndcg@3']['mean']:+.4f}" in page
+    assert "Answer yes or no" not in page
+    assert results["provenance"]["base"]["fingerprint"] in page
+
+
+def test_tensorboard_holds_scalars_and_figures(run: Path, alone: Path, tmp_path: Path) -> None:
+    for name in ("histories", "shards", "base", "merged", "metrics.jsonl"):
+        (tmp_path / name).symlink_to(run / name)
+    (tmp_path / "metrics.jsonl").unlink()
+    config = write_config(tmp_path, run={"tensorboard": True}, evaluate={"max_users": 20, "baselines": ["popularity"]})
+    evaluate(config, "RUN/merged")
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "evaluate")).Reload()
+    results = numbers_of(tmp_path / "evaluation")
+    assert events.Scalars("test/recall@3")[0].value == pytest.approx(results["metrics"]["recall@3"])
+    assert events.Scalars("test/recall@3")[0].step == 7
+    gain = results["personalization_gain"]["auc"]["mean"]
+    assert events.Scalars("test_gain/auc")[0].value == pytest.approx(gain)
+    assert {"test/Recall by K", "test/Calibration"} <= set(events.Tags()["images"])
+
+
+def test_the_validation_split_has_files_of_its_own(run: Path, tmp_path: Path) -> None:
+    config = write_config(run, "valid.yaml", evaluate={"split": "valid", "baselines": []})
+    evaluate(config, "RUN/merged", output=str(tmp_path))
+    assert (tmp_path / "valid.json").is_file()
+    assert not (tmp_path / "test.json").exists()
+
+
+def test_one_user_has_no_control(run: Path, tmp_path: Path) -> None:
+    config = load_config(run / "config.yaml", ["evaluate.max_users=1"])
+    with pytest.raises(DataError, match="the control needs another user's text"):
+        evaluate(config, "RUN/merged", output=str(tmp_path))

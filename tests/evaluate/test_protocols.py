@@ -1,0 +1,99 @@
+"""Further candidate lists: drawn as the preparation draws, equal for equal seeds, ranked beside the own list."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.evaluate.world import numbers_of, parts_of, scores_of, write_config
+from trsr_dist.data.store import HistoryStore
+from trsr_dist.errors import DataError
+from trsr_dist.evaluate.job import evaluate
+from trsr_dist.evaluate.protocols import DrawnLists, item_weights, targets_of
+from trsr_dist.evaluate.stored import StoredSplit
+
+PROTOCOLS = ("uniform", "popularity", "targets")
+
+
+@pytest.fixture(scope="module")
+def store(run: Path) -> HistoryStore:
+    return HistoryStore(run / "histories")
+
+
+def lists_of(store: HistoryStore, protocol: str, count: int = 6, seed: int = 0) -> DrawnLists:
+    return DrawnLists(protocol, store, StoredSplit(store, "test"), count, seen_before_target=False, seed=seed)
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_lists_hold_the_targets_and_nothing_of_the_history(store: HistoryStore, protocol: str) -> None:
+    lists, weights = lists_of(store, protocol), item_weights(protocol, store)
+    for index in range(store.num_users("test")):
+        row = store.user("test", index)
+        drawn = lists.stored(row.user).candidates
+        targets = targets_of(row)
+        assert len(drawn) == len(set(drawn)) == len(targets) * 7
+        assert set(targets) <= set(drawn)
+        assert not set(drawn) & set(row.history)
+        assert weights[list(set(drawn) - set(targets))].all()
+        assert [c.label for c in lists.candidates(row.user)] == [int(item in targets) for item in drawn]
+
+
+def test_draws_depend_on_seed_protocol_and_user_alone(store: HistoryStore) -> None:
+    users = [store.user("test", index).user for index in range(40)]
+
+    def drawn(protocol: str, seed: int) -> list[list[int]]:
+        lists = lists_of(store, protocol, seed=seed)
+        return [lists.stored(user).candidates for user in users]
+
+    assert drawn("uniform", 0) == drawn("uniform", 0)
+    assert drawn("uniform", 0) != drawn("uniform", 1)
+    assert drawn("uniform", 0) != drawn("popularity", 0)
+    backwards = lists_of(store, "uniform")
+    assert [backwards.stored(user).candidates for user in reversed(users)] == drawn("uniform", 0)[::-1]
+    places = [row.index(targets_of(store.user("test", number))[0]) for number, row in enumerate(drawn("uniform", 0))]
+    assert len(set(places)) == 7, "the target may stand anywhere"
+
+
+def test_popular_items_are_drawn_as_often_as_they_are_clicked(store: HistoryStore) -> None:
+    weights = item_weights("targets", store)
+    counts = np.zeros(len(weights))
+    for seed in range(20):
+        lists = lists_of(store, "targets", 3, seed)
+        for index in range(store.num_users("test")):
+            row = store.user("test", index)
+            np.add.at(counts, list(set(lists.stored(row.user).candidates) - set(targets_of(row))), 1)
+    once, often = counts[weights == 1].mean(), counts[weights >= 3].mean()
+    assert not counts[weights == 0].any()
+    assert 2.0 < often / once < 4.5
+
+
+def test_too_few_items_are_an_error(store: HistoryStore) -> None:
+    user = store.user("test", 0).user
+    with pytest.raises(DataError, match=rf"user '{user}': \d+ items .* protocol uniform, 400 are needed"):
+        lists_of(store, "uniform", 400).stored(user)
+
+
+def test_every_protocol_has_its_own_control_and_hash(run: Path, alone: Path, tmp_path: Path) -> None:
+    names = [name for name in PROTOCOLS if name != "targets"]
+    config = write_config(run, "protocols.yaml", evaluate={"protocols": list(PROTOCOLS), "baselines": ["popularity"]})
+    evaluate(config, "RUN/merged", output=str(tmp_path))
+    results = numbers_of(tmp_path)
+    assert results["candidates"] == "targets"
+    assert list(results["protocols"]) == names, "the own list is not drawn again"
+    hashes = {results["candidate_hash"], *(entry["candidate_hash"] for entry in results["protocols"].values())}
+    assert len(hashes) == 3
+    for name in names:
+        entry = results["protocols"][name]
+        assert set(entry["baselines"]) == {"random", "popularity", "control"}
+        gain = entry["personalization_gain"]["recall@3"]
+        control = entry["baselines"]["control"]["recall@3"]
+        assert gain["mean"] == pytest.approx(entry["metrics"]["recall@3"] - control)
+        assert gain["low"] <= gain["mean"] <= gain["high"]
+        assert scores_of(tmp_path, f"{name}/model").keys() == scores_of(tmp_path, f"{name}/control").keys()
+    assert parts_of(tmp_path) == parts_of(alone), "the own list is scored as without them"
+    page = (tmp_path / "report.html").read_text()
+    rows = re.findall(r"<tr><td>(targets \(this evaluation\)|uniform|popularity)</td>", page)
+    assert rows == ["targets (this evaluation)", "uniform", "popularity"]
