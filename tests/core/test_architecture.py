@@ -22,7 +22,7 @@ PURE = [
     "trsr_dist.planning.communication",
     "trsr_dist.planning.flops",
 ]
-LAYERS = ["planning", "data", "prompts", "shards", "summarize", "model", "train", "merge", "evaluate", "forecast"]
+LAYERS = ["planning", "data", "prompts", "shards", "summarize", "model", "train", "merge", "evaluate", "forecast", "predict"]
 MAY_IMPORT = {
     "planning": set(),
     "prompts": set(),
@@ -34,6 +34,7 @@ MAY_IMPORT = {
     "train": {"planning", "prompts", "shards", "model", "evaluate"},
     "merge": {"prompts", "shards", "model"},
     "evaluate": {"prompts", "shards", "data", "model"},
+    "predict": {"prompts", "summarize", "model", "evaluate"},
 }
 
 

@@ -68,6 +68,8 @@ def find_model(name_or_path: str) -> ModelPlace:
         ModelError: an adapter whose base is not here, or is another one than in training.
     """
     folder = follow(Path(name_or_path))
+    if folder.name == "adapter" and is_checkpoint(folder.parent):
+        folder = folder.parent  # which also knows the prompts of the training
     if is_checkpoint(folder):
         check_checkpoint(folder)
         return _with_base(folder / "adapter", read_provenance(folder), run_of(folder))

@@ -114,7 +114,10 @@ class Ranker:
         place = device_of(detect_ranks()) if device == "auto" else torch.device(device)
         dtype = getattr(torch, resolve_precision(precision, place))
         prompt = PromptSection().model_dump()
-        return cls(open_model(name_or_path, place, dtype, prompt, attention, trust_remote_code), row_tokens)
+        loaded = open_model(name_or_path, place, dtype, prompt, attention, trust_remote_code)
+        if "prompt" not in loaded.provenance:
+            log.warning("%s: records no prompts of a training; the default ones are used", name_or_path)
+        return cls(loaded, row_tokens)
 
     def rank(self, request: Request) -> Ranking:
         """Rank one request's candidates.
