@@ -22,7 +22,19 @@ PURE = [
     "trsr_dist.planning.communication",
     "trsr_dist.planning.flops",
 ]
-LAYERS = ["planning", "data", "prompts", "shards", "summarize", "model", "train", "merge", "evaluate", "forecast", "predict"]
+LAYERS = [
+    "planning",
+    "data",
+    "prompts",
+    "shards",
+    "summarize",
+    "model",
+    "train",
+    "merge",
+    "evaluate",
+    "forecast",
+    "predict",
+]
 MAY_IMPORT = {
     "planning": set(),
     "prompts": set(),
