@@ -63,9 +63,9 @@ def evaluate(config: Config, model: str, *, output: str = "", force: bool = Fals
         if ranks.is_main:
             print(dump_config(config) + plan_text(job, ranks))
         return 0
-    with distributed.process_group(ranks, WAIT_SECONDS):
+    with distributed.process_group(ranks, WAIT_SECONDS, always=bool(config.evaluate.deepspeed_config)):
         # Rank 0 decides for all: another task of an array may finish between two looks.
-        if distributed.from_rank_zero(job.is_done(force)):
+        if distributed.on_rank_zero(lambda: job.is_done(force)):
             log.info("%s: already evaluated with these settings; nothing to do (--force redoes it)", job.folder)
             return 0
         store = HistoryStore(run.histories)

@@ -107,8 +107,9 @@ def skip_shared_memory_operator() -> None:
 @contextmanager
 def empty_and_divided(zero_config: dict[str, Any]) -> Iterator[None]:
     """Within this context new models are divided over the ranks as they are made, their weights left unset."""
-    from deepspeed import zero
+    from deepspeed import init_distributed, zero
 
+    init_distributed(auto_mpi_discovery=False)  # else the config's batch is checked against a world of one
     with no_init_weights(), zero.Init(config_dict_or_path=zero_config):
         yield
 

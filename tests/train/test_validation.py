@@ -1,0 +1,112 @@
+"""Validation in training: the numbers of the evaluation, the best checkpoint kept, an early end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.evaluate.world import make_run, write_config
+from tests.spawn import run_ranks
+from trsr_dist.config import load_config
+from trsr_dist.evaluate.job import evaluate
+from trsr_dist.files import read_json, write_json
+from trsr_dist.log import read_metrics
+from trsr_dist.train.checkpoints import CheckpointFolder
+
+EVERY, NUM_STEPS = 3, 12
+NUM_USERS = 25
+TRAIN = {
+    "learning_rate": 2e-2,
+    "max_steps": NUM_STEPS,
+    "row_tokens": 1024,
+    "rows_per_step": 4,
+    "num_workers": 0,
+    "save_every_steps": EVERY,
+    "evaluate_every_steps": EVERY,
+    "evaluate_users": NUM_USERS,
+    "best_metric": "mrr@3",
+    "keep_checkpoints": 9,
+    "timeout_seconds": 120,
+}
+STAGES = (2, 3)
+
+
+def train_all(rank: int, world_size: int, runs: list[Path]) -> None:
+    from trsr_dist.train.job import train
+
+    for run in runs:
+        assert train(load_config(run / "config.yaml")) == 0
+
+
+def prepare(run: Path, source: Path, stage: int, **train: Any) -> Path:
+    run.mkdir(parents=True)
+    for name in ("base", "histories", "shards"):
+        (run / name).symlink_to(source / name)
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
+    write_json(run / "ds.json", {"zero_optimization": zero})
+    write_config(run, train=TRAIN | {"deepspeed_config": str(run / "ds.json")} | train)
+    return run
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("source"))
+
+
+@pytest.fixture(scope="module")
+def runs(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[Any, Path]:
+    """Trainings of both stages on two ranks, and one that cannot get better."""
+    folder = tmp_path_factory.mktemp("runs")
+    made = {stage: prepare(folder / f"zero{stage}", source, stage) for stage in STAGES}
+    made["stuck"] = prepare(folder / "stuck", source, 3, learning_rate=1e-30, early_stopping_patience=2)
+    run_ranks(train_all, 2, list(made.values()))
+    return made
+
+
+def validations(run: Path) -> dict[int, dict[str, float]]:
+    """Metrics of the validation users, by step."""
+    rows = [row for row in read_metrics(run) if "valid/auc" in row]
+    return {
+        row["step"]: {k.removeprefix("valid/"): v for k, v in row.items() if k.startswith("valid/")} for row in rows
+    }
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_metrics_are_those_of_the_evaluation(runs: dict, stage: int, tmp_path: Path) -> None:
+    run = runs[stage]
+    found = validations(run)
+    assert sorted(found) == list(range(EVERY, NUM_STEPS + 1, EVERY))
+    assert len({values["auc"] for values in found.values()}) > 1, "the model must change, or equal numbers say nothing"
+    chosen = {"split": "valid", "max_users": NUM_USERS, "baselines": [], "bootstrap_samples": 0}
+    config = write_config(run, "evaluate.yaml", evaluate=chosen)
+    for step in (EVERY, NUM_STEPS):
+        evaluate(config, f"RUN/checkpoints/step-{step:06d}", output=str(tmp_path / str(step)))
+        assert read_json(tmp_path / str(step) / "valid.json")["metrics"] == found[step]
+
+
+def test_divided_weights_do_not_change_them(runs: dict) -> None:
+    two, three = (validations(runs[stage]) for stage in STAGES)
+    assert two == {step: pytest.approx(values, abs=0.05) for step, values in three.items()}
+    assert two[EVERY] == pytest.approx(three[EVERY])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_best_names_the_checkpoint_with_the_best_metric(runs: dict, stage: int) -> None:
+    values = {step: metrics["mrr@3"] for step, metrics in validations(runs[stage]).items()}
+    best = max(values, key=lambda step: (values[step], -step))
+    folder = runs[stage] / "checkpoints"
+    assert (folder / "best").read_text().strip() == f"step-{best:06d}"
+    assert read_json(folder / f"step-{best:06d}" / "provenance.json")["train"]["best_value"] == values[best]
+    assert CheckpointFolder(folder, 9).newest().state.best_step == best
+
+
+def test_without_progress_it_ends_early_and_stays_ended(runs: dict) -> None:
+    """Three equal validations: the first is the best, the others use up the patience."""
+    run = runs["stuck"]
+    assert sorted(validations(run)) == [EVERY, 2 * EVERY, 3 * EVERY]
+    assert (run / "checkpoints" / "best").read_text().strip() == f"step-{EVERY:06d}"
+    run_ranks(train_all, 2, [run])
+    assert sorted(validations(run)) == [EVERY, 2 * EVERY, 3 * EVERY]
+    assert CheckpointFolder(run / "checkpoints", 9).newest().state.step == 3 * EVERY
