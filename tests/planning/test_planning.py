@@ -8,10 +8,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto import AutoModelForCausalLM
 
+from tests.model.world import make_row
 from trsr_dist.errors import ConfigError, ModelError
+from trsr_dist.model.inputs import RowInputs
+from trsr_dist.model.recommender import Recommender
 from trsr_dist.planning.communication import bytes_sent_per_step
 from trsr_dist.planning.cost import Cluster, training_cost
-from trsr_dist.planning.flops import forward_flops, training_flops
+from trsr_dist.planning.flops import forward_flops, last_layer_savings, training_flops
 from trsr_dist.planning.hardware import hardware
 from trsr_dist.planning.memory import ZeroSetting, rank_memory, recommend
 from trsr_dist.planning.shape import ModelShape
@@ -70,6 +73,22 @@ def test_linear_flops_agree_with_torchs_counter() -> None:
     found = forward_flops(shape, work, full_head=True)
     # torch's counter reports the attention operator on CPU as zero, or as the whole square.
     assert counted in (found - attention, found - attention + attention_by_blocks)
+
+
+def test_the_last_layers_savings_agree_with_torchs_counter() -> None:
+    """Linear modules only: torch counts no operation for the attention of this back end."""
+    model, row = Recommender(LlamaForCausalLM(CONFIGS["llama"]), (3, 4), "cpu").eval(), make_row()
+    inputs = RowInputs(row, torch.device("cpu"))
+    counts = []
+    for answers_only in (False, True):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model._states(inputs, answers_only)
+        counts.append(counter.get_total_flops())
+    work = Workload(tokens=row.num_tokens, pairs=0, answers=row.num_answers)
+    shape = ModelShape.from_config(CONFIGS["llama"].to_dict())
+    assert counts[0] - counts[1] == last_layer_savings(shape, work, 0)
+    attention = last_layer_savings(shape, Workload(pairs=1000), 10)
+    assert attention == 4 * shape.num_heads * shape.head_dim * 990
 
 
 @pytest.mark.parametrize("build", [shared_workload, separate_workload])

@@ -103,7 +103,7 @@ class Bench:
 
     @cached_property
     def blocks(self) -> nn.Module:
-        AttentionInterface.register(BLOCKS, _block_attention)
+        AttentionInterface.register(BLOCKS, block_attention)
         model = copy.deepcopy(self._model).train()
         model.set_attn_implementation(BLOCKS)
         return model
@@ -116,7 +116,7 @@ class Bench:
         rows = [Row("training", case, ours.name, ours.seconds * 1000, "ms", f"spread {ours.spread:.0%}")]
         for other in others:
             ratio, counted = other.seconds / ours.seconds, other.flops / ours.flops
-            rows.append(Row("training", case, f"{other.name} / ours", ratio, "x", _share(ratio, counted)))
+            rows.append(Row("training", case, f"{other.name} / ours", ratio, "x", share(ratio, counted)))
         return rows
 
     def savings(self, prefix: int, count: int) -> list[Row]:
@@ -141,7 +141,7 @@ class Bench:
         ours, other = measure([self.ours([user], text=True), self.padded(user, text=True)])
         ratio = other.seconds / ours.seconds
         case = f"full text, prefix {prefix}, suffixes to {suffix}, 1+{count - 1}"
-        return [Row("training", case, f"{other.name} / ours", ratio, "x", _share(ratio, other.flops / ours.flops))]
+        return [Row("training", case, f"{other.name} / ours", ratio, "x", share(ratio, other.flops / ours.flops))]
 
     def ours(
         self,
@@ -248,7 +248,7 @@ def make_user(name: str, prefix: int, suffix: int, count: int, shared: int = 0) 
     return TokenizedUser(name, tuple(range(5, 5 + shared)) + tokens(prefix - shared), suffixes, labels, ("",) * count)
 
 
-def _block_attention(
+def block_attention(
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -266,5 +266,5 @@ def _block_attention(
     return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
 
 
-def _share(ratio: float, counted: float) -> str:
+def share(ratio: float, counted: float) -> str:
     return f"counted FLOPs {counted:.2f}x, reached {ratio / counted:.2f} of it"

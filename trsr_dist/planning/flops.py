@@ -21,6 +21,22 @@ def forward_flops(shape: ModelShape, work: Workload, num_lora_parameters: int = 
     return linear + attention + 2 * shape.hidden_size * outputs
 
 
+def last_layer_savings(shape: ModelShape, work: Workload, answer_pairs: int) -> int:
+    """What a forward pass saves when its last layer runs at the answers alone: elsewhere only keys and values are
+    needed of it.
+
+    Args:
+        shape: the base model.
+        work: tokens, pairs and answers of the pass.
+        answer_pairs: query-key pairs of the answers alone: the sum of the prompts' lengths.
+    """
+    keys_and_values = sum(rows * columns for rows, columns in (shape.linears["k_proj"], shape.linears["v_proj"]))
+    others = shape.num_linear_parameters // shape.num_layers - keys_and_values
+    return 2 * others * (work.tokens - work.answers) + 4 * shape.num_heads * shape.head_dim * (
+        work.pairs - answer_pairs
+    )
+
+
 def training_flops(
     shape: ModelShape, work: Workload, num_lora_parameters: int, full_head: bool = False, recompute: bool = False
 ) -> int:

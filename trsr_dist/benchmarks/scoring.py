@@ -1,0 +1,202 @@
+"""Scoring a user's candidates by a shared prefix against the ways of other evaluations, in CPU seconds per user.
+
+(a) every candidate alone, padded to 2048 tokens, no mask, the output head at all positions: as the paper's code
+(b) every candidate alone, without padding, the output head at all positions
+(c) candidates as separate sequences in packed rows, the head at the answers
+(d) sharing alone: the prefix once, suffixes behind it, two rows of the head at the answers
+(e) ours: beyond that the last layer at the answers alone, and the instruction once for all users of a row
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import replace
+from functools import cached_property
+from itertools import product
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
+
+from trsr_dist.benchmarks.common import Row
+from trsr_dist.benchmarks.training import (
+    ANSWERS,
+    BLOCKS,
+    INSTRUCTION,
+    MEASURED_SEQUENCES,
+    PREFIXES,
+    SHAPE,
+    SUFFIXES,
+    Measured,
+    Step,
+    Variant,
+    block_attention,
+    make_user,
+    measure,
+    share,
+)
+from trsr_dist.model.inputs import RowInputs
+from trsr_dist.model.recommender import Recommender
+from trsr_dist.planning.flops import forward_flops, last_layer_savings
+from trsr_dist.planning.shape import ModelShape
+from trsr_dist.planning.tokens import Workload, separate_workload, shared_workload, triangle
+from trsr_dist.records import TokenizedUser
+from trsr_dist.rows import PackedRow, pack_row
+
+CANDIDATES = 21
+PADDED = 2048
+REPEATS = 5
+CPU = torch.device("cpu")
+
+
+def run(scale: float) -> list[Row]:
+    """All measurements; ``scale`` below 1 leaves out the longest prefixes."""
+    torch.set_num_threads(1)
+    bench = Bench(LlamaConfig(**SHAPE))
+    prefixes = [prefix for prefix in PREFIXES if prefix <= max(PREFIXES) * scale]
+    rows = [row for prefix, suffix in product(prefixes, SUFFIXES) for row in bench.compare(prefix, suffix)]
+    return rows + [row for prefix in prefixes[:2] for row in bench.share_instruction(prefix)]
+
+
+class Bench:
+    """A model, copied for every way."""
+
+    def __init__(self, config: LlamaConfig) -> None:
+        self.shape = ModelShape.from_config(config.to_dict())
+        torch.manual_seed(0)
+        self._model = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
+
+    @cached_property
+    def shared(self) -> Recommender:
+        return Recommender(copy.deepcopy(self._model), ANSWERS, "cpu")
+
+    @cached_property
+    def blocks(self) -> nn.Module:
+        AttentionInterface.register(BLOCKS, block_attention)
+        model = copy.deepcopy(self._model)
+        model.set_attn_implementation(BLOCKS)
+        return model
+
+    def compare(self, prefix: int, suffix: int) -> list[Row]:
+        """All ways for one user."""
+        user = make_user("user", prefix, suffix, CANDIDATES)
+        variants = [self.padded(user), self.alone(user), self.packed(user)]
+        *others, alone, ours = measure([*variants, self.sharing(user), self.ours([user])], REPEATS)
+        case = f"prefix {prefix}, suffixes to {suffix}, 1+{CANDIDATES - 1}"
+        rows = [
+            Row("scoring", case, found.name, found.seconds * 1000, "ms", f"spread {found.spread:.0%}")
+            for found in (alone, ours)
+        ]
+        for other in others:
+            ratio, counted = other.seconds / alone.seconds, other.flops / alone.flops
+            note = f"{share(ratio, counted)}; {other.seconds / ours.seconds:.1f}x ours; spread {other.spread:.0%}"
+            rows.append(Row("scoring", case, f"{other.name} / sharing alone", ratio, "x", note))
+        return [*rows, gain_row(case, "the last layer at the answers", alone, ours)]
+
+    def share_instruction(self, prefix: int) -> list[Row]:
+        """Four users in a row that begin with the same instruction, against four that do not, and one in a row."""
+        suffix = max(SUFFIXES)
+        alike = [make_user(f"user {number}", prefix, suffix, CANDIDATES, INSTRUCTION) for number in range(4)]
+        unlike = [make_user(f"user {number}", prefix, suffix, CANDIDATES) for number in range(4)]
+        together, apart, singly = measure([self.ours(alike), self.ours(unlike), self.ours(unlike, 1)], REPEATS)
+        case = f"4 users, prefix {prefix} with {INSTRUCTION} of instruction"
+        return [
+            gain_row(case, "the instruction once a row", apart, together),
+            gain_row(case, "rows of 4 users over rows of 1", singly, apart),
+        ]
+
+    def padded(self, user: TokenizedUser) -> Variant:
+        """(a)"""
+        longest = max(PADDED, len(user.prefix) + max(map(len, user.suffixes)))
+        prompt = [*user.prefix, *user.suffixes[0]]
+        ids = torch.tensor([prompt + [0] * (longest - len(prompt))])
+
+        @torch.no_grad()
+        def step() -> None:
+            self._model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1, list(ANSWERS)].sum().item()
+
+        work = separate_workload(longest, [0] * CANDIDATES)
+        return Variant("(a) alone, padded", step, CANDIDATES, forward_flops(self.shape, work, full_head=True))
+
+    def alone(self, user: TokenizedUser) -> Variant:
+        """(b)"""
+        chosen = median_suffixes(user)
+        prompts = [torch.tensor([[*user.prefix, *suffix]]) for suffix in chosen]
+
+        @torch.no_grad()
+        def step() -> None:
+            for ids in prompts:
+                self._model(input_ids=ids, use_cache=False).logits[0, -1, list(ANSWERS)].sum().item()
+
+        return self._separate("(b) alone, tight", step, user, full_head=True)
+
+    def packed(self, user: TokenizedUser) -> Variant:
+        """(c)"""
+        prompts = [[*user.prefix, *suffix] for suffix in median_suffixes(user)]
+        lengths = tuple(map(len, prompts))
+        ids = torch.tensor([[token for prompt in prompts for token in prompt]])
+        positions = torch.tensor([[place for length in lengths for place in range(length)]])
+        ends = torch.tensor(lengths).cumsum(0) - 1
+
+        @torch.no_grad()
+        def step() -> None:
+            out = self.blocks(
+                input_ids=ids, position_ids=positions, blocks=lengths, use_cache=False, logits_to_keep=ends
+            )
+            out.logits[0, :, list(ANSWERS)].sum().item()
+
+        return self._separate("(c) separate, packed", step, user, full_head=False)
+
+    def sharing(self, user: TokenizedUser) -> Variant:
+        """(d)"""
+        row, model = pack_row([user]), self.shared
+
+        @torch.no_grad()
+        def step() -> None:
+            inputs = RowInputs(row, CPU)
+            states = model._states(inputs, answers_only=False)
+            model.pair_logits(states[inputs.layout.answer_index]).sum().item()
+
+        work = shared_workload(len(user.prefix), [len(suffix) for suffix in user.suffixes])
+        return Variant("sharing alone", step, 1.0, forward_flops(self.shape, work))
+
+    def ours(self, users: list[TokenizedUser], users_per_row: int = 4) -> Variant:
+        """(e)"""
+        rows = [pack_row(users[first : first + users_per_row]) for first in range(0, len(users), users_per_row)]
+        model = self.shared
+
+        @torch.no_grad()
+        def step() -> None:
+            for row in rows:
+                model(RowInputs(row, CPU), "pair").sum().item()
+
+        return Variant("ours", step, 1.0, float(sum(map(self._row_flops, rows))))
+
+    def _row_flops(self, row: PackedRow) -> int:
+        """Counted operations: shared parts once, the last layer at the answers alone."""
+        users = list(zip(row.prefix_lengths, row.suffix_lengths, strict=True))
+        whole = sum((shared_workload(prefix, suffixes) for prefix, suffixes in users), Workload())
+        copies = row.head_length * (len(users) - 1)
+        pairs = whole.pairs - triangle(row.head_length) * (len(users) - 1)
+        work = replace(whole, tokens=whole.tokens - copies, pairs=pairs)
+        return forward_flops(self.shape, work) - last_layer_savings(self.shape, work, row.num_separate_tokens)
+
+    def _separate(self, name: str, step: Step, user: TokenizedUser, full_head: bool) -> Variant:
+        """A way that runs some of the prompts, counted and timed for all of them."""
+        prefix, chosen = len(user.prefix), median_suffixes(user)
+        everything = separate_workload(prefix, [len(suffix) for suffix in user.suffixes])
+        measured = separate_workload(prefix, [len(suffix) for suffix in chosen])
+        flops = [forward_flops(self.shape, work, full_head=full_head) for work in (everything, measured)]
+        return Variant(name, step, flops[0] / flops[1], flops[0])
+
+
+def median_suffixes(user: TokenizedUser) -> list[tuple[int, ...]]:
+    """The suffixes of middle length: so many are run where each prompt is a sequence."""
+    middle = (CANDIDATES - MEASURED_SEQUENCES) // 2
+    return sorted(user.suffixes, key=len)[middle : middle + MEASURED_SEQUENCES]
+
+
+def gain_row(case: str, what: str, before: Measured, after: Measured) -> Row:
+    """What a further saving brings."""
+    ratio, counted = before.seconds / after.seconds, before.flops / after.flops
+    return Row("scoring", case, f"gain of {what}", ratio, "x", share(ratio, counted))
