@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from trsr_dist.evaluate.table import SYSTEMS, column_title
 
@@ -43,6 +44,7 @@ def recall_by_k(positions: Mapping[str, np.ndarray]) -> Figure:
         line = "-" if name == "model" else "--"
         axes.plot(np.arange(1, len(values) + 1), values, line, color=COLORS.get(name), label=SYSTEMS[name])
     axes.set_ylim(0, 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=8)
     return figure
 
