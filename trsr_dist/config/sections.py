@@ -28,9 +28,9 @@ class RunSection(Section):
 
 
 class DemoSection(Section):
-    num_users: int = Field(6000, ge=20)
+    num_users: int = Field(5000, ge=20)
     """Users the generator writes (data.format: demo)."""
-    num_items: int = Field(1200, ge=100)
+    num_items: int = Field(1000, ge=100)
     """News items the generator writes."""
 
 
@@ -284,24 +284,22 @@ class BaseSection(Section):
     """Width of the model."""
     num_layers: int = Field(4, ge=1)
     """Transformer layers."""
-    num_heads: int = Field(4, ge=1)
+    num_heads: int = Field(8, ge=1)
     """Attention heads."""
-    num_kv_heads: int = Field(2, ge=1)
+    num_kv_heads: int = Field(8, ge=1)
     """Key and value heads; fewer than heads: grouped-query attention."""
     intermediate_size: int = Field(352, ge=16)
     """Width of the MLP."""
-    vocab_size: int = Field(2048, ge=300)
-    """Size of the byte-level BPE vocabulary trained on the texts."""
-    context_tokens: int = Field(256, ge=32)
-    """Length of the pre-training rows, in tokens."""
-    steps: int = Field(400, ge=1)
+    vocab_size: int = Field(2048, ge=512)
+    """At most so many tokens in the byte-level BPE vocabulary trained on the texts."""
+    steps: int = Field(700, ge=1)
     """Pre-training steps."""
-    batch_size: int = Field(16, ge=1)
-    """Rows in a pre-training step."""
-    learning_rate: float = Field(3e-3, gt=0)
-    """Peak learning rate of the pre-training."""
-    prompt_share: float = Field(0.5, ge=0, le=1)
-    """Share of prompt-shaped documents; their answers are drawn at random, so nothing of the labels is learned."""
+    batch_size: int = Field(4, ge=1)
+    """Documents in a pre-training step; one has at most prompt.max_tokens tokens. Many small steps learn faster."""
+    learning_rate: float = Field(0.01, gt=0)
+    """Peak learning rate of Muon on the layers' matrices; the other weights have AdamW at half of it."""
+    prompt_share: float = Field(0.8, ge=0, le=1)
+    """Share of prompt-shaped documents, the others being plain texts; the answers are drawn at random, so nothing of the labels is learned."""
 
 
 class Config(Section):

@@ -15,82 +15,21 @@ class Topic:
 
 
 _WORDS = {
-    "sports": {
-        "tennis": "racket serve umpire backhand",
-        "rowing": "oar regatta crew canoe",
-        "hockey": "puck goalie skates stick",
-        "boxing": "gloves knockout jab ring",
-    },
-    "food": {
-        "baking": "dough oven flour crust",
-        "cheese": "cheddar brie dairy rind",
-        "coffee": "espresso barista roast mug",
-        "grilling": "barbecue charcoal ribs smoke",
-    },
-    "travel": {
-        "islands": "lagoon palm reef ferry",
-        "railways": "locomotive carriage platform tunnel",
-        "museums": "gallery curator exhibit statue",
-        "camping": "tent lantern trail backpack",
-    },
-    "science": {
-        "astronomy": "telescope comet orbit galaxy",
-        "geology": "volcano mineral fossil quake",
-        "robots": "sensor android gripper circuit",
-        "genetics": "gene mutation chromosome clone",
-    },
-    "money": {
-        "banking": "deposit teller vault overdraft",
-        "taxes": "refund audit deduction levy",
-        "pensions": "retiree annuity savings benefit",
-        "startups": "founder venture pitch investor",
-    },
-    "health": {
-        "sleep": "pillow insomnia nap dream",
-        "vaccines": "syringe immunity booster clinic",
-        "dentistry": "molar cavity brace enamel",
-        "yoga": "posture breath stretch mat",
-    },
-    "music": {
-        "opera": "soprano aria tenor libretto",
-        "guitar": "chord strum fret pick",
-        "drums": "rhythm cymbal snare beat",
-        "jazz": "saxophone trumpet swing blues",
-    },
-    "autos": {
-        "trucks": "trailer diesel cargo hauler",
-        "motorcycles": "helmet rider scooter throttle",
-        "racing": "podium lap pitstop chicane",
-        "electric": "battery charger plug kilowatt",
-    },
-    "homes": {
-        "gardens": "tulip hedge compost lawn",
-        "kitchens": "cabinet sink countertop stove",
-        "painting": "brush primer varnish stencil",
-        "plumbing": "faucet pipe drain valve",
-    },
-    "law": {
-        "courts": "judge jury verdict appeal",
-        "police": "officer patrol detective siren",
-        "patents": "inventor license trademark royalty",
-        "prisons": "inmate warden parole cell",
-    },
-    "animals": {
-        "horses": "saddle stable gallop pony",
-        "birds": "feather nest owl falcon",
-        "whales": "ocean fin krill harpoon",
-        "insects": "beetle hive moth antenna",
-    },
-    "screen": {
-        "comedy": "joke sitcom sketch laughter",
-        "horror": "ghost zombie scream haunted",
-        "cartoons": "animator doodle pixel mouse",
-        "westerns": "cowboy sheriff saloon outlaw",
-    },
+    "sports/tennis": "racket serve umpire backhand baseline volley",
+    "food/baking": "dough oven flour crust yeast pastry",
+    "travel/islands": "lagoon palm reef ferry beach harbour",
+    "science/astronomy": "telescope comet orbit galaxy eclipse nebula",
+    "money/banking": "loan vault branch teller deposit mortgage",
+    "health/sleep": "pillow dream snore insomnia nap mattress",
+    "music/opera": "soprano tenor aria libretto overture chorus",
+    "autos/trucks": "trailer diesel cargo hauler axle clutch",
+    "homes/gardens": "tulip hedge compost lawn greenhouse rake",
+    "law/courts": "judge jury verdict appeal witness lawsuit",
+    "animals/horses": "saddle stable gallop pony bridle foal",
+    "screen/comedy": "joke sitcom sketch laughter parody punchline",
 }
-TOPICS = tuple(
-    Topic(category, name, tuple(words.split())) for category, names in _WORDS.items() for name, words in names.items()
-)
+TOPICS = tuple(Topic(*name.split("/"), tuple(words.split())) for name, words in _WORDS.items())
+"""Few, so that a model which knew nothing a minute ago can learn each of them."""
 
 FRAMES = (
     "Why the {} still needs a {}",

@@ -51,15 +51,16 @@ def recall_by_k(positions: Mapping[str, np.ndarray]) -> Figure:
 
 def metric_by_length(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
     """A metric and its control, one pair of bars a slice."""
-    figure, axes = _axes("items in the history", column_title(metric))
+    figure, axes = _axes("items in the history, and how many users", column_title(metric))
     places = np.arange(len(rows))
     model = np.array([row["metrics"][metric] for row in rows])
     axes.bar(places - 0.2, model, 0.4, color=COLORS["model"], label=SYSTEMS["model"])
     if "personalization_gain" in rows[0]:
         control = model - np.array([row["personalization_gain"][metric] for row in rows])
         axes.bar(places + 0.2, control, 0.4, color=COLORS["control"], label=SYSTEMS["control"])
-    axes.set_xticks(places, [f"{row['value']}\n({row['num_users']} users)" for row in rows])
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_xticks(places, [f"{row['value']}\n{row['num_users']}" for row in rows])
+    axes.margins(y=0.3)  # room for the legend
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
     return figure
 
 

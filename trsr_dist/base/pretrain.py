@@ -1,0 +1,143 @@
+"""Language modelling of a small Llama, on CPU or whatever device the model stands on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.optim import AdamW, Muon, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+WARMUP_SHARE = 0.05
+ADAM_RATE = 0.5
+"""AdamW's learning rate as a share of Muon's."""
+ADAM_BETAS = (0.9, 0.95)
+WEIGHT_DECAY = 0.1
+ROPE_THETA = 500_000.0
+MAX_GRAD_NORM = 1.0
+PART_TOKENS = 4096
+"""Documents of a step run in parts of at most this many tokens, padding included."""
+IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class BaseShape:
+    """Sizes of the model."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    max_tokens: int
+    """Longest sequence that the model is meant for."""
+
+
+def make_model(shape: BaseShape, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
+    """A Llama with random float32 weights."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.num_heads,
+        num_key_value_heads=shape.num_kv_heads,
+        max_position_embeddings=shape.max_tokens,
+        # Heads are few and narrow: slow rotations leave most of each to compare words, wherever they stand.
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        # The usual 0.02 suits wide models; in a narrow one attention starts so flat that it hardly learns.
+        initializer_range=shape.hidden_size**-0.5,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed % 2**63)
+        return LlamaForCausalLM(config)
+
+
+def pretrain(
+    model: LlamaForCausalLM, steps: Iterable[Sequence[Sequence[int]]], num_steps: int, learning_rate: float
+) -> list[float]:
+    """Train in place, from the present weights.
+
+    Args:
+        model: trained.
+        steps: the documents of each step, in token ids.
+        num_steps: how many steps there are, for the schedule.
+        learning_rate: peak; rises linearly in the first steps, then falls linearly to 0.
+
+    Returns:
+        Mean loss of each step, in nats per token.
+    """
+    optimizers = make_optimizers(model, learning_rate)
+    schedules = [LambdaLR(optimizer, rate_at(num_steps)) for optimizer in optimizers]
+    model.train()
+    losses = []
+    for documents in steps:
+        losses.append(accumulate(model, documents))
+        nn.utils.clip_grad_norm_(model.parameters(), MAX_GRAD_NORM)
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    model.eval()
+    return losses
+
+
+def make_optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[Optimizer]:
+    """Muon for the layers' matrices, AdamW for embeddings, head and norms.
+
+    Muon (K. Jordan and others, 2024, https://kellerjordan.github.io/posts/muon) brings a small model in a minute of one
+    core to the loss that AdamW alone reaches in several.
+    """
+    matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
+    chosen = set(map(id, matrices))
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [
+        Muon(matrices, lr=learning_rate, weight_decay=WEIGHT_DECAY),
+        AdamW(others, lr=ADAM_RATE * learning_rate, betas=ADAM_BETAS, weight_decay=0.0, fused=True),
+    ]
+
+
+def rate_at(num_steps: int) -> Callable[[int], float]:
+    """Share of the peak learning rate by step."""
+    warmup = max(1, round(WARMUP_SHARE * num_steps))
+    return lambda step: min((step + 1) / warmup, max(num_steps - step, 0) / max(num_steps - warmup, 1), 1.0)
+
+
+def accumulate(model: LlamaForCausalLM, documents: Sequence[Sequence[int]]) -> float:
+    """Add the gradient of the mean loss over all predicted tokens; returns that loss."""
+    count, total = sum(len(document) - 1 for document in documents), 0.0
+    for part in parts(documents, PART_TOKENS):
+        ids, targets = (tensor.to(model.device) for tensor in pad(part, model.config.pad_token_id))
+        logits = model(input_ids=ids, use_cache=False).logits
+        loss = functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+        (loss / count).backward()
+        total += loss.item()
+    return total / count
+
+
+def parts(documents: Sequence[Sequence[int]], max_tokens: int) -> list[list[Sequence[int]]]:
+    """Documents of like length together, each part within ``max_tokens`` once it is padded, or of one document."""
+    made: list[list[Sequence[int]]] = []
+    for document in sorted(documents, key=len):
+        if not made or (len(made[-1]) + 1) * len(document) > max_tokens:
+            made.append([])
+        made[-1].append(document)
+    return made
+
+
+def pad(documents: Sequence[Sequence[int]], padding: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and next tokens, int64 (documents, longest - 1), padded on the right, where causal models cannot see."""
+    longest = max(map(len, documents)) - 1
+    ids = torch.full((len(documents), longest), padding)
+    targets = torch.full((len(documents), longest), IGNORED)
+    for row, document in enumerate(documents):
+        ids[row, : len(document) - 1] = torch.tensor(document[:-1])
+        targets[row, : len(document) - 1] = torch.tensor(document[1:])
+    return ids, targets
