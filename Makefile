@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SEED ?= 0
 RUN ?= runs/quickstart$(if $(filter-out 0,$(SEED)),-$(SEED))
+# The launcher warns on every start where it has to find out that there is no GPU.
+LAUNCHER := PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(wildcard /dev/nvidiactl /dev/kfd),,DS_ACCELERATOR=cpu) $(BIN)/deepspeed
 QUICKSTART := --config configs/quickstart.yaml run.dir=$(RUN) run.seed=$(SEED)
 
 .PHONY: help env quickstart test test-slurm soak lint format bench gpu-check clean
@@ -26,12 +28,12 @@ quickstart: env  ## the whole method on built-in data, on 2 CPU cores (SEED=1 fo
 	@$(BIN)/python tools/prepare_data.py $(QUICKSTART)
 	@$(BIN)/python launch/summarize.py $(QUICKSTART)
 	@$(BIN)/python tools/make_tiny_base.py $(QUICKSTART)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/deepspeed --quiet --num_gpus 2 launch/train.py $(QUICKSTART)
+	@$(LAUNCHER) --quiet --num_gpus 2 launch/train.py $(QUICKSTART)
 	@$(BIN)/python tools/merge_lora.py --checkpoint $(RUN)/checkpoints/latest --output $(RUN)/merged
-	@$(BIN)/torchrun --nproc_per_node 2 tools/evaluate.py $(QUICKSTART) --model $(RUN)/merged
+	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 tools/evaluate.py $(QUICKSTART) --model $(RUN)/merged
 
 test: env  ## all tests that need neither a GPU nor Slurm, under 10 minutes
-	$(BIN)/python -m pytest -m "not slurm and not soak"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slurm and not soak"
 
 test-slurm: env  ## the tests on a real Slurm cluster of this machine (Linux, root)
 	$(BIN)/python -m pytest -m "slurm and not soak" tests/slurm
