@@ -1,1 +1,1 @@
-"""Benchmark suites, side by side with the alternatives. Each module has ``run(scale) -> list[Row]``."""
+"""Benchmark suites, side by side with the alternatives. Each suite has ``run(scale) -> list[Row]``."""

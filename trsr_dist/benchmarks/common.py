@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
-import pkgutil
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
 
-import trsr_dist.benchmarks
+SUITES = ("training", "scoring", "stream", "summarize", "merge", "planner", "gpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,8 +23,35 @@ class Row:
     """What was run, with its size."""
     measure: str
     value: float
+    """Of repeated measurements the median."""
     unit: str
     note: str = ""
+    low: float | None = None
+    """Smallest of the repetitions; None: measured once, or counted."""
+    high: float | None = None
+    bound: float | None = None
+    """What counted operations or bytes let expect of ``value``, in its unit; more is better in both."""
+
+    @property
+    def share(self) -> float | None:
+        """Share of the bound that is reached."""
+        return self.value / self.bound if self.bound else None
+
+
+def rate_row(
+    suite: str, case: str, measure: str, work: float, seconds: Sequence[float], unit: str, bound: float | None = None
+) -> Row:
+    """``work`` a second, from the seconds of each repetition."""
+    rates = [work / value for value in seconds]
+    return Row(suite, case, measure, median(rates), unit, low=min(rates), high=max(rates), bound=bound)
+
+
+def ratio_row(
+    suite: str, case: str, measure: str, slow: Sequence[float], fast: Sequence[float], bound: float | None = None
+) -> Row:
+    """How many times as long the one takes as the other, round by round: they took turns."""
+    ratios = [one / other for one, other in zip(slow, fast, strict=True)]
+    return Row(suite, case, measure, median(ratios), "x", low=min(ratios), high=max(ratios), bound=bound)
 
 
 @dataclass(slots=True)
@@ -44,24 +72,30 @@ def timed() -> Iterator[Timer]:
     timer.wall, timer.cpu = time.perf_counter() - wall, _cpu_seconds() - cpu
 
 
-def suites() -> list[str]:
-    """Names of the suites."""
-    found = [module.name for module in pkgutil.iter_modules(trsr_dist.benchmarks.__path__)]
-    return sorted(name for name in found if name not in ("common", "report"))
-
-
 def load_suite(name: str) -> Callable[[float], list[Row]]:
     """The ``run`` of a suite; its argument multiplies the suite's sizes."""
     return importlib.import_module(f"trsr_dist.benchmarks.{name}").run
 
 
+def as_json(row: Row) -> dict[str, Any]:
+    """A row's fields, and the share of its bound."""
+    return asdict(row) | {"share": row.share}
+
+
 def table(rows: Sequence[Row]) -> str:
     """Aligned columns."""
-    lines = [["suite", "case", "measure", "value", "unit", "note"]]
-    lines += [[row.suite, row.case, row.measure, f"{row.value:,.4g}", row.unit, row.note] for row in rows]
+    lines = [["suite", "case", "measure", "value", "unit", "spread", "bound", "share", "note"]]
+    lines += [[row.suite, row.case, row.measure, *figures(row), row.note] for row in rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     cells = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in cells)
+
+
+def figures(row: Row) -> list[str]:
+    """Value, unit, spread of the repetitions, bound and share, as text."""
+    spread = "" if row.low is None else f"{row.low:,.4g} to {row.high:,.4g}"
+    bound, share = ("", "") if row.share is None else (f"{row.bound:,.4g}", f"{row.share:.2f}")
+    return [f"{row.value:,.4g}", row.unit, spread, bound, share]
 
 
 def _cpu_seconds() -> float:

@@ -14,7 +14,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trsr_dist.benchmarks.common import Row
-from trsr_dist.benchmarks.training import ANSWERS, LORA_RANK, TARGETS, make_user
+from trsr_dist.benchmarks.training import LORA_RANK, TARGETS
+from trsr_dist.benchmarks.ways import ANSWERS, make_user, suffix_lengths
 from trsr_dist.errors import ConfigError
 from trsr_dist.model.attention.backends import build_backend, choose_backend
 from trsr_dist.model.attention.layout import Layout
@@ -189,7 +190,10 @@ class Bench:
     def _users(self, count: int) -> list[TokenizedUser]:
         per_user = self._setting.prefix + count * SUFFIX * 3 // 4
         number = max(1, self._setting.row_tokens // per_user)
-        return [make_user(f"user {i}", self._setting.prefix, SUFFIX, count, INSTRUCTION) for i in range(number)]
+        names = [f"user {i}" for i in range(number)]
+        return [
+            make_user(name, self._setting.prefix, suffix_lengths(name, SUFFIX, count), INSTRUCTION) for name in names
+        ]
 
     def _alone(self, user: TokenizedUser, number: int) -> TokenizedUser:
         return user.choose([number])

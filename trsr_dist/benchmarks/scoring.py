@@ -19,21 +19,22 @@ from torch import nn
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
 from trsr_dist.benchmarks.common import Row
-from trsr_dist.benchmarks.training import (
+from trsr_dist.benchmarks.ways import (
     ANSWERS,
     BLOCKS,
     INSTRUCTION,
-    MEASURED_SEQUENCES,
     PREFIXES,
     SHAPE,
     SUFFIXES,
-    Measured,
     Step,
-    Variant,
+    Way,
+    against,
     block_attention,
     make_user,
+    matrix_rate,
     measure,
-    share,
+    suffix_lengths,
+    users_row,
 )
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
@@ -44,25 +45,33 @@ from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import PackedRow, pack_row
 
 CANDIDATES = 21
+MEASURED = 2
+"""Separate prompts that are run for a user; more cost as much each."""
 PADDED = 2048
-REPEATS = 5
+REPEATS = 3
 CPU = torch.device("cpu")
 
 
 def run(scale: float) -> list[Row]:
     """All measurements; ``scale`` below 1 leaves out the longest prefixes."""
     torch.set_num_threads(1)
-    bench = Bench(LlamaConfig(**SHAPE))
+    bench = Bench(LlamaConfig(**SHAPE), matrix_rate())
     prefixes = [prefix for prefix in PREFIXES if prefix <= max(PREFIXES) * scale]
     rows = [row for prefix, suffix in product(prefixes, SUFFIXES) for row in bench.compare(prefix, suffix)]
     return rows + [row for prefix in prefixes[:2] for row in bench.share_instruction(prefix)]
 
 
 class Bench:
-    """A model, copied for every way."""
+    """A model, copied for every way.
 
-    def __init__(self, config: LlamaConfig) -> None:
+    Args:
+        config: of the model.
+        rate: FLOP/s of a matrix product here.
+    """
+
+    def __init__(self, config: LlamaConfig, rate: float) -> None:
         self.shape = ModelShape.from_config(config.to_dict())
+        self._rate = rate
         torch.manual_seed(0)
         self._model = AutoModelForCausalLM.from_config(config).requires_grad_(False).eval()
 
@@ -79,33 +88,28 @@ class Bench:
 
     def compare(self, prefix: int, suffix: int) -> list[Row]:
         """All ways for one user."""
-        user = make_user("user", prefix, suffix, CANDIDATES)
-        variants = [self.padded(user), self.alone(user), self.packed(user)]
-        *others, alone, ours = measure([*variants, self.sharing(user), self.ours([user])], REPEATS)
+        user = make_user("user", prefix, suffix_lengths("user", suffix, CANDIDATES))
+        ways = [self.padded(user), self.alone(user), self.packed(user), self.sharing(user), self.ours([user])]
+        *others, sharing, ours = measure(ways, REPEATS)
         case = f"prefix {prefix}, suffixes to {suffix}, 1+{CANDIDATES - 1}"
-        rows = [
-            Row("scoring", case, found.name, found.seconds * 1000, "ms", f"spread {found.spread:.0%}")
-            for found in (alone, ours)
-        ]
+        rows = [users_row("scoring", case, found, 1, self._rate) for found in (sharing, ours)]
         for other in others:
-            ratio, counted = other.seconds / alone.seconds, other.flops / alone.flops
-            note = f"{share(ratio, counted)}; {other.seconds / ours.seconds:.1f}x ours; spread {other.spread:.0%}"
-            rows.append(Row("scoring", case, f"{other.name} / sharing alone", ratio, "x", note))
-        return [*rows, gain_row(case, "the last layer at the answers", alone, ours)]
+            rows += [against("scoring", case, other, fast) for fast in (sharing, ours)]
+        return [*rows, against("scoring", case, sharing, ours, "gain of the last layer at the answers")]
 
     def share_instruction(self, prefix: int) -> list[Row]:
         """Four users in a row that begin with the same instruction, against four that do not, and one in a row."""
-        suffix = max(SUFFIXES)
-        alike = [make_user(f"user {number}", prefix, suffix, CANDIDATES, INSTRUCTION) for number in range(4)]
-        unlike = [make_user(f"user {number}", prefix, suffix, CANDIDATES) for number in range(4)]
+        suffixes = suffix_lengths("user", max(SUFFIXES), CANDIDATES)
+        alike = [make_user(f"user {number}", prefix, suffixes, INSTRUCTION) for number in range(4)]
+        unlike = [make_user(f"user {number}", prefix, suffixes) for number in range(4)]
         together, apart, singly = measure([self.ours(alike), self.ours(unlike), self.ours(unlike, 1)], REPEATS)
         case = f"4 users, prefix {prefix} with {INSTRUCTION} of instruction"
         return [
-            gain_row(case, "the instruction once a row", apart, together),
-            gain_row(case, "rows of 4 users over rows of 1", singly, apart),
+            against("scoring", case, apart, together, "gain of the instruction once a row"),
+            against("scoring", case, singly, apart, "gain of rows of 4 users over rows of 1"),
         ]
 
-    def padded(self, user: TokenizedUser) -> Variant:
+    def padded(self, user: TokenizedUser) -> Way:
         """(a)"""
         longest = max(PADDED, len(user.prefix) + max(map(len, user.suffixes)))
         prompt = [*user.prefix, *user.suffixes[0]]
@@ -116,9 +120,9 @@ class Bench:
             self._model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1, list(ANSWERS)].sum().item()
 
         work = separate_workload(longest, [0] * CANDIDATES)
-        return Variant("(a) alone, padded", step, CANDIDATES, forward_flops(self.shape, work, full_head=True))
+        return Way("(a) alone, padded", step, CANDIDATES, forward_flops(self.shape, work, full_head=True))
 
-    def alone(self, user: TokenizedUser) -> Variant:
+    def alone(self, user: TokenizedUser) -> Way:
         """(b)"""
         chosen = median_suffixes(user)
         prompts = [torch.tensor([[*user.prefix, *suffix]]) for suffix in chosen]
@@ -130,7 +134,7 @@ class Bench:
 
         return self._separate("(b) alone, tight", step, user, full_head=True)
 
-    def packed(self, user: TokenizedUser) -> Variant:
+    def packed(self, user: TokenizedUser) -> Way:
         """(c)"""
         prompts = [[*user.prefix, *suffix] for suffix in median_suffixes(user)]
         lengths = tuple(map(len, prompts))
@@ -147,7 +151,7 @@ class Bench:
 
         return self._separate("(c) separate, packed", step, user, full_head=False)
 
-    def sharing(self, user: TokenizedUser) -> Variant:
+    def sharing(self, user: TokenizedUser) -> Way:
         """(d)"""
         row, model = pack_row([user]), self.shared
 
@@ -158,9 +162,9 @@ class Bench:
             model.pair_logits(states[inputs.layout.answer_index]).sum().item()
 
         work = shared_workload(len(user.prefix), [len(suffix) for suffix in user.suffixes])
-        return Variant("sharing alone", step, 1.0, forward_flops(self.shape, work))
+        return Way("sharing alone", step, 1.0, forward_flops(self.shape, work))
 
-    def ours(self, users: list[TokenizedUser], users_per_row: int = 4) -> Variant:
+    def ours(self, users: list[TokenizedUser], users_per_row: int = 4) -> Way:
         """(e)"""
         rows = [pack_row(users[first : first + users_per_row]) for first in range(0, len(users), users_per_row)]
         model = self.shared
@@ -170,7 +174,7 @@ class Bench:
             for row in rows:
                 model(RowInputs(row, CPU), "pair").sum().item()
 
-        return Variant("ours", step, 1.0, float(sum(map(self._row_flops, rows))))
+        return Way("ours", step, 1.0, float(sum(map(self._row_flops, rows))))
 
     def _row_flops(self, row: PackedRow) -> int:
         """Counted operations: shared parts once, the last layer at the answers alone."""
@@ -181,22 +185,16 @@ class Bench:
         work = replace(whole, tokens=whole.tokens - copies, pairs=pairs)
         return forward_flops(self.shape, work) - last_layer_savings(self.shape, work, row.num_separate_tokens)
 
-    def _separate(self, name: str, step: Step, user: TokenizedUser, full_head: bool) -> Variant:
+    def _separate(self, name: str, step: Step, user: TokenizedUser, full_head: bool) -> Way:
         """A way that runs some of the prompts, counted and timed for all of them."""
         prefix, chosen = len(user.prefix), median_suffixes(user)
         everything = separate_workload(prefix, [len(suffix) for suffix in user.suffixes])
         measured = separate_workload(prefix, [len(suffix) for suffix in chosen])
         flops = [forward_flops(self.shape, work, full_head=full_head) for work in (everything, measured)]
-        return Variant(name, step, flops[0] / flops[1], flops[0])
+        return Way(name, step, flops[0] / flops[1], flops[0])
 
 
 def median_suffixes(user: TokenizedUser) -> list[tuple[int, ...]]:
     """The suffixes of middle length: so many are run where each prompt is a sequence."""
-    middle = (CANDIDATES - MEASURED_SEQUENCES) // 2
-    return sorted(user.suffixes, key=len)[middle : middle + MEASURED_SEQUENCES]
-
-
-def gain_row(case: str, what: str, before: Measured, after: Measured) -> Row:
-    """What a further saving brings."""
-    ratio, counted = before.seconds / after.seconds, before.flops / after.flops
-    return Row("scoring", case, f"gain of {what}", ratio, "x", share(ratio, counted))
+    middle = (CANDIDATES - MEASURED) // 2
+    return sorted(user.suffixes, key=len)[middle : middle + MEASURED]

@@ -1,27 +1,45 @@
-"""A training step by shared prefixes against the ways of other trainers, in CPU seconds (or GPU seconds) per user.
+"""A training step by shared prefixes against the ways of other trainers, in CPU seconds per user.
 
-(b) every prompt alone, tightly padded, the output head at all positions: as the paper's code trains
+(b) every prompt alone, padded to the user's longest, the output head at all positions: as the paper's code trains
 (c) separate prompts packed without padding, the head at the answers: better than common trainers do
 (d) ours: the prefix once, suffixes behind it, the last layer and the head at the answers
+
+Bounds are ratios of counted operations, with sharing alone counted for ours: what else is saved may exceed them.
 """
 
 from __future__ import annotations
 
 import copy
-import random
-import statistics
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import product
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy
 from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
 
-from trsr_dist.benchmarks.common import Row, timed
+from trsr_dist.benchmarks.common import Row
+from trsr_dist.benchmarks.mixes import AMAZON, MIND, Mix
+from trsr_dist.benchmarks.ways import (
+    ANSWERS,
+    BLOCKS,
+    INSTRUCTION,
+    PREFIXES,
+    SHAPE,
+    SUFFIXES,
+    Measured,
+    Way,
+    against,
+    block_attention,
+    make_user,
+    matrix_rate,
+    measure,
+    suffix_lengths,
+    users_row,
+)
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.model.text_targets import text_targets
@@ -31,61 +49,40 @@ from trsr_dist.planning.tokens import Workload, separate_workload, shared_worklo
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import pack_row
 
-SHAPE = {
-    "hidden_size": 512,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-    "intermediate_size": 1408,
-    "vocab_size": 2048,
-    "max_position_embeddings": 4096,
-}
-PREFIXES = (256, 1024, 2048)
-SUFFIXES = (32, 64)
 CANDIDATES = (2, 5, 21)
-ANSWERS = (3, 4)
 LORA_RANK = 8
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 REPEATS = 3
-MEASURED_SEQUENCES = 2
-"""Separate sequences that are run; more cost as much each."""
-INSTRUCTION = 60
-"""Tokens that the users of a row share."""
-BLOCKS = "benchmark_blocks"
-
-Step = Callable[[], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """One way to make a training step."""
-
-    name: str
-    step: Step
-    factor: float
-    """The measured step stands for so many."""
-    flops: float
-    """Counted, of the whole."""
+MEASURED = 2
+"""Separate prompts that are run for a user; more cost as much each."""
+MIX_USERS = range(1, 10, 3)
+"""Users of a mix: the quantiles at 15%, 45% and 75%."""
 
 
 def run(scale: float) -> list[Row]:
     """All measurements; ``scale`` below 1 leaves out the longest prefixes."""
     torch.set_num_threads(1)
-    bench = Bench(LlamaConfig(**SHAPE))
-    rows = []
-    for prefix, suffix, count in product(PREFIXES, SUFFIXES, CANDIDATES):
-        if prefix <= max(PREFIXES) * scale:
-            rows += bench.compare_user(prefix, suffix, count)
-    for prefix, count in ((256, 2), (256, 5)):
-        rows += bench.savings(prefix, count)
-    return rows + bench.full_text(256, 32, 2) + bench.full_text(min(1024, round(1024 * scale)), 64, 2)
+    bench = Bench(LlamaConfig(**SHAPE), matrix_rate())
+    prefixes = [prefix for prefix in PREFIXES if prefix <= max(PREFIXES) * scale]
+    rows = [row for prefix, suffix in product(prefixes, SUFFIXES) for row in bench.compare(prefix, suffix)]
+    for mix, count in product((MIND, AMAZON), CANDIDATES[:2]):
+        rows += bench.compare_mix(mix, count)
+    for count in CANDIDATES[:2]:
+        rows += bench.savings(256, count)
+    return rows + bench.full_text(256, 32) + bench.full_text(min(1024, round(1024 * scale)), 64)
 
 
 class Bench:
-    """A model with LoRA layers, copied for every way."""
+    """A model with LoRA layers, copied for every way.
 
-    def __init__(self, config: LlamaConfig) -> None:
+    Args:
+        config: of the model.
+        rate: FLOP/s of a matrix product here.
+    """
+
+    def __init__(self, config: LlamaConfig, rate: float) -> None:
         self.shape = ModelShape.from_config(config.to_dict())
+        self._rate = rate
         torch.manual_seed(0)
         self._model = AutoModelForCausalLM.from_config(config)
         settings = LoraConfig(r=LORA_RANK, lora_alpha=16, target_modules=list(TARGETS))
@@ -108,53 +105,74 @@ class Bench:
         model.set_attn_implementation(BLOCKS)
         return model
 
-    def compare_user(self, prefix: int, suffix: int, count: int) -> list[Row]:
-        """(b) and (c) against (d), for one user."""
-        user = make_user("user", prefix, suffix, count)
-        ours, *others = measure([self.ours([user]), self.padded(user), self.packed(user)])
-        case = f"prefix {prefix}, suffixes to {suffix}, 1+{count - 1}"
-        rows = [Row("training", case, ours.name, ours.seconds * 1000, "ms", f"spread {ours.spread:.0%}")]
-        for other in others:
-            ratio, counted = other.seconds / ours.seconds, other.flops / ours.flops
-            rows.append(Row("training", case, f"{other.name} / ours", ratio, "x", share(ratio, counted)))
+    def compare(self, prefix: int, suffix: int) -> list[Row]:
+        """(b) and (c) against (d), for one user with few and with many candidates.
+
+        (b) and (c) cost as much for every prompt, so they are run once for all numbers of candidates.
+        """
+        users = [make_user("user", prefix, suffix_lengths("user", suffix, count)) for count in CANDIDATES]
+        *ours, padded, packed = measure(
+            [*(self.ours([user]) for user in users), self.padded(users[:1]), self.packed(users[:1])], REPEATS
+        )
+        rows = []
+        for user, found in zip(users, ours, strict=True):
+            case = f"prefix {prefix}, suffixes to {suffix}, 1+{len(user.suffixes) - 1}"
+            others = _scaled(padded, self.padded([user])), _scaled(packed, self.packed([user]))
+            rows += self._rows(case, [user], found, others)
         return rows
 
+    def compare_mix(self, mix: Mix, count: int) -> list[Row]:
+        """The same for some users of a data set, ours in one row."""
+        lengths = mix.users(MIX_USERS, count)
+        users = [
+            make_user(f"user {number}", prefix, suffixes, mix.head) for number, (prefix, suffixes) in enumerate(lengths)
+        ]
+        ours, *others = measure([self.ours(users), self.padded(users), self.packed(users)], REPEATS)
+        return self._rows(f"{mix.name}'s lengths, 1+{count - 1}", users, ours, others)
+
     def savings(self, prefix: int, count: int) -> list[Row]:
-        """What is not computed at all: the last layer away from the answers, the instruction of further users."""
-        users = [make_user(f"user {number}", prefix, 32, count, INSTRUCTION) for number in range(4)]
-        whole, last, both = measure(
+        """What is not computed at all, one after the other."""
+        suffixes = suffix_lengths("user", 32, count)
+        users = [make_user(f"user {number}", prefix, suffixes, INSTRUCTION) for number in range(4)]
+        to_inputs, whole, last, both = measure(
             [
-                self.ours(users, "sharing prefixes alone", answers_only=False, share_head=False),
-                self.ours(users, "and the last layer at the answers", share_head=False),
-                self.ours(users, "and the instruction once a row"),
-            ]
+                self.ours(users, answers_only=False, share_head=False, reach_inputs=True),
+                self.ours(users, answers_only=False, share_head=False),
+                self.ours(users, share_head=False),
+                self.ours(users),
+            ],
+            REPEATS,
         )
         case = f"4 users, prefix {prefix} with {INSTRUCTION} of instruction, 1+{count - 1}"
-        return [
-            Row("training", case, f"gain of {name}", before.seconds / after.seconds, "x")
-            for name, before, after in (("the last layer", whole, last), ("the instruction", last, both))
-        ]
+        pairs = {
+            "gain of no backward below the adapters": (to_inputs, whole),
+            "gain of the last layer at the answers": (whole, last),
+            "gain of the instruction once a row": (last, both),
+        }
+        rows = [against("training", case, before, after, name) for name, (before, after) in pairs.items()]
+        return [replace(row, bound=None) for row in rows]
 
-    def full_text(self, prefix: int, suffix: int, count: int) -> list[Row]:
+    def full_text(self, prefix: int, suffix: int) -> list[Row]:
         """The loss of all tokens, as the paper's code has it."""
-        user = make_user("user", prefix, suffix, count)
-        ours, other = measure([self.ours([user], text=True), self.padded(user, text=True)])
-        ratio = other.seconds / ours.seconds
-        case = f"full text, prefix {prefix}, suffixes to {suffix}, 1+{count - 1}"
-        return [Row("training", case, f"{other.name} / ours", ratio, "x", share(ratio, other.flops / ours.flops))]
+        user = make_user("user", prefix, suffix_lengths("user", suffix, 2))
+        ours, other = measure([self.ours([user], text=True), self.padded([user], text=True)], REPEATS)
+        return [against("training", f"full text, prefix {prefix}, suffixes to {suffix}, 1+1", other, ours)]
 
     def ours(
         self,
         users: list[TokenizedUser],
-        name: str = "ours",
         answers_only: bool = True,
         share_head: bool = True,
         text: bool = False,
-    ) -> Variant:
+        reach_inputs: bool = False,
+    ) -> Way:
+        """(d), or with less left out."""
         rows = [pack_row(users)] if share_head else [pack_row([user]) for user in users]
         model = self.shared
 
         def step() -> None:
+            embeddings = model.causal.get_input_embeddings()
+            hook = embeddings.register_forward_hook(lambda module, args, out: out.requires_grad_(reach_inputs))
             for row in rows:
                 inputs = RowInputs(row, torch.device("cpu"))
                 if text:
@@ -164,107 +182,101 @@ class Bench:
                     states = states if answers_only else states[inputs.layout.answer_index]
                     loss = cross_entropy(model.causal.lm_head(states), 3 + inputs.labels)
                 loss.backward()
+            hook.remove()
 
-        work = sum((shared_workload(len(u.prefix), [len(s) for s in u.suffixes]) for u in users), Workload())
-        return Variant(name, step, 1.0, self._flops(work, full_head=text))
+        return Way("ours", step, 1.0, self._flops(_shared(users), full_head=text))
 
-    def padded(self, user: TokenizedUser, text: bool = False) -> Variant:
+    def padded(self, users: Sequence[TokenizedUser], text: bool = False) -> Way:
         """(b)"""
-        longest = len(user.prefix) + max(map(len, user.suffixes))
-        prompts = [[*user.prefix, *suffix] for suffix in user.suffixes[:MEASURED_SEQUENCES]]
-        ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
-        mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts])
-        ends = mask.sum(1) - 1
+        batches = [_padded_prompts(user) for user in users]
 
         def step() -> None:
-            for number in range(len(prompts)):
-                logits = self.stock(input_ids=ids[number : number + 1], attention_mask=mask[number : number + 1]).logits
-                if text:
-                    loss = cross_entropy(logits[0, :-1], ids[number, 1:])
-                else:
-                    loss = cross_entropy(logits[0, ends[number]][None], torch.tensor([3]))
-                loss.backward()
+            for ids, mask in batches:
+                for row, row_mask in zip(ids, mask, strict=True):
+                    logits = self.stock(input_ids=row[None], attention_mask=row_mask[None]).logits[0]
+                    end = int(row_mask.sum()) - 1
+                    loss = cross_entropy(logits[:-1], row[1:]) if text else cross_entropy(logits[end], torch.tensor(3))
+                    loss.backward()
 
-        work = separate_workload(longest, [0] * len(user.suffixes))
-        return Variant("padded", step, len(user.suffixes) / len(prompts), self._flops(work, full_head=True))
-
-    def packed(self, user: TokenizedUser) -> Variant:
-        """(c)"""
-        prompts = [[*user.prefix, *suffix] for suffix in user.suffixes[:MEASURED_SEQUENCES]]
-        lengths = tuple(map(len, prompts))
-        ids = torch.tensor([[token for prompt in prompts for token in prompt]])
-        positions = torch.tensor([[place for length in lengths for place in range(length)]])
-        ends = torch.tensor(lengths).cumsum(0) - 1
-
-        def step() -> None:
-            out = self.blocks(
-                input_ids=ids, position_ids=positions, blocks=lengths, use_cache=False, logits_to_keep=ends
+        lengths = [(len(user.prefix) + max(map(len, user.suffixes)), len(user.suffixes)) for user in users]
+        whole, run = (
+            self._flops(
+                sum((separate_workload(longest, [0] * min(limit, count)) for longest, count in lengths), Workload()),
+                full_head=True,
             )
-            cross_entropy(out.logits[0], torch.full((len(prompts),), 3)).backward()
+            for limit in (max(CANDIDATES), MEASURED)
+        )
+        return Way("(b) padded", step, whole / run, whole)
 
-        work = separate_workload(len(user.prefix), [len(suffix) for suffix in user.suffixes])
-        return Variant("packed", step, len(user.suffixes) / len(prompts), self._flops(work))
+    def packed(self, users: Sequence[TokenizedUser]) -> Way:
+        """(c)"""
+        rows = [_packed_prompts(user) for user in users]
+
+        def step() -> None:
+            for ids, positions, lengths in rows:
+                out = self.blocks(
+                    input_ids=ids,
+                    position_ids=positions,
+                    blocks=lengths,
+                    use_cache=False,
+                    logits_to_keep=torch.tensor(lengths).cumsum(0) - 1,
+                )
+                cross_entropy(out.logits[0], torch.full((len(lengths),), 3)).backward()
+
+        whole, run = (
+            self._flops(
+                sum(
+                    (separate_workload(len(user.prefix), list(map(len, _prompts(user, limit)))) for user in users),
+                    Workload(),
+                )
+            )
+            for limit in (max(CANDIDATES), MEASURED)
+        )
+        return Way("(c) packed", step, whole / run, whole)
+
+    def _rows(self, case: str, users: list[TokenizedUser], ours: Measured, others: Sequence[Measured]) -> list[Row]:
+        separate = sum(len(user.prefix) + len(suffix) for user in users for suffix in user.suffixes)
+        needed = training_flops(self.shape, _shared(users), self._num_lora, answer_pairs=separate)
+        rows = [users_row("training", case, replace(ours, flops=needed), len(users), self._rate)]
+        return rows + [against("training", case, other, ours) for other in others]
+
+    @property
+    def _num_lora(self) -> int:
+        return self.shape.num_lora_parameters(LORA_RANK, TARGETS)
 
     def _flops(self, work: Workload, full_head: bool = False) -> float:
-        return training_flops(self.shape, work, self.shape.num_lora_parameters(LORA_RANK, TARGETS), full_head)
+        return training_flops(self.shape, work, self._num_lora, full_head)
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """A variant's time."""
-
-    name: str
-    seconds: float
-    """CPU seconds of the whole, the median."""
-    spread: float
-    flops: float
+def _shared(users: Sequence[TokenizedUser]) -> Workload:
+    return sum((shared_workload(len(user.prefix), list(map(len, user.suffixes))) for user in users), Workload())
 
 
-def measure(variants: list[Variant], repeats: int = REPEATS) -> list[Measured]:
-    """CPU seconds, the variants in turn, after one step of each that is not counted."""
-    for variant in variants:
-        variant.step()
-    times: list[list[float]] = [[] for _ in variants]
-    for _ in range(repeats):
-        for seconds, variant in zip(times, variants, strict=True):
-            with timed() as timer:
-                variant.step()
-            seconds.append(timer.cpu * variant.factor)
-    return [
-        Measured(v.name, statistics.median(t), (max(t) - min(t)) / statistics.median(t), v.flops)
-        for v, t in zip(variants, times, strict=True)
-    ]
+def _scaled(measured: Measured, whole: Way) -> Measured:
+    """From some prompts to all those of another way."""
+    factor = whole.flops / measured.flops
+    return Measured(whole.name, tuple(seconds * factor for seconds in measured.times), whole.flops)
 
 
-def make_user(name: str, prefix: int, suffix: int, count: int, shared: int = 0) -> TokenizedUser:
-    """Random tokens; suffixes of half to the whole length; the first ``shared`` tokens are every user's."""
-    draw = random.Random(name)
-
-    def tokens(length: int) -> tuple[int, ...]:
-        return tuple(draw.randrange(5, SHAPE["vocab_size"]) for _ in range(length))
-
-    suffixes = tuple(tokens(draw.randint(suffix // 2, suffix)) for _ in range(count))
-    labels = tuple(int(number == 0) for number in range(count))
-    return TokenizedUser(name, tuple(range(5, 5 + shared)) + tokens(prefix - shared), suffixes, labels, ("",) * count)
+def _prompts(user: TokenizedUser, limit: int) -> list[tuple[int, ...]]:
+    """So many suffixes, those of middle length."""
+    first = max(0, len(user.suffixes) - limit) // 2
+    return sorted(user.suffixes, key=len)[first : first + limit]
 
 
-def block_attention(
-    module: nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    blocks: tuple[int, ...] = (),
-    **kwargs: object,
-) -> tuple[torch.Tensor, None]:
-    """Causal attention within each block of a packed row."""
-    group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    parts = zip(*(x.split(blocks, dim=2) for x in (query, key, value)), strict=True)
-    out = [scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling) for q, k, v in parts]
-    return torch.cat(out, dim=2).transpose(1, 2).contiguous(), None
+def _padded_prompts(user: TokenizedUser) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and mask, shape (prompts, longest)."""
+    longest = len(user.prefix) + max(map(len, user.suffixes))
+    prompts = [[*user.prefix, *suffix] for suffix in _prompts(user, MEASURED)]
+    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
+    mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts])
+    return ids, mask
 
 
-def share(ratio: float, counted: float) -> str:
-    return f"counted FLOPs {counted:.2f}x, reached {ratio / counted:.2f} of it"
+def _packed_prompts(user: TokenizedUser) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
+    """Token ids and positions, shape (1, tokens), and the prompts' lengths."""
+    prompts = [[*user.prefix, *suffix] for suffix in _prompts(user, MEASURED)]
+    lengths = tuple(map(len, prompts))
+    ids = torch.tensor([[token for prompt in prompts for token in prompt]])
+    positions = torch.tensor([[place for length in lengths for place in range(length)]])
+    return ids, positions, lengths

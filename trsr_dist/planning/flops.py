@@ -38,15 +38,31 @@ def last_layer_savings(shape: ModelShape, work: Workload, answer_pairs: int) -> 
 
 
 def training_flops(
-    shape: ModelShape, work: Workload, num_lora_parameters: int, full_head: bool = False, recompute: bool = False
+    shape: ModelShape,
+    work: Workload,
+    num_lora_parameters: int,
+    full_head: bool = False,
+    recompute: bool = False,
+    answer_pairs: int | None = None,
 ) -> int:
     """Forward and backward of one pass with a frozen base.
 
     The backward pass of a frozen weight costs one product (the input's gradient), of a trained one two, of attention
     two. Activation checkpointing adds a second forward pass.
+
+    Args:
+        shape: the base model.
+        work: tokens, pairs and answers of the pass.
+        num_lora_parameters: trained ones.
+        full_head: the loss needs the logits of all tokens.
+        recompute: with activation checkpointing.
+        answer_pairs: query-key pairs of the answers alone; where given, the last layer runs at the answers alone.
     """
-    forward = forward_flops(shape, work, num_lora_parameters, full_head)
+    saved, last_pairs = 0, work.pairs
+    if answer_pairs is not None:
+        saved, last_pairs = last_layer_savings(shape, work, answer_pairs), answer_pairs
+    forward = forward_flops(shape, work, num_lora_parameters, full_head) - saved
     trained = 2 * num_lora_parameters * work.tokens
-    attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * work.pairs
+    attention = 4 * shape.num_heads * shape.head_dim * ((shape.num_layers - 1) * work.pairs + last_pairs)
     backward = forward + trained + attention
     return forward + backward + (forward if recompute else 0)
