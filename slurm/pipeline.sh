@@ -48,7 +48,7 @@ stage() { # stage NAME "OPTIONS" "FILES OF ITS OUTPUT" SCRIPT [ARGUMENT]
 }
 
 stage prepare "$TRSR_PREPARE_OPTIONS" "$run/histories/manifest.json" slurm/single.sbatch prepare
-stage summarize "$TRSR_SUMMARIZE_OPTIONS" "$(echo "$run"/shards/{train,valid,test}/manifest.json)" slurm/summarize.sbatch
+stage summarize "$TRSR_SUMMARIZE_OPTIONS" "$(echo "$run"/shards/{train,valid,test}/manifest.json)" "$TRSR_SUMMARIZE_SCRIPT"
 if [ "$(setting model.name_or_path)" = RUN/base ]; then
   stage base "$TRSR_PREPARE_OPTIONS" "$run/base/config.json" slurm/single.sbatch base
 fi

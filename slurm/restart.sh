@@ -59,6 +59,18 @@ finish_stage() {
   *) run_again "a task was ended by a signal (${first#srun: error: })" ;;
   esac
   if [ "$(progress_mark)" != "$mark" ]; then run_again "failed with status $status after some progress"; fi
+  show_culprit "$first"
   say "failed with status $status; read $logs"
   exit 1
+}
+
+# show_culprit SRUN_LINE: the last words of the task that ended first; the job's output has those of task 0 only
+show_culprit() {
+  local task log
+  task=$(sed -nE 's/.*tasks? ([0-9]+).*/\1/p' <<<"$1")
+  log=$logs/task-$(printf %04d "${task:-0}")-restart-$restart.log
+  if [ "${task:-0}" != 0 ] && [ -f "$log" ]; then
+    say "task $task ended first; its last lines:"
+    tail -n 20 "$log"
+  fi
 }

@@ -10,6 +10,8 @@
 # Options of the stages' jobs when slurm/pipeline.sh submits them. CPU-only: drop --gpus-per-node.
 TRSR_PREPARE_OPTIONS=${TRSR_PREPARE_OPTIONS:-"--nodes=1 --ntasks=1"}
 TRSR_SUMMARIZE_OPTIONS=${TRSR_SUMMARIZE_OPTIONS:-"--nodes=1 --ntasks-per-node=1"}
+# slurm/summarize_vllm.sbatch: with vLLM servers beside the tasks.
+TRSR_SUMMARIZE_SCRIPT=${TRSR_SUMMARIZE_SCRIPT:-slurm/summarize.sbatch}
 TRSR_TRAIN_OPTIONS=${TRSR_TRAIN_OPTIONS:-"--nodes=1 --ntasks-per-node=1"}
 TRSR_MERGE_OPTIONS=${TRSR_MERGE_OPTIONS:-"--nodes=1 --ntasks=1"}
 TRSR_EVALUATE_OPTIONS=${TRSR_EVALUATE_OPTIONS:-"--nodes=1 --ntasks-per-node=1"}
