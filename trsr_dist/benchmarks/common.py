@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import multiprocessing
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median
@@ -96,6 +98,17 @@ def figures(row: Row) -> list[str]:
     spread = "" if row.low is None else f"{row.low:,.4g} to {row.high:,.4g}"
     bound, share = ("", "") if row.share is None else (f"{row.bound:,.4g}", f"{row.share:.2f}")
     return [f"{row.value:,.4g}", row.unit, spread, bound, share]
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def in_child(function: Callable[..., Any], *args: object) -> Any:
+    """Call a module's function in a fresh process of its own, for instance for its peak memory."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *args).result()
 
 
 def _cpu_seconds() -> float:

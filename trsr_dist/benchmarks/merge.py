@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import resource
 import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from statistics import median
 
@@ -19,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from trsr_dist.benchmarks.common import Row, timed
+from trsr_dist.benchmarks.common import Row, in_child, peak_bytes, rate_row, ratio_row, timed
 from trsr_dist.files import sync_path, write_json
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
@@ -56,46 +53,37 @@ def run(scale: float) -> list[Row]:
         found: dict[str, list[tuple[float, float, float]]] = {way: [] for way in ways}
         for _ in range(REPEATS):
             for way, function in ways.items():
-                found[way].append(_in_child(function, folder))
+                found[way].append(in_child(_measure, function, folder))
                 shutil.rmtree(folder / "out")
     return _rows(found, num_bytes)
 
 
 def _rows(found: dict[str, list[tuple[float, float, float]]], num_bytes: int) -> list[Row]:
-    case = f"{num_bytes / 1e9:.2f} GB bf16, rank 8"
-    walls = {way: median(wall for wall, _, _ in runs) for way, runs in found.items()}
+    """``cp`` reads and writes each byte once, as a merge must: its rate is the bound."""
+    case = f"{num_bytes / 1e9:.2f} GB bf16, rank 8, with fsync"
+    walls = {way: [wall for wall, _, _ in runs] for way, runs in found.items()}
+    bound = num_bytes / 1e9 / median(walls["cp"])
     rows = []
     for way, runs in found.items():
-        spread = f"{num_bytes / 1e9 / max(r[0] for r in runs):.2f} to {num_bytes / 1e9 / min(r[0] for r in runs):.2f}"
-        rows.append(Row("merge", case, way, num_bytes / 1e9 / walls[way], "GB/s", f"with fsync; {spread}"))
-        rows.append(Row("merge", case, f"{way}: CPU", median(cpu for _, cpu, _ in runs), "CPU-s"))
+        rows.append(rate_row("merge", case, way, num_bytes / 1e9, walls[way], "GB/s", bound))
+        cpu = [seconds for _, seconds, _ in runs]
+        rows.append(rate_row("merge", case, f"{way}: CPU", num_bytes / 1e9, cpu, "GB/CPU-s"))
         rows.append(Row("merge", case, f"{way}: memory", max(grown for _, _, grown in runs) / 1e6, "MB", "growth"))
-    for other in ("cp", "merge_and_unload"):
-        rows.append(
-            Row("merge", case, f"merge, ratio to {other}", walls[other] / walls["merge"], "x", "above 1: faster")
-        )
-    return rows
-
-
-def _in_child(function: Callable[[Path], None], folder: Path) -> tuple[float, float, float]:
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_measure, function, folder).result()
+    return rows + [
+        ratio_row("merge", case, f"{other} / merge", walls[other], walls["merge"])
+        for other in ("cp", "merge_and_unload")
+    ]
 
 
 def _measure(function: Callable[[Path], None], folder: Path) -> tuple[float, float, float]:
     """Wall seconds, CPU seconds, and bytes by which this process or its largest child grew."""
     logging.disable()
-    before = _peak_bytes()
+    before = peak_bytes()
     with timed() as timer:
         function(folder)
         for path in (folder / "out").iterdir():
             sync_path(path)
-    return timer.wall, timer.cpu, _peak_bytes() - before
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return timer.wall, timer.cpu, peak_bytes() - before
 
 
 def _copy(folder: Path) -> None:

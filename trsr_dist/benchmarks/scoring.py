@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 from functools import cached_property
 from itertools import product
 
@@ -33,6 +32,7 @@ from trsr_dist.benchmarks.ways import (
     make_user,
     matrix_rate,
     measure,
+    row_work,
     suffix_lengths,
     users_row,
 )
@@ -40,7 +40,7 @@ from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.planning.flops import forward_flops, last_layer_savings
 from trsr_dist.planning.shape import ModelShape
-from trsr_dist.planning.tokens import Workload, separate_workload, shared_workload, triangle
+from trsr_dist.planning.tokens import separate_workload, shared_workload
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import PackedRow, pack_row
 
@@ -178,11 +178,7 @@ class Bench:
 
     def _row_flops(self, row: PackedRow) -> int:
         """Counted operations: shared parts once, the last layer at the answers alone."""
-        users = list(zip(row.prefix_lengths, row.suffix_lengths, strict=True))
-        whole = sum((shared_workload(prefix, suffixes) for prefix, suffixes in users), Workload())
-        copies = row.head_length * (len(users) - 1)
-        pairs = whole.pairs - triangle(row.head_length) * (len(users) - 1)
-        work = replace(whole, tokens=whole.tokens - copies, pairs=pairs)
+        work = row_work(row)
         return forward_flops(self.shape, work) - last_layer_savings(self.shape, work, row.num_separate_tokens)
 
     def _separate(self, name: str, step: Step, user: TokenizedUser, full_head: bool) -> Way:

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import webdataset as wds
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from trsr_dist.benchmarks.common import Row, timed
+from trsr_dist.benchmarks.common import Row, Timer, rate_row, ratio_row, timed
 from trsr_dist.files import sync_path
 from trsr_dist.hashing import random_stream
 from trsr_dist.planning.flops import training_flops
@@ -25,8 +26,9 @@ from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.rows import PackedRow
+from trsr_dist.shards.codec import decode_sample, encode_sample
 from trsr_dist.shards.index import index_path
-from trsr_dist.shards.lengths import length_path, lengths_folder
+from trsr_dist.shards.lengths import Lengths, length_path, lengths_folder
 from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.order import Order
 from trsr_dist.shards.packing import deal
@@ -40,6 +42,9 @@ NUM_SHARDS = 4
 """Written and measured; larger sets are made of links to them."""
 SAMPLES_PER_SHARD = 1000
 NUM_WORDS = 2000
+REPEATS = 3
+DECODED = 4000
+PIECE = 2**20
 SETTINGS = PackingSettings(row_tokens=4096, rows_per_step=8, negatives_per_positive=1, seed=0)
 LARGE = 10**8
 """Samples of the order that is only reckoned with."""
@@ -71,37 +76,76 @@ def run(scale: float) -> list[Row]:
 
 
 def _warm(shards: ShardSet, builder: PromptBuilder) -> list[Row]:
-    """Samples per CPU-second of both readers, in turns; the second turn counts."""
-    plan = TrainPlan(measure_lengths(shards, builder), SETTINGS)
+    """Samples per CPU-second of both readers, in turns; the bound is decoding alone, from memory."""
+    lengths = measure_lengths(shards, builder)
     readers: dict[str, Callable[[ShardSet, TrainPlan], int]] = {
         "webdataset + json": _read_webdataset,
         "order + pack + read": _read_planned,
     }
-    rates = {}
-    for name, read in [*readers.items(), *readers.items()]:
-        with timed() as timer:
-            count = read(shards, TrainPlan(plan.lengths, plan.settings))
-        rates[name] = count / timer.cpu
-    case, first, second = f"{len(shards)} samples", *readers
-    rows = [Row("stream", case, name, rate, "samples/CPU-s", "warm") for name, rate in rates.items()]
-    return [*rows, Row("stream", case, "ratio to webdataset", rates[second] / rates[first], "x")]
+    for read in readers.values():
+        read(shards, TrainPlan(lengths, SETTINGS))
+    seconds = _rounds(readers, shards, lengths, lambda timer: timer.cpu)
+    case, bound = f"{len(shards)} samples, warm", _decoding_rate(shards)
+    rows = [
+        rate_row("stream", case, name, len(shards), times, "samples/CPU-s", bound) for name, times in seconds.items()
+    ]
+    first, second = seconds.values()
+    return [*rows, ratio_row("stream", case, "webdataset / ours", first, second)]
 
 
 def _cold(shards: ShardSet, builder: PromptBuilder) -> list[Row]:
-    """Samples per second of wall time on files that are not in memory."""
-    plan = TrainPlan(measure_lengths(shards, builder), SETTINGS)
+    """Bytes per second of wall time on files that are not in memory; the bound is reading them from end to end."""
     readers = {
+        "end to end, not decoded": _read_bytes,
         "webdataset + json": _read_webdataset,
         "without read-ahead": _read_planned,
         "with read-ahead": _read_advised,
     }
-    rows = []
-    for name, read in readers.items():
-        _forget(shards)
+    seconds = _rounds(readers, shards, measure_lengths(shards, builder), lambda timer: timer.wall, _forget)
+    size = sum(shards.path(number).stat().st_size for number in range(len(shards.facts))) / 1e6
+    case = f"{len(shards)} samples, {size:.0f} MB, cold"
+    bound = size / median(seconds["end to end, not decoded"])
+    rows = [rate_row("stream", case, name, size, times, "MB/s", bound) for name, times in seconds.items()]
+    ratio = ratio_row("stream", case, "webdataset / ours", seconds["webdataset + json"], seconds["with read-ahead"])
+    return [*rows, ratio]
+
+
+def _rounds(
+    readers: dict[str, Callable[[ShardSet, TrainPlan], int]],
+    shards: ShardSet,
+    lengths: Lengths,
+    clock: Callable[[Timer], float],
+    prepare: Callable[[ShardSet], None] = lambda shards: None,
+) -> dict[str, list[float]]:
+    """Seconds of every reader, in turns; plans are made anew, for ours are part of the work."""
+    seconds: dict[str, list[float]] = {name: [] for name in readers}
+    for _ in range(REPEATS):
+        for name, read in readers.items():
+            prepare(shards)
+            with timed() as timer:
+                read(shards, TrainPlan(lengths, SETTINGS))
+            seconds[name].append(clock(timer))
+    return seconds
+
+
+def _decoding_rate(shards: ShardSet) -> float:
+    """Samples per CPU-second of decoding what a step needs of samples in memory."""
+    samples = [encode_sample(shards.read(number)) for number in range(min(len(shards), DECODED))]
+    seconds = []
+    for _ in range(REPEATS):
         with timed() as timer:
-            count = read(shards, TrainPlan(plan.lengths, plan.settings))
-        rows.append(Row("stream", f"{len(shards)} samples", name, count / timer.wall, "samples/s", "cold files"))
-    return rows
+            for data in samples:
+                decode_sample(data, (0, 1))
+        seconds.append(timer.cpu)
+    return len(samples) / median(seconds)
+
+
+def _read_bytes(shards: ShardSet, plan: TrainPlan) -> int:
+    for number in range(len(shards.facts)):
+        with open(shards.path(number), "rb") as stream:
+            while stream.read(PIECE):
+                pass
+    return len(shards)
 
 
 def _read_webdataset(shards: ShardSet, plan: TrainPlan) -> int:

@@ -17,8 +17,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trsr_dist.benchmarks.common import Row, timed
+from trsr_dist.benchmarks.common import Row, rate_row, ratio_row, timed
+from trsr_dist.benchmarks.ways import matrix_rate
 from trsr_dist.hashing import random_stream
+from trsr_dist.planning.flops import forward_flops
+from trsr_dist.planning.shape import ModelShape
+from trsr_dist.planning.tokens import Workload, triangle
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.engines.encoding import PromptEncoder
@@ -67,13 +71,32 @@ def _against_generate(
         together.append(timer.cpu)
     tokens = sum(completion.new_tokens for completion in done.values())
     case = f"{len(requests)} ragged prompts, {model.num_parameters() / 1e6:.1f}M weights"
-    rows = [
-        Row("summarize", case, "generate, one by one", tokens / median(alone), "new tokens/CPU-s"),
-        Row("summarize", case, "engine", tokens / median(together), "new tokens/CPU-s"),
-        _ratio(case, "engine, ratio to generate", alone, together, "bar: 1"),
-    ]
+    bound = tokens * matrix_rate() / _counted(model, tokenizer, requests, done)
     same = sum(done[key].text == text for key, text in expected.items())
-    return [*rows, Row("summarize", case, "equal texts", same / len(requests), "share")]
+    return [
+        rate_row("summarize", case, "generate, one by one", tokens, alone, "new tokens/CPU-s", bound),
+        rate_row("summarize", case, "engine", tokens, together, "new tokens/CPU-s", bound),
+        ratio_row("summarize", case, "generate / engine", alone, together),
+        Row("summarize", case, "equal texts", same / len(requests), "share"),
+    ]
+
+
+def _counted(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    requests: list[Request],
+    done: dict[str, Completion],
+) -> float:
+    """FLOPs of the prompts and of all new tokens, the output head at new tokens only."""
+    shape = ModelShape.from_config(model.config.to_dict())
+    flops = 0
+    for request in requests:
+        new = done[request.key].new_tokens
+        length = len(tokenizer(request.prompt.text())["input_ids"]) + new - 1
+        flops += (
+            forward_flops(shape, Workload(length, triangle(length))) + 2 * shape.hidden_size * shape.vocab_size * new
+        )
+    return flops
 
 
 def _chains(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_chains: int) -> list[Row]:
@@ -88,9 +111,13 @@ def _chains(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_cha
             seconds[number].append(timer.cpu)
     nodes = num_chains * NODES_PER_CHAIN
     case = f"{num_chains} recurrent chains, {nodes} nodes, {model.num_parameters() / 1e6:.1f}M weights"
-    rows = [Row("summarize", case, f"{n} in flight", nodes / median(seconds[n]), "nodes/CPU-s") for n in IN_FLIGHT]
-    same = "texts equal" if all(found == texts[1] for found in texts.values()) else "texts differ"
-    return [*rows, _ratio(case, "32 in flight, ratio to 1", seconds[1], seconds[32], f"bar: 4; {same}")]
+    rows = [rate_row("summarize", case, f"{n} in flight", nodes, seconds[n], "nodes/CPU-s") for n in IN_FLIGHT]
+    same = sum(found == texts[1] for found in texts.values()) / len(texts)
+    return [
+        *rows,
+        ratio_row("summarize", case, "1 in flight / 32 in flight", seconds[1], seconds[32]),
+        Row("summarize", case, "equal texts", same, "share"),
+    ]
 
 
 def _overhead(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_chains: int) -> list[Row]:
@@ -105,17 +132,11 @@ def _overhead(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_c
         shares.append(100 * (timer.cpu / first.seconds - 1))
         calls += again.num_requests
     case = f"{num_chains} recurrent chains, {model.num_parameters() / 1e6:.1f}M weights"
-    note = f"{min(shares):.2f} to {max(shares):.2f} in {REPEATS} rounds; bar: 2"
+    measure = "scheduler on top of the engine"
     return [
-        Row("summarize", case, "scheduler on top of the engine", median(shares), "%", note),
-        Row("summarize", case, "engine calls of a second run", calls, "calls", "bar: 0"),
+        Row("summarize", case, measure, median(shares), "%", low=min(shares), high=max(shares)),
+        Row("summarize", case, "engine calls of a second run", calls, "calls"),
     ]
-
-
-def _ratio(case: str, measure: str, slow: list[float], fast: list[float], note: str) -> Row:
-    ratios = [one / other for one, other in zip(slow, fast, strict=True)]
-    spread = f"{min(ratios):.2f} to {max(ratios):.2f} in {REPEATS} rounds; {note}"
-    return Row("summarize", case, measure, median(ratios), "x", spread)
 
 
 class _Timed:

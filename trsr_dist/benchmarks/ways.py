@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -12,7 +13,9 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from trsr_dist.benchmarks.common import Row, rate_row, ratio_row, timed
+from trsr_dist.planning.tokens import Workload, shared_workload, triangle
 from trsr_dist.records import TokenizedUser
+from trsr_dist.rows import PackedRow
 
 SHAPE = {
     "hidden_size": 512,
@@ -31,6 +34,8 @@ INSTRUCTION = 60
 BLOCKS = "benchmark_blocks"
 MATRIX = 1024
 MATRIX_REPEATS = 5
+LEAST_SECONDS = 0.2
+"""Of a measurement: CPU time is counted in ticks of about 10 ms."""
 
 Step = Callable[[], None]
 
@@ -59,15 +64,23 @@ class Measured:
 
 def measure(ways: Sequence[Way], repeats: int) -> list[Measured]:
     """CPU seconds, the ways in turn, after one step of each that is not counted."""
-    for way in ways:
-        way.step()
+    loops = [_loops(way.step) for way in ways]
     times: list[list[float]] = [[] for _ in ways]
     for _ in range(repeats):
-        for seconds, way in zip(times, ways, strict=True):
+        for seconds, way, number in zip(times, ways, loops, strict=True):
             with timed() as timer:
-                way.step()
-            seconds.append(timer.cpu * way.factor)
+                for _ in range(number):
+                    way.step()
+            seconds.append(timer.cpu * way.factor / number)
     return [Measured(way.name, tuple(seconds), way.flops) for way, seconds in zip(ways, times, strict=True)]
+
+
+def _loops(step: Step) -> int:
+    """How often to run a step, after one that is not counted, so that the clock's ticks do not matter."""
+    step()
+    with timed() as timer:
+        step()
+    return max(1, math.ceil(LEAST_SECONDS / max(timer.cpu, LEAST_SECONDS / 100)))
 
 
 def users_row(suite: str, case: str, found: Measured, num_users: int, matrix_rate: float) -> Row:
@@ -87,6 +100,18 @@ def matrix_rate() -> float:
     a, b = torch.randn(2, MATRIX, MATRIX)
     found = measure([Way("product", lambda: torch.mm(a, b), 1.0, 2.0 * MATRIX**3)], MATRIX_REPEATS)[0]
     return found.flops / median(found.times)
+
+
+def row_work(row: PackedRow) -> Workload:
+    """Counts of a row, with what its users share counted once."""
+    users = list(zip(row.prefix_lengths, row.suffix_lengths, strict=True))
+    whole = sum((shared_workload(prefix, suffixes) for prefix, suffixes in users), Workload())
+    copies = len(users) - 1
+    return replace(
+        whole,
+        tokens=whole.tokens - copies * row.head_length,
+        pairs=whole.pairs - copies * triangle(row.head_length),
+    )
 
 
 def make_user(name: str, prefix: int, suffixes: Sequence[int], shared: int = 0) -> TokenizedUser:

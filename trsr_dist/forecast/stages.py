@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from trsr_dist.forecast.workload import SplitWork
 from trsr_dist.planning.communication import bytes_sent_per_step
 from trsr_dist.planning.cost import Cluster, Cost, scoring_cost, training_cost
-from trsr_dist.planning.flops import forward_flops, training_flops
+from trsr_dist.planning.flops import forward_flops, last_layer_savings, training_flops
 from trsr_dist.planning.memory import RankMemory, ZeroSetting, rank_memory, recommend
 from trsr_dist.planning.shape import ModelShape
 
@@ -65,12 +65,10 @@ def forecast_training(
     lora = shape.num_lora_parameters(settings.lora_r, settings.target_modules)
     epoch_steps = -(-work.num_rows // settings.rows_per_step)
     num_steps = settings.max_steps or max(1, round(settings.num_epochs * epoch_steps))
-    flops = training_flops(shape, work.shared, lora, settings.full_head, settings.recompute)
+    answer_pairs = None if settings.full_head else work.separate.tokens
+    flops = training_flops(shape, work.shared, lora, settings.full_head, settings.recompute, answer_pairs)
     size = cluster.world_size
-    memory = {
-        name: rank_memory(shape, lora, settings.row_tokens, size, zero, settings.precision, settings.recompute)
-        for name, zero in STAGES.items()
-    }
+    memory = {name: _memory(shape, lora, settings, size, zero) for name, zero in STAGES.items()}
     rows_per_rank = -(-settings.rows_per_step // size)
     sent = {
         name: bytes_sent_per_step(shape, lora, size, zero.stage, rows_per_rank, settings.precision)
@@ -84,5 +82,20 @@ def forecast_training(
 
 def forecast_scoring(shape: ModelShape, work: SplitWork, num_passes: int, cluster: Cluster) -> tuple[float, Cost]:
     """FLOPs and cost of ranking a split's users ``num_passes`` times (control, base and the like)."""
-    flops = forward_flops(shape, work.shared) * num_passes
+    saved = last_layer_savings(shape, work.shared, work.separate.tokens)
+    flops = (forward_flops(shape, work.shared) - saved) * num_passes
     return flops, scoring_cost(cluster, flops)
+
+
+def _memory(shape: ModelShape, lora: int, settings: TrainingSettings, size: int, zero: ZeroSetting) -> RankMemory:
+    return rank_memory(
+        shape,
+        lora,
+        settings.row_tokens,
+        size,
+        zero,
+        settings.precision,
+        settings.recompute,
+        settings.target_modules,
+        answers_only=not settings.full_head,
+    )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from trsr_dist.planning.shape import ModelShape
+from trsr_dist.planning.shape import ATTENTION_MODULES, ModelShape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FRAMEWORK_BYTES = 2 * 1024**3
@@ -44,8 +45,12 @@ def rank_memory(
     zero: ZeroSetting,
     precision: str = "bfloat16",
     recompute: bool = True,
+    target_modules: Collection[str] | str = ATTENTION_MODULES,
+    answers_only: bool = True,
 ) -> RankMemory:
     """Bytes of one rank in one training step on a row of ``row_tokens`` tokens.
+
+    For ``target_modules`` and ``answers_only`` see ``activation_bytes``.
 
     Stage 1 divides the optimizer's state (float32 master copy and two moments), 2 also the gradients, 3 also the
     weights; at stage 3 the weights of two layers are whole at a time.
@@ -63,25 +68,50 @@ def rank_memory(
         adapter=num_lora_parameters * size,
         gradients=gradients,
         optimizer=0 if zero.offload_optimizer else optimizer,
-        activations=activation_bytes(shape, row_tokens, size, recompute),
+        activations=activation_bytes(shape, row_tokens, size, recompute, target_modules, answers_only),
         host=host,
     )
 
 
-def activation_bytes(shape: ModelShape, row_tokens: int, size: int, recompute: bool) -> int:
-    """What the backward pass needs of a row.
+def activation_bytes(
+    shape: ModelShape,
+    row_tokens: int,
+    size: int,
+    recompute: bool,
+    target_modules: Collection[str] | str = ATTENTION_MODULES,
+    answers_only: bool = True,
+) -> int:
+    """What the backward pass needs of a row, and what it makes in the layer where it is.
 
-    A layer keeps its two normalized inputs with their float32 originals, queries, keys, values, the attention's
-    output, and four MLP activations. With recomputation every layer keeps its input only, and one layer at a time the
-    rest.
+    With recomputation every layer keeps its input only, and one layer at a time the rest.
+
+    Args:
+        shape: the base model.
+        row_tokens: of the row.
+        size: bytes of a number.
+        recompute: with activation checkpointing.
+        target_modules: with LoRA layers: these need their inputs.
+        answers_only: the last layer runs at the answers, of which there are few, and keeps inputs, keys and values.
     """
-    attention = (2 * shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
-    layer = row_tokens * (
-        size * (4 * shape.hidden_size + attention + 4 * shape.intermediate_size) + 8 * shape.hidden_size
-    )
+    layer = row_tokens * layer_bytes_per_token(shape, size, target_modules)
+    keys = 2 * shape.num_kv_heads * shape.head_dim
+    last = row_tokens * (4 * shape.hidden_size + size * (shape.hidden_size + keys)) if answers_only else layer
+    gradients = row_tokens * size * 2 * (shape.intermediate_size + shape.hidden_size)
     if recompute:
-        return shape.num_layers * row_tokens * shape.hidden_size * size + 2 * layer
-    return shape.num_layers * layer
+        inputs = shape.num_layers * row_tokens * shape.hidden_size * size
+        return inputs + layer + gradients + (last if answers_only else 0)
+    return (shape.num_layers - 1) * layer + last + gradients
+
+
+def layer_bytes_per_token(shape: ModelShape, size: int, target_modules: Collection[str] | str) -> int:
+    """A layer keeps the inputs of its two norms in float32, queries, keys, values and the attention's output, three
+    activations of the MLP, and the inputs of the modules with LoRA layers."""
+    names = set(shape.linears) if target_modules == "all-linear" else set(target_modules)
+    inputs = shape.hidden_size * bool(names & {"q_proj", "k_proj", "v_proj"})
+    inputs += shape.hidden_size * bool(names & {"gate_proj", "up_proj"})
+    inputs += shape.intermediate_size * ("down_proj" in names)
+    attention = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+    return 8 * shape.hidden_size + size * (attention + 3 * shape.intermediate_size + inputs)
 
 
 def recommend(choices: dict[str, RankMemory], device_bytes: int) -> str:
