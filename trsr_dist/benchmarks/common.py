@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
-SUITES = ("training", "scoring", "stream", "summarize", "merge", "planner", "gpu")
+SUITES = ("training", "scoring", "stream", "summarize", "merge", "planner", "trl", "gpu")
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,7 +181,7 @@ class Bench:
                 else:
                     states = model._states(inputs, answers_only)
                     states = states if answers_only else states[inputs.layout.answer_index]
-                    loss = cross_entropy(model.causal.lm_head(states), 3 + inputs.labels)
+                    loss = cross_entropy(model.causal.lm_head(states), 3 + inputs.labels, reduction="sum")
                 loss.backward()
             hook.remove()
 
@@ -189,15 +189,14 @@ class Bench:
 
     def padded(self, users: Sequence[TokenizedUser], text: bool = False) -> Way:
         """(b)"""
-        batches = [_padded_prompts(user) for user in users]
+        prompts = [prompt for user in users for prompt in _padded_prompts(user)]
 
         def step() -> None:
-            for ids, mask in batches:
-                for row, row_mask in zip(ids, mask, strict=True):
-                    logits = self.stock(input_ids=row[None], attention_mask=row_mask[None]).logits[0]
-                    end = int(row_mask.sum()) - 1
-                    loss = cross_entropy(logits[:-1], row[1:]) if text else cross_entropy(logits[end], torch.tensor(3))
-                    loss.backward()
+            for ids, mask, label in prompts:
+                logits = self.stock(input_ids=ids, attention_mask=mask).logits[0]
+                end = int(mask.sum()) - 1
+                loss = cross_entropy(logits[:-1], ids[0, 1:]) if text else cross_entropy(logits[end], 3 + label)
+                loss.backward()
 
         lengths = [(len(user.prefix) + max(map(len, user.suffixes)), len(user.suffixes)) for user in users]
         whole, run = (
@@ -214,7 +213,7 @@ class Bench:
         rows = [_packed_prompts(user) for user in users]
 
         def step() -> None:
-            for ids, positions, lengths in rows:
+            for ids, positions, lengths, labels in rows:
                 out = self.blocks(
                     input_ids=ids,
                     position_ids=positions,
@@ -222,12 +221,15 @@ class Bench:
                     use_cache=False,
                     logits_to_keep=torch.tensor(lengths).cumsum(0) - 1,
                 )
-                cross_entropy(out.logits[0], torch.full((len(lengths),), 3)).backward()
+                cross_entropy(out.logits[0], 3 + labels, reduction="sum").backward()
 
         whole, run = (
             self._flops(
                 sum(
-                    (separate_workload(len(user.prefix), list(map(len, _prompts(user, limit)))) for user in users),
+                    (
+                        separate_workload(len(user.prefix), [len(suffix) for suffix, _ in _prompts(user, limit)])
+                        for user in users
+                    ),
                     Workload(),
                 )
             )
@@ -258,25 +260,30 @@ def _scaled(measured: Measured, whole: Way) -> Measured:
     return Measured(whole.name, tuple(seconds * factor for seconds in measured.times), whole.flops)
 
 
-def _prompts(user: TokenizedUser, limit: int) -> list[tuple[int, ...]]:
-    """So many suffixes, those of middle length."""
+def _prompts(user: TokenizedUser, limit: int) -> list[tuple[tuple[int, ...], int]]:
+    """So many suffixes with their labels, those of middle length."""
     first = max(0, len(user.suffixes) - limit) // 2
-    return sorted(user.suffixes, key=len)[first : first + limit]
+    pairs = zip(user.suffixes, user.labels, strict=True)
+    return sorted(pairs, key=lambda pair: len(pair[0]))[first : first + limit]
 
 
-def _padded_prompts(user: TokenizedUser) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and mask, shape (prompts, longest)."""
+def _padded_prompts(user: TokenizedUser) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Token ids and mask, shape (1, longest), and the label of each prompt."""
     longest = len(user.prefix) + max(map(len, user.suffixes))
-    prompts = [[*user.prefix, *suffix] for suffix in _prompts(user, MEASURED)]
-    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
-    mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts])
-    return ids, mask
+    found = []
+    for suffix, label in _prompts(user, MEASURED):
+        prompt = [*user.prefix, *suffix]
+        rest = longest - len(prompt)
+        mask = torch.tensor([[1] * len(prompt) + [0] * rest])
+        found.append((torch.tensor([prompt + [0] * rest]), mask, torch.tensor(label)))
+    return found
 
 
-def _packed_prompts(user: TokenizedUser) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
-    """Token ids and positions, shape (1, tokens), and the prompts' lengths."""
-    prompts = [[*user.prefix, *suffix] for suffix in _prompts(user, MEASURED)]
+def _packed_prompts(user: TokenizedUser) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...], torch.Tensor]:
+    """Token ids and positions, shape (1, tokens), the prompts' lengths and labels."""
+    chosen = _prompts(user, MEASURED)
+    prompts = [[*user.prefix, *suffix] for suffix, _ in chosen]
     lengths = tuple(map(len, prompts))
     ids = torch.tensor([[token for prompt in prompts for token in prompt]])
     positions = torch.tensor([[place for length in lengths for place in range(length)]])
-    return ids, positions, lengths
+    return ids, positions, lengths, torch.tensor([label for _, label in chosen])
