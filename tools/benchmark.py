@@ -14,18 +14,27 @@ import sys  # noqa: E402
 
 import torch  # noqa: E402
 
-from trsr_dist.benchmarks.common import SUITES, as_json, load_suite, table  # noqa: E402
+from trsr_dist.benchmarks.common import SUITES, as_json, load_suite, markdown, table  # noqa: E402
 from trsr_dist.cli import run_command  # noqa: E402
+
+ALL_SCALE = 0.5
+"""All suites then take under ten minutes on two cores."""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tools/benchmark.py --suite stream")
     parser.add_argument("--suite", required=True, choices=[*SUITES, "all"], help="which suite")
-    parser.add_argument("--scale", type=float, default=1.0, help="multiplies the sizes (default: 1)")
+    parser.add_argument("--scale", type=float, help=f"multiplies the sizes (default: 1; all: {ALL_SCALE})")
     parser.add_argument("--json", action="store_true", help="one JSON object a line instead of a table")
+    parser.add_argument("--markdown", action="store_true", help="a markdown table, as in docs/benchmarks.md")
     args = parser.parse_args()
-    rows = [row for name in chosen(args.suite) for row in load_suite(name)(args.scale)]
-    print("\n".join(json.dumps(as_json(row)) for row in rows) if args.json else table(rows))
+    scale = args.scale or (ALL_SCALE if args.suite == "all" else 1.0)
+    for name in chosen(args.suite):
+        rows = load_suite(name)(scale)
+        if args.json:
+            print("\n".join(json.dumps(as_json(row)) for row in rows), flush=True)
+        else:
+            print(markdown(rows) if args.markdown else table(rows), end="\n\n", flush=True)
 
 
 def chosen(suite: str) -> tuple[str, ...]:

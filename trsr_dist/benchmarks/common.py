@@ -15,6 +15,8 @@ from typing import Any
 
 SUITES = ("training", "scoring", "stream", "summarize", "merge", "planner", "trl", "gpu")
 
+HEADER = ("suite", "case", "measure", "value", "unit", "spread", "bound", "share", "note")
+
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -86,11 +88,20 @@ def as_json(row: Row) -> dict[str, Any]:
 
 def table(rows: Sequence[Row]) -> str:
     """Aligned columns."""
-    lines = [["suite", "case", "measure", "value", "unit", "spread", "bound", "share", "note"]]
-    lines += [[row.suite, row.case, row.measure, *figures(row), row.note] for row in rows]
+    lines = _lines(rows)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     cells = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in cells)
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The same as a markdown table."""
+    header, *lines = [f"| {' | '.join(line)} |" for line in _lines(rows)]
+    return "\n".join([header, "|---" * len(HEADER) + "|", *lines])
+
+
+def _lines(rows: Sequence[Row]) -> list[list[str]]:
+    return [list(HEADER), *([row.suite, row.case, row.measure, *figures(row), row.note] for row in rows)]
 
 
 def figures(row: Row) -> list[str]:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from trsr_dist.benchmarks.common import Row, load_suite
+from trsr_dist.benchmarks.common import as_json, load_suite, markdown
 from trsr_dist.errors import RunError
 from trsr_dist.files import atomic_file, write_json
 
@@ -37,10 +36,10 @@ def check_gpu(output: Path, scale: float) -> int:
         "device": torch.cuda.get_device_name(),
         "versions": {name: installed(name) for name in PACKAGES},
         "tests": tests,
-        "rows": [asdict(row) for row in rows],
+        "rows": [as_json(row) for row in rows],
     }
     write_json(output / f"{NAME}.json", facts)
-    text = markdown(facts, rows)
+    text = page(facts, markdown(rows))
     with atomic_file(output / f"{NAME}.md") as stream:
         stream.write(text)
     print(text)
@@ -62,7 +61,7 @@ def installed(package: str) -> str:
         return "-"
 
 
-def markdown(facts: dict[str, Any], rows: list[Row]) -> str:
+def page(facts: dict[str, Any], table: str) -> str:
     """The report as a page."""
     versions = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
     lines = [
@@ -78,9 +77,7 @@ def markdown(facts: dict[str, Any], rows: list[Row]) -> str:
         "",
         "## Benchmarks",
         "",
-        "| case | measure | value | unit | note |",
-        "|---|---|---|---|---|",
-        *(f"| {row.case} | {row.measure} | {row.value:,.4g} | {row.unit} | {row.note} |" for row in rows),
+        table,
         "",
     ]
     return "\n".join(lines)
