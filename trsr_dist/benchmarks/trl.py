@@ -43,8 +43,15 @@ CASES = (Case(4, 1024, 64, 2, 4400), Case(2, 1024, 64, 5, 4400))
 def run(scale: float) -> list[Row]:
     """The same users, model, loss and precision; ours before and after TRL's epochs, which run in another process."""
     if not PYTHON.exists():
-        return [Row("trl", "SFTTrainer, packed", "ratio", float("nan"), "x", f"not run: no {PYTHON}; {INSTALL}")]
-    return [row for case in CASES for row in compare(case)]
+        return [_not_run(f"no {PYTHON.relative_to(ROOT)}; make it by {INSTALL}")]
+    try:
+        return [row for case in CASES for row in compare(case)]
+    except subprocess.CalledProcessError as error:
+        return [_not_run(error.stderr.strip().splitlines()[-1])]
+
+
+def _not_run(reason: str) -> Row:
+    return Row("trl", "SFTTrainer, packed", "ratio to ours", float("nan"), "x", f"not run: {reason}")
 
 
 def compare(case: Case) -> list[Row]:
@@ -69,6 +76,6 @@ def epochs(case: Case) -> list[float]:
     task = json.dumps({"prompts": prompts, "row_tokens": case.row_tokens, "num_epochs": 1 + REPEATS})
     command = [str(PYTHON), "-m", "trsr_dist.benchmarks.trl_worker"]
     done = subprocess.run(
-        command, cwd=ROOT, input=task, stdout=subprocess.PIPE, text=True, timeout=TIMEOUT_SECONDS, check=True
+        command, cwd=ROOT, input=task, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=True
     )
     return json.loads(done.stdout.splitlines()[-1])[1:]
