@@ -167,3 +167,12 @@ def test_bad_input_is_named() -> None:
         ModelShape.from_config(CONFIGS["llama"].to_dict()).num_lora_parameters(8, ("c_attn",))
     with pytest.raises(ConfigError, match="h1000"):
         hardware("h1000")
+    with pytest.raises(ConfigError, match="found flops, memory, expected flops, memory, bandwidth, node, network"):
+        hardware("flops=1e12,memory=1e9")
+    with pytest.raises(ConfigError, match="fast"):
+        hardware("flops=fast,memory=1e9,bandwidth=1e9,node=1e9,network=1e9")
+
+
+def test_hardware_can_be_described() -> None:
+    found = hardware("flops=400e12,memory=96e9,bandwidth=4e12,node=300e9,network=50e9")
+    assert (found.flops_per_second, found.memory_bytes, found.network_bytes_per_second) == (400e12, 96e9, 50e9)

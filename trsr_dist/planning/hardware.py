@@ -37,15 +37,44 @@ CATALOGUE = {
 }
 
 
+DESCRIBED = {
+    "flops": "flops_per_second",
+    "memory": "memory_bytes",
+    "bandwidth": "memory_bytes_per_second",
+    "node": "node_bytes_per_second",
+    "network": "network_bytes_per_second",
+}
+"""Words of a description."""
+
+
 def hardware(name: str) -> Hardware:
-    """A device of the catalogue.
+    """A device of the catalogue, or one that is described: ``flops=400e12,memory=96e9,bandwidth=4e12,node=300e9,
+    network=50e9``, in FLOP/s, bytes and bytes per second.
 
     Raises:
-        ConfigError: the name is unknown; lists the known ones.
+        ConfigError: the name is unknown; lists the known ones. A description is incomplete or no number.
     """
+    if "=" in name:
+        return _described(name)
     if name not in CATALOGUE:
-        raise ConfigError(f"hardware {name!r}: expected one of {', '.join(CATALOGUE)}")
+        raise ConfigError(
+            f"hardware {name!r}: expected one of {', '.join(CATALOGUE)}, or a description with "
+            f"{', '.join(f'{word}=' for word in DESCRIBED)}"
+        )
     return CATALOGUE[name]
+
+
+def _described(text: str) -> Hardware:
+    pairs = dict(part.partition("=")[::2] for part in text.split(","))
+    if pairs.keys() != DESCRIBED.keys():
+        raise ConfigError(f"hardware {text!r}: found {', '.join(pairs)}, expected {', '.join(DESCRIBED)}")
+    try:
+        values = {DESCRIBED[word]: float(value) for word, value in pairs.items()}
+    except ValueError as error:
+        raise ConfigError(f"hardware {text!r}: {error}; expected numbers such as 312e12") from None
+    if min(values.values()) <= 0:
+        raise ConfigError(f"hardware {text!r}: expected numbers above 0")
+    return Hardware("described", **values)
 
 
 def recognize(device_name: str) -> Hardware | None:
