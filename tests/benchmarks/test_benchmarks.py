@@ -65,3 +65,4 @@ def test_a_rows_share_is_that_of_its_bound() -> None:
     assert header.split() == ["suite", "case", "measure", "value", "unit", "spread", "bound", "share", "note"]
     assert "2 to 3" in line and line.endswith("0.50")
     assert as_json(Row("stream", "case", "fill", 1.0, "share"))["share"] is None
+    assert as_json(Row("trl", "case", "not run", float("nan"), "x"))["value"] is None

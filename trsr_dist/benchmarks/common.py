@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 import multiprocessing
 import resource
 import time
@@ -82,8 +83,9 @@ def load_suite(name: str) -> Callable[[float], list[Row]]:
 
 
 def as_json(row: Row) -> dict[str, Any]:
-    """A row's fields, and the share of its bound."""
-    return asdict(row) | {"share": row.share}
+    """A row's fields, and the share of its bound; what was not run has null for its value."""
+    fields = asdict(row) | {"share": row.share}
+    return {name: None if isinstance(value, float) and math.isnan(value) else value for name, value in fields.items()}
 
 
 def table(rows: Sequence[Row]) -> str:

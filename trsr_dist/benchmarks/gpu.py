@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 
 import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from trsr_dist.benchmarks.common import Row
+from trsr_dist.benchmarks.common import Row, rate_row, ratio_row
 from trsr_dist.benchmarks.training import LORA_RANK, TARGETS
 from trsr_dist.benchmarks.ways import ANSWERS, make_user, suffix_lengths
 from trsr_dist.errors import ConfigError
@@ -94,7 +95,7 @@ def matrix_rate(setting: Setting) -> float:
     """FLOP/s of a large matrix product: what the device can reach at best."""
     size = setting.matrix
     a, b = (torch.randn(size, size, device=setting.device).to(setting.dtype) for _ in range(2))
-    return 2 * size**3 / seconds_of(lambda: a @ b, setting.device)
+    return 2 * size**3 / median(times_of(lambda: a @ b, setting.device))
 
 
 class Bench:
@@ -131,26 +132,29 @@ class Bench:
             enable_recomputation(self.model.causal)
         step = self._shared_step(users)
         self._reset_peak()
-        seconds = seconds_of(step, self._setting.device)
+        times = times_of(step, self._setting.device)
         peak = self._peak_bytes()
         if recompute:
             disable = getattr(self.model.causal, "activation_checkpointing_disable", None)
             (disable or self.model.causal.gradient_checkpointing_disable)()
-        return self._rows(users, seconds, peak, f"train 1+{count - 1}{', recomputed' if recompute else ''}", recompute)
+        return self._rows(users, times, peak, f"train 1+{count - 1}{', recomputed' if recompute else ''}", recompute)
 
     def alternatives(self, count: int) -> list[Row]:
         """The same users as separate sequences: tightly padded one by one, and packed through the same kernels."""
         users = self._users(count)
-        ours = seconds_of(self._shared_step(users), self._setting.device) / len(users)
+        ours = times_of(self._shared_step(users), self._setting.device)
         alone = [self._alone(users[0], number) for number in range(min(2, count))]
-        one = seconds_of(self._shared_step(alone[:1], full_head=True), self._setting.device)
+        one = times_of(self._shared_step(alone[:1], full_head=True), self._setting.device)
         fitting = max(1, self._setting.row_tokens // (len(alone[0].prefix) + SUFFIX))
         packed = [self._alone(users[0], number % count) for number in range(fitting)]
-        together = seconds_of(self._separate_step(packed), self._setting.device) / fitting
-        case = f"train 1+{count - 1}"
+        together = times_of(self._separate_step(packed), self._setting.device)
+        case, bound = f"train 1+{count - 1}", self._counted(users[0])
+        fast = [seconds / len(users) for seconds in ours]
+        slow = [seconds * count / fitting for seconds in together]
+        single = [seconds * count for seconds in one]
         return [
-            Row("gpu", case, "padded one by one, whole head / ours", one * count / ours, "x"),
-            Row("gpu", case, "packed separately / ours", together * count / ours, "x", self._counted(users[0])),
+            ratio_row("gpu", case, "padded one by one, whole head / ours", single, fast),
+            ratio_row("gpu", case, "packed separately / ours", slow, fast, bound),
         ]
 
     @torch.no_grad()
@@ -159,14 +163,13 @@ class Bench:
         users = self._users(count)
         row = pack_row(users)
         self.model.eval()
-        seconds = seconds_of(lambda: self.model(RowInputs(row, self._setting.device), "pair"), self._setting.device)
+        times = times_of(lambda: self.model(RowInputs(row, self._setting.device), "pair"), self._setting.device)
         self.model.train()
         flops = forward_flops(self.shape, _work(users), self.num_lora)
-        case = f"score 1+{count - 1}"
+        bound, case = len(users) * self._rate / flops, f"score 1+{count - 1}"
         return [
-            Row("gpu", case, "users a second", len(users) / seconds, "1/s"),
-            Row("gpu", case, "tokens a second", row.num_tokens / seconds, "1/s"),
-            Row("gpu", case, "useful FLOPs of the matrix rate", flops / seconds / self._rate, ""),
+            rate_row("gpu", case, "users a second", len(users), times, "1/s", bound),
+            rate_row("gpu", case, "tokens a second", row.num_tokens, times, "1/s"),
         ]
 
     def kernels(self, count: int) -> list[Row]:
@@ -174,7 +177,7 @@ class Bench:
         if self._setting.device.type != "cuda":
             return []
         step = self._shared_step(self._users(count))
-        seconds = seconds_of(step, self._setting.device)
+        seconds = median(times_of(step, self._setting.device))
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
             step()
             torch.cuda.synchronize()
@@ -216,28 +219,28 @@ class Bench:
         distinct = [_with_first_token(prompt, 100 + number) for number, prompt in enumerate(prompts)]
         return self._shared_step(distinct)
 
-    def _rows(self, users: list[TokenizedUser], seconds: float, peak: int, case: str, recompute: bool) -> list[Row]:
+    def _rows(self, users: list[TokenizedUser], times: list[float], peak: int, case: str, recompute: bool) -> list[Row]:
+        """The bound of the users is that of the matrix rate: its share is the MFU."""
         row = pack_row(users)
         flops = training_flops(self.shape, _work(users), self.num_lora)
         predicted = rank_memory(self.shape, self.num_lora, row.num_tokens, 1, ZeroSetting(0), "bfloat16", recompute)
-        note = f"row of {row.num_tokens} tokens, {self.backend}"
+        users_bound = len(users) * self._rate / flops
+        tokens = rate_row("gpu", case, "tokens a second", row.num_tokens, times, "1/s")
         rows = [
-            Row("gpu", case, "tokens a second", row.num_tokens / seconds, "1/s", note),
-            Row("gpu", case, "users a second", len(users) / seconds, "1/s"),
-            Row("gpu", case, "useful FLOPs of the matrix rate (MFU)", flops / seconds / self._rate, ""),
+            replace(tokens, note=f"row of {row.num_tokens} tokens, {self.backend}"),
+            rate_row("gpu", case, "users a second", len(users), times, "1/s", users_bound),
         ]
         if peak:
             needed = predicted.weights + predicted.adapter + predicted.gradients + predicted.activations
             rows.append(Row("gpu", case, "peak memory", peak / 1e9, "GB", f"planner: {needed / 1e9:.1f} GB"))
         return rows
 
-    def _counted(self, user: TokenizedUser) -> str:
+    def _counted(self, user: TokenizedUser) -> float:
+        """Operations of separate prompts over shared ones."""
         lengths = [len(suffix) for suffix in user.suffixes]
         works = separate_workload(len(user.prefix), lengths), shared_workload(len(user.prefix), lengths)
-        ratio = training_flops(self.shape, works[0], self.num_lora) / training_flops(
-            self.shape, works[1], self.num_lora
-        )
-        return f"counted FLOPs {ratio:.2f}x"
+        separate, shared = (training_flops(self.shape, work, self.num_lora) for work in works)
+        return separate / shared
 
     def _reset_peak(self) -> None:
         if self._setting.device.type == "cuda":
@@ -256,28 +259,29 @@ def attention(setting: Setting) -> list[Row]:
         users = max(1, setting.row_tokens // (setting.prefix + count * SUFFIX))
         layout = Layout(INSTRUCTION, (setting.prefix,) * users, ((SUFFIX,) * count,) * users, setting.device)
         for name in BACKENDS:
-            seconds, note = _attention_seconds(name, layout, heads, head_dim, setting)
+            times, note = _attention_times(name, layout, heads, head_dim, setting)
             case = f"attention, {users} users, 1+{count - 1}"
-            rows.append(Row("gpu", case, name, seconds * 1000, "ms", note))
+            low, value, high = (1000 * pick(times) for pick in (min, median, max))
+            rows.append(Row("gpu", case, name, value, "ms", note, low, high))
     return rows
 
 
-def _attention_seconds(name: str, layout: Layout, heads: int, head_dim: int, setting: Setting) -> tuple[float, str]:
+def _attention_times(name: str, layout: Layout, heads: int, head_dim: int, setting: Setting) -> tuple[list[float], str]:
     try:
         attend = build_backend(choose_backend(name, setting.device, setting.dtype, head_dim))
     except ConfigError as error:
-        return float("nan"), f"not run: {error}"
+        return [float("nan")], f"not run: {error}"
     shape = (layout.num_tokens, heads, head_dim)
     q, k, v = (torch.randn(shape, device=setting.device).to(setting.dtype).requires_grad_() for _ in range(3))
 
     def step() -> None:
         attend(q, k, v, layout, False, head_dim**-0.5).sum().backward()
 
-    return seconds_of(step, setting.device), ""
+    return times_of(step, setting.device), ""
 
 
-def seconds_of(step: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> float:
-    """Median seconds of a call, after one that is not counted."""
+def times_of(step: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> list[float]:
+    """Seconds of each call, after one that is not counted."""
     step()
     times = []
     for _ in range(repeats):
@@ -286,7 +290,7 @@ def seconds_of(step: Callable[[], object], device: torch.device, repeats: int = 
         step()
         _wait(device)
         times.append(time.perf_counter() - began)
-    return sorted(times)[len(times) // 2]
+    return times
 
 
 def _wait(device: torch.device) -> None:
