@@ -61,6 +61,6 @@ def test_only_the_users_own_history_tells(tmp_path: Path) -> None:
     own = sum(by_topic(row, row.history) for row in rows) / len(rows)
     other = sum(by_topic(row, rows[i - 1].history) for i, row in enumerate(rows)) / len(rows)
     popular = sum(recall_at_5(row, [catalogue.popularity(i) for i in row.candidates]) for row in rows) / len(rows)
-    assert own > 0.9
+    assert own > 0.75
     assert abs(other - CHANCE) < 0.06
     assert abs(popular - CHANCE) < 0.06

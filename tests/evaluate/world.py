@@ -28,7 +28,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "demo": {"num_users": 225, "num_items": 400},
     "data": {"format": "demo", "candidates": "targets", "split": [2, 1, 6], "max_history": 12, "long_histories": "cut"},
     "summarize": {"max_new_tokens": 12, "users_per_shard": 60},
-    "prompt": {"recent_items": 2, "max_tokens": 325, "max_candidate_tokens": 90, "style": "plain"},
+    "prompt": {"recent_items": 2, "max_tokens": 308, "max_candidate_tokens": 90, "style": "plain"},
     "model": {"name_or_path": "RUN/base"},
     "train": {"precision": "float32", "pool_size": 6},
     "evaluate": {"negatives_per_positive": 6, "top_k": [1, 3], "row_tokens": 2048, "bootstrap_samples": 50},

@@ -54,6 +54,7 @@ class Monitor:
         self._flops = flops
         self._peak_flops = peak_flops
         self._sums, self._seconds, self._steps = Sums(), 0.0, 0
+        self._last: dict[str, float] = {}
         self._bar = progress(total=num_steps, description="train", unit="step") if metrics else None
         if self._bar is not None:
             self._bar.update(first_step)
@@ -80,10 +81,11 @@ class Monitor:
             self._metrics.write(step, {f"valid/{name}": value for name, value in metrics.items()})
 
     def close(self, settings: dict[str, Any], final: dict[str, float]) -> None:
-        """Write the hyperparameters beside the final metrics."""
+        """Write the hyperparameters beside the final metrics; without any, beside the last line's loss and AUC."""
         if self._metrics is None:
             return
         self._bar.close()
+        final = final or self._last
         if self._metrics.writer is not None and final:
             plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
             self._metrics.writer.add_hparams(plain, {f"final/{k}": v for k, v in final.items()}, run_name="hparams")
@@ -100,6 +102,7 @@ class Monitor:
             "train/eta_seconds": eta,
         }
         self._metrics.write(made.step, values)
+        self._last = {name: values[f"train/{name}"] for name in ("loss", "auc") if f"train/{name}" in values}
         log.info(describe(made, self._num_steps, values))
         self._sums, self._seconds, self._steps = Sums(), 0.0, 0
 
