@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from functools import cached_property
-from itertools import product
 
 import torch
 from torch import nn
@@ -29,6 +28,7 @@ from trsr_dist.benchmarks.ways import (
     Way,
     against,
     block_attention,
+    grid,
     make_user,
     matrix_rate,
     measure,
@@ -53,12 +53,11 @@ CPU = torch.device("cpu")
 
 
 def run(scale: float) -> list[Row]:
-    """All measurements; ``scale`` below 1 leaves out the longest prefixes."""
+    """All measurements, for ``grid(scale)``."""
     torch.set_num_threads(1)
     bench = Bench(LlamaConfig(**SHAPE), matrix_rate())
-    prefixes = [prefix for prefix in PREFIXES if prefix <= max(PREFIXES) * scale]
-    rows = [row for prefix, suffix in product(prefixes, SUFFIXES) for row in bench.compare(prefix, suffix)]
-    return rows + [row for prefix in prefixes[:2] for row in bench.share_instruction(prefix)]
+    rows = [row for pair in grid(scale) for row in bench.compare(*pair)]
+    return rows + [row for prefix in PREFIXES[:2] for row in bench.share_instruction(prefix)]
 
 
 class Bench:

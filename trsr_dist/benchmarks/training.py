@@ -28,13 +28,12 @@ from trsr_dist.benchmarks.ways import (
     ANSWERS,
     BLOCKS,
     INSTRUCTION,
-    PREFIXES,
     SHAPE,
-    SUFFIXES,
     Measured,
     Way,
     against,
     block_attention,
+    grid,
     make_user,
     matrix_rate,
     measure,
@@ -62,11 +61,10 @@ MIX_USERS = range(1, 10, 3)
 
 
 def run(scale: float) -> list[Row]:
-    """All measurements; ``scale`` below 1 leaves out the longest prefixes."""
+    """All measurements, for ``grid(scale)``."""
     torch.set_num_threads(1)
     bench = Bench(LlamaConfig(**SHAPE), matrix_rate())
-    prefixes = [prefix for prefix in PREFIXES if prefix <= max(PREFIXES) * scale]
-    rows = [row for prefix, suffix in product(prefixes, SUFFIXES) for row in bench.compare(prefix, suffix)]
+    rows = [row for pair in grid(scale) for row in bench.compare(*pair)]
     for mix, count in product((MIND, AMAZON), CANDIDATES[:2]):
         rows += bench.compare_mix(mix, count)
     for count in CANDIDATES[:2]:

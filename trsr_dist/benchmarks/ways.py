@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from statistics import median
 
 import torch
@@ -81,6 +82,12 @@ def _loops(step: Step) -> int:
     with timed() as timer:
         step()
     return max(1, math.ceil(LEAST_SECONDS / max(timer.cpu, LEAST_SECONDS / 100)))
+
+
+def grid(scale: float) -> list[tuple[int, int]]:
+    """Prefixes and longest suffixes; ``scale`` below 1 leaves out the longest prefixes, and the short suffixes."""
+    suffixes = SUFFIXES if scale >= 1 else SUFFIXES[-1:]
+    return [pair for pair in product(PREFIXES, suffixes) if pair[0] <= max(PREFIXES) * scale]
 
 
 def users_row(suite: str, case: str, found: Measured, num_users: int, matrix_rate: float) -> Row:
