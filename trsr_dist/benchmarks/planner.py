@@ -104,12 +104,14 @@ def predictions() -> list[Row]:
     for trial in PREDICTED:
         seconds, predicted = in_child(step_seconds, trial), flops(trial) / rate
         note = f"{predicted:.2f} predicted, {seconds:.2f} measured"
-        rows.append(Row("planner", trial.name, "CPU seconds of a step", predicted / seconds, "x", note))
+        rows.append(
+            Row("planner", trial.name, "CPU seconds of a step, predicted / measured", predicted / seconds, "x", note)
+        )
         held, predicted = in_child(step_bytes, trial), planned_bytes(trial) + rest
         note = f"{predicted / 1e6:.0f} MB predicted, {held / 1e6:.0f} measured, {rest / 1e6:.0f} of them calibrated"
-        rows.append(Row("planner", trial.name, "peak memory", predicted / held, "x", note))
+        rows.append(Row("planner", trial.name, "peak memory, predicted / measured", predicted / held, "x", note))
         planned = planned_bytes(trial)
-        rows.append(Row("planner", trial.name, "memory beyond the libraries", planned / (held - rest), "x"))
+        rows.append(Row("planner", trial.name, "the same without the libraries' share", planned / (held - rest), "x"))
     return rows
 
 
