@@ -63,7 +63,7 @@ PREDICTED = (
     Trial("1024 x 3 layers, 1+1", sizes(1024, 3, 16, 4, 2816, 2048), 5, 300, 32, 2),
     Trial("640 x 5 layers, 1+20", sizes(640, 5, 10, 10, 1728, 16384), 2, 700, 32, 21),
 )
-REPEATS = 3
+REPEATS = 2
 MMAP_THRESHOLD = -3
 PAGES = 65536
 """Bytes from which on malloc hands memory back at once."""
