@@ -33,7 +33,7 @@ quickstart: env  ## the whole method on built-in data, on 2 CPU cores (SEED=1 fo
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 tools/evaluate.py $(QUICKSTART) --model $(RUN)/merged
 
 test: env  ## all tests that need neither a GPU nor Slurm, under 10 minutes
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slurm and not soak"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm and not soak"
 
 test-slurm: env  ## the tests on a real Slurm cluster of this machine (Linux, root)
 	$(BIN)/python -m pytest -m "slurm and not soak" tests/slurm

@@ -1,5 +1,12 @@
 """The libraries' environment, as the entry points set it, before any test imports torch."""
 
+import pytest
+
 from trsr_dist.environment import prepare_process
 
 prepare_process(num_threads=1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Folders with long tests first, so that no process is left alone with them at the end."""
+    items.sort(key=lambda item: item.path.parent.name not in {"train", "evaluate", "merge"})
