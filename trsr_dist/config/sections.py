@@ -299,8 +299,8 @@ class BaseSection(Section):
     learning_rate: float = Field(0.01, gt=0)
     """Peak learning rate of Muon on the layers' matrices; the other weights have AdamW at half of it."""
     prompt_share: float = Field(0.8, ge=0, le=1)
-    """Share of prompt-shaped documents, the others being plain texts. Their answers are drawn at random, so that nothing of
-    the labels is learned."""
+    """Share of prompt-shaped documents, the others being plain texts. Their answers are drawn at random, so that
+    nothing of the labels is learned."""
 
 
 class Config(Section):
