@@ -11,9 +11,7 @@ from trsr_dist.cli import cluster_options, config_parser, parse_config, run_comm
 
 def main() -> None:
     """Print the forecast."""
-    example = (
-        "python tools/plan.py --config configs/mind.yaml --hardware h100 --nodes 4 --price 2.5"
-    )
+    example = "python tools/plan.py --config configs/mind.yaml --hardware h100 --nodes 4 --price 2.5"
     parser = cluster_options(config_parser(__doc__, example))
     args, config = parse_config(parser)
     from trsr_dist.forecast.job import Forecast, Request
