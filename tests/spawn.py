@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import socket
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -12,6 +13,13 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 240.0
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def run_ranks(function: Callable[..., Any], world_size: int, *args: object) -> list[Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import yaml
 
 from tests.merge.models import make_base, make_checkpoint, seal
+from tests.spawn import free_port
 from tests.tokenizers import byte_level
 from trsr_dist.config import Config, load_config
 from trsr_dist.data.prepare import prepare
@@ -87,13 +87,6 @@ def start(run: Path, output: Path, *arguments: str, ranks: int = 0, **environmen
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-
-
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run_command(run: Path, output: Path, *arguments: str, ranks: int = 0, **environment: str) -> tuple[int, str]:

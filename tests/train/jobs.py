@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.spawn import free_port
 from tests.train.world import losses_of
 from trsr_dist.train.heartbeat import read_heartbeats
 
@@ -79,7 +80,7 @@ def is_alive(pid: int) -> bool:
 
 
 def _launch(launcher: str, num_ranks: int) -> list[str]:
-    port = str(20000 + os.getpid() * 7 % 20000)
+    port = str(free_port())
     if launcher == "deepspeed":
         return [str(BIN / "deepspeed"), "--quiet", "--num_gpus", str(num_ranks), "--master_port", port]
     if launcher == "torchrun":
