@@ -18,7 +18,7 @@ from trsr_dist.benchmarks.common import SUITES, as_json, load_suite, markdown, t
 from trsr_dist.cli import run_command  # noqa: E402
 
 ALL_SCALE = 0.5
-"""All suites then take under ten minutes on two cores."""
+"""All suites then take about ten minutes on two cores."""
 
 
 def main() -> None:

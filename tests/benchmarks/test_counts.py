@@ -14,8 +14,8 @@ from tests.merge.models import load, make_base
 from tests.shards.world import make_builder, make_sample, make_split
 from tests.tokenizers import byte_level
 from trsr_dist.benchmarks.mixes import AMAZON, MIND, Mix
-from trsr_dist.benchmarks.training import LORA_RANK, TARGETS, Bench
-from trsr_dist.benchmarks.ways import SHAPE, make_user, row_work
+from trsr_dist.benchmarks.training import Bench
+from trsr_dist.benchmarks.ways import LORA_RANK, SHAPE, TARGETS, make_user, row_work
 from trsr_dist.evaluate.scoring import PartScorer
 from trsr_dist.model.forward import score_row
 from trsr_dist.model.recommender import Recommender

@@ -15,8 +15,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trsr_dist.benchmarks.common import Row, rate_row, ratio_row
-from trsr_dist.benchmarks.training import LORA_RANK, TARGETS
-from trsr_dist.benchmarks.ways import ANSWERS, make_user, suffix_lengths
+from trsr_dist.benchmarks.ways import ANSWERS, LORA_RANK, TARGETS, make_user, suffix_lengths
 from trsr_dist.errors import ConfigError
 from trsr_dist.model.attention.backends import build_backend, choose_backend
 from trsr_dist.model.attention.layout import Layout

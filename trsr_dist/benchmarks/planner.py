@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trsr_dist.benchmarks.common import Row, in_child, peak_bytes
 from trsr_dist.benchmarks.mixes import AMAZON, MIND, Mix
-from trsr_dist.benchmarks.training import LORA_RANK, TARGETS
-from trsr_dist.benchmarks.ways import ANSWERS, Way, make_user, measure, row_work, suffix_lengths
+from trsr_dist.benchmarks.ways import ANSWERS, LORA_RANK, TARGETS, Way, make_user, measure, row_work, suffix_lengths
 from trsr_dist.forecast.simulation import Loads, divide, epoch_rows, run_with_failures
 from trsr_dist.hashing import random_stream
 from trsr_dist.model.inputs import RowInputs

@@ -14,27 +14,29 @@ from functools import cached_property
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trsr_dist.benchmarks.common import Row
 from trsr_dist.benchmarks.ways import (
     ANSWERS,
-    BLOCKS,
     INSTRUCTION,
     PREFIXES,
+    REPEATS,
     SHAPE,
     SUFFIXES,
     Step,
     Way,
     against,
-    block_attention,
     grid,
     make_user,
     matrix_rate,
     measure,
+    middle,
+    pack_prompts,
     row_work,
     suffix_lengths,
     users_row,
+    with_blocks,
 )
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
@@ -45,10 +47,7 @@ from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import PackedRow, pack_row
 
 CANDIDATES = 21
-MEASURED = 2
-"""Separate prompts that are run for a user; more cost as much each."""
 PADDED = 2048
-REPEATS = 3
 CPU = torch.device("cpu")
 
 
@@ -80,10 +79,7 @@ class Bench:
 
     @cached_property
     def blocks(self) -> nn.Module:
-        AttentionInterface.register(BLOCKS, block_attention)
-        model = copy.deepcopy(self._model)
-        model.set_attn_implementation(BLOCKS)
-        return model
+        return with_blocks(self._model)
 
     def compare(self, prefix: int, suffix: int) -> list[Row]:
         """All ways for one user."""
@@ -123,8 +119,7 @@ class Bench:
 
     def alone(self, user: TokenizedUser) -> Way:
         """(b)"""
-        chosen = median_suffixes(user)
-        prompts = [torch.tensor([[*user.prefix, *suffix]]) for suffix in chosen]
+        prompts = [torch.tensor([prompt]) for prompt in _prompts(user)]
 
         @torch.no_grad()
         def step() -> None:
@@ -135,10 +130,7 @@ class Bench:
 
     def packed(self, user: TokenizedUser) -> Way:
         """(c)"""
-        prompts = [[*user.prefix, *suffix] for suffix in median_suffixes(user)]
-        lengths = tuple(map(len, prompts))
-        ids = torch.tensor([[token for prompt in prompts for token in prompt]])
-        positions = torch.tensor([[place for length in lengths for place in range(length)]])
+        ids, positions, lengths = pack_prompts(_prompts(user))
         ends = torch.tensor(lengths).cumsum(0) - 1
 
         @torch.no_grad()
@@ -182,14 +174,13 @@ class Bench:
 
     def _separate(self, name: str, step: Step, user: TokenizedUser, full_head: bool) -> Way:
         """A way that runs some of the prompts, counted and timed for all of them."""
-        prefix, chosen = len(user.prefix), median_suffixes(user)
+        prefix = len(user.prefix)
         everything = separate_workload(prefix, [len(suffix) for suffix in user.suffixes])
-        measured = separate_workload(prefix, [len(suffix) for suffix in chosen])
+        measured = separate_workload(prefix, [len(user.suffixes[place]) for place in middle(user.suffixes)])
         flops = [forward_flops(self.shape, work, full_head=full_head) for work in (everything, measured)]
         return Way(name, step, flops[0] / flops[1], flops[0])
 
 
-def median_suffixes(user: TokenizedUser) -> list[tuple[int, ...]]:
-    """The suffixes of middle length: so many are run where each prompt is a sequence."""
-    middle = (CANDIDATES - MEASURED) // 2
-    return sorted(user.suffixes, key=len)[middle : middle + MEASURED]
+def _prompts(user: TokenizedUser) -> list[list[int]]:
+    """Those that are run where each prompt is a sequence."""
+    return [[*user.prefix, *user.suffixes[place]] for place in middle(user.suffixes)]

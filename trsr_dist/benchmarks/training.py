@@ -20,26 +20,31 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import AttentionInterface, AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trsr_dist.benchmarks.common import Row
 from trsr_dist.benchmarks.mixes import AMAZON, MIND, Mix
 from trsr_dist.benchmarks.ways import (
     ANSWERS,
-    BLOCKS,
     INSTRUCTION,
+    LORA_RANK,
+    MEASURED,
+    REPEATS,
     SHAPE,
+    TARGETS,
     Measured,
     Way,
     against,
-    block_attention,
     grid,
     make_user,
     matrix_rate,
     measure,
+    middle,
+    pack_prompts,
     row_work,
     suffix_lengths,
     users_row,
+    with_blocks,
 )
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
@@ -51,11 +56,6 @@ from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import PackedRow, pack_row
 
 CANDIDATES = (2, 5, 21)
-LORA_RANK = 8
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
-REPEATS = 3
-MEASURED = 2
-"""Separate prompts that are run for a user; more cost as much each."""
 MIX_USERS = range(1, 10, 3)
 """Users of a mix: the quantiles at 15%, 45% and 75%."""
 
@@ -100,10 +100,7 @@ class Bench:
 
     @cached_property
     def blocks(self) -> nn.Module:
-        AttentionInterface.register(BLOCKS, block_attention)
-        model = copy.deepcopy(self._model).train()
-        model.set_attn_implementation(BLOCKS)
-        return model
+        return with_blocks(self._model).train()
 
     def compare(self, prefix: int, suffix: int) -> list[Row]:
         """(b) and (c) against (d), for one user with few and with many candidates.
@@ -208,7 +205,15 @@ class Bench:
 
     def packed(self, users: Sequence[TokenizedUser]) -> Way:
         """(c)"""
-        rows = [_packed_prompts(user) for user in users]
+        rows = []
+        for user in users:
+            places = middle(user.suffixes)
+            rows.append(
+                (
+                    *pack_prompts([[*user.prefix, *user.suffixes[place]] for place in places]),
+                    torch.tensor([user.labels[place] for place in places]),
+                )
+            )
 
         def step() -> None:
             for ids, positions, lengths, labels in rows:
@@ -225,7 +230,9 @@ class Bench:
             self._flops(
                 sum(
                     (
-                        separate_workload(len(user.prefix), [len(suffix) for suffix, _ in _prompts(user, limit)])
+                        separate_workload(
+                            len(user.prefix), [len(user.suffixes[place]) for place in middle(user.suffixes, limit)]
+                        )
                         for user in users
                     ),
                     Workload(),
@@ -258,30 +265,13 @@ def _scaled(measured: Measured, whole: Way) -> Measured:
     return Measured(whole.name, tuple(seconds * factor for seconds in measured.times), whole.flops)
 
 
-def _prompts(user: TokenizedUser, limit: int) -> list[tuple[tuple[int, ...], int]]:
-    """So many suffixes with their labels, those of middle length."""
-    first = max(0, len(user.suffixes) - limit) // 2
-    pairs = zip(user.suffixes, user.labels, strict=True)
-    return sorted(pairs, key=lambda pair: len(pair[0]))[first : first + limit]
-
-
 def _padded_prompts(user: TokenizedUser) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Token ids and mask, shape (1, longest), and the label of each prompt."""
     longest = len(user.prefix) + max(map(len, user.suffixes))
     found = []
-    for suffix, label in _prompts(user, MEASURED):
-        prompt = [*user.prefix, *suffix]
+    for place in middle(user.suffixes):
+        prompt = [*user.prefix, *user.suffixes[place]]
         rest = longest - len(prompt)
         mask = torch.tensor([[1] * len(prompt) + [0] * rest])
-        found.append((torch.tensor([prompt + [0] * rest]), mask, torch.tensor(label)))
+        found.append((torch.tensor([prompt + [0] * rest]), mask, torch.tensor(user.labels[place])))
     return found
-
-
-def _packed_prompts(user: TokenizedUser) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...], torch.Tensor]:
-    """Token ids and positions, shape (1, tokens), the prompts' lengths and labels."""
-    chosen = _prompts(user, MEASURED)
-    prompts = [[*user.prefix, *suffix] for suffix, _ in chosen]
-    lengths = tuple(map(len, prompts))
-    ids = torch.tensor([[token for prompt in prompts for token in prompt]])
-    positions = torch.tensor([[place for length in lengths for place in range(length)]])
-    return ids, positions, lengths, torch.tensor([label for _, label in chosen])

@@ -11,13 +11,12 @@ from transformers import LlamaConfig
 
 from trsr_dist.benchmarks.common import Row, rate_row, ratio_row
 from trsr_dist.benchmarks.training import Bench
-from trsr_dist.benchmarks.ways import SHAPE, make_user, matrix_rate, measure, suffix_lengths
+from trsr_dist.benchmarks.ways import REPEATS, SHAPE, make_user, matrix_rate, measure, suffix_lengths
 from trsr_dist.records import TokenizedUser
 
 ROOT = Path(__file__).parents[2]
 PYTHON = ROOT / ".venv/trl/bin/python"
 INSTALL = "python3 -m venv .venv/trl && .venv/trl/bin/pip install torch==2.13.0 trl peft"
-REPEATS = 3
 TIMEOUT_SECONDS = 400
 
 

@@ -23,9 +23,7 @@ from transformers import (
 from trl import SFTConfig, SFTTrainer
 
 from trsr_dist.benchmarks.common import Timer, timed
-from trsr_dist.benchmarks.ways import SHAPE
-
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
+from trsr_dist.benchmarks.ways import LORA_RANK, SHAPE, TARGETS
 
 
 class Epochs(TrainerCallback):
@@ -57,7 +55,7 @@ def train(prompts: Sequence[Sequence[int]], row_tokens: int, num_epochs: int) ->
             args=settings(folder, row_tokens, num_epochs),
             train_dataset=Dataset.from_list([example(prompt) for prompt in prompts]),
             processing_class=unused_tokenizer(),
-            peft_config=LoraConfig(r=8, lora_alpha=16, target_modules=TARGETS, task_type="CAUSAL_LM"),
+            peft_config=LoraConfig(r=LORA_RANK, lora_alpha=16, target_modules=list(TARGETS), task_type="CAUSAL_LM"),
             callbacks=[epochs],
         )
         trainer.train()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -12,8 +13,10 @@ from statistics import median
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, PreTrainedModel
 
 from trsr_dist.benchmarks.common import Row, rate_row, ratio_row, timed
+from trsr_dist.planning.shape import ATTENTION_MODULES
 from trsr_dist.planning.tokens import Workload, shared_workload, triangle
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import PackedRow
@@ -27,11 +30,16 @@ SHAPE = {
     "vocab_size": 2048,
     "max_position_embeddings": 4096,
 }
+LORA_RANK = 8
+TARGETS = ATTENTION_MODULES
 PREFIXES = (256, 1024, 2048)
 SUFFIXES = (32, 64)
 ANSWERS = (3, 4)
 INSTRUCTION = 60
 """Tokens that the users of a row share."""
+REPEATS = 3
+MEASURED = 2
+"""Separate prompts that are run for a user; more cost as much each."""
 BLOCKS = "benchmark_blocks"
 MATRIX = 1024
 MATRIX_REPEATS = 5
@@ -138,6 +146,27 @@ def suffix_lengths(name: str, longest: int, count: int) -> list[int]:
     """Of half to the whole length."""
     draw = random.Random(f"suffixes of {name}")
     return [draw.randint(longest // 2, longest) for _ in range(count)]
+
+
+def middle(suffixes: Sequence[tuple[int, ...]], limit: int = MEASURED) -> list[int]:
+    """Places of so many suffixes, those of middle length."""
+    first = max(0, len(suffixes) - limit) // 2
+    return sorted(range(len(suffixes)), key=lambda place: len(suffixes[place]))[first : first + limit]
+
+
+def pack_prompts(prompts: Sequence[Sequence[int]]) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
+    """Token ids and positions of prompts behind each other, shape (1, tokens), and the prompts' lengths."""
+    lengths = tuple(map(len, prompts))
+    ids = torch.tensor([[token for prompt in prompts for token in prompt]])
+    return ids, torch.tensor([[place for length in lengths for place in range(length)]]), lengths
+
+
+def with_blocks(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy whose attention stays within the prompts of a packed row, given as ``blocks``."""
+    AttentionInterface.register(BLOCKS, block_attention)
+    model = copy.deepcopy(model)
+    model.set_attn_implementation(BLOCKS)
+    return model
 
 
 def block_attention(

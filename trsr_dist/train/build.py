@@ -169,11 +169,16 @@ class Build:
         return 0.0 if device is None else device.flops_per_second * self.ranks.world_size
 
     def count_flops(self, sums: Sums) -> float:
-        """Floating point operations of forward and backward passes, recomputation not counted (as MFU is defined)."""
+        """Floating point operations of forward and backward passes, recomputation not counted (as MFU is defined).
+
+        An answer reads its whole prompt, so the answers' pairs are the tokens of separate sequences.
+        """
         if self.shape is None:
             return 0.0
         work = Workload(round(sums.tokens), round(sums.attended_pairs), round(sums.answers), round(sums.users))
-        return training_flops(self.shape, work, self.num_lora_parameters)
+        whole = self.config.train.loss == "full_text"
+        answer_pairs = None if whole else round(sums.separate_tokens)
+        return training_flops(self.shape, work, self.num_lora_parameters, full_head=whole, answer_pairs=answer_pairs)
 
     @cached_property
     def shape(self) -> ModelShape | None:
