@@ -42,7 +42,9 @@ def process_group(ranks: Ranks, timeout_seconds: float = TIMEOUT_SECONDS, always
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds))
+    # A lone process meets nobody: with a store of its own it needs no port, which another one might hold.
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks.world_size == 1 else {}
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **alone)
     try:
         yield
     except BaseException:

@@ -94,16 +94,7 @@ def export_ranks(ranks: Ranks) -> None:
         LOCAL_WORLD_SIZE=str(ranks.local_world_size),
     )
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(_port(ranks)))
-
-
-def _port(ranks: Ranks) -> int:
-    """A free one for a lone process; else the same on all ranks."""
-    if ranks.world_size > 1:
-        return 20000 + int(ranks.job_id or os.getpid()) % 20000
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(ranks.job_id or os.getpid()) % 20000))
 
 
 def prepare_process(num_threads: int | None = None) -> None:
