@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from trsr_dist.environment import Ranks, export_ranks
-from trsr_dist.errors import TrsrError
+from trsr_dist.errors import RunError, TrsrError
 
 T = TypeVar("T")
 
@@ -86,18 +86,19 @@ def from_rank_zero(value: Any) -> Any:
 
 
 def on_rank_zero(action: Callable[[], T]) -> T:
-    """What ``action`` gives on rank 0, on all ranks; where it fails, all ranks raise its error.
+    """What ``action`` gives on rank 0, on all ranks; where it fails, all ranks fail at once.
 
     Raises:
-        TrsrError: rank 0's.
+        TrsrError: rank 0's. Where that one met another error, it raises it, and the others say so.
     """
-    value, error = None, None
-    if not dist.is_initialized() or dist.get_rank() == 0:
-        try:
-            value = action()
-        except TrsrError as found:
-            error = found
-    value, error = from_rank_zero((value, error))
+    value, error = None, RunError("rank 0 has failed; its own error says why")
+    try:
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            value, error = action(), None
+    except TrsrError as found:
+        error = found
+    finally:
+        value, error = from_rank_zero((value, error))
     if error is not None:
         raise error
     return value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -12,7 +13,30 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from trsr_dist.errors import DataError
+from trsr_dist.errors import DataError, RunError
+
+UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+@contextmanager
+def writing(folder: str | Path) -> Iterator[None]:
+    """A stage writes here: a disk that is full or may not be written becomes an error that a user can mend.
+
+    Args:
+        folder: named where the system does not say which file it was.
+
+    Raises:
+        RunError: names the file, what the system found and the remedy.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        raise RunError(
+            f"{error.filename or folder}: {error.strerror}; make room or give leave to write, then run the stage "
+            "again: what is finished is kept"
+        ) from None
 
 
 @contextmanager

@@ -6,14 +6,18 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
+from trsr_dist.files import atomic_file
+
 T = TypeVar("T")
 
+METRICS = "metrics.jsonl"
 NOISY_LOGGERS = ("transformers", "peft", "deepspeed", "DeepSpeed", "httpx", "openai", "torch", "torch.distributed")
 
 
@@ -62,13 +66,25 @@ class MetricLog:
         run_dir: the run's folder.
         stage: goes into each row.
         tensorboard: also write TensorBoard events.
-        purge_step: rows of TensorBoard at and above this step are superseded (a resumed run).
+        purge_step: this stage's rows at and above this step are superseded (a resumed run) and taken out.
+        fence: raises where this process may no longer write (``run.FolderLock.check``).
     """
 
-    def __init__(self, run_dir: Path, stage: str, tensorboard: bool = True, purge_step: int | None = None) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        stage: str,
+        tensorboard: bool = True,
+        purge_step: int | None = None,
+        fence: Callable[[], None] | None = None,
+    ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._stage = stage
-        self._rows = open(run_dir / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._fence = fence
+        path = run_dir / METRICS
+        if purge_step is not None and path.exists():
+            _take_out(path, stage, purge_step)
+        self._rows = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self.writer = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -76,7 +92,13 @@ class MetricLog:
             self.writer = SummaryWriter(str(run_dir / "tensorboard" / stage), purge_step=purge_step, flush_secs=10)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Append one row; names are TensorBoard's, such as ``train/loss``."""
+        """Append one row; names are TensorBoard's, such as ``train/loss``.
+
+        Raises:
+            RunError: the fence's.
+        """
+        if self._fence is not None:
+            self._fence()
         row: dict[str, Any] = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **scalars}
         self._rows.write(json.dumps(row) + "\n")
         if self.writer is not None:
@@ -91,12 +113,21 @@ class MetricLog:
 
 def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
     """Rows of ``metrics.jsonl``; a torn last line (the writer was killed) is passed over."""
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        return
-    with open(path, encoding="utf-8") as stream:
-        for line in stream:
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                continue
+    path = run_dir / METRICS
+    if path.is_file():
+        with open(path, encoding="utf-8") as stream:
+            yield from _whole_rows(stream)
+
+
+def _whole_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    for line in lines:
+        with suppress(json.JSONDecodeError):
+            yield json.loads(line)
+
+
+def _take_out(path: Path, stage: str, first_step: int) -> None:
+    """Rewrite the rows without a stage's from ``first_step`` on, and without torn ones."""
+    rows = list(_whole_rows(path.read_text(encoding="utf-8").splitlines()))
+    kept = [row for row in rows if row["stage"] != stage or row["step"] < first_step]
+    with atomic_file(path) as stream:
+        stream.writelines(json.dumps(row) + "\n" for row in kept)

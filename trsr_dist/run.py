@@ -242,7 +242,7 @@ def _take_away(path: Path, holder: dict[str, Any]) -> None:
 
 def _keep_alive(path: Path, stop: threading.Event) -> None:
     while not stop.wait(LOCK_BEAT_SECONDS):
-        if _holder(path) != _myself():
-            return
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # a shared disk that fails for a moment must not end the beats
+            if _holder(path) != _myself():
+                return
             os.utime(path)

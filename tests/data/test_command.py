@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.data.raw import make_config, write_mind
+from tests.disks import FULL, mounted_disk, remount
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,6 +35,17 @@ def test_one_clear_line_and_status(tmp_path: Path) -> None:
     assert failed.returncode == 1
     assert failed.stderr.startswith("error: ")
     assert "Traceback" not in failed.stderr
+
+
+@pytest.mark.parametrize("room_kib", [4, 12, 32])
+def test_a_full_disk_leaves_nothing_that_counts(tmp_path: Path, room_kib: int) -> None:
+    write_mind(tmp_path)
+    with mounted_disk(tmp_path / "run", f"{room_kib}k") as disk:
+        done = call(tmp_path)
+        assert done.returncode == 1 and FULL in done.stderr and "Traceback" not in done.stderr
+        assert not (disk / "histories").exists()
+        remount(disk, "size=64m")
+        assert call(tmp_path).returncode == 0
 
 
 HANGING_JOB = """

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.evaluate.world import ROOT, numbers_of, scores_of, write_config
+from tests.disks import FULL, mounted_disk, remount
+from tests.evaluate.world import ROOT, numbers_of, parts_of, run_command, scores_of, write_config
 from trsr_dist.config import load_config
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import DataError
@@ -121,6 +122,17 @@ def test_the_validation_split_has_files_of_its_own(run: Path, tmp_path: Path) ->
     evaluate(config, "RUN/merged", output=str(tmp_path))
     assert (tmp_path / "valid.json").is_file()
     assert not (tmp_path / "test.json").exists()
+
+
+def test_a_full_disk_keeps_the_parts_that_are_whole(run: Path, alone: Path, tmp_path: Path) -> None:
+    with mounted_disk(tmp_path / "disk", "64k") as disk:
+        status, text = run_command(run, disk)
+        assert status == 1 and FULL in text and "Traceback" not in text
+        kept = parts_of(disk)
+        remount(disk, "size=64m")
+        assert run_command(run, disk)[0] == 0
+        assert kept.items() <= parts_of(disk).items() == parts_of(alone).items()
+        assert numbers_of(disk)["metrics"] == numbers_of(alone)["metrics"]
 
 
 def test_one_user_has_no_control(run: Path, tmp_path: Path) -> None:

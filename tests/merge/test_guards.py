@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.disks import FULL, mounted_disk
 from tests.merge.models import make_adapter, make_base, make_checkpoint, seal, tensors_of
 from trsr_dist.errors import TrsrError
 from trsr_dist.files import read_json, write_json
@@ -264,13 +265,8 @@ def test_values_beyond_float16(base: Path, tmp_path: Path) -> None:
     refuses(adapter, tmp_path / "merged", "wider --dtype", MergeOptions(dtype="float16", verify="weights"))
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small disk needs root")
 def test_full_disk(base: Path, checkpoint: Path, tmp_path: Path) -> None:
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=128k", "tmpfs", str(disk)], check=False).returncode:
-        pytest.skip("mounting is not allowed here")
-    try:
+    with mounted_disk(tmp_path / "disk", "128k") as disk:
         refuses(checkpoint, disk / "merged", "are free; make room")
         code = (
             "import sys; from pathlib import Path; import trsr_dist.merge.guards as g; g.SPARE_BYTES = -2**40\n"
@@ -280,7 +276,5 @@ def test_full_disk(base: Path, checkpoint: Path, tmp_path: Path) -> None:
         )
         command = [sys.executable, "-c", code, str(checkpoint), str(disk / "merged")]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert done.returncode == 1 and "the disk is full" in done.stderr
+        assert done.returncode == 1 and FULL in done.stderr
         assert list(disk.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.disks import FULL, mounted_disk, remount, used_kib
 from tests.summarize.world import run_here, tree_hash, write_config, write_histories
 from trsr_dist.errors import RunError
 
@@ -27,25 +27,8 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of its own in memory, that can be made smaller, larger and read-only."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", folder]
-    mounted = subprocess.run(command, capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a file system of its own needs root: {mounted.stderr.strip()}")
-    try:
+    with mounted_disk(tmp_path / "disk", "64m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def remount(disk: Path, options: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,{options}", disk], check=True)
-
-
-def used_kib(disk: Path) -> int:
-    status = os.statvfs(disk)
-    return (status.f_blocks - status.f_bfree) * status.f_frsize // 1024
 
 
 def prepared(disk: Path) -> tuple[Path, Path]:
@@ -59,7 +42,7 @@ def test_a_full_disk(disk: Path, expected: dict[str, str], room_kib: int) -> Non
     """It fills up in the journal, in a unit or while a set is published."""
     run, config = prepared(disk)
     remount(disk, f"size={used_kib(disk) + room_kib}k")
-    with pytest.raises(RunError, match="No space left on device; make room"):
+    with pytest.raises(RunError, match=FULL):
         run_here(config)
     assert set(tree_hash(run / "shards").items()) <= set(expected.items())
     assert not list(run.glob("summaries/work/*/attempts/*")) and not list(run.glob("summaries/work/*/set-*"))

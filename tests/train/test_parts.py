@@ -13,8 +13,10 @@ from safetensors.torch import save_file
 
 from tests.model.world import make_row
 from trsr_dist.config.zero import read_zero_config
+from trsr_dist.environment import Ranks
 from trsr_dist.errors import CheckpointError, ConfigError, RunError
 from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState, read_checkpoint
+from trsr_dist.train.heartbeat import Heartbeat, read_heartbeats
 from trsr_dist.train.losses import listwise_sum, pairwise_sum
 from trsr_dist.train.meter import Sums, count_pairs, scalars
 from trsr_dist.train.schedule import learning_rate
@@ -201,6 +203,16 @@ class TestStopping:
         found = [StopReasons(tmp_path, signals, Walltime(None), is_main).reason() for is_main in (True, False)]
         assert "STOP" in found[0]
         assert found[1] == ""
+
+
+def test_a_start_that_was_cut_off_does_not_beat_over_the_next_one(tmp_path: Path) -> None:
+    old, new = (Heartbeat(tmp_path, Ranks(job_id="7", restart=restart), 100) for restart in (0, 1))
+    old.start()
+    new.start()
+    for heartbeat, step in ((new, 2), (old, 9)):
+        heartbeat.at(step, "forward")
+        heartbeat.stop()
+    assert [(beat["restart"], beat["step"]) for beat in read_heartbeats(tmp_path / "heartbeats")] == [(1, 2)]
 
 
 def test_sums_add_up_whatever_the_split() -> None:

@@ -14,7 +14,7 @@ from trsr_dist.base.pretrain import BaseShape, make_model, pretrain
 from trsr_dist.base.texts import ShardTexts
 from trsr_dist.base.tokenizer import train_tokenizer
 from trsr_dist.config import Config, dump_config
-from trsr_dist.files import atomic_folder
+from trsr_dist.files import atomic_folder, writing
 from trsr_dist.hashing import hash64
 from trsr_dist.log import get_logger, progress, setup_logging
 from trsr_dist.prompts.builder import PromptBuilder
@@ -40,7 +40,7 @@ def make_base(config: Config, *, force: bool = False, dry_run: bool = False) -> 
         print(dump_config(config) + plan_text(config, run, texts))
         return 0
     settings = base_settings(config)
-    with folder_lock(run.base) as lock:
+    with writing(run.root), folder_lock(run.base) as lock:
         if is_finished(run.base, settings, texts.inputs, force):
             log.info("%s: made already with these settings; nothing to do (--force redoes it)", run.base)
             return 0

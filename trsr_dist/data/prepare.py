@@ -18,7 +18,7 @@ from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.spool import Spool, spool_items, spool_users
 from trsr_dist.data.store import ArrowRows
 from trsr_dist.errors import DataError
-from trsr_dist.files import atomic_folder, sha256_of
+from trsr_dist.files import atomic_folder, sha256_of, writing
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.run import RunFolder, folder_lock, is_finished, write_manifest
 
@@ -41,7 +41,7 @@ def prepare(config: Config, *, force: bool = False, dry_run: bool = False) -> in
     if dry_run:
         print(dump_config(config) + _plan(config, run, reader))
         return 0
-    with folder_lock(run.histories) as lock:
+    with writing(run.root), folder_lock(run.histories) as lock:
         _remove_leftovers(run.raw, run.histories)
         if config.data.format == "demo":
             _make_demo(config, run, force)

@@ -22,6 +22,7 @@ from trsr_dist.evaluate.publish import publish
 from trsr_dist.evaluate.reduce import Reduction
 from trsr_dist.evaluate.split import SplitUsers
 from trsr_dist.evaluate.stored import StoredSplit
+from trsr_dist.files import writing
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.model.folder import LoadedModel, open_model
 from trsr_dist.model.forward import score_row
@@ -63,18 +64,23 @@ def evaluate(config: Config, model: str, *, output: str = "", force: bool = Fals
         if ranks.is_main:
             print(dump_config(config) + plan_text(job, ranks))
         return 0
-    with distributed.process_group(ranks, WAIT_SECONDS, always=bool(config.evaluate.deepspeed_config)):
+    with writing(folder):
+        _evaluate(job, ranks, force)
+    return 0
+
+
+def _evaluate(job: Evaluation, ranks: Ranks, force: bool) -> None:
+    with distributed.process_group(ranks, WAIT_SECONDS, always=bool(job.config.evaluate.deepspeed_config)):
         # Rank 0 decides for all: another task of an array may finish between two looks.
         if distributed.on_rank_zero(lambda: job.is_done(force)):
             log.info("%s: already evaluated with these settings; nothing to do (--force redoes it)", job.folder)
-            return 0
-        store = HistoryStore(run.histories)
+            return
+        store = HistoryStore(job.run.histories)
         split = StoredSplit(store, job.split)
         users = split_users(job, draw_lists(job, store, split))
         provenance = score_everything(job, users, ranks, force)
     if ranks.is_main:
         reduce_scores(job, Reduction(job, users, split, store), provenance)
-    return 0
 
 
 def draw_lists(job: Evaluation, store: HistoryStore, split: StoredSplit) -> dict[str, DrawnLists]:

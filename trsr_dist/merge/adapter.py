@@ -14,10 +14,11 @@ import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from trsr_dist.errors import CheckpointError, ModelError
 from trsr_dist.files import read_json
+from trsr_dist.model.tensor_file import write_tensors
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -265,4 +266,4 @@ def write_adapter(adapter: Adapter, folder: Path, base_name: str) -> None:
     config = replace(adapter.config, base_model_name_or_path=base_name, inference_mode=True)
     config.save_pretrained(str(folder))
     tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in adapter.tensors.items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(tensors, folder / WEIGHTS)

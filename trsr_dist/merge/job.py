@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 from pathlib import Path
 from typing import Any
 
-from trsr_dist.errors import RunError
-from trsr_dist.files import atomic_folder, read_json, write_json
+from trsr_dist.files import atomic_folder, read_json, write_json, writing
 from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger
 from trsr_dist.merge.adapter import adapter_facts, adapter_hash, write_adapter
@@ -23,7 +21,6 @@ from trsr_dist.model.places import PROVENANCE, base_folder
 from trsr_dist.run import FolderLock, folder_lock, is_finished, write_manifest
 
 logger = get_logger("merge")
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 
 def merge(checkpoint: Path, output: Path, options: MergeOptions) -> None:
@@ -54,12 +51,8 @@ def merge(checkpoint: Path, output: Path, options: MergeOptions) -> None:
             logger.info(f"{output}: merged already, with the same inputs and settings; nothing to do")
             return
         prepared = prepare(source, adapter, base_name, base, fingerprint, options)
-        try:
+        with writing(output):
             _write(output, prepared, options, settings, hashes, lock)
-        except OSError as error:
-            if error.errno not in FULL_DISK:
-                raise
-            raise RunError(f"{output}: the disk is full; make room or choose another --output") from None
     logger.info(f"wrote {output}")
 
 

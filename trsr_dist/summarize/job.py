@@ -6,7 +6,6 @@ folder. A task ends when the sets of all splits are published, whoever did the w
 
 from __future__ import annotations
 
-import errno
 import shutil
 import signal
 import sys
@@ -25,6 +24,7 @@ from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.environment import Ranks, array_task, detect_ranks
 from trsr_dist.errors import EngineError, RunError, TrsrError
+from trsr_dist.files import writing
 from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.prompts.wording import WORDING_VERSION
@@ -38,8 +38,6 @@ from trsr_dist.summarize.report import Reporter
 from trsr_dist.summarize.scheduler import Scheduler
 from trsr_dist.summarize.units import SplitWork
 from trsr_dist.summarize.worker import Recipe, Worker
-
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 log = get_logger("summarize")
 
@@ -78,14 +76,8 @@ def summarize(config: Config, force: bool = False, dry_run: bool = False) -> int
         return 0
     earlier = signal.signal(signal.SIGTERM, _stop)
     try:
-        _run(Job(config, run, store, task, force))
-    except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        raise RunError(
-            f"{error.filename or run.root}: {error.strerror}; make room or give leave to write, then run the stage "
-            "again: what is finished is kept"
-        ) from None
+        with writing(run.root):
+            _run(Job(config, run, store, task, force))
     finally:
         signal.signal(signal.SIGTERM, earlier)
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -12,8 +11,9 @@ import torch
 from trsr_dist import distributed
 from trsr_dist.config import Config
 from trsr_dist.environment import Ranks
-from trsr_dist.errors import CheckpointError, ConfigError, TrsrError
+from trsr_dist.errors import ConfigError, TrsrError
 from trsr_dist.evaluate.metrics import metric_names
+from trsr_dist.files import writing
 from trsr_dist.log import MetricLog, get_logger
 from trsr_dist.model.fingerprint import base_fingerprint
 from trsr_dist.model.loading import load_base, load_base_divided
@@ -35,8 +35,6 @@ from trsr_dist.train.prepare import Prepared
 from trsr_dist.train.step import StepRunner
 from trsr_dist.train.trainer import Control, Hooks, LoopSettings, Trainer
 from trsr_dist.train.validation import Validator
-
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 log = get_logger("train")
 
@@ -150,7 +148,9 @@ class Build:
     def monitor(self) -> Monitor:
         metrics = None
         if self.ranks.is_main:
-            metrics = MetricLog(self.run.root, "train", self.config.run.tensorboard, self.state.step + 1)
+            metrics = MetricLog(
+                self.run.root, "train", self.config.run.tensorboard, self.state.step + 1, self.checkpoints.fence
+            )
         return Monitor(
             metrics,
             self.prepared.num_steps,
@@ -196,19 +196,15 @@ class Build:
         """Write a checkpoint; a problem of rank 0 is raised on all ranks.
 
         Raises:
-            CheckpointError: the checkpoint was not written; those before it are intact.
+            CheckpointError: what was read back is not what was written.
+            RunError: the disk is full, or the folder was lost to another process. The checkpoints before it are intact.
         """
         tensors = gather_state(self.engine)
         distributed.on_rank_zero(lambda: self._write(tensors, state))
 
     def _write(self, tensors: dict[str, torch.Tensor], state: TrainerState) -> None:
-        try:
+        with writing(self.checkpoints.root):
             self.checkpoints.save(tensors, state, self.adapter_config, self.provenance(state))
-        except OSError as error:
-            what = "the disk is full" if error.errno in FULL_DISK else str(error)
-            raise CheckpointError(
-                f"{self.checkpoints.root}: {what}; the checkpoints before this one are intact"
-            ) from None
 
     def mark_best(self, step: int) -> None:
         if self.ranks.is_main:

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from trsr_dist.errors import CheckpointError, DataError
 from trsr_dist.files import atomic_file, atomic_folder, read_json, sha256_of, write_json
 from trsr_dist.log import get_logger
 from trsr_dist.model.lora import adapter_name, parameter_name
 from trsr_dist.model.places import ADAPTER_CONFIG, PROVENANCE
+from trsr_dist.model.tensor_file import write_tensors
 from trsr_dist.run import MANIFEST
 
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
@@ -76,7 +77,7 @@ class CheckpointFolder:
     def __init__(self, root: Path, keep: int, fence: Callable[[], None] | None = None) -> None:
         self.root = root
         self._keep = keep
-        self._fence = fence
+        self.fence = fence
 
     def save(
         self,
@@ -92,13 +93,13 @@ class CheckpointFolder:
             RunError: this process has lost the folder to another one.
         """
         folder = self.root / f"step-{state.step:06d}"
-        with atomic_folder(folder, self._fence) as target:
+        with atomic_folder(folder, self.fence) as target:
             (target / "adapter").mkdir()
             weights = {k.removeprefix("weight/"): v for k, v in tensors.items() if k.startswith("weight/")}
             adapter = {adapter_name(name): tensor.contiguous() for name, tensor in weights.items()}
-            save_file(adapter, target / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+            write_tensors(adapter, target / ADAPTER_WEIGHTS)
             moments = {k: v.contiguous() for k, v in tensors.items() if not k.startswith("weight/")}
-            save_file(moments, target / OPTIMIZER)
+            write_tensors(moments, target / OPTIMIZER)
             write_json(target / "adapter" / ADAPTER_CONFIG, adapter_config)
             write_json(target / STATE, asdict(state))
             write_json(target / PROVENANCE, provenance)

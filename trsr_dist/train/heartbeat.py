@@ -11,10 +11,12 @@ import os
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from trsr_dist.environment import Ranks
+from trsr_dist.errors import DataError
 from trsr_dist.files import read_json, temporary_name
 
 BEAT_SECONDS = 5.0
@@ -56,7 +58,8 @@ class Heartbeat:
 
     def _run(self) -> None:
         while not self._stop.wait(BEAT_SECONDS):
-            self._write()
+            with suppress(OSError):  # a full disk must not end the watch over this rank
+                self._write()
             step, phase, since = self._state
             if time.time() - since > self._stuck_seconds:
                 text = describe_ranks(self._folder)
@@ -65,12 +68,16 @@ class Heartbeat:
                 os._exit(EXIT_STUCK)
 
     def _write(self) -> None:
+        if self._is_superseded():
+            return
         step, phase, since = self._state
         value = {
             "rank": self._ranks.rank,
             "world_size": self._ranks.world_size,
             "host": self._ranks.host,
             "pid": os.getpid(),
+            "job": self._ranks.job_id,
+            "restart": self._ranks.restart,
             "step": step,
             "phase": phase,
             "since": round(since, 3),
@@ -79,6 +86,14 @@ class Heartbeat:
         temporary = temporary_name(self._path)
         temporary.write_text(json.dumps(value), encoding="utf-8")
         os.replace(temporary, self._path)
+
+    def _is_superseded(self) -> bool:
+        """Whether a later start of this Slurm job beats here: this process was cut off and its job runs elsewhere."""
+        try:
+            there = read_json(self._path)
+        except DataError:
+            return False
+        return there.get("job") == self._ranks.job_id and there.get("restart", 0) > self._ranks.restart
 
 
 def read_heartbeats(folder: Path) -> list[dict[str, Any]]:

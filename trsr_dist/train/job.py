@@ -12,6 +12,7 @@ from trsr_dist.cli import EXIT_REQUEUE
 from trsr_dist.config import Config, dump_config
 from trsr_dist.environment import Ranks, detect_ranks
 from trsr_dist.errors import TrsrError
+from trsr_dist.files import writing
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.run import FolderLock, RunFolder, folder_lock
 from trsr_dist.train.build import Build
@@ -48,14 +49,15 @@ def train(config: Config, force: bool = False) -> int:
     signals = StopSignals()
     heartbeat = Heartbeat(run.root, ranks, STUCK_FACTOR * config.train.timeout_seconds)
     reasons = StopReasons(run.root, signals, walltime_of(config.train.walltime_seconds), ranks.is_main)
-    heartbeat.start()
-    with (
-        _named_failures(run, ranks),
-        distributed.process_group(ranks, config.train.timeout_seconds, always=True),
-        _locked(run, ranks) as lock,
-    ):
-        ending = _train(config, run, ranks, Control(reasons, heartbeat), lock, force)
-    heartbeat.stop()
+    with writing(run.root):
+        heartbeat.start()
+        with (
+            _named_failures(run, ranks),
+            distributed.process_group(ranks, config.train.timeout_seconds, always=True),
+            _locked(run, ranks) as lock,
+        ):
+            ending = _train(config, run, ranks, Control(reasons, heartbeat), lock, force)
+        heartbeat.stop()
     return 0 if ending.is_complete else EXIT_REQUEUE
 
 

@@ -1,0 +1,46 @@
+"""metrics.jsonl over restarts, and in the hands of a process that was cut off."""
+
+from pathlib import Path
+
+import pytest
+
+from trsr_dist.errors import RunError
+from trsr_dist.log import MetricLog, read_metrics
+
+
+def write(run: Path, stage: str, steps: range, value: float, **options: object) -> None:
+    metrics = MetricLog(run, stage, tensorboard=False, **options)
+    for step in steps:
+        metrics.write(step, {f"{stage}/loss": value})
+    metrics.close()
+
+
+def test_a_resumed_stage_takes_out_what_it_makes_again(tmp_path: Path) -> None:
+    write(tmp_path, "summarize", range(1, 4), 1.0)
+    write(tmp_path, "train", range(1, 8), 2.0)
+    with open(tmp_path / "metrics.jsonl", "a") as stream:
+        stream.write('{"stage": "train", "step": 8, "train/lo')
+    write(tmp_path, "train", range(6, 9), 3.0, purge_step=6)
+    rows = list(read_metrics(tmp_path))
+    assert [(row["step"], row["train/loss"]) for row in rows if row["stage"] == "train"] == [
+        *((step, 2.0) for step in range(1, 6)),
+        *((step, 3.0) for step in range(6, 9)),
+    ]
+    assert [row["step"] for row in rows if row["stage"] == "summarize"] == [1, 2, 3]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(rows) == 11
+
+
+def test_a_process_that_was_cut_off_writes_nothing_more(tmp_path: Path) -> None:
+    lost = []
+
+    def fence() -> None:
+        if lost:
+            raise RunError("lost")
+
+    metrics = MetricLog(tmp_path, "train", tensorboard=False, fence=fence)
+    metrics.write(1, {"train/loss": 0.5})
+    lost.append(True)
+    with pytest.raises(RunError, match="lost"):
+        metrics.write(2, {"train/loss": 0.4})
+    metrics.close()
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1]
