@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -20,3 +20,15 @@ def lab() -> Iterator[Lab]:
         pytest.skip(missing)
     with Lab(nodes=3, cpus=2, gpus=2) as started:
         yield started
+
+
+@pytest.fixture
+def report(record_property: Callable[[str, object], None], capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """Print how long something took; the tables of the documents come from here."""
+
+    def write(what: str, seconds: float) -> None:
+        record_property(what, round(seconds, 1))
+        with capsys.disabled():
+            print(f"\n  {what}: {seconds:.1f} s")
+
+    return write

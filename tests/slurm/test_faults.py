@@ -24,16 +24,6 @@ def two_nodes(lab: Lab, tmp_path: Path) -> Iterator[Count]:
     lab.wait_for_nodes(3, 120)
 
 
-@pytest.fixture
-def report(record_property: Callable[[str, object], None], capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
-    def write(what: str, seconds: float) -> None:
-        record_property(what, round(seconds, 1))
-        with capsys.disabled():
-            print(f"\n  {what}: {seconds:.1f} s")
-
-    return write
-
-
 def notice(job: Count, start: float) -> float:
     """Seconds until Slurm has taken the job off its nodes."""
     wait_until(lambda: job.lab.job(job.job).get("JobState") != "RUNNING", 120, "noticed", job.lab.queue)

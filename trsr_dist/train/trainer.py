@@ -149,7 +149,13 @@ class Trainer:
         self._advance(step, outcome, seconds)
         self._monitor.add(Progress(self.state.step, step.epoch, rate, outcome.grad_norm, seconds), total)
         self._note_outcome(step, outcome, bad_users)
-        return (reason or "another rank has a reason to stop") if total.stops else ""
+        return self._all_reasons(reason) if total.stops else ""
+
+    def _all_reasons(self, own: str) -> str:
+        """Why the ranks stop: each reason once, with the first rank that has it."""
+        reasons = gather_objects(own)
+        first = {reason: rank for rank, reason in reversed(list(enumerate(reasons))) if reason}
+        return "; ".join(f"{reason} (rank {rank})" for reason, rank in sorted(first.items(), key=lambda pair: pair[1]))
 
     def _rate(self) -> float:
         s = self._settings
