@@ -74,7 +74,9 @@ def test_recomputation_is_really_on(monkeypatch: pytest.MonkeyPatch) -> None:
     run(recommender(model, "cpu"), row)
     without = len(calls)
     run(recommender(model, "cpu", checkpointing=True), row)
-    assert (without, len(calls) - without) == (3, 5), "the two layers below the last one run twice"
+    # Older versions of transformers recompute a layer's whole call, the last one's at the answers too.
+    last_is_too = type(model.model.layers[-1]).__call__ is not torch.nn.Module.__call__
+    assert (without, len(calls) - without) == (3, 5 + last_is_too), "the two layers below the last one run twice"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

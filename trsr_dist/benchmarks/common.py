@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import json
 import math
 import multiprocessing
 import resource
@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
-
-SUITES = ("training", "scoring", "stream", "summarize", "merge", "planner", "trl", "gpu")
 
 HEADER = ("suite", "case", "measure", "value", "unit", "spread", "bound", "share", "note")
 
@@ -77,11 +75,6 @@ def timed() -> Iterator[Timer]:
     timer.wall, timer.cpu = time.perf_counter() - wall, _cpu_seconds() - cpu
 
 
-def load_suite(name: str) -> Callable[[float], list[Row]]:
-    """The ``run`` of a suite; its argument multiplies the suite's sizes."""
-    return importlib.import_module(f"trsr_dist.benchmarks.{name}").run
-
-
 def as_json(row: Row) -> dict[str, Any]:
     """A row's fields, and the share of its bound; what was not run has null for its value."""
     fields = asdict(row) | {"share": row.share}
@@ -94,6 +87,11 @@ def table(rows: Sequence[Row]) -> str:
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     cells = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in cells)
+
+
+def json_lines(rows: Sequence[Row]) -> str:
+    """One JSON object a line."""
+    return "\n".join(json.dumps(as_json(row)) for row in rows)
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -110,7 +108,8 @@ def figures(row: Row) -> list[str]:
     """Value, unit, spread of the repetitions, bound and share, as text."""
     spread = "" if row.low is None else f"{row.low:,.4g} to {row.high:,.4g}"
     bound, share = ("", "") if row.share is None else (f"{row.bound:,.4g}", f"{row.share:.2f}")
-    return [f"{row.value:,.4g}", row.unit, spread, bound, share]
+    value = "-" if math.isnan(row.value) else f"{row.value:,.4g}"
+    return [value, row.unit, spread, bound, share]
 
 
 def peak_bytes() -> int:

@@ -49,35 +49,50 @@ TINY = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "nu
 def run(scale: float) -> list[Row]:
     """The table; ``scale`` multiplies the numbers of prompts and of chains."""
     torch.set_num_threads(1)
-    tokenizer = _tokenizer()
-    large, tiny = _model(tokenizer, LARGE), _model(tokenizer, TINY)
+    tokenizer = make_tokenizer()
+    large, tiny = make_model(tokenizer, LARGE), make_model(tokenizer, TINY)
     num_chains = max(8, round(NUM_CHAINS * scale))
-    rows = _against_generate(large, tokenizer, _ragged(tokenizer, max(4, round(NUM_RAGGED * scale))))
+    rows = against_generate(large, tokenizer, ragged(tokenizer, max(4, round(NUM_RAGGED * scale))), matrix_rate())
     for model in (large, tiny):
         model.generation_config.eos_token_id = list(range(3, 3 + round(END_SHARE * len(tokenizer))))
     return rows + _chains(tiny, tokenizer, num_chains) + _overhead(large, tokenizer, num_chains)
 
 
-def _against_generate(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, requests: list[Request]
+def against_generate(
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    requests: list[Request],
+    rate: float,
+    suite: str = "summarize",
 ) -> list[Row]:
+    """One ``generate`` call a prompt against the engine; CPU seconds on a CPU, elsewhere by the clock.
+
+    Args:
+        model: on its device.
+        tokenizer: the model's.
+        requests: of all lengths.
+        rate: FLOP/s of a large matrix product, for the bound.
+        suite: in the rows.
+    """
     alone, together = [], []
+    is_cpu = model.device.type == "cpu"
+    unit = "new tokens/CPU-s" if is_cpu else "new tokens/s"
     for _ in range(REPEATS):
         with timed() as timer:
             expected = {request.key: _generate(model, tokenizer, request) for request in requests}
-        alone.append(timer.cpu)
+        alone.append(timer.cpu if is_cpu else timer.wall)
         with timed() as timer:
             done = _answers(_engine(model, tokenizer, SLOTS), requests)
-        together.append(timer.cpu)
+        together.append(timer.cpu if is_cpu else timer.wall)
     tokens = sum(completion.new_tokens for completion in done.values())
     case = f"{len(requests)} ragged prompts, {model.num_parameters() / 1e6:.1f}M weights"
-    bound = tokens * matrix_rate() / _counted(model, tokenizer, requests, done)
+    bound = tokens * rate / _counted(model, tokenizer, requests, done)
     same = sum(done[key].text == text for key, text in expected.items())
     return [
-        rate_row("summarize", case, "generate, one by one", tokens, alone, "new tokens/CPU-s", bound),
-        rate_row("summarize", case, "engine", tokens, together, "new tokens/CPU-s", bound),
-        ratio_row("summarize", case, "generate / engine", alone, together),
-        Row("summarize", case, "equal texts", same / len(requests), "share"),
+        rate_row(suite, case, "generate, one by one", tokens, alone, unit, bound),
+        rate_row(suite, case, "engine", tokens, together, unit, bound),
+        ratio_row(suite, case, "generate / engine", alone, together),
+        Row(suite, case, "equal texts", same / len(requests), "share"),
     ]
 
 
@@ -193,12 +208,12 @@ def _answers(engine: TransformersEngine, requests: list[Request]) -> dict[str, C
 
 @torch.inference_mode()
 def _generate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, request: Request) -> str:
-    inputs = tokenizer(request.prompt.text(), return_tensors="pt", return_token_type_ids=False)
+    inputs = tokenizer(request.prompt.text(), return_tensors="pt", return_token_type_ids=False).to(model.device)
     out = model.generate(**inputs, max_new_tokens=request.max_new_tokens, do_sample=False)
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def _ragged(tokenizer: PreTrainedTokenizerFast, number: int) -> list[Request]:
+def ragged(tokenizer: PreTrainedTokenizerFast, number: int) -> list[Request]:
     """Prompts and answers of all lengths within the limits."""
     requests = []
     for i in range(number):
@@ -216,14 +231,14 @@ def _words(number: int, *keys: object) -> str:
     return " ".join(f"w{draw.randrange(NUM_WORDS)}" for _ in range(number))
 
 
-def _model(tokenizer: PreTrainedTokenizerFast, sizes: dict[str, int]) -> LlamaForCausalLM:
+def make_model(tokenizer: PreTrainedTokenizerFast, sizes: dict[str, int]) -> LlamaForCausalLM:
     """A random Llama that never ends a text by itself."""
     torch.manual_seed(0)
     config = LlamaConfig(vocab_size=len(tokenizer), initializer_range=0.1, eos_token_id=None, pad_token_id=0, **sizes)
     return LlamaForCausalLM(config).eval()
 
 
-def _tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE made here, with one token for each of the words and no end token."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

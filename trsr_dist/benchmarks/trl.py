@@ -50,6 +50,8 @@ def run(scale: float) -> list[Row]:
         return [row for case in CASES[: 1 if scale < 1 else 2] for row in compare(case)]
     except subprocess.CalledProcessError as error:
         return [_not_run(error.stderr.strip().splitlines()[-1])]
+    except subprocess.TimeoutExpired as error:
+        return [_not_run(f"no end within {error.timeout:.0f} s")]
 
 
 def _not_run(reason: str) -> Row:

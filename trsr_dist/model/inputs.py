@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from trsr_dist.model.attention.layout import Layout
+from trsr_dist.model.transfer import send
 from trsr_dist.rows import PackedRow
 
 
@@ -56,8 +57,7 @@ class RowInputs:
         return self.to_device(ids), self.to_device(mask)
 
     def to_device(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+        return send(torch.from_numpy(array), self.device)
 
 
 def separate_prompts(row: PackedRow) -> list[np.ndarray]:

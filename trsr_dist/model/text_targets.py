@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from trsr_dist.model.transfer import send
 from trsr_dist.rows import PackedRow
 
 
@@ -42,12 +43,8 @@ def text_targets(row: PackedRow, answer_ids: tuple[int, int], device: torch.devi
         answer_ids: tokens of yes and no.
         device: of the result.
     """
-    source, target, weight = _arrays(row, answer_ids)
-    return TextTargets(
-        torch.from_numpy(source).to(device),
-        torch.from_numpy(target).to(device),
-        torch.from_numpy(weight).float().to(device),
-    )
+    source, target, weight = map(torch.from_numpy, _arrays(row, answer_ids))
+    return TextTargets(send(source, device), send(target, device), send(weight.float(), device))
 
 
 def _arrays(row: PackedRow, answer_ids: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -62,7 +62,7 @@ def pairwise_sum(log_odds: torch.Tensor, labels: torch.Tensor, group: torch.Tens
     pairs = (group[:, None] == group[None]) & (labels[:, None] > 0) & (labels[None] <= 0)
     counts = pairs.sum(1).new_zeros(len(labels)).index_add_(0, group, pairs.sum(1))[group].clamp(min=1)
     losses = -logsigmoid(log_odds[:, None] - log_odds[None]) / counts[:, None]
-    return losses[pairs].sum()
+    return losses.where(pairs, 0.0).sum()  # an index would wait for the GPU to count the pairs
 
 
 def listwise_sum(log_odds: torch.Tensor, labels: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
@@ -77,4 +77,4 @@ def listwise_sum(log_odds: torch.Tensor, labels: torch.Tensor, group: torch.Tens
     normalizers = log_odds[None].expand(len(labels), -1).masked_fill(~same, float("-inf")).logsumexp(1)
     positives = labels > 0
     counts = (same & positives[None]).sum(1).clamp(min=1)
-    return ((normalizers - log_odds) / counts)[positives].sum()
+    return ((normalizers - log_odds) / counts).where(positives, 0.0).sum()

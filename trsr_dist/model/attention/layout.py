@@ -9,6 +9,7 @@ from itertools import accumulate
 
 import torch
 
+from trsr_dist.model.transfer import send
 from trsr_dist.rows import PackedRow
 
 
@@ -45,8 +46,7 @@ class Call:
         return max(self.key_lengths)
 
     def _starts(self, lengths: Sequence[int]) -> torch.Tensor:
-        starts = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
-        return starts.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else starts
+        return send(torch.tensor([0, *accumulate(lengths)], dtype=torch.int32), self.device)
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class Layout:
     def answer_index(self) -> torch.Tensor:
         """int64, shape (num_answers,): the last token of each suffix."""
         ends = [end - 1 for end in accumulate(self._suffix_lengths, initial=self.suffix_start)]
-        return torch.tensor(ends[1:], dtype=torch.int64, device=self.device)
+        return send(torch.tensor(ends[1:], dtype=torch.int64), self.device)
 
     @cached_property
     def segments(self) -> torch.Tensor:
@@ -126,8 +126,7 @@ class Layout:
         lengths = torch.tensor([self.head, *self.prefixes, *self._suffix_lengths])
         own = torch.arange(len(lengths))
         above = torch.tensor([0, *[0] * num_users, *owners])
-        pair = torch.stack((own, above)).to(self.device)
-        return pair.repeat_interleave(lengths.to(self.device), dim=1)
+        return send(torch.stack((own, above)).repeat_interleave(lengths, dim=1), self.device)
 
     @cached_property
     def mask(self) -> torch.Tensor:

@@ -1,0 +1,72 @@
+"""The GPU's suite on its tiny shape, and what a failure in the middle of it costs."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from trsr_dist.benchmarks import gpu, gpu_model
+from trsr_dist.benchmarks.common import Row
+from trsr_dist.benchmarks.report import check_gpu, write_results
+from trsr_dist.errors import ConfigError, RunError
+
+FINE = Row("gpu", "fine", "rate", 2.0, "x")
+
+
+def fails() -> list[Row]:
+    raise torch.OutOfMemoryError("CUDA out of memory.\nMore words")
+
+
+def cannot_run() -> list[Row]:
+    raise ConfigError("no such package")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny shape is for machines without a GPU")
+def test_every_measurement_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_model, "REPEATS", 1)
+    rows = gpu.run(1.0)
+    assert gpu.is_complete(rows)
+    missing = [row for row in rows if math.isnan(row.value)]
+    assert {row.case.split(", ")[-1] for row in missing} == {"flash_attn", "torch", "flex"}
+    assert all(row.note.startswith("not run: model.attention=") for row in missing)
+    measures = {(row.case, row.measure) for row in rows}
+    for case in ("train 1+1", "train 1+4", "train 1+20", "score 1+20"):
+        assert (case, "users a second") in measures
+
+
+def test_a_failure_costs_no_other_measurement(monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = [("one", fails), ("two", lambda: [FINE]), ("three", cannot_run)]
+    monkeypatch.setattr(gpu, "measurements", lambda setting: parts)
+    kept = []
+    rows = gpu.run(1.0, keep=lambda rows: kept.append(len(rows)))
+    assert kept == [2, 3, 4]
+    assert [row.note for row in rows[1:]] == [
+        "failed: OutOfMemoryError: CUDA out of memory.",
+        "",
+        "not run: no such package",
+    ]
+    assert not gpu.is_complete(rows) and gpu.is_complete(rows[2:])
+    late = gpu.run(1.0, until=0.0)
+    assert [row.note for row in late[1:]] == ["not run: the time was up"] * 3
+    assert not gpu.is_complete(late)
+
+
+def test_results_are_whole_files_at_any_time(tmp_path: Path) -> None:
+    facts = {"date": "today", "device": "a card", "versions": {"torch": "2"}, "tests": {"status": 0, "output": "3 ok"}}
+    write_results(tmp_path, facts, [])
+    write_results(tmp_path, facts, [FINE, Row("gpu", "late", "-", math.nan, "", gpu.LATE)])
+    found = json.loads((tmp_path / "gpu_results.json").read_text())
+    assert [row["value"] for row in found["rows"]] == [2.0, None]
+    page = (tmp_path / "gpu_results.md").read_text()
+    assert "today, a card" in page and "3 ok" in page and gpu.LATE in page
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_is_written(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="no GPU is visible"):
+        check_gpu(tmp_path, 1.0)
+    assert not list(tmp_path.iterdir())
