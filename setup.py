@@ -27,7 +27,15 @@ EXTRAS = {
     "flash-attn": ["flash-attn>=2.7"],
     "openai": ["openai>=2"],
     "quantization": ["bitsandbytes>=0.46"],
-    "dev": ["openai>=2", "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6", "ruff>=0.14"],
+    "dev": [
+        "openai>=2",
+        "bitsandbytes>=0.46",
+        "pytest>=8",
+        "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
+        "hypothesis>=6",
+        "ruff>=0.14",
+    ],
 }
 
 setup(

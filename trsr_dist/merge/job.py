@@ -36,7 +36,7 @@ def merge(checkpoint: Path, output: Path, options: MergeOptions) -> None:
         return
     adapter = source.read()
     base_name = base_of(source, adapter, options.base)
-    base = base_folder(base_name, source.run)
+    base = base_folder(base_name, source.run, "name the base's folder with --base")
     fingerprint = base_fingerprint(base)
     check_output(output, [source.folder, base], options.force)
     if options.dry_run:

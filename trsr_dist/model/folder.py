@@ -120,7 +120,7 @@ def open_model(
 
 def load_divided_base(source: BaseSource, dtype: torch.dtype, zero_config: dict[str, Any]) -> nn.Module:
     """A base whose weights lie divided over the ranks; one of the hub is fetched first."""
-    folder = base_folder(BaseName(source.name_or_path, source.revision, ""), None)
+    folder = base_folder(BaseName(source.name_or_path, source.revision, ""), None, "name a model's folder or hub id")
     return load_base_divided(replace(source, name_or_path=str(folder)), dtype, zero_config)
 
 
@@ -152,7 +152,8 @@ def _with_base(adapter: Path, provenance: dict[str, Any], run: Path | None) -> M
     if not name:
         raise ModelError(f"{adapter}: names no base model; merge it with --base first")
     revision = recorded.get("revision") or config.get("revision") or ""
-    base = base_folder(BaseName(name, revision, recorded.get("fingerprint", "")), run)
+    wanted = BaseName(name, revision, recorded.get("fingerprint", ""))
+    base = base_folder(wanted, run, "merge the adapter first and say with --base where its base is")
     _check_base(base, recorded.get("fingerprint", ""))
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     return ModelPlace(str(base), "", adapter, str(adapter if has_tokenizer else base), provenance)

@@ -82,8 +82,13 @@ class BaseName:
     """Empty where the source records none."""
 
 
-def base_folder(base: BaseName, run: Path | None) -> Path:
+def base_folder(base: BaseName, run: Path | None, remedy: str) -> Path:
     """The base's local folder; a hub model is fetched (weights, config, tokenizer) into the hub cache first.
+
+    Args:
+        base: which.
+        run: the run folder of a checkpoint that names it.
+        remedy: how this command is told another base; ends the error.
 
     Raises:
         ModelError: it is neither here nor on the hub.
@@ -105,5 +110,5 @@ def base_folder(base: BaseName, run: Path | None) -> Path:
     except (HFValidationError, OSError, ValueError) as error:
         raise ModelError(
             f"base {base.name_or_path!r}: no such folder, and not from the hub either ({str(error).splitlines()[0]}); "
-            "name the base's folder with --base"
+            f"{remedy}"
         ) from None

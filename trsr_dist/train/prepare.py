@@ -117,8 +117,9 @@ def base_source(config: Config, run: RunFolder) -> tuple[BaseSource, str]:
         raise ConfigError("model.name_or_path is empty: name a base model's folder or hub id")
     name = run.resolve(config.model.name_or_path)
     base = BaseName(name, config.model.revision, "")
-    on_rank_zero(lambda: str(base_folder(base, None)))
-    folder = str(base_folder(base, None))  # each node may have a hub cache of its own
+    remedy = "set model.name_or_path to the folder or hub id of a model"
+    on_rank_zero(lambda: str(base_folder(base, None, remedy)))
+    folder = str(base_folder(base, None, remedy))  # each node may have a hub cache of its own
     return BaseSource(folder, "", config.model.trust_remote_code, config.model.quantization), name
 
 

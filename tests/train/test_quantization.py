@@ -1,0 +1,52 @@
+"""QLoRA on bitsandbytes' CPU kernels: the base is quantized, the losses stay near, the adapter fits the whole base."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.jobs import ROOT
+from tests.train.world import link_run, losses_of, make_run, write_config
+from trsr_dist.merge.inputs import MergeOptions
+from trsr_dist.merge.job import merge
+from trsr_dist.model.loading import BaseSource, load_base
+
+pytest.importorskip("bitsandbytes")
+STEPS = 6
+LAYERS = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("source"))
+
+
+def train(run: Path, source: Path, kind: str) -> dict[int, float]:
+    link_run(run, source)
+    model = {"name_or_path": "RUN/base", "quantization": kind}
+    config = write_config(run, model=model, train={"max_steps": STEPS, "precision": "bfloat16"})
+    command = [sys.executable, "launch/train.py", "--config", str(config)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    return losses_of(run)
+
+
+@pytest.mark.parametrize(("kind", "near"), [("4bit", 0.1), ("8bit", 0.02)])
+def test_losses_stay_near_and_the_adapter_merges(source: Path, tmp_path: Path, kind: str, near: float) -> None:
+    whole = train(tmp_path / "whole", source, "none")
+    quantized = train(tmp_path / kind, source, kind)
+    assert quantized != whole and sorted(quantized) == list(range(1, STEPS + 1))
+    assert quantized == pytest.approx(whole, rel=near)
+    merge(tmp_path / kind / "checkpoints" / f"step-{STEPS:06d}", tmp_path / "merged", MergeOptions(verify="weights"))
+    assert (tmp_path / "merged" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_the_base_is_quantized(source: Path, kind: str) -> None:
+    base = load_base(BaseSource(str(source / "base"), quantization=kind), torch.bfloat16, torch.device("cpu"))
+    assert type(base.model.layers[0].self_attn.q_proj).__name__ == LAYERS[kind]
+    assert not any(parameter.requires_grad for parameter in base.parameters())
