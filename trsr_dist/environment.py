@@ -5,6 +5,7 @@ Imports nothing heavy: entry points call ``prepare_process`` before torch is imp
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -124,6 +125,7 @@ def prepare_process(num_threads: int | None = None) -> None:
         defaults |= {"OMP_WAIT_POLICY": "passive"}
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # without a GPU it warns wherever PEFT is imported
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 

@@ -171,7 +171,7 @@ def test_skip_leaves_out_one_user_and_keeps_the_steps(shards: ShardSet) -> None:
     whole = TrainStream(shards, make_builder(), SETTINGS)
     before = list(islice(whole, whole.steps_in_epoch(0)))
     flip_byte(shards.path(0), int(shards.shard(0).rows[2]["offset"]) + 9)
-    stream = TrainStream(ShardSet(shards.folder), make_builder(), SETTINGS, data_errors="skip")
+    stream = TrainStream(ShardSet(shards.folder), make_builder(), SETTINGS, max_data_errors=100)
     after = list(islice(stream, stream.steps_in_epoch(0)))
     assert [step.num_answers for step in after] == [step.num_answers for step in before]
     assert [len(step.rows) for step in after] == [len(step.rows) for step in before]
@@ -183,7 +183,7 @@ def test_skip_leaves_out_the_users_of_a_truncated_shard_and_keeps_the_steps(shar
     whole = TrainStream(shards, make_builder(), SETTINGS)
     before = list(islice(whole, whole.steps_in_epoch(0)))
     truncate(shards.path(1), int(shards.index(1)[4]["offset"]) + 9)
-    stream = TrainStream(ShardSet(shards.folder), make_builder(), SETTINGS, data_errors="skip")
+    stream = TrainStream(ShardSet(shards.folder), make_builder(), SETTINGS, max_data_errors=100)
     after = list(islice(stream, stream.steps_in_epoch(0)))
     assert [step.num_answers for step in after] == [step.num_answers for step in before]
     left = {user for step in after for row in step.rows for user in row.users}
@@ -196,7 +196,7 @@ def test_tolerance_turns_fatal(shards: ShardSet) -> None:
     TrainStream(shards, make_builder(), SETTINGS)
     for number in (2, 3, 4):
         flip_byte(shards.path(0), int(shards.shard(0).rows[number]["offset"]) + 9)
-    stream = TrainStream(ShardSet(shards.folder), make_builder(), SETTINGS, data_errors="skip", max_data_errors=2)
+    stream = TrainStream(ShardSet(shards.folder), make_builder(), SETTINGS, max_data_errors=2)
     with pytest.raises(DataError, match=r"that makes 3, train\.max_data_errors allows 2"):
         list(islice(stream, stream.steps_in_epoch(0)))
 
@@ -209,11 +209,11 @@ def test_damage_found_while_measuring(shards: ShardSet, policy: str) -> None:
         with pytest.raises(DataError, match="sample 2 .*checksum"):
             TrainStream(damaged, make_builder(), SETTINGS)
         return
-    stream = TrainStream(damaged, make_builder(), SETTINGS, data_errors="skip")
+    stream = TrainStream(damaged, make_builder(), SETTINGS, max_data_errors=100)
     steps = list(islice(stream, stream.steps_in_epoch(0)))
     assert sum(step.num_users for step in steps) == len(shards) - 1
     with pytest.raises(DataError, match=r"train-000000\.tar"):
-        TrainStream(ShardSet(shards.folder), make_builder(), SETTINGS, data_errors="fail")
+        TrainStream(ShardSet(shards.folder), make_builder(), SETTINGS)
 
 
 def test_sample_round_trip() -> None:

@@ -22,9 +22,9 @@ SIZES = (33, 2, 20)
 DAMAGED = 4
 
 
-def train_epoch(rank: int, world_size: int, folder: Path, data_errors: str) -> dict[str, object]:
+def train_epoch(rank: int, world_size: int, folder: Path, max_data_errors: int | None) -> dict[str, object]:
     """Toy training with one collective a step: hangs unless every rank makes equally many steps."""
-    stream = TrainStream(ShardSet(folder), make_builder(), SETTINGS, rank, world_size, 0, data_errors)
+    stream = TrainStream(ShardSet(folder), make_builder(), SETTINGS, rank, world_size, 0, max_data_errors)
     weight = torch.full((), 0.1, dtype=torch.float64)
     users: list[str] = []
     num_rows: list[int] = []
@@ -53,12 +53,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def alone(folder: Path) -> dict[str, object]:
-    return run_ranks(train_epoch, 1, folder, "fail")[0]
+    return run_ranks(train_epoch, 1, folder, None)[0]
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_gradients_equal_those_of_one_process(folder: Path, alone: dict, world_size: int) -> None:
-    ranks = run_ranks(train_epoch, world_size, folder, "fail")
+    ranks = run_ranks(train_epoch, world_size, folder, None)
     assert all(rank["num_rows"] == ranks[0]["num_rows"] for rank in ranks)
     assert sorted(user for rank in ranks for user in rank["users"]) == sorted(alone["users"])
     assert len(set(alone["users"])) == len(alone["users"]) == sum(SIZES)
@@ -70,7 +70,7 @@ def test_ranks_measure_together_and_stay_in_step_when_samples_are_damaged(tmp_pa
     shards = make_split(tmp_path / "train", SIZES)
     TrainStream(shards, make_builder(), SETTINGS)  # measures while all is well
     flip_byte(shards.path(0), int(shards.shard(0).rows[DAMAGED]["offset"]) + 3)
-    ranks = run_ranks(train_epoch, 3, shards.folder, "skip")
+    ranks = run_ranks(train_epoch, 3, shards.folder, 100)
     assert sum(rank["errors"] for rank in ranks) == 1
     assert sorted(user for rank in ranks for user in rank["users"]) == sorted(
         f"user/{number}" for number in range(sum(SIZES)) if number != DAMAGED

@@ -12,7 +12,6 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Literal
 
 from trsr_dist.errors import DataError
 from trsr_dist.log import get_logger
@@ -41,8 +40,8 @@ class TrainStream:
         rank: this process.
         world_size: number of processes.
         num_workers: reader processes of this rank; 0 reads in this process.
-        data_errors: a damaged sample stops the run, or is left out and counted.
-        max_data_errors: under ``skip``, more than this many on one rank stop the run.
+        max_data_errors: damaged samples are left out and counted; more than this many on one rank stop the run. None:
+            the first one does.
         state: go on after this step; None: from the start.
 
     Raises:
@@ -59,11 +58,11 @@ class TrainStream:
         rank: int = 0,
         world_size: int = 1,
         num_workers: int = 0,
-        data_errors: Literal["fail", "skip"] = "fail",
-        max_data_errors: int = 100,
+        max_data_errors: int | None = None,
         state: StreamState | None = None,
     ) -> None:
-        lengths = measure_lengths(shards, builder, rank, world_size, num_workers, tolerate=data_errors == "skip")
+        tolerate = max_data_errors is not None
+        lengths = measure_lengths(shards, builder, rank, world_size, num_workers, tolerate)
         self.plan = TrainPlan(lengths, settings)
         start = StreamState(
             0, 0, 0, 0, shards.manifest_hash, builder.fingerprint, self.plan.identity, **asdict(settings)
@@ -75,7 +74,6 @@ class TrainStream:
         self._rank = rank
         self._world_size = world_size
         self._num_workers = num_workers
-        self._data_errors = data_errors
         self._max_data_errors = max_data_errors
         self.num_errors = 0
         self._check_damage(lengths.facts.num_damaged, f"{lengths.folder}: {lengths.facts.damaged} hold damaged samples")
@@ -99,9 +97,9 @@ class TrainStream:
             self._check_damage(self.num_errors, error)
 
     def _check_damage(self, count: int, error: str) -> None:
-        if count and self._data_errors == "fail":
+        if count and self._max_data_errors is None:
             raise DataError(error)
-        if count > self._max_data_errors:
+        if count > (self._max_data_errors or 0):
             raise DataError(f"{error}; that makes {count}, train.max_data_errors allows {self._max_data_errors}")
         if count:
             log.warning("left out: %s", error)

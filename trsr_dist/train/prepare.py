@@ -141,8 +141,7 @@ def open_stream(
         ranks.rank,
         ranks.world_size,
         train.num_workers,
-        train.data_errors,
-        train.max_data_errors,
+        train.max_data_errors if train.data_errors == "skip" else None,
         None if checkpoint is None else StreamState.from_dict(checkpoint.state.stream),
     )
 
