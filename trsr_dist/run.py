@@ -19,6 +19,8 @@ from trsr_dist.errors import RunError
 from trsr_dist.files import atomic_file, read_json, sha256_of, write_json
 
 MANIFEST = "manifest.json"
+RUN = "RUN/"
+"""What names of folders of the run begin with, in settings."""
 LOCK_BEAT_SECONDS = 10.0
 LOCK_STALE_SECONDS = 120.0
 
@@ -67,7 +69,7 @@ class RunFolder:
 
     def resolve(self, name_or_path: str) -> str:
         """``RUN/base`` and the like stand for folders of this run; anything else is left as it is."""
-        return str(self.root / name_or_path[4:]) if name_or_path.startswith("RUN/") else name_or_path
+        return str(self.root / name_or_path[len(RUN) :]) if name_or_path.startswith(RUN) else name_or_path
 
     def write_config(self, stage: str, text: str) -> None:
         """Keep the resolved config of a stage that ran."""

@@ -103,6 +103,8 @@ def base_folder(base: BaseName, run: Path | None, remedy: str) -> Path:
     for folder in candidates:
         if (folder / "config.json").is_file():
             return folder
+    if Path(base.name_or_path).is_absolute():
+        raise ModelError(f"base {base.name_or_path!r}: no such model folder; {remedy}")
     try:
         return Path(
             snapshot_download(base.name_or_path, revision=base.revision or None, allow_patterns=list(BASE_FILES))

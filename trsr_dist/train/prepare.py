@@ -24,7 +24,7 @@ from trsr_dist.model.loading import (
 from trsr_dist.model.places import BaseName, base_folder
 from trsr_dist.planning.memory import ZeroSetting
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.run import RunFolder
+from trsr_dist.run import RUN, RunFolder
 from trsr_dist.shards.cache import open_cache
 from trsr_dist.shards.plan import PackingSettings
 from trsr_dist.shards.reader import ShardSet
@@ -118,6 +118,8 @@ def base_source(config: Config, run: RunFolder) -> tuple[BaseSource, str]:
     name = run.resolve(config.model.name_or_path)
     base = BaseName(name, config.model.revision, "")
     remedy = "set model.name_or_path to the folder or hub id of a model"
+    if config.model.name_or_path.startswith(RUN):
+        remedy = f"make it with tools/make_tiny_base.py, or {remedy}"
     on_rank_zero(lambda: str(base_folder(base, None, remedy)))
     folder = str(base_folder(base, None, remedy))  # each node may have a hub cache of its own
     return BaseSource(folder, "", config.model.trust_remote_code, config.model.quantization), name
