@@ -1,7 +1,8 @@
 """Look into shards: counts, lengths, label balance, duplicates, leaks, shortcuts, damage.
 
-DIR is RUN/shards or the folder of one split. Token lengths are measured beside the shards where they are missing. The
-exit status is 1 where something is wrong; warnings leave it 0.
+Token lengths are measured beside the shards where they are missing. Status 1: something is wrong; warnings leave it 0.
+
+example: python tools/inspect_shards.py runs/quickstart/shards --config configs/quickstart.yaml --verify
 """
 
 from __future__ import annotations
@@ -25,23 +26,18 @@ from trsr_dist.shards.inspect.shortcuts import ItemFacts  # noqa: E402
 from trsr_dist.shards.inspect.tokens import Tokens  # noqa: E402
 from trsr_dist.shards.plan import PackingSettings  # noqa: E402
 
-EXAMPLE = "python tools/inspect_shards.py runs/quickstart/shards --config configs/quickstart.yaml --verify"
-DEFAULTS = Config.model_validate({"data": {"format": "demo"}})
-
 
 def main() -> int:
     """Parse, look, print."""
     args = parse_arguments()
     setup_logging(stage="inspect")
-    config = load_config(args.config, args.overrides) if args.config else DEFAULTS
+    config = load_config(args.config, args.overrides) if args.config else Config(data={"format": "demo"})
     options = Options(args.index, args.verify, args.samples, make_tokens(args, config), item_facts(args.dir))
     return inspect_shards(args.dir, options)
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("dir", type=Path, metavar="DIR", help="RUN/shards, or the folder of one split")
     add("--config", metavar="FILE", help="of the run: its tokenizer, prompt and row settings are used")
@@ -51,7 +47,10 @@ def parse_arguments() -> argparse.Namespace:
     add("--samples", type=int, default=1, metavar="N", help="samples to show of each split (default: 1)")
     add("--workers", type=int, default=0, metavar="N", help="processes that measure token lengths")
     add("overrides", nargs="*", metavar="key=value", help="override a setting of the config")
-    return parser.parse_intermixed_args()
+    args = parser.parse_intermixed_args()
+    if args.overrides and not args.config:
+        parser.error(f"{args.overrides[0]}: an override changes a config; give --config FILE")
+    return args
 
 
 def make_tokens(args: argparse.Namespace, config: Config) -> Tokens | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import reduce
 
 from trsr_dist.cli import config_parser, parse_config, run_command
-from trsr_dist.config import dump_config
+from trsr_dist.config import check_key, dump_config
 
 
 def main() -> None:
@@ -13,9 +13,11 @@ def main() -> None:
     parser = config_parser(__doc__, "python tools/setting.py --config configs/quickstart.yaml --key run.dir")
     parser.add_argument("--key", metavar="SECTION.NAME", help="the setting to print")
     args, config = parse_config(parser)
-    print(
-        reduce(getattr, args.key.split("."), config) if args.key else dump_config(config), end="\n" if args.key else ""
-    )
+    if not args.key:
+        print(dump_config(config), end="")
+        return
+    check_key(args.key)
+    print(reduce(getattr, args.key.split("."), config))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import pytest
 
 from trsr_dist.config import dump_config, load_config
 from trsr_dist.config.loading import known_keys
+from trsr_dist.config.zero import read_zero_config
 from trsr_dist.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +53,7 @@ def test_override_wins_over_file_over_default(config_file: Path) -> None:
         ("summarize.engine=transformers", ["summarize.model is empty"]),
         ("learning_rate=1", ["section.key=value"]),
         ("run.dir", ["section.key=value"]),
+        ("run.dir=", ["run.dir=''", "at least 1 character"]),
     ],
 )
 def test_mistakes_are_named_with_the_way_out(config_file: Path, override: str, words: list[str]) -> None:
@@ -71,6 +73,27 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
     broken.write_text("run: 3")
     with pytest.raises(ConfigError, match="section 'run' must hold"):
         load_config(broken)
+    broken.write_text("foo: 3")
+    with pytest.raises(ConfigError, match="unknown section 'foo'"):
+        load_config(broken, ["foo.x=1"])
+
+
+@pytest.mark.parametrize("text", ["data: {path: a}\ndata: {path: b}", "data: {path: a, locale: UK, path: b}"])
+def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "twice.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"key '(data|path)' stands twice"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("text", ["[]", '{"zero_optimization": 2}', '{"zero_optimization": {}}'])
+def test_zero_files_of_another_form_are_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "zero.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="zero.json: (expected|zero_optimization.stage)"):
+        read_zero_config(path)
+    with pytest.raises(ConfigError, match="no such file"):
+        read_zero_config(tmp_path)
 
 
 def test_every_setting_says_what_it_means() -> None:

@@ -18,6 +18,7 @@ from tests.data.raw import (
 )
 from trsr_dist.data.amazon_m2 import parse_items
 from trsr_dist.data.prepare import prepare
+from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import DataError
 
 Edit = Callable[[Path], object]
@@ -132,6 +133,11 @@ AMAZON = {
     ),
     "unknown item": (append("sessions_train.csv", "['N1' 'N999'],N4,UK\n"), r"sessions_train\.csv:50: .*'N999'"),
     "open quote": (append("products_train.csv", 'N99,UK,"never ends' + "x" * 140000 + "\n"), "quotation mark"),
+    "open quote early": (
+        replace("products_train.csv", b",,,,,,", b',,,,,,"6 inch pan'),
+        r"\.csv:\d+: .*quotation mark",
+    ),
+    "cut off in a cell": (append("products_train.csv", 'N99,UK,Lamp,,,,,,,,"A long, des'), "quotation mark"),
 }
 
 
@@ -161,6 +167,14 @@ JSONL = {
         append("interactions.jsonl", record(user=1, history=["N1"], target="N2", time="noon")),
         r":25: time 'noon', expected Unix seconds",
     ),
+    "no time at all": (
+        append("interactions.jsonl", '{"user": 1, "history": ["N1"], "target": "N2", "time": NaN}\n'),
+        r":25: time nan, expected Unix seconds",
+    ),
+    "time beyond all": (
+        append("interactions.jsonl", record(user=1, history=["N1"], target="N2", time=1e30)),
+        r":25: time 1e\+30, expected Unix seconds",
+    ),
     "object as field": (append("items.jsonl", record(id="x", title={"a": 1})), "holds an object"),
     "unknown form": (
         lambda raw: (raw / "interactions.jsonl").write_text(record(user=1, clicks=[])),
@@ -176,6 +190,32 @@ JSONL = {
 def test_jsonl(tmp_path: Path, case: str) -> None:
     edit, message = JSONL[case]
     refused(tmp_path, write_jsonl(tmp_path, user_records()), edit, "jsonl", message)
+
+
+def test_empty_cells_of_pandas_are_empty_fields(tmp_path: Path) -> None:
+    raw = write_jsonl(tmp_path, user_records())
+    append("items.jsonl", '{"id": "x", "title": "Shoe", "brand": NaN, "tags": [null, "red", NaN]}\n')(raw)
+    append("interactions.jsonl", record(user="new", history=["N1"], target="x"))(raw)
+    prepare(make_config(tmp_path, "jsonl"))
+    catalogue = HistoryStore(tmp_path / "run" / "histories").catalogue
+    assert catalogue.text(60) == "title: Shoe; tags: red"
+    refused_raw = write_jsonl(tmp_path / "other", user_records())
+    edit = append("items.jsonl", '{"id": "y", "title": NaN}\n')
+    refused(tmp_path / "other", refused_raw, edit, "jsonl", "'y' has no text")
+
+
+def test_a_field_that_no_item_has(tmp_path: Path) -> None:
+    raw = write_jsonl(tmp_path, user_records())
+    message = r"items\.jsonl: no item has the field 'brnad'; mend data\.item_fields"
+    refused(tmp_path, raw, lambda raw: None, "jsonl", message, "data.item_fields=[text, brnad]")
+
+
+def test_a_byte_order_mark_before_a_bad_byte(tmp_path: Path) -> None:
+    raw = write_mind(tmp_path)
+    news = (raw / "news.tsv").read_bytes()
+    (raw / "news.tsv").write_bytes(b"\xef\xbb\xbf" + news.replace(b"Abstract 0", b"Abstract \xff", 1))
+    prepare(make_config(tmp_path, "mind", "data.encoding_errors=replace"))
+    assert HistoryStore(tmp_path / "run" / "histories").catalogue.id(0) == "N0"
 
 
 def test_interactions_need_times(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Draws of negatives: weights, exclusions, times, and the store's guards."""
 
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -45,6 +46,14 @@ def test_negatives_are_dealt_over_targets_and_never_repeat() -> None:
     assert len(set(drawn)) == 11
     assert not set(drawn) & {0, 1, 2, 3}
     assert Counter(names[row] for row in drawn) == {"a": 5, "b": 6}
+
+
+def test_one_long_category_costs_no_more_than_itself() -> None:
+    tracemalloc.start()
+    pools = category_pools(["a" * 40_000, *["b", "c"] * 2000], np.ones(4001))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(pools) == 3 and peak < 40_000 * 100
 
 
 def test_users_are_split_ten_to_one_to_one() -> None:

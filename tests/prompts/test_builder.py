@@ -1,4 +1,5 @@
 import dataclasses
+from datetime import datetime
 
 import pytest
 from hypothesis import given, settings
@@ -149,3 +150,33 @@ def test_any_text_fits_or_is_refused(candidates: list[str], recent: list[str], s
     user = builder.build(sample)
     assert longest(user) <= limit
     assert all(user.suffixes)
+
+
+def test_texts_without_blanks_are_cut_within() -> None:
+    """Each cut keeps as much as fits: candidates stay different, and are not all cut to their first field's name."""
+    candidates = tuple(Candidate(f"i{n}", f"title: 商品{n}号" + "中文商品标题很长" * 40, int(n == 0)) for n in range(3))
+    sample = Sample("u", "Do it.", "喜欢茶" * 60, ("title: " + "很长的描述" * 200,), candidates)
+    builder = PromptBuilder(byte_level(), max_tokens=400, max_candidate_tokens=120)
+    user = builder.build(sample)
+    texts = [builder.tokenizer.decode(suffix) for suffix in user.suffixes]
+    assert len(set(texts)) == 3
+    longest = len(user.prefix) + max(map(len, user.suffixes))
+    assert 300 < longest <= 400
+    assert user.trims["candidates_capped"] == 3
+
+
+def test_templates_that_print_the_date_give_the_same_prompts_on_any_day(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.utils import chat_template_utils
+
+    tokenizer = byte_level(True)
+    tokenizer.chat_template = "Today: {{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
+    prompts = []
+    for day in (1, 2):
+        clock = type("Clock", (), {"now": staticmethod(lambda day=day: datetime(2026, 3, day))})
+        monkeypatch.setattr(chat_template_utils, "datetime", clock)
+        raw = tokenizer.apply_chat_template([{"role": "user", "content": "x"}], tokenize=False)
+        assert f"0{day} Mar 2026" in raw, "the template does read the clock"
+        builder = PromptBuilder(tokenizer)
+        prompts.append((builder.render("Do it.", "", (), "tea"), builder.fingerprint))
+    assert prompts[0] == prompts[1]
+    assert "Today: 26 Jul 2024" in prompts[0][0]

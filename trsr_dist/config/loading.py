@@ -13,6 +13,17 @@ from trsr_dist.config.sections import Config
 from trsr_dist.errors import ConfigError
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which YAML would keep the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """Defaults, then the file, then ``key=value`` overrides.
 
@@ -48,7 +59,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file; the shipped ones lie in configs/")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(settings, dict):
@@ -68,17 +79,30 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+    _check_section(section)
     settings.setdefault(section, {})[name] = "" if value is None else value
 
 
 def _reject_unknown_keys(settings: dict[str, Any]) -> None:
     for section, values in settings.items():
-        if section not in _sections():
-            raise ConfigError(f"unknown section '{section}'{_nearest(section, list(_sections()))}")
+        _check_section(section)
         for name in values:
-            key = f"{section}.{name}"
-            if key not in known_keys():
-                raise ConfigError(f"unknown key '{key}'{_nearest(key, known_keys())}")
+            check_key(f"{section}.{name}")
+
+
+def _check_section(section: str) -> None:
+    if section not in _sections():
+        raise ConfigError(f"unknown section '{section}'{_nearest(section, list(_sections()))}")
+
+
+def check_key(key: str) -> None:
+    """Refuse a dotted key that is none.
+
+    Raises:
+        ConfigError: names the nearest one.
+    """
+    if key not in known_keys():
+        raise ConfigError(f"unknown key '{key}'{_nearest(key, known_keys())}")
 
 
 def _nearest(word: str, known: list[str]) -> str:

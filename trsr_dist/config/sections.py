@@ -19,7 +19,7 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    dir: str = "runs/default"
+    dir: str = Field("runs/default", min_length=1)
     """Folder of this run: everything the stages write lies below it."""
     seed: int = 0
     """Fixes data order, negatives, splits of ties, dropout and sampling."""

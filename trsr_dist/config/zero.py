@@ -43,10 +43,12 @@ def read_zero_config(path: str | Path, key: str = "train.deepspeed_config") -> d
     path = Path(path)
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise ConfigError(f"{key}={path}: no such file; the shipped ones lie in ds_configs/") from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
+        raise ConfigError(f"{path}: expected an object that holds an object 'zero_optimization'")
     for name in settings:
         if name in OWNED:
             raise ConfigError(f"{path}: {name!r} has its owner in the run's config: set {OWNED[name]}, remove it here")

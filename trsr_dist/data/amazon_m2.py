@@ -16,6 +16,7 @@ from trsr_dist.records import UserLog
 PRODUCT_KEYS = ("id", "locale", "title")
 SESSION_KEYS = ("prev_items", "next_item", "locale")
 ATTRIBUTES = ("title", "price", "brand", "color", "size", "model", "material", "author", "desc")
+MAX_FIELD_CHARACTERS = 1 << 24
 QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 
 
@@ -71,7 +72,8 @@ class AmazonReader:
 
     def _rows(self, path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
         """Line number at which a record starts, and its cells by column."""
-        records = csv.reader(line for _, line in self.lines.read(path))
+        csv.field_size_limit(MAX_FIELD_CHARACTERS)
+        records = csv.reader((line for _, line in self.lines.read(path)), strict=True)
         try:
             header = tuple(next(records, ()))
             missing = [name for name in required if name not in header]

@@ -72,11 +72,12 @@ def category_pools(
     categories: Sequence[str], weights: np.ndarray, first_seen: np.ndarray | None = None
 ) -> dict[str, ItemPool]:
     """One pool per category; items without a category are in none."""
-    names, codes = np.unique(np.asarray(categories, dtype=object).astype(str), return_inverse=True)
+    numbers: dict[str, int] = {}
+    codes = np.fromiter((numbers.setdefault(name, len(numbers)) for name in categories), np.int64, len(categories))
     order = np.argsort(codes, kind="stable")
-    starts = np.searchsorted(codes[order], np.arange(len(names) + 1))
+    starts = np.searchsorted(codes[order], np.arange(len(numbers) + 1))
     pools = {}
-    for i, name in enumerate(names.tolist()):
+    for name, i in numbers.items():
         rows = order[starts[i] : starts[i + 1]]
         if name:
             pools[name] = ItemPool(rows, weights[rows], None if first_seen is None else first_seen[rows])

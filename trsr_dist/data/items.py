@@ -52,9 +52,13 @@ class CatalogueRules:
         """Items of the catalogue, in row order.
 
         Raises:
-            DataError: an id is empty, stands twice with different texts, or has no text and the policy is ``fail``.
+            DataError: an id is empty, stands twice with different texts, or has no text and the policy is ``fail``;
+                or no item has a chosen field.
         """
+        absent = set(self._chosen)
         for raw in items:
+            if absent:
+                absent -= raw.fields.keys()
             self._counts["items_read"] += 1
             if not raw.id:
                 raise DataError(f"{self._path}:{raw.row}: the item id is empty; every item needs one")
@@ -68,6 +72,8 @@ class CatalogueRules:
                 self._texts.append(hash64(text))
                 self._lines.append(raw.row)
                 yield Item(raw.id, text, " ".join(raw.category.split()))
+        if absent and self._counts["items_read"]:
+            raise DataError(f"{self._path}: no item has the field {min(absent)!r}; mend data.item_fields")
 
     def _check_equal(self, raw: RawItem, text: str) -> None:
         row = self.rows[raw.id]

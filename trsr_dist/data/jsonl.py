@@ -26,6 +26,8 @@ from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
 from trsr_dist.records import UserLog
 
+MAX_SECONDS = 2.0**62
+"""Times are kept as 64-bit whole numbers. NaN and infinity are not below this either."""
 Row = tuple[dict[str, Any], str]
 """A record and its ``file:row``."""
 
@@ -157,17 +159,17 @@ def _ids(values: Any, name: str, source: str) -> tuple[str, ...]:  # noqa: ANN40
 
 
 def _text(value: Any, name: str, source: str) -> str:  # noqa: ANN401 (any JSON value)
-    if value is None:
+    if value is None or value != value:  # NaN, as pandas writes empty cells
         return ""
     if isinstance(value, list):
-        return ", ".join(_text(part, name, source) for part in value)
+        return ", ".join(filter(None, (_text(part, name, source) for part in value)))
     if isinstance(value, dict):
         raise DataError(f"{source}: field {name!r} holds an object, expected text, a number or a list; flatten it")
     return str(value)
 
 
 def _seconds(value: Any, source: str) -> float:  # noqa: ANN401 (any JSON value)
-    if isinstance(value, int | float) and not isinstance(value, bool):
+    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_SECONDS:
         return float(value)
     try:
         time = datetime.fromisoformat(value)

@@ -115,7 +115,9 @@ def _inputs(reader: Reader) -> dict[str, str]:
     """Hashes of the raw files, by name."""
     for path in (reader.item_file, reader.log_file):
         open_raw(path).close()
-    return {path.name: sha256_of(path) for path in (reader.item_file, reader.log_file)}
+    files = {"items": reader.item_file, "log": reader.log_file}
+    same = reader.item_file.name == reader.log_file.name
+    return {f"{kind}: {path.name}" if same else path.name: sha256_of(path) for kind, path in files.items()}
 
 
 def _make_demo(config: Config, run: RunFolder, force: bool) -> None:

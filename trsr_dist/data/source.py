@@ -62,8 +62,9 @@ class LineReader:
                 yield number, self._decode(line, path, number)
 
     def _decode(self, line: bytes, path: Path, number: int) -> str:
+        encoding = "utf-8-sig" if number == 1 else "utf-8"
         try:
-            return line.decode("utf-8-sig" if number == 1 else "utf-8")
+            return line.decode(encoding)
         except UnicodeDecodeError as error:
             if self.encoding_errors == "fail":
                 raise DataError(
@@ -71,7 +72,7 @@ class LineReader:
                     "file as UTF-8, or set data.encoding_errors=replace"
                 ) from None
             self.counts["lines_with_replaced_bytes"] += 1
-            return line.decode("utf-8", errors="replace")
+            return line.decode(encoding, errors="replace")
 
 
 def open_raw(path: Path) -> BinaryIO:

@@ -74,14 +74,14 @@ class Spool:
     def first_seen(self, users: np.ndarray, num_items: int) -> np.ndarray:
         """int64 [items], seconds: when an item is first known to have been met by one of ``users`` (bool).
 
-        Items of a history were met before the user's time, targets and shown items at that time. Never: the largest
-        int64.
+        Items of a history were met before the user's time, targets and shown items at that time. Never, or by users
+        without a time (0) alone: the largest int64.
         """
         first = np.full(num_items, np.iinfo(np.int64).max)
         times = self.times
         for column, earlier in (("history", 1), ("targets", 0), ("shown", 0)):
             for items, owners in self._flat(column):
-                kept = users[owners]
+                kept = (users & (times != 0))[owners]
                 np.minimum.at(first, items[kept], times[owners[kept]] - earlier)
         return first
 

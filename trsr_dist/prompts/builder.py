@@ -12,6 +12,9 @@ from trsr_dist.prompts.trimming import Parts, cap_text, trim
 from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.records import Sample, TokenizedUser
 
+FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
+"""Templates that print today's date would change the prompts, and all that is known by their hash, at midnight."""
+
 
 class PromptBuilder:
     """Writes and tokenizes prompts the same way in training, evaluation and prediction.
@@ -69,8 +72,7 @@ class PromptBuilder:
         text = recommend_text(instruction, summary, recent, candidate)
         if self.style == "plain":
             return text
-        messages = [{"role": "user", "content": text}]
-        return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return chat_text(self.tokenizer, text)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a whole prompt. Chat templates write their own special tokens."""
@@ -140,6 +142,17 @@ class PromptBuilder:
         ids = self.encode(prompt + answer)
         known = ids[-1:] != [self.tokenizer.unk_token_id]
         return ids[-1] if ids[:-1] == base and known else None
+
+
+def chat_text(tokenizer: Any, text: str) -> str:
+    """A user's message through the tokenizer's chat template, up to where the answer begins: the same on any day."""
+    template = tokenizer.get_chat_template()
+    return tokenizer.apply_chat_template(
+        [{"role": "user", "content": text}],
+        tokenize=False,
+        add_generation_prompt=True,
+        chat_template=FIXED_DATE + template if "strftime_now" in template else None,
+    )
 
 
 def resolve_style(tokenizer: Any, style: str) -> str:

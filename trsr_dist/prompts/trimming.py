@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from trsr_dist.errors import DataError
+
+WORD = re.compile(r"\s*\S{1,16}")
+"""A word with the blanks before it. Longer runs, as in scripts without blanks, are cut within."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,22 +60,26 @@ def trim(parts: Parts, fits: Callable[[Parts], bool], user: str) -> Parts:
 
 def cut_words(text: str, num_words: int) -> str:
     """The first ``num_words`` words."""
-    return " ".join(text.split()[:num_words])
+    return "".join(WORD.findall(text)[:num_words]).strip()
+
+
+def count_words(text: str) -> int:
+    """Words as ``cut_words`` counts them."""
+    return len(WORD.findall(text))
 
 
 def cap_text(text: str, max_tokens: int, count: Callable[[str], int]) -> str:
     """The longest word-wise head of ``text`` within ``max_tokens``; a single longer word is cut by characters."""
     if count(text) <= max_tokens:
         return text
-    words = text.split()
-    kept = _largest(len(words), lambda n: count(" ".join(words[:n])) <= max_tokens)
+    kept = _largest(count_words(text), lambda n: count(cut_words(text, n)) <= max_tokens)
     if kept:
-        return " ".join(words[:kept])
+        return cut_words(text, kept)
     return text[: _largest(len(text), lambda n: count(text[:n]) <= max_tokens)]
 
 
 def _cut_summary(parts: Parts, fits: Callable[[Parts], bool]) -> Parts:
-    num_words = len(parts.summary.split())
+    num_words = count_words(parts.summary)
 
     def cut(kept: int) -> Parts:
         return replace(parts, summary=cut_words(parts.summary, kept), summary_words_cut=num_words - kept)
@@ -81,7 +89,7 @@ def _cut_summary(parts: Parts, fits: Callable[[Parts], bool]) -> Parts:
 
 def _cut_items(parts: Parts, fits: Callable[[Parts], bool]) -> Parts:
     """Cap all item texts at the same number of words, so that long descriptions pay first."""
-    longest = max(len(text.split()) for text in (*parts.recent, *parts.candidates))
+    longest = max(map(count_words, (*parts.recent, *parts.candidates)))
 
     def cut(kept: int) -> Parts:
         recent, candidates = _capped(parts.recent, kept), _capped(parts.candidates, kept)
@@ -96,7 +104,7 @@ def _capped(texts: Sequence[str], num_words: int) -> tuple[str, ...]:
 
 
 def _num_words(texts: Sequence[str]) -> int:
-    return sum(len(text.split()) for text in texts)
+    return sum(map(count_words, texts))
 
 
 def _largest(high: int, good: Callable[[int], bool]) -> int:

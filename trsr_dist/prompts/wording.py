@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WORDING_VERSION = 1
-"""Raised whenever a text below changes; it is part of every prompt hash."""
+WORDING_VERSION = 2
+"""Raised whenever a text below or the way texts are cut changes; it is part of every prompt hash."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from trsr_dist.errors import DataError
 from trsr_dist.prompts.text import SummaryPrompt
-from trsr_dist.prompts.trimming import cut_words
+from trsr_dist.prompts.trimming import count_words, cut_words
 
 
 def trim_prompt(prompt: SummaryPrompt, count: Callable[[SummaryPrompt], int], limit: int) -> tuple[SummaryPrompt, int]:
@@ -50,7 +50,7 @@ def _cap(prompt: SummaryPrompt, name: str, count: Callable[[SummaryPrompt], int]
         too_many = bisect_left(range(longest + 1), True, key=lambda length: count(capped(length)) > limit)
         return capped(max(too_many - 1, 0))
 
-    by_words = largest(max((len(text.split()) for text in texts), default=0), cut_words)
+    by_words = largest(max(map(count_words, texts), default=0), cut_words)
     if any(getattr(by_words, name)):
         return by_words
     return largest(max(map(len, texts), default=0), lambda text, length: text[:length])
@@ -59,4 +59,4 @@ def _cap(prompt: SummaryPrompt, name: str, count: Callable[[SummaryPrompt], int]
 def _num_words_cut(before: Sequence[str], after: Sequence[str]) -> int:
     """A word that lost characters counts as well."""
     pairs = zip(before, after, strict=True)
-    return sum(max(len(old.split()) - len(new.split()), int(old != new)) for old, new in pairs)
+    return sum(max(count_words(old) - count_words(new), int(old != new)) for old, new in pairs)

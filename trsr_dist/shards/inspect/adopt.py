@@ -34,7 +34,10 @@ def index_split(folder: Path) -> None:
 
 def _mend_indexes(folder: Path) -> None:
     num_built = 0
-    for facts in read_json(folder / MANIFEST)["shards"]:
+    manifest = read_json(folder / MANIFEST)
+    if not isinstance(manifest, dict) or "shards" not in manifest:
+        raise DataError(f"{folder / MANIFEST}: not the manifest of a split; move it away to take the tars as they are")
+    for facts in manifest["shards"]:
         path = folder / facts["name"]
         try:
             open_index(path, facts["sha256"], facts["num_samples"])

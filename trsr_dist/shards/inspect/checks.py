@@ -53,17 +53,25 @@ def _candidate_faults(
 
 def _history_faults(sample: Sample, positives: list[Candidate], negatives: list[Candidate]) -> Iterator[str]:
     history = sample.provenance.get("history")
-    if not history:
+    if not isinstance(history, list) or not history or not all(isinstance(item, str) for item in history):
         yield NO_HISTORY
         return
     targets = {candidate.item for candidate in positives}
     if targets & set(history):
         yield TARGET_IN_HISTORY
-    spans = [(start, stop) for _, start, stop, *_ in sample.provenance.get("nodes", ())]
-    if any(targets & set(history[start:stop]) for start, stop in spans):
+    if any(targets & set(history[start:stop]) for start, stop in _spans(sample)):
         yield TARGET_IN_SOURCES
     if {candidate.item for candidate in negatives} & set(history):
         yield NEGATIVE_IN_HISTORY
+
+
+def _spans(sample: Sample) -> Iterator[tuple[int, int]]:
+    """Which items of the history each summary was made from; nothing where other programs wrote the provenance."""
+    nodes = sample.provenance.get("nodes")
+    for node in nodes if isinstance(nodes, list) else ():
+        match node:
+            case [_, int(start), int(stop), *_]:
+                yield start, stop
 
 
 def _text_faults(sample: Sample, positives: list[Candidate]) -> Iterator[str]:

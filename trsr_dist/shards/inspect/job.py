@@ -97,6 +97,8 @@ def _describe(content: SplitContent, shards: ShardSet, options: Options, finding
     sizes = [facts["num_samples"] for facts in shards.facts]
     num_bytes = np.array([facts["num_bytes"] for facts in shards.facts])
     yield f"{shards.folder}: {len(shards):,} users in {len(sizes):,} shards, {num_bytes.sum():,} bytes"
+    if not sizes:
+        return
     yield (
         f"shards           {min(sizes):,} to {max(sizes):,} users; the largest has "
         f"{num_bytes.max() / num_bytes.mean():.2f} times the mean bytes"

@@ -7,7 +7,7 @@ from typing import Any
 from transformers import AutoTokenizer
 
 from trsr_dist.errors import ModelError
-from trsr_dist.prompts.builder import resolve_style
+from trsr_dist.prompts.builder import chat_text, resolve_style
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.trimming import trim_prompt
 
@@ -30,8 +30,7 @@ class PromptEncoder:
         """Token ids. A chat template writes its own special tokens."""
         text = prompt.text()
         if self.style == "chat":
-            messages = [{"role": "user", "content": text}]
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            text = chat_text(self.tokenizer, text)
         return self.tokenizer(text, add_special_tokens=self.style == "plain")["input_ids"]
 
     def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
