@@ -28,6 +28,7 @@ until (answers); do
 done
 
 export OPENAI_BASE_URL=http://127.0.0.1:$port/v1 NO_PROXY=127.0.0.1${NO_PROXY:+,$NO_PROXY}
+export no_proxy=127.0.0.1${no_proxy:+,$no_proxy} # where both are set, this one counts
 "$@" &
 command=$!
 trap 'kill -TERM "$command" 2>/dev/null || true' TERM

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -37,8 +38,9 @@ def process_group(ranks: Ranks, timeout_seconds: float = TIMEOUT_SECONDS, always
     if dist.is_initialized() or (ranks.world_size == 1 and not always):
         yield
         return
-    export_ranks(ranks)
     device = device_of(ranks)
+    # DeepSpeed takes LOCAL_RANK for the number of the GPU among those that this task sees.
+    export_ranks(replace(ranks, local_rank=device.index) if device.type == "cuda" else ranks)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"

@@ -118,9 +118,10 @@ def prepare_process(num_threads: int | None = None) -> None:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "PYTHONWARNINGS": "ignore",
+        "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
     }
     if not has_gpu:
-        defaults |= {"DS_ACCELERATOR": "cpu", "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}
+        defaults["DS_ACCELERATOR"] = "cpu"
         # Threads that spin while they wait slow each other down tenfold where others use the cores too.
         defaults |= {"OMP_WAIT_POLICY": "passive"}
     for name, value in defaults.items():
@@ -133,6 +134,19 @@ def prepare_process(num_threads: int | None = None) -> None:
 def cores_of_a_rank() -> int:
     """Cores that this process may use, shared fairly with the other ranks of the node."""
     return max(1, len(os.sched_getaffinity(0)) // detect_ranks().local_world_size)
+
+
+def show_one_gpu(local_rank: int) -> None:
+    """Leave this task one of the node's GPUs, for libraries that take the first. Call before CUDA is used.
+
+    Nothing changes where Slurm shows the task its own GPU only.
+    """
+    import torch
+
+    shown = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = shown.split(",") if shown else [str(number) for number in range(torch.cuda.device_count())]
+    if len(gpus) > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[local_rank % len(gpus)]
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:

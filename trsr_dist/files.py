@@ -15,6 +15,7 @@ from typing import IO, Any
 
 from trsr_dist.errors import DataError, RunError
 
+STALE_READS = 5
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
 
@@ -103,6 +104,23 @@ def sync_folder(folder: Path) -> None:
     sync_path(folder)
 
 
+def read_text(path: Path) -> str:
+    """Text of a small file that others replace or remove meanwhile.
+
+    NFS answers that with a stale handle; looked up anew, the name leads to the new file or to none.
+
+    Raises:
+        FileNotFoundError: it is not there.
+    """
+    for _ in range(STALE_READS):
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    raise FileNotFoundError(errno.ENOENT, "replaced again and again while it was read", str(path))
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write indented JSON atomically."""
     with atomic_file(path) as stream:
@@ -118,7 +136,7 @@ def read_json(path: str | Path) -> Any:
     """
     path = Path(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except FileNotFoundError:
         raise DataError(f"{path}: missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:

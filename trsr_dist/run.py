@@ -16,7 +16,7 @@ from typing import Any
 from trsr_dist import __version__
 from trsr_dist.environment import detect_ranks, process_start
 from trsr_dist.errors import RunError
-from trsr_dist.files import atomic_file, read_json, sha256_of, write_json
+from trsr_dist.files import atomic_file, read_json, read_text, sha256_of, write_json
 
 MANIFEST = "manifest.json"
 RUN = "RUN/"
@@ -199,7 +199,7 @@ def _myself() -> dict[str, Any]:
 
 def _holder(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text() or "{}")
+        return json.loads(read_text(path) or "{}")
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
 

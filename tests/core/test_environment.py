@@ -1,6 +1,8 @@
+import os
+
 import pytest
 
-from trsr_dist.environment import array_task, detect_ranks
+from trsr_dist.environment import array_task, detect_ranks, show_one_gpu
 from trsr_dist.errors import ConfigError
 
 
@@ -48,3 +50,10 @@ def test_array_tasks_count_from_zero() -> None:
 def test_bad_ranks_are_named(env: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="RANK|rank 2 of 2"):
         detect_ranks(env)
+
+
+@pytest.mark.parametrize(("shown", "expected"), [("4,5,6", "5"), ("7", "7"), ("GPU-a,GPU-b", "GPU-b")])
+def test_a_task_is_shown_one_of_the_nodes_gpus(monkeypatch: pytest.MonkeyPatch, shown: str, expected: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
+    show_one_gpu(local_rank=1)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == expected

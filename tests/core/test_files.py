@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import subprocess
@@ -150,3 +151,20 @@ def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
     said = [racer.communicate()[0].strip() for racer in racers]
     assert sorted(said) == ["held"] + ["refused"] * 5
     assert [racer.returncode for racer in racers] == [0] * 6
+
+
+def test_a_file_replaced_while_it_is_read_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS does it, which no test machine has: the first reads find a handle that has gone stale."""
+    write_json(tmp_path / "a.json", 1)
+    stale, whole = [OSError(errno.ESTALE, "Stale file handle")] * 2, Path.read_text
+
+    def read(path: Path, **options: object) -> str:
+        if stale:
+            raise stale.pop()
+        return whole(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    assert read_json(tmp_path / "a.json") == 1
+    stale += [OSError(errno.ESTALE, "Stale file handle")] * 50
+    with pytest.raises(DataError, match="missing"):
+        read_json(tmp_path / "a.json")

@@ -19,7 +19,7 @@ from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.plan import PackingSettings, TrainPlan
 
 LLAMA_70B = ModelShape(8192, 80, 64, 8, 128, 28672, 32000)
-SETTINGS = TrainingSettings(2, 0, 16, 8192, 8, ("q_proj", "v_proj"), "bfloat16", True, False)
+SETTINGS = TrainingSettings(2, 0, 16, 8192, 8, ("q_proj", "v_proj"), "bfloat16", True, False, False)
 ROOT = Path(__file__).parents[2]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -18,7 +19,17 @@ from trsr_dist.files import write_json
 from trsr_dist.log import MetricLog, read_metrics
 from trsr_dist.run import RunFolder
 from trsr_dist.status import describe_run, duration
-from trsr_dist.summarize.progress import SILENT_SECONDS, ProgressReader, Rates, TaskProgress, write_task
+from trsr_dist.summarize import progress
+from trsr_dist.summarize.progress import (
+    SILENT_SECONDS,
+    ProgressReader,
+    Rates,
+    TaskProgress,
+    beating,
+    read_tasks,
+    task_path,
+    write_task,
+)
 from trsr_dist.train.heartbeat import Heartbeat
 
 USERS = {"train": 30, "valid": 3, "test": 3}
@@ -153,3 +164,16 @@ def test_durations() -> None:
         "01:01:01",
         "1 d 01:01:01",
     ]
+
+
+def test_a_task_lives_while_no_user_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "WRITE_SECONDS", 0.01)
+    write_task(tmp_path, TaskProgress("a", "one"))
+    path = task_path(tmp_path, "a")
+    os.utime(path, (1, 1))
+    assert read_tasks(tmp_path)[0].state == "killed"
+    with beating(path):
+        deadline = time.monotonic() + 20
+        while read_tasks(tmp_path)[0].state != "running":
+            assert time.monotonic() < deadline
+            time.sleep(0.01)

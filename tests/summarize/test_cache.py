@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from trsr_dist.hashing import digest
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize import cache as cache_module
@@ -90,7 +92,7 @@ def test_a_journal_is_never_written_by_two(tmp_path: Path) -> None:
     raise AssertionError("two writers on one journal")
 
 
-def test_keys_change_with_all_that_a_text_depends_on() -> None:
+def test_keys_change_with_all_that_a_text_depends_on(monkeypatch: pytest.MonkeyPatch) -> None:
     def key(model: str, *parts: object) -> str:
         return text_key({"model": model}, prompt_hash(SummaryPrompt(*parts)))
 
@@ -103,6 +105,8 @@ def test_keys_change_with_all_that_a_text_depends_on() -> None:
     }
     assert len(keys) == 5
     assert key("x", "a", ("b",), ("c",)) in keys
+    monkeypatch.setattr(cache_module, "WORDING_VERSION", -1)
+    assert key("x", "a", ("b",), ("c",)) not in keys
 
 
 def test_a_cache_cut_at_any_byte_gives_true_texts_or_none(tmp_path: Path) -> None:

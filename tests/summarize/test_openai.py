@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 
 import pytest
@@ -201,3 +202,47 @@ def test_long_prompts_are_trimmed_by_the_servers_count(counts: bool) -> None:
     assert fitted.instruction == "keep this" and fitted.items[1] == "short" and cut > 100
     size = len(fitted.text().split()) if counts else len(fitted.text().encode()) // 3
     assert 350 < size <= 400 - 32
+
+
+@pytest.mark.parametrize("status", [429, 502, 503, 504])
+def test_an_outage_blames_no_request(status: int) -> None:
+    def out_of_order(handler: Handler, body: dict, tries: int) -> None:
+        handler.reply({"error": {"message": "not now"}}, status, {"Retry-After": "0.01"})
+
+    with serving(out_of_order) as server, pytest.raises(EngineError, match=f"{status}.*start the server and run"):
+        ask(engine(server, max_retries=1), 1)
+
+
+@pytest.mark.parametrize("choices", [{"a": 1}, 5])
+def test_a_reply_of_another_form_ends_the_job_instead_of_hanging_it(choices: object) -> None:
+    def odd(handler: Handler, body: dict, tries: int) -> None:
+        handler.reply({"object": "chat.completion", "choices": choices})
+
+    with serving(odd) as server, pytest.raises(EngineError):
+        ask(engine(server, max_retries=0), 1)
+
+
+@pytest.mark.parametrize("reply", [b"{broken", b'{"count": null}', b'{"tokens": 3}', b"[]"])
+def test_a_server_that_counts_in_another_form_does_not_count(reply: bytes) -> None:
+    def miscounting(handler: Handler, body: dict, tries: int) -> None:
+        if handler.path == "/tokenize":
+            handler.reply(reply)
+        else:
+            good(handler, body, tries)
+
+    with serving(miscounting) as server:
+        client = engine(server, max_prompt_tokens=100)
+        fitted, cut = client.fit(SummaryPrompt("say", (), ("word " * 400,)))
+        client.close()
+    assert cut > 0 and fitted.items[0]
+
+
+def test_the_process_does_not_wait_for_a_server_that_hangs() -> None:
+    def hanging(handler: Handler, body: dict, tries: int) -> None:
+        time.sleep(8)
+
+    with serving(hanging) as server:
+        client = engine(server, timeout_seconds=60.0)
+        client.submit(Request("1", SummaryPrompt("say", (), ("x",)), 20))
+        client.close()
+        assert all(thread.daemon for thread in threading.enumerate() if thread.name.startswith("Thread"))

@@ -60,3 +60,19 @@ def test_faults_have_names(raw: str, cut: bool, flags: tuple[str, ...]) -> None:
 
 def test_what_follows_the_next_turns_marker_is_cut_away() -> None:
     assert clean("Likes\n tennis.\n[Items]\n- more") == ("Likes tennis.", True)
+
+
+@pytest.mark.parametrize(
+    ("raw", "text"),
+    [
+        ("**Summary:** The user likes tea.", "The user likes tea."),
+        ("**Updated Summary:**\n\nThe user likes tea.", "The user likes tea."),
+        ("Here is the updated Summary: The user likes tea.", "The user likes tea."),
+        ("<think>Tea, cups.\nSummary: so\n</think>\n\nThe user likes tea.", "The user likes tea."),
+        ("Tea, cups.</think>The user likes tea.", "The user likes tea."),
+        ("<think>Tea, cups, and then", ""),
+        ("The user likes tea.", "The user likes tea."),
+    ],
+)
+def test_titles_and_thoughts_of_chat_models_are_left_out(raw: str, text: str) -> None:
+    assert clean(raw) == (text, False)

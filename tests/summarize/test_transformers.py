@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from tests.summarize.models import CONTEXT, small_model, tokenizer
+from tests.summarize.models import CONTEXT, small_model, tokenizer, write_model
 from tests.summarize.world import ROOT
 from trsr_dist.errors import ModelError
 from trsr_dist.prompts.text import SummaryPrompt
@@ -178,3 +180,27 @@ def test_other_errors_are_no_lack_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 45)
     assert is_out_of_memory(caught.value)
+
+
+def load(folder: Path) -> TransformersEngine:
+    return TransformersEngine.load(str(folder), "", False, "float32", "plain", 500, 2)
+
+
+def test_weights_that_are_missing_are_no_random_ones(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    load(tmp_path)
+    path = tmp_path / "model.safetensors"
+    tensors = load_file(path)
+    save_file({k: v for k, v in tensors.items() if ".layers.1." not in k}, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"weights are missing, the first is model\.layers\.1\."):
+        load(tmp_path)
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load(tmp_path)
+
+
+def test_local_layers_of_older_configs_are_refused() -> None:
+    model = small_model()
+    model.config.attention_layers = ["global", "local"]
+    with pytest.raises(ModelError, match="local layers"):
+        engine(model)

@@ -11,6 +11,7 @@ import torch
 
 from tests.train.jobs import ROOT
 from tests.train.world import link_run, losses_of, make_run, write_config
+from trsr_dist.errors import ConfigError
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
 from trsr_dist.model.loading import BaseSource, load_base
@@ -50,3 +51,9 @@ def test_the_base_is_quantized(source: Path, kind: str) -> None:
     base = load_base(BaseSource(str(source / "base"), quantization=kind), torch.bfloat16, torch.device("cpu"))
     assert type(base.model.layers[0].self_attn.q_proj).__name__ == LAYERS[kind]
     assert not any(parameter.requires_grad for parameter in base.parameters())
+
+
+def test_without_bitsandbytes_its_name_is_said(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    with pytest.raises(ConfigError, match="model.quantization=4bit: bitsandbytes is not installed"):
+        load_base(BaseSource(str(source / "base"), quantization="4bit"), torch.bfloat16, torch.device("cpu"))

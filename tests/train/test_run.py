@@ -206,11 +206,11 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
     "units": ({"train": {"loss": "pairwise", "row_tokens": 310}}, "compares a user's candidates"),
     "zero file": ({"train": {"deepspeed_config": "ds_configs/zero9.json"}}, "no such file"),
     "metric": ({"train": {"evaluate_every_steps": 5, "best_metric": "recall@7"}}, "best_metric='recall@7'"),
-    "base": ({"model": {"name_or_path": "/no/such/model"}}, "no such folder"),
+    "base": ({"model": {"name_or_path": "/no/such/model"}}, "no such model folder"),
     "no base": ({"model": {"name_or_path": ""}}, "model.name_or_path is empty"),
     "answers": ({"prompt": {"answers": ["certainly", "never"]}}, "not two different single"),
     "attention": ({"model": {"attention": "torch"}}, "needs a GPU"),
-    "quantized": ({"model": {"quantization": "4bit"}}, "bitsandbytes is not installed"),
+    "embedding": ({"lora": {"target_modules": ["q_proj", "embed_tokens"]}}, "'embed_tokens' is not in this model"),
 }
 
 

@@ -16,16 +16,16 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trsr_dist.benchmarks.common import Row, rate_row, ratio_row
-from trsr_dist.benchmarks.ways import ANSWERS, INSTRUCTION, LORA_RANK, TARGETS, make_user, suffix_lengths
+from trsr_dist.benchmarks.ways import ANSWERS, INSTRUCTION, LORA_RANK, TARGETS, make_user, row_work, suffix_lengths
 from trsr_dist.model.attention.backends import choose_backend
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.lora import add_lora
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.model.recomputation import enable_recomputation
-from trsr_dist.planning.flops import forward_flops, training_flops
-from trsr_dist.planning.memory import ZeroSetting, rank_memory
+from trsr_dist.planning.flops import forward_flops, last_layer_savings, training_flops
+from trsr_dist.planning.memory import KeptActivations, ZeroSetting, rank_memory
 from trsr_dist.planning.shape import ModelShape
-from trsr_dist.planning.tokens import Workload, separate_workload, shared_workload
+from trsr_dist.planning.tokens import separate_workload, shared_workload
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import pack_row
 
@@ -149,7 +149,9 @@ class Bench:
         self.model.eval()
         times = times_of(lambda: self.model(RowInputs(row, self._setting.device), "pair"), self._setting.device)
         self.model.train()
-        flops = forward_flops(self.shape, _work(users), self.num_lora)
+        work = row_work(row)
+        saved = last_layer_savings(self.shape, work, row.num_separate_tokens)
+        flops = forward_flops(self.shape, work, self.num_lora) - saved
         bound, case = len(users) * self._rate / flops, f"score 1+{count - 1}"
         return [
             rate_row("gpu", case, "users a second", len(users), times, "1/s", bound),
@@ -220,8 +222,9 @@ class Bench:
     def _rows(self, users: list[TokenizedUser], times: list[float], peak: int, case: str, recompute: bool) -> list[Row]:
         """The bound of the users is that of the matrix rate: its share is the MFU."""
         row = pack_row(users)
-        flops = training_flops(self.shape, _work(users), self.num_lora)
-        predicted = rank_memory(self.shape, self.num_lora, row.num_tokens, 1, ZeroSetting(0), "bfloat16", recompute)
+        flops = training_flops(self.shape, row_work(row), self.num_lora, answer_pairs=row.num_separate_tokens)
+        kept = KeptActivations(recompute)
+        predicted = rank_memory(self.shape, self.num_lora, row.num_tokens, 1, ZeroSetting(0), "bfloat16", kept)
         users_bound = len(users) * self._rate / flops
         tokens = rate_row("gpu", case, "tokens a second", row.num_tokens, times, "1/s")
         rows = [
@@ -264,10 +267,6 @@ def times_of(step: Callable[[], object], device: torch.device, repeats: int = RE
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def _work(users: list[TokenizedUser]) -> Workload:
-    return sum((shared_workload(len(user.prefix), [len(s) for s in user.suffixes]) for user in users), Workload())
 
 
 def _with_first_token(user: TokenizedUser, token: int) -> TokenizedUser:

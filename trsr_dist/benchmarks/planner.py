@@ -24,7 +24,7 @@ from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.lora import add_lora
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.planning.flops import training_flops
-from trsr_dist.planning.memory import ZeroSetting, rank_memory
+from trsr_dist.planning.memory import KeptActivations, ZeroSetting, rank_memory
 from trsr_dist.planning.restarts import Restarts, best_interval
 from trsr_dist.planning.shape import ModelShape
 from trsr_dist.rows import PackedRow, pack_row
@@ -125,7 +125,8 @@ def planned_bytes(trial: Trial) -> int:
     """Weights, adapter, gradients and activations; there is no optimizer in the trial."""
     shape = ModelShape.from_config(trial.sizes)
     lora = shape.num_lora_parameters(LORA_RANK, TARGETS)
-    memory = rank_memory(shape, lora, trial.row().num_tokens, 1, ZeroSetting(0), "float32", False, TARGETS)
+    kept = KeptActivations(recompute=False, target_modules=TARGETS)
+    memory = rank_memory(shape, lora, trial.row().num_tokens, 1, ZeroSetting(0), "float32", kept)
     return memory.device - memory.optimizer
 
 

@@ -102,6 +102,7 @@ class Forecast:
             precision="float32" if train.precision == "float32" else "bfloat16",
             recompute=train.activation_checkpointing,
             full_head=train.loss == "full_text",
+            dropout=lora.dropout > 0,
         )
         chosen = Path(train.deepspeed_config).stem
         found = forecast_training(self.shape, work, settings, self.cluster, chosen)

@@ -8,7 +8,7 @@ from trsr_dist.forecast.workload import SplitWork
 from trsr_dist.planning.communication import bytes_sent_per_step
 from trsr_dist.planning.cost import Cluster, Cost, scoring_cost, training_cost
 from trsr_dist.planning.flops import forward_flops, last_layer_savings, training_flops
-from trsr_dist.planning.memory import RankMemory, ZeroSetting, rank_memory, recommend
+from trsr_dist.planning.memory import KeptActivations, RankMemory, ZeroSetting, rank_memory, recommend
 from trsr_dist.planning.shape import ModelShape
 
 STAGES = {
@@ -35,6 +35,8 @@ class TrainingSettings:
     recompute: bool
     full_head: bool
     """The loss needs logits of all tokens."""
+    dropout: bool
+    """On the inputs of the LoRA layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +97,5 @@ def _memory(shape: ModelShape, lora: int, settings: TrainingSettings, size: int,
         size,
         zero,
         settings.precision,
-        settings.recompute,
-        settings.target_modules,
-        answers_only=not settings.full_head,
+        KeptActivations(settings.recompute, settings.target_modules, not settings.full_head, settings.dropout),
     )

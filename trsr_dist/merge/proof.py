@@ -6,8 +6,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from trsr_dist.errors import ModelError
 from trsr_dist.log import get_logger
 from trsr_dist.merge.adapter import write_adapter
@@ -21,8 +19,6 @@ from trsr_dist.run import MANIFEST
 from trsr_dist.shards.reader import ShardSet
 
 logger = get_logger("merge")
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
-"""Largest log-odds difference that is accepted, by the output's dtype."""
 
 
 def verify(folder: Path, inputs: Inputs, options: MergeOptions) -> dict[str, Any]:
@@ -50,13 +46,15 @@ def _verify_scores(folder: Path, inputs: Inputs, options: MergeOptions) -> dict[
             raise ModelError(f"--verify scores: {hindrance}; use --verify weights")
         logger.warning(f"scores of base + adapter and of the merged model are NOT compared: {hindrance}")
         return f"not compared: {hindrance}"
-    tolerance = TOLERANCES.get(inputs.dtype, 1e-4) if options.tolerance is None else options.tolerance
     samples, origin = _samples(inputs.source)
     with tempfile.TemporaryDirectory() as adapter:
         write_adapter(inputs.adapter, Path(adapter), str(inputs.base))
         users = sample_users(inputs.builder, samples)
         ids = inputs.builder.answer_ids
-        result = check_scores(inputs.base, Path(adapter), folder, users, ids, inputs.dtype, tolerance, origin)
+        num_bytes = inputs.plan.num_bytes + inputs.adapter.num_bytes
+        result = check_scores(
+            inputs.base, Path(adapter), folder, users, ids, inputs.dtype, num_bytes, options.tolerance, origin
+        )
     logger.info(
         f"scores on {result.num_prompts} prompts ({origin}, {result.dtype}): largest difference "
         f"{result.largest_difference:.3g}, mean {result.mean_difference:.3g}, {result.rank_flips} of "

@@ -20,6 +20,12 @@ from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Sample, TokenizedUser
 
 TOPICS = ("politics", "tennis", "markets", "cooking", "space travel", "theatre", "cycling", "medicine")
+TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
+"""Log-odds difference that is accepted at least, by the output's dtype."""
+ROUNDINGS = 4
+"""So many roundings of the largest logit are accepted: both models round both logits."""
+SPARE = 1.1
+"""A model in memory over its weights."""
 NUM_SAMPLES = 6
 NUM_CANDIDATES = 6
 ACTIVATION_BYTES = 2**30
@@ -54,26 +60,41 @@ def check_scores(
     users: Sequence[TokenizedUser],
     answer_ids: tuple[int, int],
     dtype: torch.dtype,
-    tolerance: float,
+    num_bytes: int,
+    tolerance: float | None,
     prompts: str,
 ) -> ScoreCheck:
     """Score the users' prompts with both models, one in memory at a time.
 
     Args:
         adapter: a PEFT folder.
+        num_bytes: of the weights in memory, the adapter's too.
+        tolerance: largest log-odds difference that is accepted; None: by the dtype and the logits' size.
         prompts: where the prompts come from, for the record.
 
     Raises:
         ModelError: a log-odds differs by more than ``tolerance``, or is not finite.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = scoring_device(num_bytes)
     model = PeftModel.from_pretrained(_load(base, dtype, device), adapter)
-    before = log_odds(model, users, answer_ids)
+    before, largest = log_odds(model, users, answer_ids)
     del model
     gc.collect()
-    after = log_odds(_load(merged, dtype, device), users, answer_ids)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    after, _ = log_odds(_load(merged, dtype, device), users, answer_ids)
     gc.collect()
+    if tolerance is None:
+        # Logits are rounded to the dtype: the larger they are, the coarser.
+        tolerance = max(TOLERANCES.get(dtype, 1e-4), ROUNDINGS * torch.finfo(dtype).eps * largest)
     return compare(before, after, tolerance, str(dtype).removeprefix("torch."), device, prompts)
+
+
+def scoring_device(num_bytes: int) -> str:
+    """The GPU where it has room for a model of so many bytes, else the CPU."""
+    if not torch.cuda.is_available():
+        return "cpu"
+    return "cuda" if torch.cuda.mem_get_info()[0] > SPARE * num_bytes + ACTIVATION_BYTES else "cpu"
 
 
 def _load(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
@@ -81,18 +102,25 @@ def _load(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
 
 
 @torch.no_grad()
-def log_odds(model: torch.nn.Module, users: Sequence[TokenizedUser], answer_ids: tuple[int, int]) -> list[torch.Tensor]:
-    """logit(yes) - logit(no) of each candidate, float32, one tensor a user; each prompt is a sequence of its own."""
+def log_odds(
+    model: torch.nn.Module, users: Sequence[TokenizedUser], answer_ids: tuple[int, int]
+) -> tuple[list[torch.Tensor], float]:
+    """logit(yes) - logit(no) of each candidate, float32, one tensor a user; each prompt is a sequence of its own.
+
+    The second value is the largest of these logits, by its absolute value.
+    """
     device = next(model.parameters()).device
-    scores = []
+    scores, largest = [], 0.0
     for user in progress(users, description="score", unit="user"):
         row = []
         for suffix in user.suffixes:
             ids = torch.tensor([[*user.prefix, *suffix]], device=device)
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=1).logits[0, -1]
-            row.append((logits[answer_ids[0]].float() - logits[answer_ids[1]].float()).cpu())
+            yes, no = (logits[answer].float().item() for answer in answer_ids)
+            row.append(torch.tensor(yes - no))
+            largest = max(largest, abs(yes), abs(no))
         scores.append(torch.stack(row))
-    return scores
+    return scores, largest
 
 
 def compare(

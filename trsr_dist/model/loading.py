@@ -16,6 +16,7 @@ from trsr_dist.log import get_logger
 from trsr_dist.model.architecture import sharing_hindrance
 from trsr_dist.model.attention.backends import choose_backend
 from trsr_dist.model.zero3 import load_divided
+from trsr_dist.pretrained import UNREADABLE, load_causal
 
 log = get_logger("model")
 
@@ -75,8 +76,11 @@ def check_weights(source: BaseSource) -> None:
         ModelError: it holds none.
     """
     folder = Path(source.name_or_path)
-    if folder.is_dir() and not any(folder.glob("*.safetensors")) and not any(folder.glob("*.bin")):
-        raise ModelError(f"{folder}: no weights (*.safetensors); name a complete model folder with model.name_or_path")
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise ModelError(
+            f"{folder}: no weights (*.safetensors); name a complete model folder with model.name_or_path (one with "
+            "*.bin alone: load it with transformers and save_pretrained)"
+        )
 
 
 def load_base(source: BaseSource, dtype: torch.dtype, device: torch.device) -> nn.Module:
@@ -94,8 +98,8 @@ def load_base(source: BaseSource, dtype: torch.dtype, device: torch.device) -> n
     if source.quantization != "none":
         options |= {"quantization_config": _quantization(source.quantization, dtype), "device_map": {"": device}}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source.name_or_path, **options)
-    except (OSError, ValueError, KeyError) as error:
+        model = load_causal(source.name_or_path, **options)
+    except UNREADABLE as error:
         raise _unreadable(source, "weights", error) from None
     model.requires_grad_(False)
     return model if source.quantization != "none" else model.to(device)

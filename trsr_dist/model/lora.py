@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from trsr_dist.errors import ConfigError
 
@@ -67,11 +68,10 @@ def check_targets(model: nn.Module, targets: list[str] | str) -> None:
     """
     if isinstance(targets, str):
         return
-    linears = sorted(
-        {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    )
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    linears = sorted({name.rpartition(".")[2] for name in names})
     for target in targets:
-        if not any(name == target or name.endswith(f".{target}") for name, _ in model.named_modules()):
+        if not any(name == target or name.endswith(f".{target}") for name in names):
             raise ConfigError(f"lora.target_modules: {target!r} is not in this model; its linear modules: {linears}")
 
 

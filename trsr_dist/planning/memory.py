@@ -37,6 +37,20 @@ class ZeroSetting:
     offload_parameters: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class KeptActivations:
+    """What the backward pass finds, and what it makes again."""
+
+    recompute: bool = True
+    """With activation checkpointing."""
+    target_modules: Collection[str] | str = ATTENTION_MODULES
+    """With LoRA layers: these need their inputs."""
+    answers_only: bool = True
+    """The last layer runs at the answers, of which there are few, and keeps inputs, keys and values."""
+    dropout: bool = False
+    """On the inputs of the LoRA layers."""
+
+
 def rank_memory(
     shape: ModelShape,
     num_lora_parameters: int,
@@ -44,13 +58,9 @@ def rank_memory(
     world_size: int,
     zero: ZeroSetting,
     precision: str = "bfloat16",
-    recompute: bool = True,
-    target_modules: Collection[str] | str = ATTENTION_MODULES,
-    answers_only: bool = True,
+    kept: KeptActivations | None = None,
 ) -> RankMemory:
     """Bytes of one rank in one training step on a row of ``row_tokens`` tokens.
-
-    For ``target_modules`` and ``answers_only`` see ``activation_bytes``.
 
     Stage 1 divides the optimizer's state (float32 master copy and two moments), 2 also the gradients, 3 also the
     weights; at stage 3 the weights of two layers are whole at a time.
@@ -68,7 +78,7 @@ def rank_memory(
         adapter=num_lora_parameters * size,
         gradients=gradients,
         optimizer=0 if zero.offload_optimizer else optimizer,
-        activations=activation_bytes(shape, row_tokens, size, recompute, target_modules, answers_only),
+        activations=activation_bytes(shape, row_tokens, size, kept or KeptActivations()),
         host=host,
     )
 
@@ -77,9 +87,7 @@ def activation_bytes(
     shape: ModelShape,
     row_tokens: int,
     size: int,
-    recompute: bool,
-    target_modules: Collection[str] | str = ATTENTION_MODULES,
-    answers_only: bool = True,
+    kept: KeptActivations,
 ) -> int:
     """What the backward pass needs of a row, and what it makes in the layer where it is.
 
@@ -89,29 +97,34 @@ def activation_bytes(
         shape: the base model.
         row_tokens: of the row.
         size: bytes of a number.
-        recompute: with activation checkpointing.
-        target_modules: with LoRA layers: these need their inputs.
-        answers_only: the last layer runs at the answers, of which there are few, and keeps inputs, keys and values.
+        kept: what is.
     """
-    layer = row_tokens * layer_bytes_per_token(shape, size, target_modules)
+    layer = row_tokens * layer_bytes_per_token(shape, size, kept.target_modules, kept.dropout)
     keys = 2 * shape.num_kv_heads * shape.head_dim
-    last = row_tokens * (4 * shape.hidden_size + size * (shape.hidden_size + keys)) if answers_only else layer
+    last = row_tokens * (4 * shape.hidden_size + size * (shape.hidden_size + keys)) if kept.answers_only else layer
     gradients = row_tokens * size * 2 * (shape.intermediate_size + shape.hidden_size)
-    if recompute:
+    if kept.recompute:
         inputs = shape.num_layers * row_tokens * shape.hidden_size * size
-        return inputs + layer + gradients + (last if answers_only else 0)
+        return inputs + layer + gradients + (last if kept.answers_only else 0)
     return (shape.num_layers - 1) * layer + last + gradients
 
 
-def layer_bytes_per_token(shape: ModelShape, size: int, target_modules: Collection[str] | str) -> int:
+def layer_bytes_per_token(
+    shape: ModelShape, size: int, target_modules: Collection[str] | str, dropout: bool = False
+) -> int:
     """A layer keeps the inputs of its two norms in float32, queries, keys, values and the attention's output, three
-    activations of the MLP, and the inputs of the modules with LoRA layers."""
+    activations of the MLP, and the inputs of the modules with LoRA layers: with dropout each its own one, and a mask
+    of a byte a value."""
     names = set(shape.linears) if target_modules == "all-linear" else set(target_modules)
     inputs = shape.hidden_size * bool(names & {"q_proj", "k_proj", "v_proj"})
     inputs += shape.hidden_size * bool(names & {"gate_proj", "up_proj"})
     inputs += shape.intermediate_size * ("down_proj" in names)
     attention = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
-    return 8 * shape.hidden_size + size * (attention + 3 * shape.intermediate_size + inputs)
+    kept = 8 * shape.hidden_size + size * (attention + 3 * shape.intermediate_size + inputs)
+    if dropout:
+        widths = sum(shape.linears[name][0] for name in names)
+        kept += (size + 1) * widths - size * inputs
+    return kept
 
 
 def recommend(choices: dict[str, RankMemory], device_bytes: int) -> str:

@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 
 from trsr_dist.errors import DataError
 
-WORD = re.compile(r"\s*\S{1,16}")
-"""A word with the blanks before it. Longer runs, as in scripts without blanks, are cut within."""
+UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
+"""Scripts without blanks between words: Thai, Lao, Burmese, Khmer, kana and Han."""
+WORD = re.compile(rf"\s*(?:[{UNSPACED}]{{1,2}}|[^\s{UNSPACED}]{{1,16}})")
+"""A word with the blanks before it; in scripts without them, two characters. Longer runs are cut within."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import numpy as np
 
 from trsr_dist.hashing import digest
 from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.summarize.journal import JournalWriter, read_at, scan
 
 SUFFIX = ".journal"
@@ -22,7 +23,7 @@ ENTRY = np.dtype([("key", "<u8"), ("file", "<u4"), ("offset", "<u8")])
 
 def prompt_hash(prompt: SummaryPrompt) -> str:
     """Hash of a prompt's parts. The untrimmed prompt stands for the trimmed one."""
-    return digest([prompt.instruction, prompt.previous, prompt.items])[:32]
+    return digest([WORDING_VERSION, prompt.instruction, prompt.previous, prompt.items])[:32]
 
 
 def text_key(identity: dict[str, Any], prompt: str) -> str:
@@ -48,7 +49,7 @@ class PlaceIndex:
 
     def add(self, key: str, file: int, offset: int) -> None:
         self._new[int(key[:16], 16)] = (file, offset)
-        if len(self._new) >= MERGE_AT:
+        if len(self._new) >= max(MERGE_AT, len(self._sorted) // 16):  # each merge copies all that is there
             self._merge()
 
     def _merge(self) -> None:

@@ -33,7 +33,7 @@ from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.engines.build import build_engine, engine_identity
 from trsr_dist.summarize.leases import LeaseFolder, Owner
 from trsr_dist.summarize.plans import planner
-from trsr_dist.summarize.progress import TaskProgress, work_name, write_job
+from trsr_dist.summarize.progress import TaskProgress, beating, task_path, work_name, write_job, write_task
 from trsr_dist.summarize.report import Reporter
 from trsr_dist.summarize.scheduler import Scheduler
 from trsr_dist.summarize.units import SplitWork
@@ -139,7 +139,8 @@ class Job:
         leases = LeaseFolder(summaries / "leases", owner, self.config.summarize.lease_seconds)
         cache = TextCache(summaries / "journal", self.task.name)
         try:
-            self._with_engine(leases, cache)
+            with beating(task_path(self._progress_folder, self.task.name)):
+                self._with_engine(leases, cache)
         finally:
             leases.close()
             cache.close()
@@ -152,6 +153,8 @@ class Job:
         works, first = list(self.unpublished.values()), self.task.index / self.task.count
         worker = Worker(self.store, works, leases, self._recipe(), self.task.name, first, cache.refresh)
         settings = self.config.summarize
+        own = TaskProgress(self.task.name, self.task.ranks.host)
+        write_task(self._progress_folder, own)
         engine = build_engine(settings, self.run_folder.resolve(settings.model), self.task.ranks.local_rank)
         scheduler = Scheduler(
             engine,
@@ -162,7 +165,7 @@ class Job:
             settings.temperature,
             self.config.run.seed,
         )
-        reporter = self._reporter(leases, worker, scheduler)
+        reporter = self._reporter(own, leases, worker, scheduler)
         state, message = "stopped", ""
         try:
             self._work_on(worker, scheduler, leases, reporter)
@@ -174,11 +177,11 @@ class Job:
             reporter.close(state, message)
             engine.close()
 
-    def _reporter(self, leases: LeaseFolder, worker: Worker, scheduler: Scheduler) -> Reporter:
+    def _reporter(self, own: TaskProgress, leases: LeaseFolder, worker: Worker, scheduler: Scheduler) -> Reporter:
         return Reporter(
             self.run_folder,
             self._progress_folder,
-            TaskProgress(self.task.name, self.task.ranks.host),
+            own,
             leases,
             worker,
             scheduler,

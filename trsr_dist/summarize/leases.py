@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trsr_dist.environment import process_start
+from trsr_dist.files import read_text
 
 BEATS_PER_LEASE = 4
 LOOKS_PER_LEASE = 20
@@ -131,8 +132,8 @@ class LeaseFolder:
         Without hard links a reader may find it empty for a moment, and judges it by its age.
         """
         draft = self.folder / f".draft-{self.owner.task}"
-        draft.write_text(json.dumps(asdict(self.owner)))
         try:
+            draft.write_text(json.dumps(asdict(self.owner)))
             os.link(draft, path)
         except FileExistsError:
             return False
@@ -141,12 +142,12 @@ class LeaseFolder:
                 raise
             return _create_new(path, draft.read_bytes())
         finally:
-            draft.unlink()
+            draft.unlink(missing_ok=True)
         return True
 
     def _holder(self, path: Path) -> Owner | None:
         try:
-            return Owner(**json.loads(path.read_text()))
+            return Owner(**json.loads(read_text(path)))
         except (FileNotFoundError, json.JSONDecodeError, TypeError):
             return None
 
@@ -220,5 +221,9 @@ def _modified(path: Path) -> float | None:
         return None
     try:
         return os.fstat(descriptor).st_mtime
+    except OSError as error:
+        if error.errno != errno.ESTALE:
+            raise
+        return None
     finally:
         os.close(descriptor)

@@ -6,9 +6,12 @@ RUN/summaries/progress/{settings}/{task}.json      what a task has done, rewritt
 
 from __future__ import annotations
 
+import os
+import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -211,7 +214,7 @@ def read_tasks(folder: Path) -> list[TaskProgress]:
             task = TaskProgress(**read_json(path))
         except (DataError, TypeError):
             continue
-        if task.state == "running" and time.time() - task.time > SILENT_SECONDS:
+        if task.state == "running" and time.time() - path.stat().st_mtime > SILENT_SECONDS:
             task.state = "killed"
         tasks.append(task)
     return tasks
@@ -220,4 +223,28 @@ def read_tasks(folder: Path) -> list[TaskProgress]:
 def write_task(folder: Path, progress: TaskProgress) -> None:
     """Replace the task's file."""
     progress.time = round(time.time(), 3)
-    write_json(folder / f"{progress.task}.json", asdict(progress))
+    write_json(task_path(folder, progress.task), asdict(progress))
+
+
+def task_path(folder: Path, task: str) -> Path:
+    """Where a task tells of itself."""
+    return folder / f"{task}.json"
+
+
+@contextmanager
+def beating(path: Path) -> Iterator[None]:
+    """Touch a task's file every few seconds, also while a model loads or no user finishes for long."""
+    stop = threading.Event()
+
+    def beat() -> None:
+        while not stop.wait(WRITE_SECONDS):
+            with suppress(OSError):
+                os.utime(path)
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 
 from trsr_dist.prompts.text import SUMMARY_CUE, SummaryPrompt
 
 TURN_MARKERS = ("[Summaries]", "[Items]", SUMMARY_CUE, "[Candidate]", "\nUser:", "\nHuman:", "\nAssistant:", "<|")
 """Text after one of these belongs to a turn that the model made up."""
+TITLE = re.compile(r"\A[\W_]*(?:[\w'-]+ ){0,5}Summary:[\W_]*")
+"""A heading that chat models like to begin with, such as ``**Updated Summary:**``."""
+THOUGHTS = ("<think>", "</think>")
+"""What reasoning models write before their answer stands between these."""
 ECHO_WORDS = 8
 """So many words in a row taken from the instruction count as its echo."""
 REPEAT_WORDS = 3
@@ -22,8 +27,18 @@ def turn_place(text: str) -> int | None:
     return min((place for place in (text.find(marker, 1) for marker in TURN_MARKERS) if place > 0), default=None)
 
 
+def answer(text: str) -> str:
+    """The text without thoughts and title; thoughts that never end leave nothing."""
+    begin, end = THOUGHTS
+    _, ended, rest = text.rpartition(end)
+    if not ended and text.lstrip().startswith(begin):
+        return ""
+    return TITLE.sub("", rest, count=1)
+
+
 def clean(text: str) -> tuple[str, bool]:
-    """One line without what follows a turn marker, and whether there was one (a run-on)."""
+    """The answer in one line without what follows a turn marker, and whether there was one (a run-on)."""
+    text = answer(text)
     place = turn_place(text)
     return " ".join(text[:place].split()), place is not None
 

@@ -53,8 +53,9 @@ class Build:
     checkpoints: CheckpointFolder
     checkpoint: Checkpoint | None
     """To go on from."""
+    control: Control
 
-    def trainer(self, control: Control) -> Trainer:
+    def trainer(self) -> Trainer:
         """The loop, ready to run."""
         engine, state = self.engine, self.state
         runner = StepRunner(
@@ -63,11 +64,12 @@ class Build:
             self.prepared.builder.answer_ids,
             self.config.train.row_tokens,
             self.config.run.seed,
-            control.heartbeat,
+            self.control.heartbeat,
         )
         evaluate = self.evaluate if self.validator is not None else None
         hooks = Hooks(self.save, evaluate, self.mark_best)
-        return Trainer(engine, self.prepared.stream, runner, self.loop_settings, hooks, state, self.monitor, control)
+        stream, monitor = self.prepared.stream, self.monitor
+        return Trainer(engine, stream, runner, self.loop_settings, hooks, state, monitor, self.control)
 
     @cached_property
     def model(self) -> Recommender:
@@ -212,7 +214,7 @@ class Build:
 
     def evaluate(self, step: int) -> float:
         """Rank the validation users; the value of ``train.best_metric``."""
-        metrics = self.validator.run(self.engine)
+        metrics = self.validator.run(self.engine, lambda: self.control.heartbeat.at(step, "validation"))
         name = self.config.train.best_metric
         self.monitor.evaluated(step, metrics)
         log.info("step %d  validation of %d users  %s %.4f", step, self.validator.num_users, name, metrics[name])

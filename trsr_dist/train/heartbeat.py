@@ -20,6 +20,9 @@ from trsr_dist.errors import DataError
 from trsr_dist.files import read_json, temporary_name
 
 BEAT_SECONDS = 5.0
+START = "start"
+WARNING_SHARE = 0.45
+"""Of the time without progress after which a rank ends itself: shortly before the collectives' timeout."""
 EXIT_STUCK = 74
 """EX_IOERR: this rank made no progress and has ended itself."""
 
@@ -38,7 +41,7 @@ class Heartbeat:
         self._path = self._folder / f"rank-{ranks.rank:05d}.json"
         self._ranks = ranks
         self._stuck_seconds = stuck_seconds
-        self._state: tuple[int, str, float] = (0, "start", time.time())
+        self._state: tuple[int, str, float] = (0, START, time.time())
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -57,10 +60,17 @@ class Heartbeat:
         self._write()
 
     def _run(self) -> None:
+        warned = 0.0
         while not self._stop.wait(BEAT_SECONDS):
             with suppress(OSError):  # a full disk must not end the watch over this rank
                 self._write()
             step, phase, since = self._state
+            if phase == START:
+                continue  # loading takes what it takes; its collectives have limits of their own
+            if time.time() - since > WARNING_SHARE * self._stuck_seconds and warned != since:
+                # In time: NCCL's watchdog ends the process at its own limit without a word of ours.
+                warned = since
+                sys.stderr.write(f"rank {self._ranks.rank}: no progress; all ranks:\n{describe_ranks(self._folder)}\n")
             if time.time() - since > self._stuck_seconds:
                 text = describe_ranks(self._folder)
                 sys.stderr.write(f"rank {self._ranks.rank}: stuck in step {step}, phase {phase}; ending\n{text}\n")

@@ -77,11 +77,11 @@ def _train(
     if checkpoint is not None and checkpoint.state.step >= prepared.num_steps:
         log.info("%s: all %d steps are made; nothing to do (--force redoes it)", checkpoint.folder, prepared.num_steps)
         return Ending(True, "")
-    return _run(Build(config, run, ranks, prepared, checkpoints, checkpoint), control, prepared)
+    return _run(Build(config, run, ranks, prepared, checkpoints, checkpoint, control), prepared)
 
 
-def _run(build: Build, control: Control, prepared: Prepared) -> Ending:
-    trainer = build.trainer(control)
+def _run(build: Build, prepared: Prepared) -> Ending:
+    trainer = build.trainer()
     ending = trainer.run()
     build.close(trainer.state)
     verb = "finished" if ending.is_complete else "interrupted, saved"

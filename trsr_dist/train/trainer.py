@@ -119,7 +119,7 @@ class Trainer:
         reason = ""
         while self.state.step < self._settings.num_steps and not reason and not self._is_out_of_patience():
             reason = self._step(steps)
-            if self._is_due(self._settings.evaluate_every_steps):
+            if not reason and self._is_due(self._settings.evaluate_every_steps):
                 self._evaluate()
             if self._is_due(self._settings.save_every_steps):
                 self._save()

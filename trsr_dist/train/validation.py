@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -49,12 +49,12 @@ class Validator:
         costs = [int(shards.sizes(part.start, part.stop).sum()) for part in self._parts]
         self._mine = assign_parts(costs, ranks.world_size)[ranks.rank]
 
-    def run(self, engine: Engine) -> dict[str, float]:
-        """Metrics over all users, equal on all ranks."""
+    def run(self, engine: Engine, alive: Callable[[], None]) -> dict[str, float]:
+        """Metrics over all users, equal on all ranks; ``alive`` is called before each row, as a sign of life."""
         scorers = [self._scorer(part) for part in self._mine]
         engine.wrapped.eval()
         try:
-            self._score(engine, scorers)
+            self._score(engine, scorers, alive)
         finally:
             engine.wrapped.train()
         values = [user_metrics(user.scores, user.labels, self._top_k) for scorer in scorers for user in scorer.result()]
@@ -66,8 +66,9 @@ class Validator:
     def _scorer(self, part: int) -> PartScorer:
         return PartScorer(self._shards.read_many(self._parts[part]), self._builder, self._row_tokens)
 
-    def _score(self, engine: Engine, scorers: list[PartScorer]) -> None:
+    def _score(self, engine: Engine, scorers: list[PartScorer], alive: Callable[[], None]) -> None:
         def forward(row: PackedRow) -> np.ndarray:
+            alive()
             return score_row(engine.wrapped, row, engine.device)
 
         if engine.stage < 3:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +20,7 @@ NAME = "trsr_tree"
 """Under which transformers knows this attention. It has no entry in its registry of masks, so none is built."""
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 MAX_FLASH_HEAD = 256
+MIN_FLEX_HEAD = 16
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Layout, bool, float], torch.Tensor]
 """From queries (num_queries, num_heads, head_dim), keys and values (num_tokens, num_kv_heads, head_dim), the layout,
@@ -88,12 +89,17 @@ def _hindrance(name: str, device: torch.device, dtype: torch.dtype, head_dim: in
             return "needs a GPU"
         if dtype not in FLASH_DTYPES or head_dim > MAX_FLASH_HEAD or head_dim % 8:
             return f"needs 16-bit weights and heads of a multiple of 8 up to {MAX_FLASH_HEAD}, not {dtype}, {head_dim}"
-        if name == "flash_attn" and importlib.util.find_spec("flash_attn") is None:
-            return "the flash-attn package is not installed (pip install flash-attn)"
+        if name == "flash_attn":
+            try:
+                importlib.import_module("flash_attn.flash_attn_interface")
+            except ImportError as error:
+                return f"the flash-attn package cannot be used ({error}; pip install flash-attn)"
     if name == "cpu" and not (device.type == "cpu" and cpu.is_available()):
         return "needs the CPU, and a PyTorch with its flash kernel for CPUs"
     if name == "flex" and device.type != "cuda":
         return "FlexAttention has no backward pass on CPUs"
+    if name == "flex" and head_dim < MIN_FLEX_HEAD:
+        return f"needs heads of {MIN_FLEX_HEAD} or more, not {head_dim}"
     return ""
 
 

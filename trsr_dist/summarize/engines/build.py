@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trsr_dist.config.sections import SummarizeSection
+from trsr_dist.environment import show_one_gpu
 from trsr_dist.errors import ConfigError, ModelError
 from trsr_dist.hashing import digest
 from trsr_dist.summarize.extract import EXTRACT_VERSION
@@ -111,6 +112,7 @@ def build_engine(settings: SummarizeSection, model: str, local_rank: int) -> Eng
         settings.max_in_flight,
     )
     if settings.engine == "vllm":
+        show_one_gpu(local_rank)
         from trsr_dist.summarize.engines.vllm import VllmEngine
 
         return VllmEngine.load(*common)

@@ -7,8 +7,8 @@ reply that is no valid answer, is retried here.
 from __future__ import annotations
 
 import queue
+import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import openai
@@ -30,6 +30,8 @@ NUM_STOPS = 4
 """The most that the protocol allows."""
 FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
 """Wrong key, address or model: no request can succeed."""
+UNAVAILABLE = (429, 502, 503, 504)
+"""A rate limit, or a proxy whose server is gone: never the prompt's fault."""
 
 log = get_logger("summarize")
 
@@ -76,10 +78,13 @@ class OpenAIEngine:
             timeout=timeout_seconds,
             max_retries=max_retries,
         )
-        self._pool = ThreadPoolExecutor(max_in_flight, thread_name_prefix="openai")
+        self._todo: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Completion | Exception] = queue.SimpleQueue()
         self._in_flight = 0
         self._counts_tokens = True
+        for _ in range(max_in_flight):
+            # Daemons: at the end of the process nothing waits for a server that hangs.
+            threading.Thread(target=self._serve, daemon=True).start()
 
     def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
         """Trim by the server's token count. A token holds at least one byte, so short prompts need no counting.
@@ -95,7 +100,7 @@ class OpenAIEngine:
 
     def submit(self, request: Request) -> None:
         self._in_flight += 1
-        self._pool.submit(self._work, request)
+        self._todo.put(request)
 
     def poll(self) -> list[Completion]:
         done = []
@@ -108,8 +113,11 @@ class OpenAIEngine:
         return done
 
     def close(self) -> None:
-        self._pool.shutdown(wait=False, cancel_futures=True)
         self._client.close()
+
+    def _serve(self) -> None:
+        while True:
+            self._work(self._todo.get())
 
     def _work(self, request: Request) -> None:
         """In a thread: whatever happens, one outcome is put into the queue."""
@@ -119,12 +127,14 @@ class OpenAIEngine:
             self._done.put(EngineError(f"{self._client.base_url}: {describe(error)}; check base_url, model and key"))
         except openai.OpenAIError as error:
             self._done.put(self._blame(request, error))
-        except RuntimeError as error:
-            self._done.put(EngineError(f"{self._client.base_url}: {error}"))
+        except Exception as error:  # a reply of any form may come from a server
+            self._done.put(EngineError(f"{self._client.base_url}: {type(error).__name__}: {error}"))
 
     def _blame(self, request: Request, error: openai.OpenAIError) -> Completion | EngineError:
         """The request has failed, or the server is gone: then no request is at fault."""
         if isinstance(error, openai.APIConnectionError) and not self._server_answers():
+            return self._lost(error)
+        if isinstance(error, openai.APIStatusError) and error.status_code in UNAVAILABLE:
             return self._lost(error)
         return Completion(request.key, error=describe(error))
 
@@ -186,11 +196,14 @@ class OpenAIEngine:
             reply = self._client.with_options(base_url=root).post("/tokenize", cast_to=object, body=body)
         except openai.APIConnectionError as error:
             raise self._lost(error) from None
-        except openai.APIStatusError:
+        except (openai.APIStatusError, ValueError):
             return None
-        if not isinstance(reply, dict):
-            return None
-        return int(reply["count"]) if "count" in reply else len(reply["tokens"]) if "tokens" in reply else None
+        match reply:
+            case {"count": int(count)}:
+                return count
+            case {"tokens": list(tokens)}:
+                return len(tokens)
+        return None
 
 
 def read_reply(key: str, reply: Any) -> Completion | None:

@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from trsr_dist.errors import ModelError
 from trsr_dist.log import get_logger
+from trsr_dist.pretrained import UNREADABLE, load_causal
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.engines.encoding import PromptEncoder, load_tokenizer, unreadable
 from trsr_dist.summarize.engines.slots import Slots
@@ -98,11 +99,11 @@ class TransformersEngine:
         tokenizer = load_tokenizer(name_or_path, revision, trust_remote_code)
         options = {"revision": revision or None, "trust_remote_code": trust_remote_code}
         try:
-            model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=getattr(torch, precision), **options)
-        except (OSError, ValueError) as error:
+            model = load_causal(name_or_path, dtype=getattr(torch, precision), **options).to(device).eval()
+        except UNREADABLE as error:
             raise unreadable(name_or_path, error) from None
         encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens)
-        return cls(model.to(device).eval(), encoder, num_slots)
+        return cls(model, encoder, num_slots)
 
     def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
         return self.encoder.fit(prompt)
@@ -295,8 +296,9 @@ def check_attention(model: PreTrainedModel, max_prompt_tokens: int) -> None:
     Raises:
         ModelError: says why, and the way out.
     """
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or [])
-    if kinds - {"full_attention", "sliding_attention"}:
+    config = model.config.get_text_config()
+    kinds = {*(getattr(config, "layer_types", None) or ()), *(getattr(config, "attention_layers", None) or ())}
+    if kinds - {"full_attention", "sliding_attention", "global"}:
         raise ModelError(
             f"model {model.config.name_or_path!r} has {', '.join(sorted(kinds))} layers, which engine=transformers "
             "does not batch; serve the model with vLLM and use engine=openai"
