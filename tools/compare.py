@@ -26,6 +26,8 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10000, help="resamples and sign vectors")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if min(*args.top_k, args.samples) < 1 or args.seed < 0:
+        parser.error("--top-k and --samples are 1 or more, --seed is 0 or more")
     pairs = pair_users(open_scores(args.a, args.split), open_scores(args.b, args.split))
     print(compare_scores(pairs, args.top_k, args.samples, args.seed))
 

@@ -15,8 +15,10 @@ import argparse  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 from trsr_dist.cli import run_command  # noqa: E402
+from trsr_dist.files import writing  # noqa: E402
 from trsr_dist.log import setup_logging  # noqa: E402
 
+ATTENTION = ("auto", "flash_attn", "torch", "flex", "cpu", "dense")
 EXAMPLE = "python tools/predict.py --model runs/quickstart/merged --input requests.jsonl --output ranked.jsonl"
 
 
@@ -32,7 +34,8 @@ def main() -> None:
     ranker = Ranker.open(
         args.model, args.device, args.precision, args.attention, args.row_tokens, args.trust_remote_code
     )
-    count = predict_lines(ranker, args.input, args.output, args.skip_bad_lines)
+    with writing(args.output):
+        count = predict_lines(ranker, args.input, args.output, args.skip_bad_lines)
     print(f"{args.output}: {count} rankings")
 
 
@@ -47,10 +50,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--skip-bad-lines", action="store_true", help="leave bad lines out and name them; else they stop the command")
     add("--device", default="auto", help="cpu, cuda:1, ...; default: a GPU where there is one")
     add("--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights")
-    add("--attention", default="auto", help="back end, see model.attention")
+    add("--attention", default="auto", choices=ATTENTION, help="back end, see model.attention")
     add("--row-tokens", type=int, default=8192, metavar="N", help="length of a packed row; memory grows with it")
     add("--trust-remote-code", action="store_true", help="run model code from the hub")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if args.output.is_dir():
+        parser.error(f"--output {args.output} is a folder; name a file")
+    return args
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ def test_override_wins_over_file_over_default(config_file: Path) -> None:
         ("learning_rate=1", ["section.key=value"]),
         ("run.dir", ["section.key=value"]),
         ("run.dir=", ["run.dir=''", "at least 1 character"]),
+        ("run.seed=-1", ["run.seed=-1", "greater than or equal to 0"]),
     ],
 )
 def test_mistakes_are_named_with_the_way_out(config_file: Path, override: str, words: list[str]) -> None:

@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 
 from tests.evaluate.world import numbers_of, parts_of, run_command, scores_of, start, write_config
+from tests.merge.models import seal
 from tests.spawn import run_ranks
 from trsr_dist.config import load_config
 from trsr_dist.errors import ConfigError, DataError, ModelError, RunError
+from trsr_dist.evaluate.identity import model_identity
 from trsr_dist.evaluate.job import evaluate
-from trsr_dist.files import write_json
+from trsr_dist.files import read_json, write_json
+from trsr_dist.run import manifest_hash
 
 NUM_PARTS = 3
 PASSES = ("model", "control", "base")
@@ -163,3 +166,46 @@ def test_a_dry_run_touches_nothing(run: Path, tmp_path: Path, capsys: pytest.Cap
     evaluate(load_config(run / "config.yaml"), "RUN/merged", output=str(tmp_path / "out"), dry_run=True)
     assert "passes with a language model: model, control, base" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_pointer_that_moves_names_another_model(run: Path, alone: Path, tmp_path: Path) -> None:
+    """checkpoints/best is followed once, so that neither stale nor mixed scores are published."""
+    checkpoints = tmp_path / "checkpoints"
+    shutil.copytree(run / "checkpoints" / "step-000007", checkpoints / "step-000007")
+    shutil.copytree(run / "checkpoints" / "step-000007", checkpoints / "step-000014")
+    provenance = checkpoints / "step-000014" / "provenance.json"
+    write_json(provenance, read_json(provenance) | {"train": {"step": 14}})
+    seal(checkpoints / "step-000014")
+    (checkpoints / "best").write_text("step-000007\n")
+    config = load_config(run / "config.yaml", ["evaluate.max_users=8", "evaluate.baselines=[]"])
+    evaluate(config, str(checkpoints / "best"), output=str(tmp_path / "out"))
+    (checkpoints / "best").write_text("step-000014\n")
+    with pytest.raises(RunError, match="made with input model="):
+        evaluate(config, str(checkpoints / "best"), output=str(tmp_path / "out"))
+
+
+def test_other_prompts_of_a_plain_model_are_no_finished_evaluation(run: Path, tmp_path: Path) -> None:
+    few = ["evaluate.max_users=8", "evaluate.baselines=[]"]
+    evaluate(load_config(run / "config.yaml", few), "RUN/base", output=str(tmp_path))
+    with pytest.raises(RunError, match="prompt"):
+        evaluate(load_config(run / "config.yaml", [*few, "prompt.recent_items=0"]), "RUN/base", output=str(tmp_path))
+
+
+def test_identities_tell_models_apart(run: Path, tmp_path: Path) -> None:
+    """Of large files the fingerprint reads samples; a merged folder's manifest holds the adapter's hash."""
+    assert model_identity(str(run / "merged")) == manifest_hash(run / "merged")
+    assert model_identity("org/tiny") != model_identity("org/tiny", "abc")
+    adapter = shutil.copytree(run / "checkpoints" / "step-000007" / "adapter", tmp_path / "adapter")
+    before = model_identity(str(adapter))
+    config = read_json(adapter / "adapter_config.json")
+    write_json(adapter / "adapter_config.json", config | {"lora_alpha": 2 * config["lora_alpha"]})
+    assert model_identity(str(adapter)) != before
+
+
+def test_each_split_has_its_turn_on_the_report(run: Path, tmp_path: Path) -> None:
+    few = ["evaluate.max_users=8", "evaluate.baselines=[]"]
+    for split in ("test", "valid", "test"):
+        evaluate(
+            load_config(run / "config.yaml", [*few, f"evaluate.split={split}"]), "RUN/merged", output=str(tmp_path)
+        )
+        assert f"8 {split} users" in (tmp_path / "report.html").read_text()

@@ -45,3 +45,22 @@ def test_states_do_not_see_what_follows(name: str) -> None:
     one, other = model(torch.tensor([[1, 2, 3]])), model(torch.tensor([[1, 2, 7]]))
     torch.testing.assert_close(one[:, :2], other[:, :2])
     assert not torch.allclose(one[:, 2], other[:, 2])
+
+
+def test_scores_do_not_depend_on_the_number_of_threads() -> None:
+    before = torch.get_num_threads()
+    scores = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        ranker = train_sequential("sasrec", cycles(60, 1), NUM_ITEMS, lambda r: 0.0, 3, SMALL)
+        assert torch.get_num_threads() == threads
+        scores.append(ranker([1, 2], range(NUM_ITEMS)))
+    torch.set_num_threads(before)
+    assert (scores[0] == scores[1]).all()
+
+
+def test_few_users_train_for_steps_not_epochs() -> None:
+    epochs = []
+    settings = SequentialSettings(hidden_size=8, num_layers=1, max_length=8, batch_size=20, patience_steps=30)
+    train_sequential("gru4rec", cycles(40, 1), NUM_ITEMS, lambda r: float(not epochs.append(1)), 3, settings)
+    assert len(epochs) == 1 + 15, "two steps an epoch; the first is the best"

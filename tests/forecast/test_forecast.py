@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.shards.world import make_builder, make_sample, make_split, write_split
+from trsr_dist.errors import ConfigError
 from trsr_dist.forecast.stages import TrainingSettings, forecast_training
 from trsr_dist.forecast.workload import split_work
-from trsr_dist.planning.cost import Cluster
+from trsr_dist.planning.cost import Cluster, generation_cost
 from trsr_dist.planning.hardware import hardware, recognize
 from trsr_dist.planning.shape import ModelShape
 from trsr_dist.shards.measure import measure_lengths
@@ -103,3 +104,16 @@ def test_a_dry_run_reads_sizes_only_and_writes_nothing(tmp_path: Path) -> None:
     assert "68.98G parameters" in done.stdout
     assert "ds_configs/zero3.json is the first that fits" in done.stdout
     assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("nodes", "utilization"), [(0, 0.4), (1, 0.0), (1, 40.0)])
+def test_a_cluster_that_cannot_be_is_refused(nodes: int, utilization: float) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        Cluster(hardware("h100"), nodes, 8, utilization)
+
+
+def test_many_texts_in_flight_are_limited_by_products() -> None:
+    one = Cluster(hardware("h100"), 1, 1, 0.4)
+    seconds = [generation_cost(one, 0, 10**9, 15 * 10**9, flight).seconds for flight in (8, 16, 1024, 4096)]
+    assert seconds[0] == pytest.approx(2 * seconds[1])
+    assert seconds[2] == seconds[3] == pytest.approx(10**9 * 15e9 / (one.hardware.flops_per_second * 0.4))

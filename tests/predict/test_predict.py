@@ -143,3 +143,12 @@ def test_the_command_ranks_lines_and_names_bad_ones(
     assert (first["id"], second["id"]) == ("u1", 7)
     assert [(e["index"], e["text"], e["score"]) for e in first["ranked"]] == expected
     assert [e["id"] for e in second["ranked"]] == [f"c{index}" for index, *_ in expected]
+
+
+def test_half_a_character_and_a_folder_as_output_are_named(run: Path, tmp_path: Path) -> None:
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"items": ["a"], "candidates": ["bad \\ud83d"]}\n')
+    done = predict(run, source, tmp_path / "out.jsonl")
+    assert done.returncode == 1 and "in.jsonl:1: an escape such as" in done.stderr
+    done = predict(run, source, tmp_path)
+    assert done.returncode == 2 and "is a folder" in done.stderr

@@ -21,7 +21,7 @@ class Section(BaseModel):
 class RunSection(Section):
     dir: str = Field("runs/default", min_length=1)
     """Folder of this run: everything the stages write lies below it."""
-    seed: int = 0
+    seed: int = Field(0, ge=0)
     """Fixes data order, negatives, splits of ties, dropout and sampling."""
     tensorboard: bool = True
     """Write TensorBoard events beside metrics.jsonl."""

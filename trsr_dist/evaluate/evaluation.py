@@ -73,7 +73,7 @@ class Evaluation:
         drawn = {"histories": manifest_hash(self.run.histories), **self.draws()} if entry.protocol else {}
         return {
             "shards": manifest_hash(self.run.split(self.split)),
-            "model": model_identity(self.source(entry)),
+            "model": model_identity(self.source(entry), self.config.model.revision),
             "prompt": prompt,
             "change": entry.change,
             "seed": self.config.run.seed,
@@ -96,13 +96,21 @@ class Evaluation:
         exclude = {"negatives_per_positive", "deepspeed_config"}
         evaluate = self.config.evaluate.model_dump(mode="json", exclude=exclude)
         drawn = self.draws() if self.protocols else {}
-        base = {"base": model_identity(self.base)} if any(entry.source == "base" for entry in self.passes) else {}
-        return evaluate | drawn | base | {"seed": self.config.run.seed, "precision": self.precision}
+        model = self.config.model
+        has_base = any(entry.source == "base" for entry in self.passes)
+        base = {"base": model_identity(self.base, model.revision)} if has_base else {}
+        # A model that records no prompts is ranked with the config's.
+        read = {"prompt": self.config.prompt.model_dump(mode="json"), "attention": model.attention}
+        return evaluate | drawn | base | read | {"seed": self.config.run.seed, "precision": self.precision}
 
     def inputs(self) -> dict[str, str]:
         """Hashes of what is read."""
         histories, shards = manifest_hash(self.run.histories), manifest_hash(self.run.split(self.split))
-        return {"histories": histories, "shards": shards, "model": model_identity(self.model)}
+        return {"histories": histories, "shards": shards, "model": self._model_identity}
+
+    @property
+    def _model_identity(self) -> str:
+        return model_identity(self.model, self.config.model.revision)
 
     def is_done(self, force: bool) -> bool:
         """Whether the results of exactly this evaluation stand there.
@@ -117,7 +125,8 @@ class Evaluation:
             return False
         check_inputs(self.folder, self.inputs())
         is_same = read_json(self.folder / MANIFEST).get("settings") == json.loads(json.dumps(self.settings()))
-        return is_same and self.results.is_file() and self.report.is_file()
+        is_reported = self.report.is_file() and f" {self.split} users," in self.report.read_text(encoding="utf-8")
+        return is_same and self.results.is_file() and is_reported
 
     def clear(self) -> None:
         """Remove the results and scores of an earlier evaluation."""

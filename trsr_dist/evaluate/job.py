@@ -26,6 +26,7 @@ from trsr_dist.files import writing
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.model.folder import LoadedModel, open_model
 from trsr_dist.model.forward import score_row
+from trsr_dist.model.places import follow
 from trsr_dist.model.zero3 import scoring_config
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.rows import PackedRow
@@ -57,7 +58,9 @@ def evaluate(config: Config, model: str, *, output: str = "", force: bool = Fals
     setup_logging(ranks.rank, "evaluate")
     run = RunFolder(Path(config.run.dir))
     folder = Path(output) if output else run.evaluation
-    job = Evaluation(config, run, run.resolve(model), run.resolve(config.model.name_or_path), folder)
+    # A pointer such as checkpoints/best is followed once: it may move while the candidates are scored.
+    place = str(follow(Path(run.resolve(model))))
+    job = Evaluation(config, run, place, run.resolve(config.model.name_or_path), folder)
     if force and array_task()[1] > 1:
         raise ConfigError("--force in a Slurm array would remove what other tasks write; remove the folder before")
     if dry_run:
@@ -166,6 +169,7 @@ def load(job: Evaluation, name_or_path: str, ranks: Ranks) -> LoadedModel:
         torch.set_num_threads(1)
     return open_model(
         name_or_path,
+        revision=job.config.model.revision,
         device=device,
         dtype=getattr(torch, job.precision),
         prompt=job.config.prompt.model_dump(),

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from trsr_dist.data.store import HistoryStore, UserRow
+from trsr_dist.errors import DataError
 from trsr_dist.evaluate.baselines import Bm25, Ranker, by_count, target_counts
 from trsr_dist.evaluate.metrics import metric_names, user_metrics
 from trsr_dist.evaluate.protocols import targets_of
@@ -38,7 +39,16 @@ def build_rankers(store: HistoryStore, asked: Sequence[str], seed: int) -> dict[
 
 
 def train_on(store: HistoryStore, name: str, seed: int) -> Ranker:
-    """A sequential model of the train users; its best epoch is chosen on the validation users' candidates."""
+    """A sequential model of the train users; its best epoch is chosen on the validation users' candidates.
+
+    Raises:
+        DataError: there are no validation users.
+    """
+    if not store.num_users("valid"):
+        raise DataError(
+            f"evaluate.baselines: {name} chooses its best epoch on the validation users, and there are none; give "
+            "data.split a share for them, or leave it out"
+        )
     sequences = [[*row.history, *targets_of(row)] for row in train_rows(store)]
     valid = [store.user("valid", index) for index in range(store.num_users("valid"))]
     log.info("%s: training on %d users", name, len(sequences))

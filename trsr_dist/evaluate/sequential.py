@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,9 +27,11 @@ class SequentialSettings:
     dropout: float = 0.2
     batch_size: int = 128
     learning_rate: float = 1e-3
-    max_epochs: int = 60
-    patience: int = 5
-    """Epochs without a better validation metric before training stops."""
+    max_epochs: int = 200
+    patience_epochs: int = 5
+    patience_steps: int = 500
+    """Training stops after so many epochs and optimizer steps without a better validation metric: of few users an epoch
+    is a handful of steps, and both models stand at chance for the first hundreds."""
 
 
 class Gru4Rec(nn.Module):
@@ -121,7 +124,7 @@ def train_sequential(
         settings: None: the defaults.
     """
     settings = settings or SequentialSettings()
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(seed)
         model = MODELS[name](num_items, settings)
         ranker = SequentialRanker(model, settings.max_length)
@@ -132,12 +135,24 @@ def train_sequential(
             _train_epoch(model, optimizer, sequences, generator, settings)
             metric = validate(ranker)
             waited = 0 if metric > best else waited + 1
+            waited_steps = waited * -(-len(sequences) // settings.batch_size)
             if metric > best:
                 best, best_state = metric, copy.deepcopy(model.state_dict())
-            if waited == settings.patience:
+            if waited >= settings.patience_epochs and waited_steps >= settings.patience_steps:
                 break
         model.load_state_dict(best_state)
     return ranker
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Within this context sums do not depend on the number of cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _train_epoch(

@@ -112,7 +112,8 @@ class Forecast:
         """The evaluation of the config's split, all passes of a language model."""
         evaluate = self.config.evaluate
         work = self._work(evaluate.split, evaluate.row_tokens, None)
-        passes = plan_passes(evaluate.baselines, evaluate.protocols)
+        drawn = [name for name in evaluate.protocols if name != self.config.data.candidates]
+        passes = plan_passes(evaluate.baselines, drawn)
         flops, cost = forecast_scoring(self.shape, work, len(passes), self.cluster)
         return text.scoring_lines(evaluate.split, work, [entry.name for entry in passes], flops, cost)
 

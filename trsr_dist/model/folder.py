@@ -60,8 +60,8 @@ class LoadedModel:
     """Empty where the folder records nothing."""
 
 
-def find_model(name_or_path: str) -> ModelPlace:
-    """What a path or hub id stands for.
+def find_model(name_or_path: str, revision: str = "") -> ModelPlace:
+    """What a path or hub id (with a revision) stands for.
 
     Raises:
         CheckpointError: an incomplete or damaged checkpoint.
@@ -77,7 +77,7 @@ def find_model(name_or_path: str) -> ModelPlace:
         return _with_base(folder, read_provenance(folder), None)
     if folder.is_dir():
         return ModelPlace(str(folder), "", None, str(folder), read_provenance(folder))
-    return ModelPlace(name_or_path, "", None, name_or_path, {})
+    return ModelPlace(name_or_path, revision, None, name_or_path, {})
 
 
 def open_model(
@@ -88,6 +88,7 @@ def open_model(
     attention: str = "auto",
     trust_remote_code: bool = False,
     zero_config: dict[str, Any] | None = None,
+    revision: str = "",
 ) -> LoadedModel:
     """Load a model for scoring. With ``zero_config`` all ranks call it, and run the model together.
 
@@ -99,12 +100,13 @@ def open_model(
         attention: back end of the shared-prefix attention.
         trust_remote_code: run model code from the hub.
         zero_config: of DeepSpeed's stage 3 (``scoring_config``): the ranks divide the weights; None: all of them here.
+        revision: of a hub id; empty: the default branch.
 
     Raises:
         CheckpointError: an incomplete or damaged checkpoint.
         ModelError: the model cannot be read, or its tokenizer is not that of the training.
     """
-    place = find_model(name_or_path)
+    place = find_model(name_or_path, revision)
     source = BaseSource(place.base, place.revision, trust_remote_code)
     tokenizer = load_tokenizer(BaseSource(place.tokenizer, place.revision, trust_remote_code))
     builder = PromptBuilder(tokenizer, **(place.provenance.get("prompt") or prompt))

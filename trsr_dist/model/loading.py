@@ -42,7 +42,8 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """``auto`` becomes bfloat16 on a GPU that has it, else float32."""
     if precision != "auto":
         return precision
-    return "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    has_bfloat16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bfloat16" if has_bfloat16 else "float32"
 
 
 def load_tokenizer(source: BaseSource) -> Any:

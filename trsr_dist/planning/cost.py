@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from trsr_dist.errors import ConfigError
 from trsr_dist.planning.hardware import Hardware
 
 
@@ -18,6 +19,12 @@ class Cluster:
     """Model FLOP/s utilization that is reckoned with, 0 to 1."""
     price_per_hour: float = 0.0
     """Of one device."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.utilization <= 1:
+            raise ConfigError(f"--mfu {self.utilization:g}: expected a share above 0 and up to 1, such as 0.4")
+        if min(self.num_nodes, self.devices_per_node) < 1:
+            raise ConfigError(f"{self.num_nodes} nodes of {self.devices_per_node} devices: expected 1 or more of each")
 
     @property
     def world_size(self) -> int:
@@ -62,9 +69,12 @@ def scoring_cost(cluster: Cluster, flops: float) -> Cost:
 def generation_cost(
     cluster: Cluster, prefill_flops: float, num_new_tokens: int, weight_bytes: int, num_in_flight: int
 ) -> Cost:
-    """Prompts are limited by products; decoding reads the weights once for each step of ``num_in_flight`` texts."""
+    """Prompts are limited by products; decoding by reading the weights once a step of ``num_in_flight`` texts, or by
+    the products of many texts: two operations for each weight of two bytes."""
     prefill = prefill_flops / (cluster.hardware.flops_per_second * cluster.utilization)
-    decode = num_new_tokens / num_in_flight * weight_bytes / cluster.hardware.memory_bytes_per_second
+    reading = weight_bytes / num_in_flight / cluster.hardware.memory_bytes_per_second
+    products = weight_bytes / (cluster.hardware.flops_per_second * cluster.utilization)
+    decode = num_new_tokens * max(reading, products)
     seconds = (prefill + decode) / cluster.world_size
     return _cost(cluster, seconds, seconds)
 

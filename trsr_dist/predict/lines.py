@@ -104,6 +104,8 @@ def parse_line(data: bytes, number: int) -> Line:
         value = json.loads(data)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"not valid JSON ({error})") from None
+    if b"\\ud" in data.lower() and not is_text(json.dumps(value, ensure_ascii=False)):
+        raise DataError("an escape such as \\ud83d stands without its second half and is no character")
     if not isinstance(value, dict):
         raise DataError(f"found a JSON {type(value).__name__}, expected an object with {', '.join(FIELDS)}")
     unknown = sorted(value.keys() - set(FIELDS))
@@ -121,6 +123,15 @@ def parse_line(data: bytes, number: int) -> Line:
     texts, ids = zip(*entries, strict=True)
     name = value.get("id", number)
     return Line(Request(texts, items, summary, str(name)), name, ids)
+
+
+def is_text(text: str) -> bool:
+    """Whether it can be written: half of an escaped pair is valid JSON and no character."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def as_list(value: dict[str, Any], field: str) -> list[Any]:
