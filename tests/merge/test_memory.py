@@ -13,17 +13,15 @@ from trsr_dist.benchmarks.merge import LLAMA2_7B, write_adapter, write_base
 SMALL = LLAMA2_7B | {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 4}
 
 MERGE = """
-import json, resource, sys
+import json, sys
 from pathlib import Path
 from trsr_dist.environment import prepare_process
 prepare_process(1)
+from trsr_dist.benchmarks.common import peak_bytes as peak
 from trsr_dist.merge import inputs, job, proof
 from trsr_dist.merge.source import base_of, find_source
 from trsr_dist.model.places import base_folder
 from trsr_dist.model.fingerprint import base_fingerprint
-
-def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 source = find_source(Path(sys.argv[1]))
 adapter = source.read()

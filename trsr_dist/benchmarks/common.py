@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import math
 import multiprocessing
+import re
 import resource
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from statistics import median
 from typing import Any
 
@@ -113,8 +115,12 @@ def figures(row: Row) -> list[str]:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most memory that this program has held so far.
+
+    Not ``ru_maxrss``: on Linux a child inherits that of the process that started it.
+    """
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"VmHWM:\s*(\d+) kB", status)[1]) * 1024
 
 
 def in_child(function: Callable[..., Any], *args: object) -> Any:
