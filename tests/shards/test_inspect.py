@@ -22,7 +22,7 @@ from trsr_dist.errors import DataError
 from trsr_dist.hashing import random_stream
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.run import RunFolder
-from trsr_dist.shards.codec import decode_sample, encode_sample
+from trsr_dist.shards.codec import encode_sample
 from trsr_dist.shards.index import index_path
 from trsr_dist.shards.inspect.adopt import index_split
 from trsr_dist.shards.inspect.checks import sample_faults
@@ -325,34 +325,3 @@ def test_damaged_lengths_are_found(tmp_path: Path) -> None:
     assert problems(shards.folder) == []
     flip_byte(folder / "train-000001.tar.lengths", 60)
     assert any("train-000001.tar.lengths: damaged" in problem for problem in problems(shards.folder))
-
-
-def test_an_empty_split_is_described(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    write_split(tmp_path / "shards" / "train", [make_sample(i) for i in range(4)], [4])
-    write_split(tmp_path / "shards" / "valid", [], [], "valid")
-    inspect_shards(tmp_path / "shards", Options(False, False, 0, None, None))
-    assert "valid: 0 users in 0 shards" in capsys.readouterr().out
-
-
-def test_a_manifest_of_another_program(tmp_path: Path) -> None:
-    folder = make_split(tmp_path / "train", (3,)).folder
-    (folder / "manifest.json").write_text('{"files": []}')
-    with pytest.raises(DataError, match="not the manifest of a split"):
-        index_split(folder)
-
-
-def test_provenance_of_other_programs_is_no_history() -> None:
-    for provenance in ({"history": [{"id": 1}]}, {"history": "N1"}, {"history": ["x"], "nodes": [["a"], 3]}):
-        assert list(sample_faults(replace(make_sample(1), provenance=provenance))) is not None
-
-
-def test_half_a_character_in_a_sample() -> None:
-    data = encode_sample(make_sample(1)).replace(b'"summary":"', b'"summary":"\\ud83d')
-    with pytest.raises(DataError, match="without its second half"):
-        decode_sample(data)
-
-
-def test_overrides_need_a_config(tmp_path: Path) -> None:
-    command = [sys.executable, "tools/inspect_shards.py", str(tmp_path), "prompt.max_tokens=200"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "give --config FILE" in done.stderr
