@@ -63,7 +63,14 @@ def test_a_killed_job_leaves_nothing_that_counts(tmp_path: Path, kind: signal.Si
     write_mind(tmp_path)
     run = tmp_path / "run"
     _, _, _, config, *settings = command(tmp_path)
-    job = subprocess.Popen([sys.executable, "-c", HANGING_JOB, config, *settings], cwd=ROOT, stderr=subprocess.DEVNULL)
+    # A shell that runs the tests in the background lets them inherit deafness to SIGINT.
+    hearing = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # noqa: E731
+    job = subprocess.Popen(
+        [sys.executable, "-c", HANGING_JOB, config, *settings],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=hearing,
+    )
     try:
         deadline = time.monotonic() + 60
         while not list(run.glob(".histories.tmp-*/users.spool")):

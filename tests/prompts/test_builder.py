@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 from datetime import datetime
 
@@ -168,7 +169,7 @@ def test_texts_without_blanks_are_cut_within() -> None:
 def test_templates_that_print_the_date_give_the_same_prompts_on_any_day(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers.utils import chat_template_utils
 
-    tokenizer = byte_level(True)
+    tokenizer = copy.deepcopy(byte_level(True))  # other tests share that one
     tokenizer.chat_template = "Today: {{ strftime_now('%d %b %Y') }}\n" + tokenizer.chat_template
     prompts = []
     for day in (1, 2):
