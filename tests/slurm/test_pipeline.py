@@ -59,8 +59,10 @@ def test_failed_stage_ends_the_chain(lab: Lab, tmp_path: Path) -> None:
 def test_chain_is_taken_up_where_it_stands(lab: Lab, tmp_path: Path) -> None:
     lab.wait_for_nodes(3)
     overrides = [*SMALL, f"run.dir={tmp_path}/run"]
+    lab.run("scontrol update PartitionName=batch State=DOWN")  # jobs are queued and wait
     _, jobs = pipeline(lab, *overrides)
     said, again = pipeline(lab, *overrides)
+    lab.run("scontrol update PartitionName=batch State=UP")
     assert again == jobs and said.count("is in the queue already") == 6
     assert lab.wait_for_job(jobs["prepare"]) == "COMPLETED"
     lab.run(f"scancel {' '.join(list(jobs.values())[1:])}")

@@ -36,9 +36,15 @@ def train(run: Path, source: Path, kind: str) -> dict[int, float]:
     return losses_of(run)
 
 
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    return train(tmp_path_factory.mktemp("whole") / "run", source, "none")
+
+
 @pytest.mark.parametrize(("kind", "near"), [("4bit", 0.1), ("8bit", 0.02)])
-def test_losses_stay_near_and_the_adapter_merges(source: Path, tmp_path: Path, kind: str, near: float) -> None:
-    whole = train(tmp_path / "whole", source, "none")
+def test_losses_stay_near_and_the_adapter_merges(
+    source: Path, whole: dict[int, float], tmp_path: Path, kind: str, near: float
+) -> None:
     quantized = train(tmp_path / kind, source, kind)
     assert quantized != whole and sorted(quantized) == list(range(1, STEPS + 1))
     assert quantized == pytest.approx(whole, rel=near)
