@@ -13,12 +13,14 @@ prepare_process()
 
 import argparse  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import get_args  # noqa: E402
 
 from trsr_dist.cli import run_command  # noqa: E402
+from trsr_dist.config.sections import ModelSection  # noqa: E402
 from trsr_dist.files import writing  # noqa: E402
 from trsr_dist.log import setup_logging  # noqa: E402
 
-ATTENTION = ("auto", "flash_attn", "torch", "flex", "cpu", "dense")
+ATTENTION = get_args(ModelSection.model_fields["attention"].annotation)
 EXAMPLE = "python tools/predict.py --model runs/quickstart/merged --input requests.jsonl --output ranked.jsonl"
 
 
