@@ -11,7 +11,7 @@ from trsr_dist.config import Config
 from trsr_dist.distributed import device_of
 from trsr_dist.environment import detect_ranks
 from trsr_dist.evaluate.identity import model_identity
-from trsr_dist.evaluate.passes import ScoringPass, plan_passes
+from trsr_dist.evaluate.passes import ScoringPass, drawn_protocols, plan_passes
 from trsr_dist.evaluate.scores import IDENTITY, ScoreFolder
 from trsr_dist.files import read_json
 from trsr_dist.model.loading import resolve_precision
@@ -50,8 +50,8 @@ class Evaluation:
 
     @property
     def protocols(self) -> list[str]:
-        """Candidate lists that are drawn beside the shards' own; of the same kind they would say nothing new."""
-        return [name for name in self.config.evaluate.protocols if name != self.config.data.candidates]
+        """Candidate lists that are drawn beside the shards' own."""
+        return drawn_protocols(self.config.evaluate.protocols, self.config.data.candidates)
 
     @property
     def passes(self) -> list[ScoringPass]:

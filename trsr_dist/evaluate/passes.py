@@ -43,6 +43,11 @@ OPTIONAL = (
 )
 
 
+def drawn_protocols(asked: Sequence[str], own: str) -> list[str]:
+    """Candidate lists that are drawn beside the shards' ``own``; of the same kind they would say nothing new."""
+    return [name for name in asked if name != own]
+
+
 def plan_passes(baselines: Sequence[str], protocols: Sequence[str]) -> list[ScoringPass]:
     """Model and control on every candidate list, and the asked baselines that need a language model on the own one."""
     asked = [entry for entry in OPTIONAL if entry.system in baselines]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trsr_dist.config import Config, dump_config
 from trsr_dist.environment import detect_ranks
-from trsr_dist.evaluate.passes import plan_passes
+from trsr_dist.evaluate.passes import drawn_protocols, plan_passes
 from trsr_dist.forecast import text
 from trsr_dist.forecast.models import model_shape
 from trsr_dist.forecast.stages import TrainingSettings, forecast_scoring, forecast_training
@@ -112,7 +112,7 @@ class Forecast:
         """The evaluation of the config's split, all passes of a language model."""
         evaluate = self.config.evaluate
         work = self._work(evaluate.split, evaluate.row_tokens, None)
-        drawn = [name for name in evaluate.protocols if name != self.config.data.candidates]
+        drawn = drawn_protocols(evaluate.protocols, self.config.data.candidates)
         passes = plan_passes(evaluate.baselines, drawn)
         flops, cost = forecast_scoring(self.shape, work, len(passes), self.cluster)
         return text.scoring_lines(evaluate.split, work, [entry.name for entry in passes], flops, cost)
