@@ -7,14 +7,19 @@ from trsr_dist.environment import prepare_process
 
 prepare_process()
 
-from trsr_dist.cli import config_parser, parse_config, run_command  # noqa: E402
+from trsr_dist.cli import cluster_options, config_parser, parse_config, run_command  # noqa: E402
 
 
 def main() -> int:
-    args, config = parse_config(config_parser(__doc__, "python launch/summarize.py --config configs/quickstart.yaml"))
+    example = "python launch/summarize.py --config configs/quickstart.yaml"
+    args, config = parse_config(cluster_options(config_parser(__doc__, example)))
+    if args.dry_run:
+        from trsr_dist.forecast.job import Request, dry_run
+
+        return dry_run(config, Request.of(args), "summarize")
     from trsr_dist.summarize.job import summarize
 
-    return summarize(config, force=args.force, dry_run=args.dry_run)
+    return summarize(config, force=args.force)
 
 
 if __name__ == "__main__":

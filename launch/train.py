@@ -17,7 +17,7 @@ def main() -> int:
     if args.dry_run:
         from trsr_dist.forecast.job import Request, dry_run
 
-        return dry_run(config, Request(args.hardware, args.nodes, args.devices_per_node, args.mfu, args.price))
+        return dry_run(config, Request.of(args), "train")
     from trsr_dist.train.job import train
 
     return train(config, force=args.force)

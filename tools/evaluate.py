@@ -8,18 +8,22 @@ from trsr_dist.environment import prepare_process
 
 prepare_process()
 
-from trsr_dist.cli import config_parser, parse_config, run_command  # noqa: E402
+from trsr_dist.cli import cluster_options, config_parser, parse_config, run_command  # noqa: E402
 
 
 def main() -> int:
     example = "python tools/evaluate.py --config configs/quickstart.yaml --model RUN/merged"
-    parser = config_parser(__doc__, example)
+    parser = cluster_options(config_parser(__doc__, example))
     parser.add_argument("--model", required=True, metavar="DIR", help="merged folder, checkpoint or adapter")
     parser.add_argument("--output", default="", metavar="DIR", help="where results go; default RUN/evaluation")
     args, config = parse_config(parser)
+    if args.dry_run:
+        from trsr_dist.forecast.job import Request, dry_run
+
+        return dry_run(config, Request.of(args), "evaluate")
     from trsr_dist.evaluate.job import evaluate
 
-    return evaluate(config, args.model, output=args.output, force=args.force, dry_run=args.dry_run)
+    return evaluate(config, args.model, output=args.output, force=args.force)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Forecast time, memory, device hours and money of a run, before it is paid; for any number of nodes, in seconds.
 
-Summaries are reckoned from RUN/histories, training and evaluation from RUN/shards; of the models only config.json is
-read, and the tokenizer.
+Summaries are reckoned from RUN/histories, training and evaluation from RUN/shards, or from the histories where there
+are no shards yet; of the models only config.json is read, and the tokenizer.
 """
 
 from __future__ import annotations
@@ -13,11 +13,15 @@ def main() -> None:
     """Print the forecast."""
     example = "python tools/plan.py --config configs/mind.yaml --hardware h100 --nodes 4 --price 2.5"
     parser = cluster_options(config_parser(__doc__, example))
+    stages = ("summarize", "train", "evaluate")
+    parser.add_argument("--stage", action="append", choices=stages, help="may stand several times (default: all)")
+    parser.add_argument("--json", action="store_true", help="print seconds, bytes and counts as JSON")
     args, config = parse_config(parser)
-    from trsr_dist.forecast.job import Forecast, Request
+    from trsr_dist.forecast.build import plan_stages
+    from trsr_dist.forecast.job import Request, in_json, in_words
 
-    request = Request(args.hardware, args.nodes, args.devices_per_node, args.mfu, args.price)
-    print(Forecast(config, request).all())
+    show = in_json if args.json else in_words
+    print(show(plan_stages(config, args.stage or stages), Request.of(args).cluster))
 
 
 if __name__ == "__main__":

@@ -162,12 +162,6 @@ def test_what_cannot_be_evaluated_is_refused(run: Path, tmp_path: Path) -> None:
         evaluate(divided, "RUN/merged", output=str(tmp_path))
 
 
-def test_a_dry_run_touches_nothing(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
-    evaluate(load_config(run / "config.yaml"), "RUN/merged", output=str(tmp_path / "out"), dry_run=True)
-    assert "passes with a language model: model, control, base" in capsys.readouterr().out
-    assert not (tmp_path / "out").exists()
-
-
 def test_a_pointer_that_moves_names_another_model(run: Path, alone: Path, tmp_path: Path) -> None:
     """checkpoints/best is followed once, so that neither stale nor mixed scores are published."""
     checkpoints = tmp_path / "checkpoints"

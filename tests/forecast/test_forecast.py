@@ -5,15 +5,29 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.shards.world import make_builder, make_sample, make_split, write_split
-from trsr_dist.errors import ConfigError
-from trsr_dist.forecast.stages import TrainingSettings, forecast_training
-from trsr_dist.forecast.workload import split_work
-from trsr_dist.planning.cost import Cluster, generation_cost
+from tests.summarize.world import run_here, tree_hash, write_config, write_histories
+from tests.tokenizers import byte_level
+from trsr_dist.config import load_config
+from trsr_dist.data.store import HistoryStore
+from trsr_dist.errors import ConfigError, RunError
+from trsr_dist.forecast.build import plan_stages
+from trsr_dist.forecast.job import Request, in_json, in_words
+from trsr_dist.forecast.stages import (
+    ScoringSettings,
+    TrainingForecast,
+    TrainingSettings,
+    forecast_scoring,
+    forecast_training,
+)
+from trsr_dist.forecast.summaries import SummarySettings, forecast_summaries, summary_work
+from trsr_dist.forecast.workload import shard_lengths, split_work
+from trsr_dist.planning.cost import Cluster
 from trsr_dist.planning.hardware import hardware, recognize
 from trsr_dist.planning.shape import ModelShape
 from trsr_dist.shards.measure import measure_lengths
@@ -30,8 +44,8 @@ def test_work_is_that_of_the_planned_rows(tmp_path: Path, measured: bool) -> Non
     settings = PackingSettings(row_tokens=2000, rows_per_step=4, negatives_per_positive=2, seed=0)
     if measured:
         measure_lengths(shards, builder)
-    work = split_work(tmp_path / "train", builder, 2000, 2, 0)
-    assert work.is_measured == measured
+    work = split_work(shard_lengths(tmp_path / "train", builder), 2000, 2, 0)
+    assert work.source == ("measured" if measured else "sampled")
     plan = TrainPlan(measure_lengths(shards, builder), settings)
     facts = plan.facts(0)
     assert work.shared.tokens == pytest.approx(facts.num_tokens, rel=0.03)
@@ -43,7 +57,7 @@ def test_work_is_that_of_the_planned_rows(tmp_path: Path, measured: bool) -> Non
 def test_separate_tokens_are_those_of_the_rows(tmp_path: Path) -> None:
     builder = make_builder()
     shards = write_split(tmp_path / "test", [make_sample(i) for i in range(40)], [40], "test")
-    work = split_work(tmp_path / "test", builder, 4000, None, 0)
+    work = split_work(shard_lengths(tmp_path / "test", builder), 4000, None, 0)
     users = [builder.build(shards.read(index)) for index in range(40)]
     expected = sum(len(user.prefix) * len(user.suffixes) + sum(map(len, user.suffixes)) for user in users)
     assert work.separate.tokens == expected
@@ -55,7 +69,7 @@ def cluster(num_nodes: int) -> Cluster:
 
 def test_a_model_of_70_billion_needs_its_weights_divided(tmp_path: Path) -> None:
     make_split(tmp_path / "train")
-    work = split_work(tmp_path / "train", make_builder(), 2000, 1, 0)
+    work = split_work(shard_lengths(tmp_path / "train", make_builder()), 2000, 1, 0)
     found = forecast_training(LLAMA_70B, work, SETTINGS, cluster(2))
     assert found.recommended == "zero3"
     assert found.memory["zero2"].weights == LLAMA_70B.num_parameters * 2
@@ -66,7 +80,7 @@ def test_a_model_of_70_billion_needs_its_weights_divided(tmp_path: Path) -> None
 
 def test_more_devices_than_rows_bring_nothing(tmp_path: Path) -> None:
     make_split(tmp_path / "train")
-    work = split_work(tmp_path / "train", make_builder(), 2000, 1, 0)
+    work = split_work(shard_lengths(tmp_path / "train", make_builder()), 2000, 1, 0)
     times = [forecast_training(LLAMA_70B, work, SETTINGS, cluster(nodes), "zero2").cost.seconds for nodes in (1, 2, 4)]
     assert times[0] > 1.5 * times[1]
     assert times[2] >= times[1]
@@ -81,8 +95,6 @@ def test_devices_are_known_by_what_the_driver_says() -> None:
 
 def test_a_dry_run_reads_sizes_only_and_writes_nothing(tmp_path: Path) -> None:
     """A 70B config without weights; the shards have no measured lengths."""
-    from tests.tokenizers import byte_level
-
     run, model = tmp_path / "run", tmp_path / "model"
     write_split(run / "shards" / "train", [make_sample(i) for i in range(30)], [30])
     byte_level().save_pretrained(model)
@@ -112,8 +124,134 @@ def test_a_cluster_that_cannot_be_is_refused(nodes: int, utilization: float) -> 
         Cluster(hardware("h100"), nodes, 8, utilization)
 
 
-def test_many_texts_in_flight_are_limited_by_products() -> None:
-    one = Cluster(hardware("h100"), 1, 1, 0.4)
-    seconds = [generation_cost(one, 0, 10**9, 15 * 10**9, flight).seconds for flight in (8, 16, 1024, 4096)]
-    assert seconds[0] == pytest.approx(2 * seconds[1])
-    assert seconds[2] == seconds[3] == pytest.approx(10**9 * 15e9 / (one.hardware.flops_per_second * 0.4))
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A run with histories only, and a model of 70 billion weights that has a config and a tokenizer only."""
+    write_histories(tmp_path / "run", {"train": 30, "valid": 6, "test": 9})
+    byte_level().save_pretrained(tmp_path / "model")
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    sizes = dict(zip(names, (8192, 80, 64, 8, 28672), strict=True)) | {"vocab_size": 32000}
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    model = str(tmp_path / "model")
+    return write_config(
+        tmp_path / "run",
+        model={"name_or_path": model},
+        summarize={"engine": "transformers", "model": model, "max_in_flight": 100, "max_prompt_tokens": 900},
+    )
+
+
+def test_histories_alone_are_enough(config: Path) -> None:
+    """Before anything is paid: without summaries the prompts are those of the shards, to the token."""
+    overrides = ("summarize.scheme=none", "summarize.engine=extractive")
+    before = [stage.on(cluster(1)) for stage in plan_stages(load_config(config, overrides), ["train", "evaluate"])]
+    run_here(config, *overrides)
+    after = [stage.on(cluster(1)) for stage in plan_stages(load_config(config, overrides), ["train", "evaluate"])]
+    assert [found.work.source for found in (*before, *after)] == ["histories"] * 2 + ["sampled"] * 2
+    for early, late in zip(before, after, strict=True):
+        assert early.work.shared.users > 0
+        assert replace(early.work, source="sampled") == late.work
+        assert early.cost == late.cost
+
+
+def test_a_summary_is_reckoned_at_its_longest(config: Path) -> None:
+    found = {}
+    for limit in (100, 300):
+        (stage,) = plan_stages(load_config(config, (f"summarize.max_new_tokens={limit}",)), ["evaluate"])
+        work = stage.on(cluster(1)).work
+        found[limit] = work.separate.tokens / work.separate.answers
+    assert 200 < found[300] - found[100] < 4 * 200, "a byte-level tokenizer takes up to four tokens for one of a word's"
+
+
+def test_the_whole_plan_in_words_and_numbers(config: Path) -> None:
+    stages = plan_stages(load_config(config), ["evaluate", "summarize", "train"])
+    asked = Request("a100-80gb", num_nodes=3, price_per_hour=2.0).cluster
+    before = sorted(config.parent.rglob("*"))
+    words, numbers = in_words(stages, asked), json.loads(in_json(stages, asked))
+    assert sorted(config.parent.rglob("*")) == before
+    assert list(numbers) == ["cluster", "summarize", "train", "evaluate", "scaling"]
+    for part in ("from the histories", "zero3.json is the first that fits", "<- asked", "stop paying at", "price"):
+        assert part in words
+    assert words.count("does not fit") == 2, "140 GB of weights, for summaries and for scoring"
+    point = next(point for point in numbers["scaling"] if point["num_nodes"] == 3)
+    for stage in ("summarize", "train", "evaluate"):
+        assert point["costs"][stage] == numbers[stage]["cost"]
+        assert numbers[stage]["cost"]["money"] == pytest.approx(2.0 * numbers[stage]["cost"]["device_hours"])
+
+
+@pytest.mark.parametrize(("script", "stage"), [("launch/summarize.py", "summarize"), ("tools/evaluate.py", "evaluate")])
+def test_a_dry_run_is_the_stages_plan(config: Path, script: str, stage: str) -> None:
+    before = tree_hash(config.parent)
+    command = [sys.executable, script, "--config", str(config), "--dry-run", "--nodes", "2"]
+    command += ["--model", "RUN/merged"] if stage == "evaluate" else []
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "# plan\ncluster    2 x 8 h100" in done.stdout and f"\n{stage}" in done.stdout
+    assert tree_hash(config.parent) == before
+
+
+def test_what_is_missing_is_named(config: Path) -> None:
+    with pytest.raises(ConfigError, match="'merge': expected one of summarize, train, evaluate"):
+        plan_stages(load_config(config), ["merge"])
+    elsewhere = load_config(config, (f"run.dir={config.parent / 'nowhere'}",))
+    for stage in ("summarize", "train"):
+        with pytest.raises(RunError, match="nowhere/histories"):
+            plan_stages(elsewhere, [stage])
+    with pytest.raises(ConfigError, match=r"model\.name_or_path is empty"):
+        plan_stages(load_config(config, ("model.name_or_path=",)), ["train"])
+
+
+def test_a_model_that_cannot_share_prefixes_pays_for_separate_sequences(config: Path) -> None:
+    def training(window: int | None) -> tuple[TrainingForecast, str]:
+        path = config.parent / "model" / "config.json"
+        sizes = json.loads(path.read_text()) | {"model_type": "mistral", "sliding_window": window}
+        path.write_text(json.dumps(sizes))
+        (stage,) = plan_stages(load_config(config), ["train"])
+        return stage.on(cluster(1)), "\n".join(stage.words(stage.on(cluster(1)), cluster(1)))
+
+    (shared, plain), (separate, told) = training(None), training(64)
+    assert "run as separate sequences" in told and "run as separate sequences" not in plain
+    copies = separate.work.separate.tokens / separate.work.shared.tokens
+    assert separate.flops_per_epoch > 0.99 * copies * shared.flops_per_epoch
+    assert separate.memory["zero3"].activations > 0.95 * copies * shared.memory["zero3"].activations
+
+
+def test_prompts_of_summaries_are_those_that_the_job_sends(config: Path) -> None:
+    """Counted by the job itself; tokens by four bytes each, and no longer than the limit."""
+    run_here(config, "summarize.engine=extractive")
+    manifests = [json.loads((config.parent / f"run/shards/{s}/manifest.json").read_text()) for s in ("train", "valid")]
+    nodes = sum(manifest["counts"]["nodes"] for manifest in manifests)
+    store = HistoryStore(config.parent / "run" / "histories")
+    settings = SummarySettings("hierarchical", 5, 8, 120, 40, 8, "news", 16)
+    work = summary_work(store, settings)
+    test = json.loads((config.parent / "run/shards/test/manifest.json").read_text())["counts"]["nodes"]
+    assert work.num_prompts == nodes + test
+    assert work.num_users == 45 and work.num_units == 4 + 1 + 2
+    assert work.new_tokens == 40 * work.num_prompts
+    assert (
+        work.prompt_tokens
+        <= 120 * work.num_prompts
+        < summary_work(store, replace(settings, max_prompt_tokens=9000)).prompt_tokens
+    )
+    found = forecast_summaries(LLAMA_70B, work, settings, cluster(1))
+    assert found.weight_bytes == 2 * LLAMA_70B.num_parameters
+    assert found.key_value_bytes == 16 * 160 * 2 * 80 * 8 * 128 * 2
+
+
+def test_a_quantized_base_cannot_be_divided(tmp_path: Path) -> None:
+    make_split(tmp_path / "train")
+    work = split_work(shard_lengths(tmp_path / "train", make_builder()), 2000, 1, 0)
+    found = forecast_training(LLAMA_70B, work, replace(SETTINGS, quantization="4bit"), cluster(1))
+    assert list(found.memory) == ["zero1", "zero2"] and found.recommended == "zero1"
+    assert 2 * LLAMA_70B.num_parameters / 4 < found.memory["zero1"].weights < 2 * LLAMA_70B.num_parameters / 3
+
+
+def test_scoring_is_divided_by_parts_and_passes(tmp_path: Path) -> None:
+    write_split(tmp_path / "test", [make_sample(i) for i in range(130)], [130], "test")
+    work = split_work(shard_lengths(tmp_path / "test", make_builder()), 4000, None, 0)
+    settings = ScoringSettings(("model", "control"), 4000, "bfloat16")
+    one, two = (forecast_scoring(LLAMA_70B, work, settings, replace(cluster(1), devices_per_node=n)) for n in (1, 4))
+    assert one.num_parts == 6
+    assert two.cost.seconds == pytest.approx(one.cost.seconds * 2 / 6)
+    divided = forecast_scoring(LLAMA_70B, work, replace(settings, divided=True), cluster(2))
+    assert divided.weight_bytes < one.weight_bytes / 8
+    assert divided.flops == one.flops

@@ -1,17 +1,22 @@
-"""Planned activations against what autograd keeps."""
+"""Planned memory against what autograd keeps, what a forward pass allocates, and what bitsandbytes stores."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from trsr_dist.benchmarks.ways import ANSWERS, make_user
 from trsr_dist.model.inputs import RowInputs
+from trsr_dist.model.loading import BaseSource, load_base
 from trsr_dist.model.lora import add_lora
 from trsr_dist.model.recommender import Recommender
-from trsr_dist.planning.memory import KeptActivations, activation_bytes
+from trsr_dist.planning.memory import KeptActivations, activation_bytes, forward_bytes, key_value_bytes
 from trsr_dist.planning.shape import ATTENTION_MODULES, ModelShape
+from trsr_dist.planning.weights import weight_bytes
 from trsr_dist.rows import pack_row
 
 CONFIG = LlamaConfig(
@@ -61,3 +66,49 @@ def test_activations_are_those_that_autograd_keeps(
     planned = activation_bytes(shape, num_tokens, 4, KeptActivations(False, targets, answers_only, dropout > 0))
     planned -= gradients
     assert planned == pytest.approx(found, rel=0.08)
+
+
+@pytest.mark.parametrize("sizes", [{}, {"hidden_size": 512, "intermediate_size": 1408}, {"intermediate_size": 512}])
+def test_a_forward_pass_holds_what_is_planned(sizes: dict[str, int]) -> None:
+    config = LlamaConfig(**(CONFIG.to_dict() | sizes))
+    model = Recommender(AutoModelForCausalLM.from_config(config), ANSWERS, "cpu").eval()
+    row = pack_row([make_user(f"user {number}", 200, (12, 9, 30) * 4, 20) for number in range(4)])
+    inputs = RowInputs(row, torch.device("cpu"))
+    with torch.no_grad():
+        model(inputs, "pair")
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            model(inputs, "pair")
+    planned = forward_bytes(ModelShape.from_config(config.to_dict()), row.num_tokens, 4)
+    assert planned == pytest.approx(peak_of(profiler), rel=0.05)
+
+
+def peak_of(profiler: profile) -> int:
+    """Most bytes that were allocated and not yet freed."""
+    events = profiler.profiler.kineto_results.events()
+    held = most = 0
+    for _, num_bytes in sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"):
+        held += num_bytes
+        most = max(most, held)
+    return most
+
+
+def test_keys_and_values_are_those_of_the_cache() -> None:
+    config = LlamaConfig(**CONFIG.to_dict())
+    model, cache = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), DynamicCache(config=config)
+    with torch.no_grad():
+        model(torch.zeros(3, 40, dtype=torch.long), past_key_values=cache)
+    found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert key_value_bytes(ModelShape.from_config(CONFIG.to_dict()), 3 * 40, "float32") == found
+
+
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+def test_weights_are_those_of_the_loaded_base(quantization: str, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    AutoModelForCausalLM.from_config(CONFIG).to(torch.bfloat16).save_pretrained(tmp_path)
+    source = BaseSource(str(tmp_path), quantization=quantization)
+    base = load_base(source, torch.bfloat16, torch.device("cpu"))
+    found = sum(parameter.nbytes for parameter in base.parameters())
+    states = (getattr(parameter, "quant_state", None) for parameter in base.parameters())
+    found += sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states if state is not None)
+    planned = weight_bytes(ModelShape.from_config(CONFIG.to_dict()), "bfloat16", quantization)
+    assert planned == pytest.approx(found, rel=0.002)

@@ -13,7 +13,6 @@ from trsr_dist.errors import ConfigError, ModelError
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.planning.communication import bytes_sent_per_step
-from trsr_dist.planning.cost import Cluster, training_cost
 from trsr_dist.planning.flops import forward_flops, last_layer_savings, training_flops
 from trsr_dist.planning.hardware import hardware
 from trsr_dist.planning.memory import ZeroSetting, rank_memory, recommend
@@ -149,15 +148,6 @@ def test_communication_by_stage() -> None:
     assert bytes_sent_per_step(shape, 1000, 1, 3) == 0
     assert bytes_sent_per_step(shape, 1000, 2, 2) == 2000
     assert bytes_sent_per_step(shape, 1000, 2, 3) == 2000 + 2 * shape.num_parameters
-
-
-def test_scaling_stops_at_the_rows_of_a_step() -> None:
-    def seconds(num_nodes: int) -> float:
-        cluster = Cluster(hardware("h100"), num_nodes, 8, utilization=0.5, price_per_hour=2.0)
-        return training_cost(cluster, 1e20, num_steps=100, rows_per_step=16, bytes_per_step=0).seconds
-
-    assert seconds(1) == pytest.approx(2 * seconds(2))
-    assert seconds(2) == pytest.approx(seconds(4))
 
 
 def test_bad_input_is_named() -> None:

@@ -19,7 +19,6 @@ from trsr_dist.shards.reader import ShardSet
 from trsr_dist.summarize import plans
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.engines.build import build_engine, hub_commit
-from trsr_dist.summarize.job import summarize
 
 USERS = {"train": 20, "valid": 3, "test": 3}
 
@@ -153,14 +152,6 @@ def test_other_settings_are_refused_and_forced(tmp_path: Path) -> None:
     assert read_json(run / "shards/train/manifest.json")["settings"]["block_size"] == 3
     run_here(config, "summarize.block_size=5", force=True)
     assert tree_hash(run / "shards") == before
-
-
-def test_a_dry_run_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run, config = prepared(tmp_path)
-    before = tree_hash(run)
-    assert summarize(load_config(config), dry_run=True) == 0
-    assert "# train: 20 users in 3 units, about" in capsys.readouterr().out
-    assert tree_hash(run) == before and not (run / "summaries").exists()
 
 
 def test_what_a_kill_right_after_publishing_left_is_cleared(tmp_path: Path) -> None:

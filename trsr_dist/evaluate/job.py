@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from trsr_dist import distributed
-from trsr_dist.config import Config, dump_config
+from trsr_dist.config import Config
 from trsr_dist.config.zero import find_file, read_zero_config
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.environment import Ranks, array_task, detect_ranks
@@ -39,7 +39,7 @@ WAIT_SECONDS = 24 * 3600.0
 log = get_logger("evaluate")
 
 
-def evaluate(config: Config, model: str, *, output: str = "", force: bool = False, dry_run: bool = False) -> int:
+def evaluate(config: Config, model: str, *, output: str = "", force: bool = False) -> int:
     """Run the stage; see tools/evaluate.py.
 
     Args:
@@ -47,7 +47,6 @@ def evaluate(config: Config, model: str, *, output: str = "", force: bool = Fals
         model: merged folder, checkpoint or adapter; ``RUN/merged`` and the like stand for folders of the run.
         output: empty: ``RUN/evaluation``.
         force: score anew.
-        dry_run: print config and plan; touch nothing.
 
     Raises:
         RunError: the output holds another evaluation.
@@ -63,10 +62,6 @@ def evaluate(config: Config, model: str, *, output: str = "", force: bool = Fals
     job = Evaluation(config, run, place, run.resolve(config.model.name_or_path), folder)
     if force and array_task()[1] > 1:
         raise ConfigError("--force in a Slurm array would remove what other tasks write; remove the folder before")
-    if dry_run:
-        if ranks.is_main:
-            print(dump_config(config) + plan_text(job, ranks))
-        return 0
     with writing(folder):
         _evaluate(job, ranks, force)
     return 0
@@ -119,22 +114,6 @@ def reduce_scores(job: Evaluation, reduction: Reduction, provenance: dict[str, A
             log.info("another task writes the results (%s)", error)
             return
         publish(job, reduction.run(provenance))
-
-
-def plan_text(job: Evaluation, ranks: Ranks) -> str:
-    """What the stage would read, compute and write."""
-    users = split_users(job, {})
-    worker = make_worker(job, users, ranks)
-    names = ", ".join(entry.name for entry in job.passes)
-    return "\n".join(
-        (
-            "# plan",
-            f"# {len(users)} users of {job.run.split(job.split)} in {len(worker.parts)} parts, {len(worker.mine)} of "
-            "them for this process",
-            f"# passes with a language model: {names}",
-            f"# write {job.results}, {job.folder}, {job.report}",
-        )
-    )
 
 
 def make_worker(job: Evaluation, users: SplitUsers, ranks: Ranks) -> PartWorker:

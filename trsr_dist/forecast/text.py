@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from trsr_dist.forecast.stages import STAGES, TrainingForecast, TrainingSettings
-from trsr_dist.forecast.summaries import SummaryWork
+from collections.abc import Sequence
+
+from trsr_dist.forecast.stages import STAGES, ScoringForecast, TrainingForecast, TrainingSettings
+from trsr_dist.forecast.summaries import SummaryForecast, SummarySettings
 from trsr_dist.forecast.workload import SplitWork
-from trsr_dist.planning.cost import Cluster, Cost
+from trsr_dist.planning.cost import GENERATION_FORMULA, SCORING_FORMULA, TRAINING_FORMULA, Cluster, Cost
 from trsr_dist.planning.memory import FRAMEWORK_BYTES
+from trsr_dist.planning.scaling import PAYING_SPEEDUP, ScalePoint, pays_up_to
 from trsr_dist.planning.shape import ModelShape
 
 GB = 1e9
+INDENT = " " * 11
+SOURCES = {
+    "measured": "",
+    "sampled": ", from a sample of the shards' prompts",
+    "histories": ", from the histories, with every summary at its longest",
+}
+FORMULAS = {"summarize": GENERATION_FORMULA, "train": TRAINING_FORMULA, "evaluate": SCORING_FORMULA}
 
 
 def cluster_lines(cluster: Cluster) -> list[str]:
@@ -22,75 +32,118 @@ def cluster_lines(cluster: Cluster) -> list[str]:
     ]
 
 
-def summary_lines(work: SummaryWork, cost: Cost | None) -> list[str]:
-    """The summarization; ``cost`` None: no model generates."""
+def summary_lines(found: SummaryForecast, settings: SummarySettings, cluster: Cluster) -> list[str]:
+    """The summarization: prompts, time and memory."""
+    work = found.work
     lines = [
-        f"summarize  {work.num_users:,} users, {work.num_prompts:,} prompts, about {big(work.prompt_tokens)} tokens in "
-        f"and at most {big(work.new_tokens)} out (reckoned by the texts' length)"
+        f"summarize  {work.num_users:,} users in {work.num_units:,} units, {work.num_prompts:,} prompts, about "
+        f"{big(work.prompt_tokens)} tokens in and at most {big(work.new_tokens)} out (reckoned by the texts' length)"
     ]
-    return [*lines, "           extractive: no model, minutes" if cost is None else f"           {cost_text(cost)}"]
+    if found.cost is None:
+        return [*lines, f"{INDENT}extractive: no model, minutes"]
+    held = found.weight_bytes + found.key_value_bytes
+    texts = f"keys and values of {settings.num_in_flight} texts of at most {settings.most_tokens:,} tokens"
+    return [
+        *lines,
+        f"{INDENT}{cost_text(found.cost)}",
+        f"{INDENT}GB a device: {found.weight_bytes / GB:.1f} weights, {found.key_value_bytes / GB:.1f} {texts}"
+        f"{fit_text(held, cluster, 'lower summarize.max_in_flight, or take several devices for a server')}",
+    ]
 
 
 def training_lines(
-    shape: ModelShape,
-    work: SplitWork,
-    settings: TrainingSettings,
-    found: TrainingForecast,
-    cluster: Cluster,
-    chosen: str,
+    shape: ModelShape, settings: TrainingSettings, found: TrainingForecast, cluster: Cluster, chosen: str
 ) -> list[str]:
-    """The training: data, steps, time, memory and traffic by stage, and where scaling ends."""
+    """The training: data, steps, time, memory and traffic by stage."""
+    work = found.work
     shared, separate = work.shared, work.separate
     lines = [
         f"model      {big(shape.num_parameters)} parameters, {big(found.num_lora_parameters)} trainable "
         f"(LoRA r {settings.lora_r})",
         f"train      {work.num_users:,} users, {shared.answers / work.num_users:.1f} answers each: "
         f"{shared.tokens / work.num_users:,.0f} tokens a user in rows, {separate.tokens / work.num_users:,.0f} as "
-        f"separate sequences ({separate.tokens / shared.tokens:.2f}x)"
-        + ("" if work.is_measured else ", from a sample of prompts"),
-        f"           an epoch: {work.num_rows:,} rows of {settings.row_tokens:,}, {big(shared.tokens)} tokens, "
-        f"{big(found.flops_per_epoch)} FLOPs" + (" with recomputation" if settings.recompute else ""),
-        f"           {found.num_steps:,} steps of {settings.rows_per_step} rows in all",
-        f"           {cost_text(found.cost)}",
+        f"separate sequences ({separate.tokens / shared.tokens:.2f}x){SOURCES[work.source]}",
+        *sharing_lines(settings.shares_prefix),
+        f"{INDENT}an epoch: {work.num_rows:,} rows of {settings.row_tokens:,}, {big(computed_tokens(work, settings))} "
+        f"tokens, {big(found.flops_per_epoch)} FLOPs" + (" with recomputation" if settings.recompute else ""),
+        f"{INDENT}{found.num_steps:,} steps of {settings.rows_per_step} rows in all",
+        f"{INDENT}{cost_text(found.cost)}",
     ]
-    return [*lines, *memory_lines(found, cluster, chosen), *scaling_lines(settings, found, cluster)]
+    return [*lines, *memory_lines(found, cluster, chosen)]
+
+
+def sharing_lines(shares_prefix: bool) -> list[str]:
+    """Said only where it cannot be done."""
+    return [] if shares_prefix else [f"{INDENT}this model's prompts run as separate sequences (docs/training.md)"]
+
+
+def computed_tokens(work: SplitWork, settings: TrainingSettings) -> int:
+    """Of a pass."""
+    return (work.shared if settings.shares_prefix else work.separate).tokens
 
 
 def memory_lines(found: TrainingForecast, cluster: Cluster, chosen: str) -> list[str]:
     """Memory of a rank and its traffic, by stage."""
-    lines = ["           GB a rank:      weights  adapter  gradients  optimizer  activations    sum   sent a step"]
+    lines = [f"{INDENT}GB a rank:      weights  adapter  gradients  optimizer  activations    sum   sent a step"]
     for name in STAGES:
+        if name not in found.memory:
+            continue
         m = found.memory[name]
         cells = [m.weights, m.adapter, m.gradients, m.optimizer, m.activations]
         row = "".join(f"{value / GB:{width}.2f}" for value, width in zip(cells, (9, 9, 11, 11, 13), strict=True))
         mark = "  <- train.deepspeed_config" if name == chosen else ""
         host = f" (+{m.host / GB:.1f} on the host)" if m.host else ""
         sent = found.sent[name] / GB
-        lines.append(f"           {name:<14}{row}{m.device / GB:7.1f}{sent:10.2f} GB{host}{mark}")
+        lines.append(f"{INDENT}{name:<14}{row}{m.device / GB:7.1f}{sent:10.2f} GB{host}{mark}")
     advice = (
         f"ds_configs/{found.recommended}.json is the first that fits"
         if found.recommended
         else "none fits: lower train.row_tokens, or take more or larger devices"
     )
-    return [*lines, f"           with {FRAMEWORK_BYTES / GB:.1f} GB for CUDA and buffers, {advice}"]
+    return [*lines, f"{INDENT}with {FRAMEWORK_BYTES / GB:.1f} GB for CUDA and buffers, {advice}"]
 
 
-def scaling_lines(settings: TrainingSettings, found: TrainingForecast, cluster: Cluster) -> list[str]:
-    """Where more devices stop paying."""
-    return [
-        f"           scaling: devices compute {found.cost.efficiency:.0%} of the time; a step has "
-        f"{settings.rows_per_step} rows, so more than {settings.rows_per_step} devices idle; "
-        f"seconds = steps * (ceil(rows / devices) / rows * FLOPs / rate + bytes / link)"
-    ]
-
-
-def scoring_lines(split: str, work: SplitWork, passes: list[str], flops: float, cost: Cost) -> list[str]:
-    """The evaluation."""
+def scoring_lines(split: str, found: ScoringForecast, cluster: Cluster) -> list[str]:
+    """The evaluation: passes, time and memory."""
+    work, passes = found.work, found.passes
+    held = found.weight_bytes + found.activation_bytes
     return [
         f"evaluate   {work.num_users:,} {split} users, {work.shared.answers / work.num_users:.1f} candidates each, "
-        f"{len(passes)} passes ({', '.join(passes)}): {big(flops)} FLOPs",
-        f"           {cost_text(cost)}",
+        f"{len(passes)} passes ({', '.join(passes)}) in {found.num_parts:,} parts: {big(found.flops)} FLOPs"
+        f"{SOURCES[work.source]}",
+        f"{INDENT}{cost_text(found.cost)}",
+        f"{INDENT}GB a device: {found.weight_bytes / GB:.1f} weights, {found.activation_bytes / GB:.1f} activations of "
+        f"a row{fit_text(held, cluster, 'lower evaluate.row_tokens, or set evaluate.deepspeed_config')}",
     ]
+
+
+def fit_text(held: int, cluster: Cluster, remedy: str) -> str:
+    """A sum against the device's memory."""
+    memory = cluster.hardware.memory_bytes
+    needed = held + FRAMEWORK_BYTES
+    verdict = "" if needed <= memory else f": does not fit; {remedy}"
+    return f", with {FRAMEWORK_BYTES / GB:.1f} for CUDA {needed / GB:.1f} of {memory / GB:.0f}{verdict}"
+
+
+def scaling_lines(points: Sequence[ScalePoint], cluster: Cluster) -> list[str]:
+    """All stages on ever more nodes, and where more stop paying."""
+    if not points:
+        return []
+    stages = list(points[0].costs)
+    paid = bool(cluster.price_per_hour)
+    header = "".join(f"{stage:>14}{'busy':>6}" for stage in stages)
+    lines = [f"scaling{'nodes':>10}{'devices':>9}{header}{'device hours':>15}" + (f"{'price':>13}" if paid else "")]
+    for point in points:
+        cells = "".join(f"{duration(cost.seconds):>14}{cost.efficiency:6.0%}" for cost in point.costs.values())
+        price = f"{point.money:>13,.2f}" if paid else ""
+        mark = "  <- asked" if point.num_nodes == cluster.num_nodes else ""
+        lines.append(f"{point.num_nodes:>17,}{point.num_devices:>9,}{cells}{point.device_hours:>15,.2f}{price}{mark}")
+    ends = ", ".join(f"{stage} {pays_up_to(points, stage):,}" for stage in stages)
+    lines.append(
+        f"{INDENT}twice the nodes pay while that is {PAYING_SPEEDUP:g} times as fast or more; they stop paying at: "
+        f"{ends} nodes"
+    )
+    return lines + [f"{INDENT}{stage}: seconds = {FORMULAS[stage]}" for stage in stages]
 
 
 def cost_text(cost: Cost) -> str:

@@ -1,17 +1,22 @@
-"""Tokens, pairs and rows of a split under a run's settings, from measured lengths or from a sample of prompts."""
+"""Tokens, pairs and rows of a split under a run's settings: from measured lengths, or from a sample of prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
+from trsr_dist.data.store import HistoryStore, UserRow
+from trsr_dist.hashing import hash64
 from trsr_dist.planning.tokens import Workload
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.records import TokenizedUser
+from trsr_dist.prompts.wording import recommend_instruction
+from trsr_dist.records import Candidate, Sample, TokenizedUser
 from trsr_dist.rows import head_length
+from trsr_dist.shards.codec import member_key
 from trsr_dist.shards.lengths import SUMMARY, Lengths, Table, lengths_folder
 from trsr_dist.shards.packing import attended_pairs, choose_candidates
 from trsr_dist.shards.reader import ShardSet
@@ -22,6 +27,22 @@ TOKENIZED = 200
 """Samples that are tokenized where no lengths were measured."""
 FILL = 0.98
 """Share of a row that packing fills."""
+
+Source = Literal["measured", "sampled", "histories"]
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLengths:
+    """Lengths of some users' prompts, who stand for a split."""
+
+    table: Table
+    keys: np.ndarray
+    """uint64, shape (num_samples,): a hash of each user."""
+    head: int
+    """Tokens that all prompts begin with."""
+    num_users: int
+    """Of the whole split."""
+    source: Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,19 +55,16 @@ class SplitWork:
     separate: Workload
     """The same prompts as sequences of their own."""
     num_rows: int
-    is_measured: bool
-    """From measured lengths; else from a sample of prompts."""
+    source: Source
+    """``measured`` lengths of the shards, a sample of the shards' prompts, or of prompts made from ``histories``."""
 
 
-def split_work(folder: Path, builder: PromptBuilder, row_tokens: int, negatives: int | None, seed: int) -> SplitWork:
-    """The work of a pass over a split.
+def shard_lengths(folder: Path, builder: PromptBuilder) -> PromptLengths:
+    """Lengths of a split's shards.
 
     Args:
         folder: ``RUN/shards/{split}``.
         builder: writes the prompts.
-        row_tokens: of a row.
-        negatives: drawn per positive; None: all candidates.
-        seed: of the draw.
 
     Raises:
         RunError: the split is not there.
@@ -56,15 +74,50 @@ def split_work(folder: Path, builder: PromptBuilder, row_tokens: int, negatives:
     measured = lengths_folder(shards, builder)
     if (measured / SUMMARY).is_file():
         lengths = Lengths(shards, measured)
-        table, head = lengths.table([(0, min(len(shards), LOOKED_AT))]), lengths.facts.head_tokens
-    else:
-        users = [builder.build(shards.read(index)) for index in range(min(len(shards), TOKENIZED))]
-        table, head = table_of(users), head_length([np.asarray(user.prefix) for user in users])
-    keys = shards.keys(0, len(table.samples))
-    chosen = np.ones(len(table.suffixes), dtype=bool)
-    if negatives is not None:
-        chosen = choose_candidates(keys, table.starts, table.labels, negatives, seed)
-    return scale_work(table, chosen, head, row_tokens, len(shards), (measured / SUMMARY).is_file())
+        table = lengths.table([(0, min(len(shards), LOOKED_AT))])
+        keys = shards.keys(0, len(table.samples))
+        return PromptLengths(table, keys, lengths.facts.head_tokens, len(shards), "measured")
+    size = min(len(shards), TOKENIZED)
+    users = [builder.build(shards.read(index)) for index in range(size)]
+    return _tokenized(users, shards.keys(0, size), len(shards), "sampled")
+
+
+def history_lengths(
+    store: HistoryStore, split: str, builder: PromptBuilder, domain: str, summary_bytes: int, num_recent: int
+) -> PromptLengths:
+    """Lengths of the prompts that a split's users will have once their summaries are written.
+
+    Args:
+        store: histories.
+        split: which.
+        builder: writes the prompts.
+        domain: wording of the prompts.
+        summary_bytes: length of a summary; the histories' own words stand for it.
+        num_recent: items that a sample shows in full.
+    """
+    size = min(store.num_users(split), TOKENIZED)
+    rows = [store.user(split, index) for index in range(size)]
+    users = [builder.build(expected_sample(store, row, domain, summary_bytes, num_recent)) for row in rows]
+    keys = np.array([hash64(member_key(row.user)) for row in rows], dtype=np.uint64)
+    return _tokenized(users, keys, store.num_users(split), "histories")
+
+
+def expected_sample(store: HistoryStore, row: UserRow, domain: str, summary_bytes: int, num_recent: int) -> Sample:
+    """A user's sample, with the beginning of the history in place of the summary."""
+    catalogue = store.catalogue
+    history = [catalogue.text(item) for item in row.history]
+    text = " ".join(history)
+    copies = -(-summary_bytes // max(1, len(text.encode())))
+    summary = " ".join([text] * copies).encode()[:summary_bytes].decode(errors="ignore")
+    chosen = [catalogue.item(item) for item in row.candidates]
+    candidates = tuple(Candidate(item.id, item.text, label) for item, label in zip(chosen, row.labels, strict=True))
+    recent = tuple(history[-num_recent:]) if num_recent else ()
+    return Sample(row.user, recommend_instruction(domain), summary, recent, candidates)
+
+
+def _tokenized(users: Sequence[TokenizedUser], keys: np.ndarray, num_users: int, source: Source) -> PromptLengths:
+    head = head_length([np.asarray(user.prefix) for user in users])
+    return PromptLengths(table_of(users), keys, head, num_users, source)
 
 
 def table_of(users: Sequence[TokenizedUser]) -> Table:
@@ -72,30 +125,46 @@ def table_of(users: Sequence[TokenizedUser]) -> Table:
     counts = [len(user.suffixes) for user in users]
     return Table(
         samples=np.arange(len(users)),
-        prefixes=np.array([len(user.prefix) for user in users]),
+        prefixes=_integers(len(user.prefix) for user in users),
         trimmed=np.zeros(len(users), dtype=bool),
-        starts=np.concatenate([[0], np.cumsum(counts)]),
-        suffixes=np.array([len(suffix) for user in users for suffix in user.suffixes]),
-        labels=np.array([label > 0 for user in users for label in user.labels]),
+        starts=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
+        suffixes=_integers(len(suffix) for user in users for suffix in user.suffixes),
+        labels=np.array([label > 0 for user in users for label in user.labels], dtype=bool),
     )
 
 
-def scale_work(
-    table: Table, chosen: np.ndarray, head: int, row_tokens: int, num_users: int, is_measured: bool
-) -> SplitWork:
-    """From the users of a table to a split of ``num_users``."""
+def split_work(lengths: PromptLengths, row_tokens: int, negatives: int | None, seed: int) -> SplitWork:
+    """The work of a pass over a split.
+
+    Args:
+        lengths: of some of its users' prompts.
+        row_tokens: of a row.
+        negatives: drawn per positive; None: all candidates.
+        seed: of the draw.
+    """
+    table, size = lengths.table, len(lengths.table.samples)
+    chosen = np.ones(len(table.suffixes), dtype=bool)
+    if negatives is not None:
+        chosen = choose_candidates(lengths.keys, table.starts, table.labels, negatives, seed)
     owner, suffixes = table.owner[chosen], table.suffixes[chosen]
-    size = len(table.samples)
     sums, squares, counts = (
         np.bincount(owner, weights=weights, minlength=size) for weights in (suffixes, suffixes**2, None)
     )
-    units = table.prefixes + sums - head
-    rows = max(1.0, units.sum() / (FILL * (row_tokens - head)))
-    lengths = table.prefixes[owner] + suffixes
-    separate = Workload(int(lengths.sum()), int((lengths * (lengths + 1) // 2).sum()), int(counts.sum()), size)
+    units = table.prefixes + sums - lengths.head
+    rows = max(1.0, units.sum() / (FILL * max(1, row_tokens - lengths.head)))
+    whole = table.prefixes[owner] + suffixes
+    separate = Workload(int(whole.sum()), int((whole * (whole + 1) // 2).sum()), int(counts.sum()), size)
     pairs = attended_pairs(table.prefixes, sums, squares).sum()
-    shared = Workload(round(units.sum() + rows * head), round(pairs), int(counts.sum()), size)
-    factor = num_users / size
+    shared = Workload(round(units.sum() + rows * lengths.head), round(pairs), int(counts.sum()), size)
+    factor = lengths.num_users / max(1, size)
     return SplitWork(
-        num_users, shared.scaled(factor), separate.scaled(factor), max(1, round(rows * factor)), is_measured
+        lengths.num_users,
+        shared.scaled(factor),
+        separate.scaled(factor),
+        max(1, round(rows * factor)),
+        lengths.source,
     )
+
+
+def _integers(values: Iterable[int]) -> np.ndarray:
+    return np.fromiter(values, dtype=np.int64)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from trsr_dist.planning.memory import BYTES
 from trsr_dist.planning.shape import ModelShape
+from trsr_dist.planning.weights import BYTES
 
 
 def bytes_sent_per_step(

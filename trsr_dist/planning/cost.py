@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trsr_dist.errors import ConfigError
 from trsr_dist.planning.hardware import Hardware
@@ -25,15 +25,26 @@ class Cluster:
             raise ConfigError(f"--mfu {self.utilization:g}: expected a share above 0 and up to 1, such as 0.4")
         if min(self.num_nodes, self.devices_per_node) < 1:
             raise ConfigError(f"{self.num_nodes} nodes of {self.devices_per_node} devices: expected 1 or more of each")
+        if self.price_per_hour < 0:
+            raise ConfigError(f"--price {self.price_per_hour:g}: expected 0 or more for an hour of one device")
 
     @property
     def world_size(self) -> int:
         return self.num_nodes * self.devices_per_node
 
     @property
+    def flops_per_second(self) -> float:
+        """Of one device, as far as it is used."""
+        return self.hardware.flops_per_second * self.utilization
+
+    @property
     def link_bytes_per_second(self) -> float:
         """The slower of the links that a ring over all devices crosses."""
         return self.hardware.network_bytes_per_second if self.num_nodes > 1 else self.hardware.node_bytes_per_second
+
+    def of_nodes(self, num_nodes: int) -> Cluster:
+        """The same with more or fewer nodes."""
+        return replace(self, num_nodes=num_nodes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,41 +55,70 @@ class Cost:
     device_hours: float
     money: float
     efficiency: float
-    """Share of the time in which devices compute: the rest waits for rows (too few for the ranks) and for the links."""
+    """Share of the time in which devices compute: the rest waits for work (too little for the devices) and for the
+    links."""
+
+
+TRAINING_FORMULA = "steps * (ceil(rows / devices) / rows * FLOPs / rate + bytes / link)"
+SCORING_FORMULA = "ceil(parts / devices) / parts * FLOPs / rate"
+GENERATION_FORMULA = (
+    "ceil(units / devices) / units * (prompts' FLOPs / rate + "
+    "new tokens * max((weights / in flight + keys and values) / bandwidth, FLOPs of a token / rate))"
+)
 
 
 def training_cost(cluster: Cluster, flops: float, num_steps: int, rows_per_step: int, bytes_per_step: float) -> Cost:
-    """``steps * (ceil(rows / w) / rows * step FLOPs / (peak * utilization) + bytes / link)``.
+    """``TRAINING_FORMULA``.
 
     Scaling stops paying where the ranks reach the rows of a step, or where the links take as long as the products.
     Collectives are reckoned as not overlapped, so the result is an upper bound of their part.
     """
-    rate = cluster.hardware.flops_per_second * cluster.utilization
-    rows_per_rank = -(-rows_per_step // cluster.world_size)
-    compute = flops * rows_per_rank / rows_per_step / rate
-    ideal = flops / cluster.world_size / rate
-    return _cost(cluster, compute + num_steps * bytes_per_step / cluster.link_bytes_per_second, ideal)
+    compute = flops / cluster.flops_per_second
+    links = num_steps * bytes_per_step / cluster.link_bytes_per_second
+    return _cost(cluster, _slowest(rows_per_step, cluster.world_size) * compute + links, compute)
 
 
-def scoring_cost(cluster: Cluster, flops: float) -> Cost:
-    """Forward passes without collectives."""
-    seconds = flops / cluster.world_size / (cluster.hardware.flops_per_second * cluster.utilization)
-    return _cost(cluster, seconds, seconds)
+def scoring_cost(cluster: Cluster, flops: float, num_parts: int) -> Cost:
+    """``SCORING_FORMULA``: forward passes without collectives, of parts that are scored whole by one device."""
+    compute = flops / cluster.flops_per_second
+    return _cost(cluster, _slowest(num_parts, cluster.world_size) * compute, compute)
 
 
-def generation_cost(
-    cluster: Cluster, prefill_flops: float, num_new_tokens: int, weight_bytes: int, num_in_flight: int
-) -> Cost:
-    """Prompts are limited by products; decoding by reading the weights once a step of ``num_in_flight`` texts, or by
-    the products of many texts: two operations for each weight of two bytes."""
-    prefill = prefill_flops / (cluster.hardware.flops_per_second * cluster.utilization)
-    reading = weight_bytes / num_in_flight / cluster.hardware.memory_bytes_per_second
-    products = weight_bytes / (cluster.hardware.flops_per_second * cluster.utilization)
-    decode = num_new_tokens * max(reading, products)
-    seconds = (prefill + decode) / cluster.world_size
-    return _cost(cluster, seconds, seconds)
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What is generated, on each device by a copy of the model."""
+
+    prefill_flops: float
+    num_new_tokens: int
+    flops_per_token: float
+    """Of a new token."""
+    weight_bytes: int
+    context_bytes: float
+    """Keys and values that a new token reads, on average."""
+    num_in_flight: int
+    """Texts that are decoded at once."""
+    num_units: int
+    """That are worked on by one device each."""
 
 
-def _cost(cluster: Cluster, seconds: float, ideal: float) -> Cost:
+def generation_cost(cluster: Cluster, work: Generation) -> Cost:
+    """``GENERATION_FORMULA``.
+
+    Prompts are limited by products. Decoding is limited by reading: the weights once for a token of each text in
+    flight, each text's own keys and values; with many texts in flight, by products.
+    """
+    reading = (work.weight_bytes / work.num_in_flight + work.context_bytes) / cluster.hardware.memory_bytes_per_second
+    decode = work.num_new_tokens * max(reading, work.flops_per_token / cluster.flops_per_second)
+    seconds = work.prefill_flops / cluster.flops_per_second + decode
+    return _cost(cluster, _slowest(work.num_units, cluster.world_size) * seconds, seconds)
+
+
+def _slowest(num_pieces: int, num_devices: int) -> float:
+    """Share of all pieces that the device with most of them has."""
+    return -(-num_pieces // num_devices) / num_pieces if num_pieces else 0.0
+
+
+def _cost(cluster: Cluster, seconds: float, one_device_seconds: float) -> Cost:
     device_hours = seconds * cluster.world_size / 3600
-    return Cost(seconds, device_hours, device_hours * cluster.price_per_hour, ideal / seconds if seconds else 1.0)
+    efficiency = one_device_seconds / cluster.world_size / seconds if seconds else 1.0
+    return Cost(seconds, device_hours, device_hours * cluster.price_per_hour, efficiency)

@@ -6,8 +6,8 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from trsr_dist.planning.shape import ATTENTION_MODULES, ModelShape
+from trsr_dist.planning.weights import BYTES, weight_bytes
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FRAMEWORK_BYTES = 2 * 1024**3
 """CUDA context, NCCL buffers and the allocator's slack, as commonly seen; not measured by this project."""
 
@@ -59,17 +59,18 @@ def rank_memory(
     zero: ZeroSetting,
     precision: str = "bfloat16",
     kept: KeptActivations | None = None,
+    quantization: str = "none",
 ) -> RankMemory:
     """Bytes of one rank in one training step on a row of ``row_tokens`` tokens.
 
     Stage 1 divides the optimizer's state (float32 master copy and two moments), 2 also the gradients, 3 also the
-    weights; at stage 3 the weights of two layers are whole at a time.
+    weights; at stage 3 the weights of two layers are whole at a time. The base may be quantized below stage 3.
     """
     size = BYTES[precision]
-    share = world_size if zero.stage >= 3 else 1
-    weights = shape.num_parameters * size // share
-    if zero.stage >= 3 and world_size > 1:
-        weights += 2 * shape.num_layer_parameters * size
+    if zero.stage >= 3:
+        weights = divided_weights(shape, precision, world_size)
+    else:
+        weights = weight_bytes(shape, precision, quantization)
     gradients = num_lora_parameters * size // (world_size if zero.stage >= 2 else 1)
     optimizer = num_lora_parameters * 12 // (world_size if zero.stage >= 1 else 1)
     host = (optimizer if zero.offload_optimizer else 0) + (weights if zero.offload_parameters else 0)
@@ -81,6 +82,24 @@ def rank_memory(
         activations=activation_bytes(shape, row_tokens, size, kept or KeptActivations()),
         host=host,
     )
+
+
+def divided_weights(shape: ModelShape, precision: str, world_size: int) -> int:
+    """Bytes of a rank's share of the weights under ZeRO-3, and of the two layers that are whole at a time."""
+    whole = 2 * shape.num_layer_parameters * BYTES[precision] if world_size > 1 else 0
+    return weight_bytes(shape, precision) // world_size + whole
+
+
+def forward_bytes(shape: ModelShape, row_tokens: int, size: int) -> int:
+    """What a forward pass without gradients holds of a row at its widest place, the MLP: the embeddings, the layer's
+    input, the residual, the MLP's input, three of its activations, and the rotary tables."""
+    widths = 4 * shape.hidden_size + 3 * shape.intermediate_size + 2 * shape.head_dim
+    return row_tokens * size * widths
+
+
+def key_value_bytes(shape: ModelShape, num_tokens: int, precision: str) -> int:
+    """Keys and values of all layers that generation keeps for so many tokens."""
+    return num_tokens * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * BYTES[precision]
 
 
 def activation_bytes(

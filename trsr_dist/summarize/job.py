@@ -59,7 +59,7 @@ class Task:
         return cls(index, num_parts * ranks.world_size, name, ranks)
 
 
-def summarize(config: Config, force: bool = False, dry_run: bool = False) -> int:
+def summarize(config: Config, force: bool = False) -> int:
     """Run this task's share of the job; returns when the shards of all splits are published.
 
     Raises:
@@ -71,9 +71,6 @@ def summarize(config: Config, force: bool = False, dry_run: bool = False) -> int
     setup_logging(task.index, "summarize")
     run = RunFolder(Path(config.run.dir))
     store = HistoryStore(run.histories)
-    if dry_run:
-        print(dump_config(config) + describe(config, store))
-        return 0
     earlier = signal.signal(signal.SIGTERM, _stop)
     try:
         with writing(run.root):
@@ -287,21 +284,3 @@ def shard_settings(config: Config, identity: dict[str, Any]) -> dict[str, Any]:
         "repeated_target": config.data.repeated_target,
         "seed": config.run.seed,
     }
-
-
-def describe(config: Config, store: HistoryStore) -> str:
-    """The plan in words: users, units, prompts."""
-    settings = config.summarize
-    plan = planner(settings.scheme)
-    lines = ["# plan"]
-    for split in SPLITS:
-        num_users = store.num_users(split)
-        looked_at = range(min(num_users, 1000))
-        lengths = (len(store.user(split, i).history) for i in looked_at)
-        nodes = sum(len(plan(length, settings.block_size, settings.fan_in)) for length in lengths)
-        prompts = nodes * num_users / max(len(looked_at), 1)
-        lines.append(
-            f"# {split}: {num_users} users in {-(-num_users // settings.users_per_shard)} units, about {prompts:.0f} "
-            f"prompts, at most {prompts * settings.max_new_tokens:.0f} new tokens"
-        )
-    return "\n".join(lines)

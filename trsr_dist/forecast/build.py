@@ -1,0 +1,208 @@
+"""From a run's config and what lies in its folder to the stages that can be forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from trsr_dist.config import Config
+from trsr_dist.data.store import HistoryStore
+from trsr_dist.errors import ConfigError, RunError
+from trsr_dist.evaluate.passes import drawn_protocols, plan_passes
+from trsr_dist.forecast import text
+from trsr_dist.forecast.models import model_shape
+from trsr_dist.forecast.stages import (
+    ScoringForecast,
+    ScoringSettings,
+    TrainingForecast,
+    TrainingSettings,
+    forecast_scoring,
+    forecast_training,
+)
+from trsr_dist.forecast.summaries import (
+    BYTES_PER_TOKEN,
+    SummaryForecast,
+    SummarySettings,
+    forecast_summaries,
+    summary_work,
+)
+from trsr_dist.forecast.workload import PromptLengths, history_lengths, shard_lengths, split_work
+from trsr_dist.planning.cost import Cluster
+from trsr_dist.planning.shape import ModelShape
+from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.run import MANIFEST, RunFolder
+
+STAGES = ("summarize", "train", "evaluate")
+WORD_BYTES = 6
+"""An English word with its blank: the extractive engine's limit counts words."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStage:
+    """A stage whose cost can be told for any cluster."""
+
+    name: str
+    on: Callable[[Cluster], Any]
+    """The forecast: a dataclass of numbers with a ``cost``, which is None where no model runs."""
+    words: Callable[[Any, Cluster], list[str]]
+    """The forecast in lines."""
+
+
+def plan_stages(config: Config, names: Sequence[str]) -> list[PlannedStage]:
+    """The stages, in the order of ``STAGES``.
+
+    Raises:
+        ConfigError: a stage of another name is asked for.
+        RunError: what a stage would read is not there.
+        ModelError: a model's config or tokenizer cannot be read.
+    """
+    unknown = sorted(set(names) - set(STAGES))
+    if unknown:
+        raise ConfigError(f"stage {unknown[0]!r}: expected one of {', '.join(STAGES)}")
+    inputs = Inputs(config)
+    makers = {"summarize": summarize_stage, "train": train_stage, "evaluate": evaluate_stage}
+    return [makers[name](config, inputs) for name in STAGES if name in names]
+
+
+class Inputs:
+    """What the stages read, opened once and when needed."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self.run = RunFolder(Path(config.run.dir))
+
+    @cached_property
+    def store(self) -> HistoryStore:
+        return HistoryStore(self.run.histories)
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """Of the model that is trained."""
+        return model_shape(self._source.name_or_path, self._source.revision)
+
+    @cached_property
+    def builder(self) -> PromptBuilder:
+        from trsr_dist.model.loading import load_tokenizer
+
+        return PromptBuilder(load_tokenizer(self._source), **self._config.prompt.model_dump())
+
+    @cached_property
+    def shares_prefix(self) -> bool:
+        """Whether the model's prompts can share their prefixes."""
+        from trsr_dist.model.architecture import sharing_hindrance
+        from trsr_dist.model.loading import load_config
+
+        return not sharing_hindrance(load_config(self._source), self.builder.max_tokens)
+
+    @property
+    def _source(self) -> Any:
+        from trsr_dist.model.loading import BaseSource
+
+        model = self._config.model
+        if not model.name_or_path:
+            raise ConfigError("model.name_or_path is empty: name a base model's folder or hub id")
+        return BaseSource(self.run.resolve(model.name_or_path), model.revision, model.trust_remote_code)
+
+    def lengths(self, split: str) -> PromptLengths:
+        """Of a split's prompts: from its shards, or, where there are none yet, from its histories.
+
+        Raises:
+            RunError: there are no histories either, or the split has no users.
+        """
+        if (self.run.split(split) / MANIFEST).is_file():
+            found = shard_lengths(self.run.split(split), self.builder)
+        else:
+            found = history_lengths(
+                self.store,
+                split,
+                self.builder,
+                self._config.domain,
+                self._summary_bytes,
+                self._config.prompt.recent_items,
+            )
+        if not found.num_users:
+            raise RunError(f"{self.run.root}: no users in {split}; prepare data with another data.split")
+        return found
+
+    @property
+    def _summary_bytes(self) -> int:
+        """Of a summary at its longest."""
+        settings = self._config.summarize
+        if settings.scheme == "none":
+            return 0
+        unit = WORD_BYTES if settings.engine == "extractive" else BYTES_PER_TOKEN
+        return round(settings.max_new_tokens * unit)
+
+
+def summarize_stage(config: Config, inputs: Inputs) -> PlannedStage:
+    """The summarization of all splits."""
+    s = config.summarize
+    settings = SummarySettings(
+        scheme=s.scheme,
+        block_size=s.block_size,
+        fan_in=s.fan_in,
+        max_prompt_tokens=s.max_prompt_tokens,
+        max_new_tokens=s.max_new_tokens,
+        users_per_unit=s.users_per_shard,
+        domain=config.domain,
+        num_in_flight=s.max_in_flight,
+    )
+    work = summary_work(inputs.store, settings)
+    shape = None
+    if s.engine != "extractive" and s.scheme != "none":
+        shape = model_shape(inputs.run.resolve(s.model), s.revision)
+
+    def forecast(cluster: Cluster) -> SummaryForecast:
+        return SummaryForecast(work) if shape is None else forecast_summaries(shape, work, settings, cluster)
+
+    return PlannedStage("summarize", forecast, lambda found, cluster: text.summary_lines(found, settings, cluster))
+
+
+def train_stage(config: Config, inputs: Inputs) -> PlannedStage:
+    """The training."""
+    train, lora = config.train, config.lora
+    settings = TrainingSettings(
+        num_epochs=train.num_epochs,
+        max_steps=train.max_steps,
+        rows_per_step=train.rows_per_step,
+        row_tokens=train.row_tokens,
+        lora_r=lora.r,
+        target_modules=lora.target_modules,
+        precision="float32" if train.precision == "float32" else "bfloat16",
+        recompute=train.activation_checkpointing,
+        full_head=train.loss == "full_text",
+        dropout=lora.dropout > 0,
+        quantization=config.model.quantization,
+        shares_prefix=inputs.shares_prefix,
+    )
+    shape, chosen = inputs.shape, Path(train.deepspeed_config).stem
+    work = split_work(inputs.lengths("train"), train.row_tokens, train.negatives_per_positive, config.run.seed)
+
+    def forecast(cluster: Cluster) -> TrainingForecast:
+        return forecast_training(shape, work, settings, cluster, chosen)
+
+    return PlannedStage(
+        "train", forecast, lambda found, cluster: text.training_lines(shape, settings, found, cluster, chosen)
+    )
+
+
+def evaluate_stage(config: Config, inputs: Inputs) -> PlannedStage:
+    """The evaluation of the config's split, all passes of a language model."""
+    evaluate = config.evaluate
+    drawn = drawn_protocols(evaluate.protocols, config.data.candidates)
+    settings = ScoringSettings(
+        passes=tuple(entry.name for entry in plan_passes(evaluate.baselines, drawn)),
+        row_tokens=evaluate.row_tokens,
+        precision="float32" if config.train.precision == "float32" else "bfloat16",
+        divided=bool(evaluate.deepspeed_config),
+        shares_prefix=inputs.shares_prefix,
+    )
+    shape, work = inputs.shape, split_work(inputs.lengths(evaluate.split), evaluate.row_tokens, None, config.run.seed)
+
+    def forecast(cluster: Cluster) -> ScoringForecast:
+        return forecast_scoring(shape, work, settings, cluster)
+
+    return PlannedStage("evaluate", forecast, lambda found, cluster: text.scoring_lines(evaluate.split, found, cluster))
