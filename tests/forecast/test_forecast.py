@@ -110,7 +110,8 @@ def test_a_dry_run_reads_sizes_only_and_writes_nothing(tmp_path: Path) -> None:
     (model / "config.json").write_text(json.dumps(sizes))
     before = sorted(path for path in tmp_path.rglob("*"))
     command = [sys.executable, "launch/train.py", "--config", "configs/quickstart.yaml", f"run.dir={run}"]
-    command += [f"model.name_or_path={model}", "--dry-run", "--nodes", "2", "--hardware", "a100-80gb"]
+    command += [f"model.name_or_path={model}", "train.rows_per_step=16"]
+    command += ["--dry-run", "--nodes", "2", "--hardware", "a100-80gb"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "68.98G parameters" in done.stdout
@@ -164,7 +165,7 @@ def test_a_summary_is_reckoned_at_its_longest(config: Path) -> None:
 
 def test_the_whole_plan_in_words_and_numbers(config: Path) -> None:
     stages = plan_stages(load_config(config), ["evaluate", "summarize", "train"])
-    asked = Request("a100-80gb", num_nodes=3, price_per_hour=2.0).cluster
+    asked = Request("a100-80gb", num_nodes=3, devices_per_node=2, price_per_hour=2.0).cluster
     before = sorted(config.parent.rglob("*"))
     words, numbers = in_words(stages, asked), json.loads(in_json(stages, asked))
     assert sorted(config.parent.rglob("*")) == before
@@ -196,6 +197,8 @@ def test_what_is_missing_is_named(config: Path) -> None:
     for stage in ("summarize", "train"):
         with pytest.raises(RunError, match="nowhere/histories"):
             plan_stages(elsewhere, [stage])
+    with pytest.raises(ConfigError, match=r"train: 16 devices \(2 x 8\) would share train\.rows_per_step=8; raise it"):
+        in_words(plan_stages(load_config(config), ["train"]), cluster(2))
     with pytest.raises(ConfigError, match=r"model\.name_or_path is empty"):
         plan_stages(load_config(config, ("model.name_or_path=",)), ["train"])
 

@@ -6,7 +6,7 @@ import pytest
 
 from trsr_dist.planning.cost import Cluster, Generation, generation_cost, scoring_cost, training_cost
 from trsr_dist.planning.hardware import hardware
-from trsr_dist.planning.scaling import pays_up_to, sweep
+from trsr_dist.planning.scaling import ScaledStage, pays_up_to, sweep
 
 WEIGHTS = 15 * 10**9
 TOKENS = 10**9
@@ -56,20 +56,23 @@ def test_a_text_reads_its_own_keys_and_values() -> None:
 
 def test_the_sweep_goes_on_until_nothing_pays() -> None:
     stages = {
-        "train": lambda on: training_cost(on, 1e20, 100, 32, 0),
-        "evaluate": lambda on: scoring_cost(on, 1e18, 64),
+        "train": ScaledStage(lambda on: training_cost(on, 1e20, 100, 32, 0), most_devices=32),
+        "evaluate": ScaledStage(lambda on: scoring_cost(on, 1e18, 64)),
     }
     points = sweep(cluster(3), stages)
     assert [point.num_nodes for point in points] == [1, 2, 3, 4, 8, 16]
     assert (pays_up_to(points, "train"), pays_up_to(points, "evaluate")) == (4, 8)
     assert points[2].num_devices == 24
-    assert points[2].money == pytest.approx(2.0 * points[2].device_hours)
+    whole = points[2].whole
+    assert whole.money == pytest.approx(2.0 * whole.device_hours)
+    assert whole.seconds == pytest.approx(sum(cost.seconds for cost in points[2].costs.values()))
+    assert points[4].costs["train"] is None and points[4].whole is None, "64 devices, 32 rows"
     far = sweep(cluster(64), stages)
     assert [point.num_nodes for point in far][-1] == 128
     assert pays_up_to(far, "train") == 4
 
 
 def test_slow_links_end_the_sweep_early() -> None:
-    points = sweep(cluster(1), {"train": lambda on: training_cost(on, 1e18, 100, 4096, 10**11)})
+    points = sweep(cluster(1), {"train": ScaledStage(lambda on: training_cost(on, 1e18, 100, 4096, 10**11))})
     assert pays_up_to(points, "train") == 1
     assert [point.num_nodes for point in points] == [1, 2]

@@ -49,6 +49,21 @@ class PlannedStage:
     """The forecast: a dataclass of numbers with a ``cost``, which is None where no model runs."""
     words: Callable[[Any, Cluster], list[str]]
     """The forecast in lines."""
+    most_devices: int | None = None
+    """The stage refuses more; None: it takes any number."""
+    limit: str = ""
+    """The setting that says so."""
+
+    def check(self, cluster: Cluster) -> None:
+        """
+        Raises:
+            ConfigError: the stage would refuse to start on so many devices.
+        """
+        if self.most_devices is not None and cluster.world_size > self.most_devices:
+            raise ConfigError(
+                f"{self.name}: {cluster.world_size} devices ({cluster.num_nodes} x {cluster.devices_per_node}) would "
+                f"share {self.limit}={self.most_devices}; raise it, or plan with fewer --nodes"
+            )
 
 
 def plan_stages(config: Config, names: Sequence[str]) -> list[PlannedStage]:
@@ -185,7 +200,11 @@ def train_stage(config: Config, inputs: Inputs) -> PlannedStage:
         return forecast_training(shape, work, settings, cluster, chosen)
 
     return PlannedStage(
-        "train", forecast, lambda found, cluster: text.training_lines(shape, settings, found, cluster, chosen)
+        "train",
+        forecast,
+        lambda found, cluster: text.training_lines(shape, settings, found, cluster, chosen),
+        train.rows_per_step,
+        "train.rows_per_step",
     )
 
 

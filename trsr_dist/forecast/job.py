@@ -13,7 +13,7 @@ from trsr_dist.forecast import text
 from trsr_dist.forecast.build import PlannedStage, plan_stages
 from trsr_dist.planning.cost import Cluster, Cost
 from trsr_dist.planning.hardware import hardware
-from trsr_dist.planning.scaling import ScalePoint, sweep
+from trsr_dist.planning.scaling import ScaledStage, ScalePoint, sweep
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,15 +50,26 @@ def dry_run(config: Config, request: Request, stage: str) -> int:
 
 
 def in_words(stages: Sequence[PlannedStage], cluster: Cluster) -> str:
-    """Each stage, then how all scale."""
+    """Each stage, then how all scale.
+
+    Raises:
+        ConfigError: a stage would refuse to start on so many devices.
+    """
     lines = text.cluster_lines(cluster)
     for stage in stages:
+        stage.check(cluster)
         lines += stage.words(stage.on(cluster), cluster)
     return "\n".join([*lines, *text.scaling_lines(_points(stages, cluster), cluster)])
 
 
 def in_json(stages: Sequence[PlannedStage], cluster: Cluster) -> str:
-    """The same in numbers: seconds, bytes and counts."""
+    """The same in numbers: seconds, bytes and counts.
+
+    Raises:
+        ConfigError: a stage would refuse to start on so many devices.
+    """
+    for stage in stages:
+        stage.check(cluster)
     found = {stage.name: asdict(stage.on(cluster)) for stage in stages}
     points = [asdict(point) for point in _points(stages, cluster)]
     return json.dumps({"cluster": asdict(cluster), **found, "scaling": points}, indent=2)
@@ -66,8 +77,9 @@ def in_json(stages: Sequence[PlannedStage], cluster: Cluster) -> str:
 
 def _points(stages: Sequence[PlannedStage], cluster: Cluster) -> list[ScalePoint]:
     """Stages in which a model runs."""
-    costs = {stage.name: _cost_of(stage) for stage in stages if stage.on(cluster).cost is not None}
-    return sweep(cluster, costs) if costs else []
+    costly = [stage for stage in stages if stage.on(cluster).cost is not None]
+    scaled = {stage.name: ScaledStage(_cost_of(stage), stage.most_devices) for stage in costly}
+    return sweep(cluster, scaled) if scaled else []
 
 
 def _cost_of(stage: PlannedStage) -> Callable[[Cluster], Cost]:

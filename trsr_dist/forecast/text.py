@@ -130,20 +130,28 @@ def scaling_lines(points: Sequence[ScalePoint], cluster: Cluster) -> list[str]:
     if not points:
         return []
     stages = list(points[0].costs)
-    paid = bool(cluster.price_per_hour)
     header = "".join(f"{stage:>14}{'busy':>6}" for stage in stages)
-    lines = [f"scaling{'nodes':>10}{'devices':>9}{header}{'device hours':>15}" + (f"{'price':>13}" if paid else "")]
-    for point in points:
-        cells = "".join(f"{duration(cost.seconds):>14}{cost.efficiency:6.0%}" for cost in point.costs.values())
-        price = f"{point.money:>13,.2f}" if paid else ""
-        mark = "  <- asked" if point.num_nodes == cluster.num_nodes else ""
-        lines.append(f"{point.num_nodes:>17,}{point.num_devices:>9,}{cells}{point.device_hours:>15,.2f}{price}{mark}")
+    price = f"{'price':>13}" if cluster.price_per_hour else ""
+    lines = [f"scaling{'nodes':>10}{'devices':>9}{header}{'device hours':>15}{price}"]
+    lines += [scale_line(point, cluster) for point in points]
     ends = ", ".join(f"{stage} {pays_up_to(points, stage):,}" for stage in stages)
     lines.append(
         f"{INDENT}twice the nodes pay while that is {PAYING_SPEEDUP:g} times as fast or more; they stop paying at: "
         f"{ends} nodes"
     )
     return lines + [f"{INDENT}{stage}: seconds = {FORMULAS[stage]}" for stage in stages]
+
+
+def scale_line(point: ScalePoint, cluster: Cluster) -> str:
+    """One number of nodes; a dash where a stage refuses so many devices."""
+    cells = "".join(
+        f"{duration(cost.seconds):>14}{cost.efficiency:6.0%}" if cost else f"{'-':>14}{'':6}"
+        for cost in point.costs.values()
+    )
+    hours = f"{point.whole.device_hours:>15,.2f}" if point.whole else f"{'-':>15}"
+    price = f"{point.whole.money:>13,.2f}" if point.whole and cluster.price_per_hour else ""
+    mark = "  <- asked" if point.num_nodes == cluster.num_nodes else ""
+    return f"{point.num_nodes:>17,}{point.num_devices:>9,}{cells}{hours}{price}{mark}"
 
 
 def cost_text(cost: Cost) -> str:

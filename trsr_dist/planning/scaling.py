@@ -15,29 +15,41 @@ LAST_DOUBLING = 20
 
 
 @dataclass(frozen=True, slots=True)
+class ScaledStage:
+    """A stage on any cluster."""
+
+    cost_on: Callable[[Cluster], Cost]
+    most_devices: int | None = None
+    """More are refused; None: any number works."""
+
+
+@dataclass(frozen=True, slots=True)
 class ScalePoint:
     """All stages on so many nodes."""
 
     num_nodes: int
     num_devices: int
-    costs: dict[str, Cost]
-    """By stage."""
+    costs: dict[str, Cost | None]
+    """By stage; None: that many devices are refused."""
 
     @property
-    def device_hours(self) -> float:
-        return sum(cost.device_hours for cost in self.costs.values())
+    def whole(self) -> Cost | None:
+        """All stages, one after the other; None: one of them is refused."""
+        costs = [cost for cost in self.costs.values() if cost is not None]
+        if len(costs) < len(self.costs):
+            return None
+        seconds = sum(cost.seconds for cost in costs)
+        busy = sum(cost.seconds * cost.efficiency for cost in costs)
+        hours, money = sum(cost.device_hours for cost in costs), sum(cost.money for cost in costs)
+        return Cost(seconds, hours, money, busy / seconds if seconds else 1.0)
 
-    @property
-    def money(self) -> float:
-        return sum(cost.money for cost in self.costs.values())
 
-
-def sweep(cluster: Cluster, stages: Mapping[str, Callable[[Cluster], Cost]]) -> list[ScalePoint]:
+def sweep(cluster: Cluster, stages: Mapping[str, ScaledStage]) -> list[ScalePoint]:
     """One node, two, four and so on, with the cluster's own number, until twice the nodes pay for no stage.
 
     Args:
         cluster: its number of nodes is in the sweep.
-        stages: the cost of each on a cluster.
+        stages: by name.
     """
     points: list[ScalePoint] = []
     for doubling in range(LAST_DOUBLING):
@@ -51,18 +63,26 @@ def sweep(cluster: Cluster, stages: Mapping[str, Callable[[Cluster], Cost]]) -> 
 
 def pays_up_to(points: Sequence[ScalePoint], stage: str) -> int:
     """Nodes from which on twice as many do not pay for the stage."""
-    seconds = {point.num_nodes: point.costs[stage].seconds for point in points}
+    costs = {point.num_nodes: point.costs[stage] for point in points}
     nodes = 1
-    while 2 * nodes in seconds and seconds[nodes] >= PAYING_SPEEDUP * seconds[2 * nodes] > 0:
+    while 2 * nodes in costs and _is_worth_it(costs[nodes], costs[2 * nodes]):
         nodes *= 2
     return nodes
 
 
 def _pays(fewer: ScalePoint, more: ScalePoint) -> bool:
-    pairs = ((fewer.costs[stage].seconds, more.costs[stage].seconds) for stage in more.costs)
-    return any(before >= PAYING_SPEEDUP * after > 0 for before, after in pairs)
+    return any(_is_worth_it(fewer.costs[stage], cost) for stage, cost in more.costs.items())
 
 
-def _point(cluster: Cluster, stages: Mapping[str, Callable[[Cluster], Cost]]) -> ScalePoint:
-    costs = {name: cost_on(cluster) for name, cost_on in stages.items()}
+def _is_worth_it(fewer: Cost | None, more: Cost | None) -> bool:
+    return fewer is not None and more is not None and fewer.seconds >= PAYING_SPEEDUP * more.seconds > 0
+
+
+def _point(cluster: Cluster, stages: Mapping[str, ScaledStage]) -> ScalePoint:
+    costs = {name: _cost(stage, cluster) for name, stage in stages.items()}
     return ScalePoint(cluster.num_nodes, cluster.world_size, costs)
+
+
+def _cost(stage: ScaledStage, cluster: Cluster) -> Cost | None:
+    is_refused = stage.most_devices is not None and cluster.world_size > stage.most_devices
+    return None if is_refused else stage.cost_on(cluster)
