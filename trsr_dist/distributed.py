@@ -63,6 +63,11 @@ def _abandon(backend: str) -> None:
         dist.destroy_process_group()
 
 
+def world_size() -> int:
+    """Number of ranks that are joined; 1 without a group."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
 
 from tests.tokenizers import byte_level
-from trsr_dist.files import sha256_of, write_json
+from trsr_dist.files import read_json, sha256_of, write_json
 from trsr_dist.model.fingerprint import base_fingerprint
 from trsr_dist.prompts.builder import PromptBuilder
 
@@ -38,6 +39,15 @@ def make_base(
     model = AutoModelForCausalLM.from_config(config).to(getattr(torch, dtype))
     model.save_pretrained(folder, max_shard_size=shard_size)
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+def stretch(base: Path, folder: Path) -> Path:
+    """A copy of a base whose rotary scaling depends on the longest prompt, so that prompts share no prefixes."""
+    shutil.copytree(base, folder)
+    config = read_json(folder / "config.json")
+    rope = config["rope_parameters"] | {"rope_type": "dynamic", "factor": 2.0}
+    write_json(folder / "config.json", config | {"rope_parameters": rope})
     return folder
 
 

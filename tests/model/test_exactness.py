@@ -132,7 +132,7 @@ def test_full_text_loss_equals_separate_sequences(backend: str) -> None:
         loss.backward()
         expected += loss.item()
     shared = recommender(model, backend)
-    loss = shared(RowInputs(row, CPU), "text", text_targets(row, ANSWERS, CPU))
+    loss = shared(RowInputs(row, CPU), "text", text_targets(row, ANSWERS, CPU, row.num_tokens))
     loss.backward()
     assert loss.item() == pytest.approx(expected, rel=1e-6)
     assert relative(gradients(shared), gradients(model)) < 1e-5

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.merge.models import make_base
+from tests.merge.models import make_base, stretch
 from tests.spawn import run_ranks
 
 ZERO3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
@@ -46,3 +46,21 @@ def test_ranks_hold_and_read_their_shares(tmp_path: Path, world_size: int, tied:
     read = sum(rank["read"] for rank in ranks)
     edges = len(stored) * world_size * longest_row
     assert num_bytes <= read <= num_bytes + edges, "every byte is read once, rows at the edges of shares twice"
+
+
+def open_divided(rank: int, world_size: int, folder: Path) -> str:
+    from trsr_dist.errors import ConfigError
+    from trsr_dist.model.folder import open_model
+
+    try:
+        open_model(str(folder), "cpu", torch.float32, {}, zero_config=ZERO3)
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def test_a_model_without_shared_prefixes_is_not_divided(tmp_path: Path) -> None:
+    """Each of its prompts is a call of its own, and the ranks have different numbers of prompts."""
+    folder = stretch(make_base(tmp_path / "base"), tmp_path / "stretched")
+    for error in run_ranks(open_divided, 2, folder):
+        assert "ZeRO stage 3 on 2 ranks needs shared prefixes" in error

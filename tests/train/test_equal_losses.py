@@ -59,3 +59,22 @@ def test_losses_equal_a_plain_loop(runs: Path, plain: list[float], name: str) ->
     assert sorted(losses) == list(range(1, NUM_STEPS + 1))
     assert max(plain) - min(plain) > 0.1, "the loop must learn, or equal losses say nothing"
     assert [losses[step] for step in sorted(losses)] == pytest.approx(plain, abs=1e-5)
+
+
+def train_in_short_pieces(rank: int, world_size: int, run: Path) -> None:
+    from trsr_dist.model import text_targets
+    from trsr_dist.train.job import train
+
+    text_targets.HEAD_ROWS = 64
+    assert train(load_config(run / "config.yaml")) == 0
+
+
+def test_full_text_of_unequal_rows_under_divided_weights(source: Path, tmp_path: Path) -> None:
+    """The output head is gathered for each piece of a row: the ranks' rows have different numbers of targets."""
+    run = link_run(tmp_path / "run", source)
+    (run / "ds.json").write_text(json.dumps({"zero_optimization": STAGES["zero3"]}))
+    train = {"deepspeed_config": str(run / "ds.json"), "loss": "full_text", "max_steps": 6, "timeout_seconds": 30}
+    config = make_config(run, train=train)
+    run_ranks(train_in_short_pieces, 2, run)
+    losses = losses_of(run)
+    assert [losses[step] for step in sorted(losses)] == pytest.approx(plain_losses(config, 6), abs=1e-5)

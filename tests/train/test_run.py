@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.merge.models import stretch
 from tests.shards.world import make_sample, write_split
 from tests.spawn import run_ranks
 from tests.tokenizers import byte_level
@@ -216,10 +217,13 @@ BAD_INPUT: dict[str, tuple[dict[str, Any], str]] = {
 
 def test_bad_input_is_named_before_training(source: Path, tmp_path: Path) -> None:
     """All in one process group: an error on all ranks leaves the group usable."""
-    runs = [derive(tmp_path, source, name.replace(" ", "-"), **changes) for name, (changes, _) in BAD_INPUT.items()]
+    divided = {"model": {"name_or_path": str(stretch(source / "base", tmp_path / "stretched"))}}
+    divided["train"] = {"deepspeed_config": "ds_configs/zero3.json"}
+    cases = BAD_INPUT | {"divided": (divided, "ZeRO stage 3 on 2 ranks needs shared prefixes")}
+    runs = [derive(tmp_path, source, name.replace(" ", "-"), **changes) for name, (changes, _) in cases.items()]
     errors = run_ranks(train_all, 2, runs)
     for found in errors:
-        for (name, (_, expected)), error in zip(BAD_INPUT.items(), found, strict=True):
+        for (name, (_, expected)), error in zip(cases.items(), found, strict=True):
             assert_matches(expected, error, name)
 
 

@@ -81,7 +81,7 @@ def losses_of(run: Path) -> dict[int, float]:
 
 
 def plain_losses(config: Config, num_steps: int = NUM_STEPS) -> list[float]:
-    """Losses of a plain loop: one process, every prompt alone, nothing shared or packed, no DeepSpeed."""
+    """Losses (answer or full_text) of a plain loop: one process, every prompt alone, nothing packed, no DeepSpeed."""
     run, train, lora = Path(config.run.dir), config.train, config.lora
     builder = PromptBuilder(byte_level(chat=True), **config.prompt.model_dump())
     model = AutoModelForCausalLM.from_pretrained(run / "base", dtype=torch.float32)
@@ -97,9 +97,10 @@ def plain_losses(config: Config, num_steps: int = NUM_STEPS) -> list[float]:
         total = 0.0
         for row in step.rows:
             for prompt, label in zip(separate_prompts(row), row.labels, strict=True):
-                logits = model(input_ids=torch.tensor(prompt)[None]).logits[0, -1]
-                target = torch.tensor(builder.answer_ids[0 if label else 1])
-                loss = cross_entropy(logits, target) / step.num_answers
+                text = torch.tensor([*prompt, builder.answer_ids[0 if label else 1]])
+                logits = model(input_ids=text[None, :-1]).logits[0]
+                first = 0 if train.loss == "full_text" else len(prompt) - 1
+                loss = cross_entropy(logits[first:], text[1 + first :]) / step.num_answers
                 loss.backward()
                 total += loss.item()
         torch.nn.utils.clip_grad_norm_(trained, train.max_grad_norm)

@@ -172,7 +172,7 @@ class Bench:
             for row in rows:
                 inputs = RowInputs(row, torch.device("cpu"))
                 if text:
-                    loss = model(inputs, "text", text_targets(row, ANSWERS, inputs.device))
+                    loss = model(inputs, "text", text_targets(row, ANSWERS, inputs.device, row.num_tokens))
                 else:
                     states = model._states(inputs, answers_only)
                     states = states if answers_only else states[inputs.layout.answer_index]

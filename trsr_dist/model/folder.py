@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from torch import nn
 
+from trsr_dist.distributed import world_size
 from trsr_dist.errors import ModelError
 from trsr_dist.files import read_json
 from trsr_dist.model.fingerprint import base_fingerprint
@@ -32,7 +33,7 @@ from trsr_dist.model.places import (
     run_of,
 )
 from trsr_dist.model.recommender import Recommender
-from trsr_dist.model.zero3 import scoring_engine
+from trsr_dist.model.zero3 import check_equal_calls, scoring_engine
 from trsr_dist.prompts.builder import PromptBuilder
 
 
@@ -104,6 +105,7 @@ def open_model(
 
     Raises:
         CheckpointError: an incomplete or damaged checkpoint.
+        ConfigError: a model that several ranks cannot divide.
         ModelError: the model cannot be read, or its tokenizer is not that of the training.
     """
     place = find_model(name_or_path, revision)
@@ -114,6 +116,8 @@ def open_model(
     device = torch.device(device)
     config = load_config(source)
     backend = shared_backend(config, attention, device, dtype, builder.max_tokens)
+    if zero_config is not None:
+        check_equal_calls(backend, world_size())
     base = load_base(source, dtype, device) if zero_config is None else load_divided_base(source, dtype, zero_config)
     model = Recommender(with_adapter(base, place.adapter), builder.answer_ids, backend).requires_grad_(False).eval()
     runner = model if zero_config is None else scoring_engine(model, zero_config)

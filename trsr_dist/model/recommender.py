@@ -17,8 +17,6 @@ from trsr_dist.model.last_layer import answer_at_last_layer
 from trsr_dist.model.text_targets import TextTargets
 
 Want = Literal["logits", "pair", "text"]
-HEAD_ROWS = 1024
-"""Positions that the output head takes at once for the full text: the logits of more are never in memory."""
 SEPARATE_TOKENS = 8192
 """Tokens of a batch where prompts run as separate sequences."""
 
@@ -91,13 +89,13 @@ class Recommender(nn.Module):
 
     def _text_loss(self, states: torch.Tensor, targets: TextTargets) -> torch.Tensor:
         total = states.new_zeros((), dtype=torch.float32)
-        for piece in targets.pieces(HEAD_ROWS):
-            total = total + checkpoint(self._piece_loss, states[piece.source], piece, use_reentrant=False)
+        for source, target, weight in targets.pieces():
+            total = total + checkpoint(self._piece_loss, states[source], target, weight, use_reentrant=False)
         return total
 
-    def _piece_loss(self, states: torch.Tensor, piece: TextTargets) -> torch.Tensor:
-        losses = cross_entropy(self.causal.lm_head(states).float(), piece.target, reduction="none")
-        return (losses * piece.weight).sum()
+    def _piece_loss(self, states: torch.Tensor, target: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        losses = cross_entropy(self.causal.lm_head(states).float(), target, reduction="none")
+        return (losses * weight).sum()
 
     def _separate(self, inputs: RowInputs, want: Want) -> torch.Tensor:
         if want == "text":

@@ -15,6 +15,9 @@ import torch
 from trsr_dist.model.transfer import send
 from trsr_dist.rows import PackedRow
 
+HEAD_ROWS = 1024
+"""Positions that the output head takes at once, about: the logits of more are never in memory."""
+
 
 @dataclass(frozen=True, slots=True)
 class TextTargets:
@@ -27,24 +30,31 @@ class TextTargets:
     weight: torch.Tensor
     """float32, shape (num_targets,): sums to the number of answers, since each prompt's tokens weigh 1 in all."""
 
-    def pieces(self, size: int) -> Iterator[TextTargets]:
-        """The targets in pieces of at most ``size``."""
-        for source, target, weight in zip(
-            self.source.split(size), self.target.split(size), self.weight.split(size), strict=True
-        ):
-            yield TextTargets(source, target, weight)
+    num_pieces: int
+    """Calls of the output head, the same for every row of a run: under ZeRO-3 each gathers weights with all ranks."""
+
+    def pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Source, target and weight of each piece; none is empty."""
+        split = (part.tensor_split(self.num_pieces) for part in (self.source, self.target, self.weight))
+        return zip(*split, strict=True)
 
 
-def text_targets(row: PackedRow, answer_ids: tuple[int, int], device: torch.device) -> TextTargets:
+def text_targets(row: PackedRow, answer_ids: tuple[int, int], device: torch.device, row_tokens: int) -> TextTargets:
     """Targets of a row; the loss of a prompt is the mean over its tokens but the first, the answer included.
 
     Args:
         row: with at least one user.
         answer_ids: tokens of yes and no.
         device: of the result.
+        row_tokens: what a row of this run can hold; a short one is filled up with targets of weight 0.
     """
-    source, target, weight = map(torch.from_numpy, _arrays(row, answer_ids))
-    return TextTargets(send(source, device), send(target, device), send(weight.float(), device))
+    num_pieces = -(-row_tokens // HEAD_ROWS)
+    source, target, weight = (_filled(array, num_pieces) for array in _arrays(row, answer_ids))
+    return TextTargets(send(source, device), send(target, device), send(weight.float(), device), num_pieces)
+
+
+def _filled(array: np.ndarray, length: int) -> torch.Tensor:
+    return torch.from_numpy(np.pad(array, (0, max(0, length - len(array)))))
 
 
 def _arrays(row: PackedRow, answer_ids: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

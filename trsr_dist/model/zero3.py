@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 from transformers.initialization import no_init_weights
 
-from trsr_dist.errors import ModelError
+from trsr_dist.errors import ConfigError, ModelError
 from trsr_dist.log import get_logger
 
 log = get_logger("model")
@@ -94,6 +94,23 @@ def scoring_config(settings: dict[str, Any], precision: str, on_gpu: bool) -> di
         zero["offload_param"] = zero["offload_param"] | {"pin_memory": False}
     bf16 = {"enabled": precision == "bfloat16"}
     return {"zero_optimization": zero, "train_micro_batch_size_per_gpu": 1, "bf16": bf16, "steps_per_print": None}
+
+
+def check_equal_calls(backend: str | None, world_size: int) -> None:
+    """Ranks that divide a model must call it equally often, since they gather each layer's weights together.
+
+    Args:
+        backend: of the shared-prefix attention: a row is one call. None: as many as its prompts need.
+        world_size: number of ranks that divide the model.
+
+    Raises:
+        ConfigError: the number of calls depends on the row.
+    """
+    if backend is None and world_size > 1:
+        raise ConfigError(
+            f"ZeRO stage 3 on {world_size} ranks needs shared prefixes, which this model cannot have: take a stage "
+            "below 3 (ds_configs/zero2.json), an architecture that is proven, or one rank"
+        )
 
 
 def skip_shared_memory_operator() -> None:

@@ -27,7 +27,9 @@ class RowLoss:
     """float32, shape (num_answers,), without a gradient; None where the loss does not compute them."""
 
 
-def row_loss(model: torch.nn.Module, inputs: RowInputs, loss: str, answer_ids: tuple[int, int]) -> RowLoss:
+def row_loss(
+    model: torch.nn.Module, inputs: RowInputs, loss: str, answer_ids: tuple[int, int], row_tokens: int
+) -> RowLoss:
     """Run the model on a row and sum its loss.
 
     Args:
@@ -35,10 +37,12 @@ def row_loss(model: torch.nn.Module, inputs: RowInputs, loss: str, answer_ids: t
         inputs: the row.
         loss: ``train.loss``.
         answer_ids: tokens of yes and no.
+        row_tokens: what a row of this run can hold.
     """
     want = WANTS[loss]
     if want == "text":
-        return RowLoss(model(inputs, want, text_targets(inputs.row, answer_ids, inputs.device)), None)
+        targets = text_targets(inputs.row, answer_ids, inputs.device, row_tokens)
+        return RowLoss(model(inputs, want, targets), None)
     output = model(inputs, want)
     if want == "logits":
         yes, no = answer_ids

@@ -22,6 +22,7 @@ from trsr_dist.model.loading import (
     shared_backend,
 )
 from trsr_dist.model.places import BaseName, base_folder
+from trsr_dist.model.zero3 import check_equal_calls
 from trsr_dist.planning.memory import ZeroSetting
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.run import RUN, RunFolder
@@ -90,7 +91,10 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
     zero_config = complete_zero_config(
         settings, rows_per_rank, ranks.world_size, precision, train.max_grad_norm, device.type == "cuda"
     )
-    check_quantization(config.model.quantization, zero_setting(zero_config))
+    zero = zero_setting(zero_config)
+    check_quantization(config.model.quantization, zero)
+    if zero.stage == 3:
+        check_equal_calls(backend, ranks.world_size)
     return Prepared(
         source=source,
         name=name,
@@ -99,7 +103,7 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
         tokenizer=tokenizer,
         stream=stream,
         num_steps=count_steps(stream, train.num_epochs, train.max_steps),
-        zero=zero_setting(zero_config),
+        zero=zero,
         zero_config=zero_config,
         precision=precision,
         backend=backend,

@@ -86,7 +86,7 @@ class StepRunner:
         torch.manual_seed(hash64(self._seed, step, number) % 2**63)
         inputs = RowInputs(row if row.num_answers else self._filler, self._engine.device)
         try:
-            result = row_loss(self._engine.wrapped, inputs, self._loss, self._answer_ids)
+            result = row_loss(self._engine.wrapped, inputs, self._loss, self._answer_ids, self._row_tokens)
             share = result.total / weight if row.num_answers else result.total * 0.0
             # A loss that is not finite must spoil the gradients too, so that all ranks skip the step.
             self._engine.backward(share * torch.where(torch.isfinite(share), 1.0, float("nan")))
