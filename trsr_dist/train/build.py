@@ -15,7 +15,6 @@ from trsr_dist.errors import ConfigError, TrsrError
 from trsr_dist.evaluate.metrics import metric_names
 from trsr_dist.files import writing
 from trsr_dist.log import MetricLog, get_logger
-from trsr_dist.model.fingerprint import base_fingerprint
 from trsr_dist.model.loading import load_base, load_base_divided
 from trsr_dist.model.lora import adapter_config, add_lora
 from trsr_dist.model.recommender import Recommender
@@ -97,17 +96,17 @@ class Build:
             log.info("resumed from %s", self.checkpoint.folder)
         return engine
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the checkpoint is that of a finished training."""
+        patience = self.config.train.early_stopping_patience
+        return self.checkpoint is not None and self.checkpoint.state.is_over(self.prepared.num_steps, patience)
+
     @cached_property
     def state(self) -> TrainerState:
         """Where to go on, under this run's settings."""
         if self.checkpoint is None:
             return TrainerState(0, 0, {}, settings=self.settings)
-        recorded = self.checkpoint.state.settings or {}
-        for key, value in self.settings.items():
-            if recorded.get(key, value) != value:
-                log.warning(
-                    "%s was %r up to step %d, now it is %r", key, recorded[key], self.checkpoint.state.step, value
-                )
         return replace(self.checkpoint.state, settings=self.settings)
 
     @cached_property
@@ -115,8 +114,11 @@ class Build:
         """What the losses depend on beside data and model."""
         train = self.config.train.model_dump(mode="json")
         names = ("loss", "learning_rate", "warmup_ratio", "schedule", "weight_decay", "adam_betas", "max_grad_norm")
-        lora = {f"lora.{key}": value for key, value in self.config.lora.model_dump(mode="json").items()}
-        return {f"train.{name}": train[name] for name in names} | {"steps": self.prepared.num_steps} | lora
+        lora = self.config.lora.model_dump(mode="json")
+        if isinstance(lora["target_modules"], list):
+            lora["target_modules"].sort()  # the order says nothing
+        settings = {f"train.{name}": train[name] for name in names} | {"steps": self.prepared.num_steps}
+        return settings | {f"lora.{key}": value for key, value in lora.items()}
 
     @property
     def loop_settings(self) -> LoopSettings:
@@ -229,10 +231,6 @@ class Build:
     def adapter_config(self) -> dict[str, Any]:
         return adapter_config(self.model.causal.peft_adapter_config, self.prepared.name, self.config.model.revision)
 
-    @cached_property
-    def fingerprint(self) -> str:
-        return base_fingerprint(self.prepared.source.name_or_path)
-
     def provenance(self, state: TrainerState) -> dict[str, Any]:
         """What a later stage must know of a checkpoint; kept with it and with the merged model."""
         prepared, train = self.prepared, self.config.train
@@ -240,7 +238,7 @@ class Build:
             "base": {
                 "name_or_path": prepared.name,
                 "revision": self.config.model.revision,
-                "fingerprint": self.fingerprint,
+                "fingerprint": prepared.fingerprint,
             },
             "prompt": prepared.builder.settings,
             "answer_ids": list(prepared.builder.answer_ids),

@@ -6,6 +6,7 @@ latest, best  text files that name a complete folder
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -18,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from trsr_dist.errors import CheckpointError, DataError
-from trsr_dist.files import atomic_file, atomic_folder, read_json, sha256_of, write_json
+from trsr_dist.files import atomic_file, atomic_folder, read_json, sha256_of, temporary_name, write_json
 from trsr_dist.log import get_logger
 from trsr_dist.model.lora import adapter_name, parameter_name
-from trsr_dist.model.places import ADAPTER_CONFIG, PROVENANCE
+from trsr_dist.model.places import ADAPTER_CONFIG, POINTERS, PROVENANCE
 from trsr_dist.model.tensor_file import write_tensors
 from trsr_dist.run import MANIFEST
 
@@ -52,7 +53,11 @@ class TrainerState:
     seconds: float = 0.0
     """Of training, over all starts."""
     settings: dict[str, Any] | None = None
-    """What losses depend on beside the stream: schedule, loss, optimizer; a resumed run must agree."""
+    """What losses depend on beside the stream: schedule, loss, optimizer, LoRA."""
+
+    def is_over(self, num_steps: int, patience: int) -> bool:
+        """Whether all steps are made, or so many validations in a row were no better (0: never)."""
+        return self.step >= num_steps or bool(patience) and self.num_bad_evaluations >= patience
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +68,9 @@ class Checkpoint:
     tensors: dict[str, torch.Tensor]
     """By ``weight/NAME``, ``exp_avg/NAME``, ``exp_avg_sq/NAME``; float32."""
     state: TrainerState
+    provenance: dict[str, Any]
+    digest: str
+    """SHA-256 of the manifest, and so of all files."""
 
 
 class CheckpointFolder:
@@ -135,8 +143,23 @@ class CheckpointFolder:
             raise CheckpointError(f"{self.root}: none of {len(folders)} checkpoints can be read; move them away")
         return None
 
+    def clear(self) -> None:
+        """Remove all checkpoints.
+
+        Raises:
+            RunError: this process has lost the folder to another one.
+        """
+        if self.fence is not None:
+            self.fence()
+        for name in POINTERS:
+            (self.root / name).unlink(missing_ok=True)
+        for folder in list(self._folders()):
+            os.rename(folder, temporary_name(folder))
+        self.tidy()
+
     def tidy(self) -> None:
-        """Remove what killed processes left half-written. Call while holding the folder's lock."""
+        """Make the folder, without what killed processes left half-written. Call while holding its lock."""
+        self.root.mkdir(parents=True, exist_ok=True)
         for left in self.root.glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)
 
@@ -167,12 +190,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         tensors = {f"weight/{parameter_name(name)}": tensor for name, tensor in adapter.items()}
         tensors |= load_file(folder / OPTIMIZER)
         state = TrainerState(**read_json(folder / STATE))
+        provenance, digest = read_json(folder / PROVENANCE), sha256_of(folder / MANIFEST)
     except (DataError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint ({error})") from None
     for name, tensor in tensors.items():
         if not tensor.numel() or not torch.isfinite(tensor).all():
             raise CheckpointError(f"{folder}: {name} is empty or not finite")
-    return Checkpoint(folder, tensors, state)
+    return Checkpoint(folder, tensors, state, provenance, digest)
 
 
 def _verify(read: Checkpoint, written: dict[str, torch.Tensor]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -19,7 +18,8 @@ from trsr_dist.train.build import Build
 from trsr_dist.train.checkpoints import CheckpointFolder
 from trsr_dist.train.heartbeat import Heartbeat, describe_ranks
 from trsr_dist.train.launcher import follow_launcher
-from trsr_dist.train.prepare import Prepared, prepare
+from trsr_dist.train.prepare import prepare
+from trsr_dist.train.resumption import check_base, check_finished, check_settings, newest_for_all
 from trsr_dist.train.stopping import StopReasons, StopSignals, walltime_of
 from trsr_dist.train.trainer import Control, Ending
 
@@ -65,32 +65,36 @@ def _train(
     config: Config, run: RunFolder, ranks: Ranks, control: Control, lock: FolderLock | None, force: bool
 ) -> Ending:
     checkpoints = CheckpointFolder(run.checkpoints, config.train.keep_checkpoints, lock.check if lock else None)
-    if ranks.is_main:
-        checkpoints.tidy()
-        if force:
-            shutil.rmtree(run.checkpoints, ignore_errors=True)
-        run.checkpoints.mkdir(parents=True, exist_ok=True)
-        run.write_config("train", dump_config(config))
-    distributed.barrier()
-    checkpoint = checkpoints.newest()
+    distributed.on_rank_zero(checkpoints.tidy)
+    checkpoint = None if force else newest_for_all(checkpoints)
     prepared = prepare(config, run, ranks, checkpoint)
-    if checkpoint is not None and checkpoint.state.step >= prepared.num_steps:
-        log.info("%s: all %d steps are made; nothing to do (--force redoes it)", checkpoint.folder, prepared.num_steps)
-        return Ending(True, "")
-    return _run(Build(config, run, ranks, prepared, checkpoints, checkpoint, control), prepared)
+    build = Build(config, run, ranks, prepared, checkpoints, checkpoint, control)
+    if checkpoint is not None:
+        check_base(checkpoint, prepared.name, prepared.fingerprint)
+        if build.is_finished:
+            check_finished(checkpoint, build.settings)
+            log.info("%s: finished; nothing to do (--force redoes it)", checkpoint.folder)
+            return Ending(True, "")
+        check_settings(checkpoint, build.settings)
+    return _run(build, force)
 
 
-def _run(build: Build, prepared: Prepared) -> Ending:
+def _run(build: Build, force: bool) -> Ending:
     trainer = build.trainer()
+    distributed.on_rank_zero(lambda: _begin(build, force))
     ending = trainer.run()
     build.close(trainer.state)
     verb = "finished" if ending.is_complete else "interrupted, saved"
-    log.info("%s after %d of %d steps%s", verb, trainer.state.step, prepared.num_steps, _because(ending.reason))
+    because = f": {ending.reason}" if ending.reason else ""
+    log.info("%s after %d of %d steps%s", verb, trainer.state.step, build.prepared.num_steps, because)
     return ending
 
 
-def _because(reason: str) -> str:
-    return f": {reason}" if reason else ""
+def _begin(build: Build, force: bool) -> None:
+    """Only now, when all is checked and loaded, is anything of an earlier training replaced."""
+    if force:
+        build.checkpoints.clear()
+    build.run.write_config("train", dump_config(build.config))
 
 
 @contextmanager

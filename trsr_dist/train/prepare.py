@@ -13,6 +13,7 @@ from trsr_dist.config.zero import find_file, read_zero_config
 from trsr_dist.distributed import device_of, on_rank_zero
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import ConfigError
+from trsr_dist.model.fingerprint import base_fingerprint
 from trsr_dist.model.loading import (
     BaseSource,
     check_weights,
@@ -44,6 +45,8 @@ class Prepared:
     """The base, in a local folder."""
     name: str
     """Of the base as it is recorded: a path or a hub id."""
+    fingerprint: str
+    """Of the base, on rank 0's node."""
     model_config: PretrainedConfig
     builder: PromptBuilder
     tokenizer: Any
@@ -98,6 +101,7 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
     return Prepared(
         source=source,
         name=name,
+        fingerprint=on_rank_zero(lambda: base_fingerprint(source.name_or_path)),
         model_config=model_config,
         builder=builder,
         tokenizer=tokenizer,

@@ -117,16 +117,16 @@ class Trainer:
         """
         steps = iter(self._stream)
         reason = ""
-        while self.state.step < self._settings.num_steps and not reason and not self._is_out_of_patience():
+        while not reason and not self._is_over():
             reason = self._step(steps)
             if not reason and self._is_due(self._settings.evaluate_every_steps):
                 self._evaluate()
             if self._is_due(self._settings.save_every_steps):
                 self._save()
         self._save()
-        if self.state.step < self._settings.num_steps and self._is_out_of_patience():
+        if self._is_over() and self.state.step < self._settings.num_steps:
             return Ending(True, f"no better validation in {self.state.num_bad_evaluations} evaluations")
-        return Ending(self.state.step >= self._settings.num_steps, reason)
+        return Ending(self._is_over(), reason)
 
     def _step(self, steps: Iterator[Step]) -> str:
         """One step; returns a reason to stop that some rank has."""
@@ -219,6 +219,5 @@ class Trainer:
         else:
             self.state = replace(self.state, num_bad_evaluations=self.state.num_bad_evaluations + 1)
 
-    def _is_out_of_patience(self) -> bool:
-        patience = self._settings.early_stopping_patience
-        return bool(patience) and self.state.num_bad_evaluations >= patience
+    def _is_over(self) -> bool:
+        return self.state.is_over(self._settings.num_steps, self._settings.early_stopping_patience)

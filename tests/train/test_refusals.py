@@ -1,0 +1,127 @@
+"""What a start refuses: another base or adapter under a checkpoint, other settings after the end, a hasty --force."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from tests.spawn import run_ranks
+from tests.train.world import make_config, make_run
+from trsr_dist.errors import CheckpointError, TrsrError
+
+NUM_STEPS = 2
+
+
+def start(run: Path, force: bool = False, /, **changes: dict[str, Any]) -> str:
+    """Train; the error that a user would see."""
+    from trsr_dist.train.job import train
+
+    train_section = {"max_steps": NUM_STEPS} | changes.pop("train", {})
+    try:
+        return str(train(make_config(run, train=train_section, **changes), force))
+    except TrsrError as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+@contextmanager
+def other_weights(run: Path) -> Iterator[None]:
+    """The base's weights are others, of the same names and shapes."""
+    kept = shutil.copytree(run / "base", run / "kept")
+    for path in (run / "base").glob("*.safetensors"):
+        tensors = {name: tensor + 0.1 * torch.randn_like(tensor) for name, tensor in load_file(path).items()}
+        save_file(tensors, path, metadata={"format": "pt"})
+    yield
+    shutil.rmtree(run / "base")
+    kept.rename(run / "base")
+
+
+def start_many_times(rank: int, world_size: int, run: Path) -> dict[str, Any]:
+    longer = {"train": {"max_steps": NUM_STEPS + 1}}
+    found = {"first": start(run), "again": start(run)}
+    found["other rate"] = start(run, train={"learning_rate": 1e-6})
+    found["fewer steps"] = start(run, train={"max_steps": 1})
+    found["rate on record"] = yaml.safe_load((run / "config" / "train.yaml").read_text())["train"]["learning_rate"]
+    with other_weights(run):
+        found["other base"] = start(run, **longer)
+    found["other alpha"] = start(run, lora={"alpha": 80}, **longer)
+    found["other targets"] = start(run, lora={"target_modules": ["q_proj"]}, **longer)
+    found["force with a typo"] = start(run, True, model={"name_or_path": "/no/such"})
+    found["kept"] = checkpoints(run)
+    found["same targets"] = start(run, lora={"target_modules": ["o_proj", "k_proj", "v_proj", "q_proj"]}, **longer)
+    found["force"] = start(run, True, train={"max_steps": 1})
+    found["kept after force"] = checkpoints(run)
+    return found
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("run"), num_users=40)
+
+
+@pytest.fixture(scope="module")
+def found(run: Path) -> dict[str, Any]:
+    return run_ranks(start_many_times, 1, run)[0]
+
+
+def test_a_finished_training_with_other_settings_is_not_taken_for_this_one(found: dict) -> None:
+    assert (found["first"], found["again"]) == ("0", "0")
+    assert found["other rate"].startswith("RunError")
+    assert "train.learning_rate=0.005, now 1e-06; use another run.dir, --force" in found["other rate"]
+    assert "steps=2, now 1" in found["fewer steps"]
+    assert found["rate on record"] == 5e-3
+
+
+def test_a_checkpoint_keeps_its_base_and_its_adapter(found: dict, run: Path) -> None:
+    assert found["other base"].startswith("CheckpointError")
+    assert "trained on base" in found["other base"] and "name or restore that base" in found["other base"]
+    assert "lora.alpha=8.0, now 80.0" in found["other alpha"]
+    assert "lora.target_modules=" in found["other targets"]
+    assert found["same targets"] == "0", "their order says nothing"
+
+
+def test_force_removes_nothing_before_all_is_checked(found: dict) -> None:
+    assert "no such model folder" in found["force with a typo"]
+    assert found["kept"] == ["latest", "step-000002"]
+    assert found["force"] == "0"
+    assert found["kept after force"] == ["latest", "step-000001"]
+
+
+def read_unequally(rank: int, world_size: int, root: Path) -> list[str]:
+    """One rank meets a disk that fails once, then another folder than the others."""
+    from trsr_dist.train import resumption
+    from trsr_dist.train.checkpoints import Checkpoint, CheckpointFolder, read_checkpoint
+
+    def fail(folder: Path) -> Checkpoint:
+        raise CheckpointError(f"{folder}: Stale file handle")
+
+    def differ(folder: Path) -> Checkpoint:
+        return replace(read_checkpoint(folder), digest="0123")
+
+    errors = []
+    for read in (fail, differ, read_checkpoint):
+        resumption.read_checkpoint = read if rank else read_checkpoint
+        try:
+            errors.append(resumption.newest_for_all(CheckpointFolder(root, 3)).folder.name)
+        except CheckpointError as error:
+            errors.append(str(error))
+    return errors
+
+
+def test_no_rank_goes_on_from_a_checkpoint_of_its_own(found: dict, run: Path) -> None:
+    for failed, differed, name in run_ranks(read_unequally, 2, run / "checkpoints"):
+        assert "rank 1 cannot read" in failed and "Stale file handle" in failed
+        assert "rank 1 finds step 1, manifest 0123, rank 0 step 1, manifest " in differed
+        assert name == "step-000001"
