@@ -179,14 +179,15 @@ def run_out_of_time(run: Path, start: Start, step: int) -> None:
     configure(run)
 
 
-def test_a_second_signal_leaves_at_once(run: Path, start: Start) -> None:
-    job = start("alone")
+def test_signals_of_one_event_save_once(run: Path, start: Start) -> None:
+    """As a scheduler does it: to torchrun, which dies of it, and to the ranks, which the kernel then tells so."""
+    job = start("torchrun")
     job.wait_for_step(SAVE_EVERY + 1)
-    os.kill(job.process.pid, signal.SIGSTOP)  # so that both signals are pending before a step can end
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGCONT):
-        os.kill(job.process.pid, number)
-    assert job.end() in (128 + signal.SIGTERM, 128 + signal.SIGUSR1)
-    assert newest_step(run) == SAVE_EVERY
+    for pid in (job.process.pid, *(ranks := job.pids())):
+        os.kill(pid, signal.SIGUSR1)
+    job.end()
+    wait_until(lambda: not any(map(is_alive, ranks)))
+    assert_saved_where_it_stopped(job)
 
 
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(run: Path, start: Start) -> None:

@@ -15,6 +15,7 @@ from tests.model.world import make_row
 from trsr_dist.config.zero import read_zero_config
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import CheckpointError, ConfigError, RunError
+from trsr_dist.train import stopping
 from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState, read_checkpoint
 from trsr_dist.train.heartbeat import Heartbeat, read_heartbeats
 from trsr_dist.train.losses import listwise_sum, pairwise_sum
@@ -193,6 +194,21 @@ class TestStopping:
             assert reasons.reason() == ""
             signal.raise_signal(signal.SIGUSR1)
             assert reasons.reason() == "signal SIGUSR1"
+        finally:
+            signals.restore()
+
+    def test_only_a_later_event_ends_the_process_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        clock, exits = [100.0], []
+        monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(stopping.os, "_exit", exits.append)
+        signals = StopSignals()
+        try:
+            signal.raise_signal(signal.SIGUSR1)
+            signal.raise_signal(signal.SIGTERM)
+            assert (signals.received, exits) == ("SIGUSR1", [])
+            clock[0] += 30
+            signal.raise_signal(signal.SIGTERM)
+            assert exits == [128 + signal.SIGTERM]
         finally:
             signals.restore()
 

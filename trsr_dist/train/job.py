@@ -45,7 +45,8 @@ def train(config: Config, force: bool = False) -> int:
     ranks = detect_ranks()
     setup_logging(ranks.rank, "train")
     run = RunFolder(Path(config.run.dir))
-    follow_launcher()
+    if ranks.source != "single":  # started by hand it outlives its shell, as nohup wants it
+        follow_launcher()
     signals = StopSignals()
     heartbeat = Heartbeat(run.root, ranks, STUCK_FACTOR * config.train.timeout_seconds)
     reasons = StopReasons(run.root, signals, walltime_of(config.train.walltime_seconds), ranks.is_main)

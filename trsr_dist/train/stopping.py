@@ -12,22 +12,26 @@ from trsr_dist.environment import slurm_end_time
 
 STOP_FILE = "STOP"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+ONE_EVENT_SECONDS = 10.0
+"""One event may come as several signals within so long: from the kernel, the launcher and the scheduler."""
 SAFETY = 1.5
 """A step and a save are reckoned to take so much longer than the longest seen."""
 
 
 class StopSignals:
-    """Remembers the first signal; the second ends the process at once, the last checkpoint is intact then."""
+    """Remembers the first signal; one of a later event ends the process at once, the last checkpoint is intact then."""
 
     def __init__(self) -> None:
         self.received = ""
+        self._since = 0.0
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self.received:
+        if not self.received:
+            self.received, self._since = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._since > ONE_EVENT_SECONDS:
             os._exit(128 + number)
-        self.received = signal.Signals(number).name
 
     def restore(self) -> None:
         """Give the signals back their usual meaning."""
