@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -15,6 +16,8 @@ from typing import IO, Any
 
 from trsr_dist.errors import DataError, RunError
 
+MOVED = "old"
+"""Kind of the temporary name of a folder that is being replaced."""
 STALE_READS = 5
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
 
@@ -63,11 +66,14 @@ def atomic_folder(path: str | Path, check: Callable[[], None] | None = None) -> 
 
     ``check`` runs last before that and may object by raising (a lock that was lost, see ``run.FolderLock``).
 
-    An older folder of that name is moved aside first and removed last, so that a crash leaves the old or the new.
+    An older folder of that name is moved aside first and removed last. Between the two renames a killed process leaves
+    none of that name; ``recover_folder`` gives the older one its name back.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, old = temporary_name(path), temporary_name(path, "old")
+    recover_folder(path)
+    temporary = temporary_name(path)
+    shutil.rmtree(temporary, ignore_errors=True)  # of an earlier process of the same number
     temporary.mkdir()
     try:
         yield temporary
@@ -76,13 +82,32 @@ def atomic_folder(path: str | Path, check: Callable[[], None] | None = None) -> 
         sync_path(temporary)
         if check is not None:
             check()
-        if path.exists():
-            os.rename(path, old)
-        os.rename(temporary, path)
+        _exchange(temporary, path)
         sync_folder(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(new: Path, path: Path) -> None:
+    old = temporary_name(path, MOVED)
+    if path.exists():
+        os.rename(path, old)
+    try:
+        os.rename(new, path)
+    except BaseException:
+        if old.exists():
+            os.rename(old, path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover_folder(path: Path) -> None:
+    """Undo what a process left that was killed while it replaced ``path``. Call while holding the folder's lock."""
+    for old in sorted(path.parent.glob(f".{glob.escape(path.name)}.{MOVED}-*")):
+        if path.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            os.rename(old, path)
 
 
 def temporary_name(path: Path, kind: str = "tmp") -> Path:

@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 
 from trsr_dist.errors import DataError, RunError
-from trsr_dist.files import atomic_file, atomic_folder, read_json, sha256_of, write_json
+from trsr_dist.files import (
+    atomic_file,
+    atomic_folder,
+    read_json,
+    recover_folder,
+    sha256_of,
+    temporary_name,
+    write_json,
+)
 from trsr_dist.run import MANIFEST, check_inputs, folder_lock, is_finished, manifest_hash, write_manifest
 
 
@@ -34,6 +42,47 @@ def test_atomic_folder_replaces_or_leaves_whole(tmp_path: Path) -> None:
         raise RuntimeError
     assert (path / "f").read_text() == "two"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rename = tmp_path / "out", os.rename
+    with atomic_folder(path) as folder:
+        (folder / "f").write_text("one")
+
+    def fail_once(source: Path, target: Path) -> None:
+        if Path(target) == path and ".tmp-" in Path(source).name:
+            raise OSError(errno.EIO, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_once)
+    with pytest.raises(OSError, match="Input/output"), atomic_folder(path) as folder:
+        (folder / "f").write_text("two")
+    assert (path / "f").read_text() == "one"
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_a_process_killed_between_two_renames_left_is_found_again(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, signal\nfrom pathlib import Path\nfrom trsr_dist import files\n"
+        "rename, path = os.rename, Path(sys.argv[1])\n"
+        "def die(source, target):\n"
+        "    rename(source, target)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "path.mkdir()\n(path / 'f').write_text('one')\nos.rename = die\n"
+        "with files.atomic_folder(path) as folder:\n    (folder / 'f').write_text('two')\n"
+    )
+    path = tmp_path / "o[u]t"
+    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -9
+    assert not path.exists()
+    recover_folder(path)
+    assert (path / "f").read_text() == "one"
+
+
+def test_a_temporary_folder_of_the_same_number_is_no_hindrance(tmp_path: Path) -> None:
+    temporary_name(tmp_path / "out").mkdir()
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "f").write_text("one")
+    assert (tmp_path / "out" / "f").read_text() == "one"
 
 
 def test_a_killed_writer_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:

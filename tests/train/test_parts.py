@@ -128,6 +128,13 @@ class TestCheckpoints:
         assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000001", "step-000003", "step-000004"]
         assert folder.newest().state.step == 4
 
+    def test_a_million_steps_are_more_than_999900(self, tmp_path: Path) -> None:
+        folder = CheckpointFolder(tmp_path, 2)
+        for step in (999_800, 999_900, 1_000_000):
+            self.save(folder, step)
+        assert folder.newest().state.step == 1_000_000
+        assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-1000000", "step-999900"]
+
     @pytest.mark.parametrize(
         "name", ["state.json", "optimizer.safetensors", "adapter/adapter_model.safetensors", "manifest.json"]
     )
@@ -175,6 +182,15 @@ class TestCheckpoints:
         assert folder.newest().state.step == 1
         folder.tidy()
         assert not left.exists()
+
+    def test_one_that_was_being_replaced_is_found_again(self, tmp_path: Path) -> None:
+        folder = CheckpointFolder(tmp_path, 3)
+        self.save(folder, 1)
+        path = self.save(folder, 2)
+        path.rename(tmp_path / ".step-000002.old-host-1")
+        folder.tidy()
+        assert folder.newest().folder == path
+        assert not list(tmp_path.glob(".*"))
 
 
 class TestStopping:

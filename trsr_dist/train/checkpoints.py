@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from trsr_dist.errors import CheckpointError, DataError
-from trsr_dist.files import atomic_file, atomic_folder, read_json, sha256_of, temporary_name, write_json
+from trsr_dist.files import (
+    MOVED,
+    atomic_file,
+    atomic_folder,
+    read_json,
+    recover_folder,
+    sha256_of,
+    temporary_name,
+    write_json,
+)
 from trsr_dist.log import get_logger
 from trsr_dist.model.lora import adapter_name, parameter_name
 from trsr_dist.model.places import ADAPTER_CONFIG, POINTERS, PROVENANCE
@@ -133,7 +142,7 @@ class CheckpointFolder:
         Raises:
             CheckpointError: there are checkpoints, and none of them can be read.
         """
-        folders = sorted(self._folders(), reverse=True)
+        folders = self._folders()[::-1]
         for folder in folders:
             try:
                 return read_checkpoint(folder)
@@ -153,25 +162,29 @@ class CheckpointFolder:
             self.fence()
         for name in POINTERS:
             (self.root / name).unlink(missing_ok=True)
-        for folder in list(self._folders()):
+        for folder in self._folders():
             os.rename(folder, temporary_name(folder))
         self.tidy()
 
     def tidy(self) -> None:
-        """Make the folder, without what killed processes left half-written. Call while holding its lock."""
+        """Make the folder, without what killed processes left half-done. Call while holding its lock."""
         self.root.mkdir(parents=True, exist_ok=True)
+        for left in self.root.glob(f".step-*.{MOVED}-*"):
+            recover_folder(self.root / left.name[1:].partition(".")[0])
         for left in self.root.glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)
 
     def _remove_old(self) -> None:
         best = self.root / "best"
         kept = best.read_text(encoding="utf-8").strip() if best.is_file() else ""
-        for folder in sorted(self._folders())[: -self._keep]:
+        for folder in self._folders()[: -self._keep]:
             if folder.name != kept:
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _folders(self) -> Iterator[Path]:
-        return (path for path in self.root.glob("step-*") if NAME.match(path.name) and path.is_dir())
+    def _folders(self) -> list[Path]:
+        """By their step, which may have more digits than the names are padded to."""
+        steps = {path: int(found[1]) for path in self.root.glob("step-*") if (found := NAME.match(path.name))}
+        return sorted(filter(Path.is_dir, steps), key=steps.__getitem__)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
