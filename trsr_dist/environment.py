@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trsr_dist.errors import ConfigError
+from trsr_dist.hashing import hash64
 
 GPU_TRACES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
 """One of these is there where a GPU can be used; asking torch would be too late."""
@@ -57,14 +58,15 @@ def detect_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
             _number(env, "RANK"),
             _number(env, "WORLD_SIZE"),
             _number(env, "LOCAL_RANK", 0),
-            _number(env, "LOCAL_WORLD_SIZE", _number(env, "WORLD_SIZE")),
+            # DeepSpeed's launcher calls it LOCAL_SIZE.
+            _number(env, "LOCAL_WORLD_SIZE", _number(env, "LOCAL_SIZE", _number(env, "WORLD_SIZE"))),
             source="launcher",
             **common,
         )
-    elif "SLURM_PROCID" in env and _number(env, "SLURM_NTASKS", 1) > 1 and "SLURM_STEP_ID" in env:
+    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _tasks_of_step(env) > 1:
         found = Ranks(
             _number(env, "SLURM_PROCID"),
-            _number(env, "SLURM_NTASKS"),
+            _tasks_of_step(env),
             _number(env, "SLURM_LOCALID", 0),
             _tasks_on_this_node(env),
             source="slurm",
@@ -87,7 +89,16 @@ def array_task(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
 
 
 def export_ranks(ranks: Ranks) -> None:
-    """Set the five variables that torch.distributed and DeepSpeed read, where srun did not."""
+    """Set the five variables that torch.distributed and DeepSpeed read, where srun did not.
+
+    Raises:
+        ConfigError: the ranks are on several nodes, and nothing says which is the first.
+    """
+    if ranks.world_size > ranks.local_world_size and "MASTER_ADDR" not in os.environ:
+        raise ConfigError(
+            f"{ranks.world_size} ranks, {ranks.local_world_size} of them on {ranks.host}: set MASTER_ADDR to the first "
+            "node's name before srun, as slurm/common.sh does"
+        )
     os.environ.update(
         RANK=str(ranks.rank),
         WORLD_SIZE=str(ranks.world_size),
@@ -95,7 +106,9 @@ def export_ranks(ranks: Ranks) -> None:
         LOCAL_WORLD_SIZE=str(ranks.local_world_size),
     )
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(ranks.job_id or os.getpid()) % 20000))
+    # Steps of one job may run on one node at the same time.
+    own = hash64(ranks.job_id or os.getpid(), os.environ.get("SLURM_STEP_ID", ""))
+    os.environ.setdefault("MASTER_PORT", str(20000 + own % 20000))
 
 
 def prepare_process(num_threads: int | None = None) -> None:
@@ -195,6 +208,11 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     if not text.isdigit():
         raise ConfigError(f"environment variable {name}={text!r}: expected a whole number")
     return int(text)
+
+
+def _tasks_of_step(env: Mapping[str, str]) -> int:
+    """An interactive step of one task runs in a job of several."""
+    return _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))
 
 
 def _tasks_on_this_node(env: Mapping[str, str]) -> int:

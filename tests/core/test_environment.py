@@ -1,8 +1,9 @@
 import os
+from dataclasses import replace
 
 import pytest
 
-from trsr_dist.environment import array_task, detect_ranks, show_one_gpu
+from trsr_dist.environment import Ranks, array_task, detect_ranks, export_ranks, show_one_gpu
 from trsr_dist.errors import ConfigError
 
 
@@ -15,6 +16,34 @@ def test_torchrun_and_deepspeed_variables() -> None:
     env = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     ranks = detect_ranks(env)
     assert (ranks.rank, ranks.world_size, ranks.local_rank, ranks.local_world_size) == (5, 8, 1, 4)
+
+
+def test_deepspeeds_launcher_has_another_name_for_the_ranks_of_a_node() -> None:
+    env = {"RANK": "9", "WORLD_SIZE": "32", "LOCAL_RANK": "1", "LOCAL_SIZE": "8"}
+    assert detect_ranks(env).local_world_size == 8
+
+
+def test_an_interactive_step_of_one_task_is_one_process() -> None:
+    env = {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}
+    assert detect_ranks(env).world_size == 1
+    assert detect_ranks(env | {"SLURM_STEP_NUM_TASKS": "4"}).world_size == 4
+
+
+def test_several_nodes_must_know_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")  # so that what is set here is taken back
+        monkeypatch.delenv(name)
+    spread = Ranks(5, 8, 1, 4, "n2", job_id="7")
+    with pytest.raises(ConfigError, match="8 ranks, 4 of them on n2: set MASTER_ADDR"):
+        export_ranks(spread)
+    ports = []
+    for step in ("0", "1"):
+        monkeypatch.setenv("SLURM_STEP_ID", step)
+        os.environ.pop("MASTER_PORT", None)
+        export_ranks(replace(spread, local_world_size=8))
+        ports.append(int(os.environ["MASTER_PORT"]))
+    assert ports[0] != ports[1]
+    assert all(20000 <= port < 40000 for port in ports)
 
 
 @pytest.mark.parametrize(("node", "tasks"), [("0", 2), ("2", 2), ("3", 1)])
