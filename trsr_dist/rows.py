@@ -82,6 +82,11 @@ def pack_row(tokenized: Sequence[TokenizedUser]) -> PackedRow:
     )
 
 
+def filler_row(answer_ids: tuple[int, int]) -> PackedRow:
+    """The shortest row: one prompt of two tokens, which a rank runs to keep step with others."""
+    return pack_row([TokenizedUser("", (answer_ids[0],), ((answer_ids[1],),), (0,), ("",))])
+
+
 def head_length(prefixes: Sequence[np.ndarray]) -> int:
     """How many tokens all prefixes of a row begin with, at least one of each left over; 0 for a single one."""
     if len(prefixes) < 2:

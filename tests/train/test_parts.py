@@ -203,6 +203,17 @@ class TestStopping:
         assert walltime.is_over()
         assert not Walltime(None).is_over()
 
+    def test_time_for_a_validation_is_kept(self, tmp_path: Path) -> None:
+        walltime = Walltime(time.time() + 100)
+        signals = StopSignals()
+        signals.restore()
+        reasons = StopReasons(tmp_path, signals, walltime, is_main=True)
+        assert reasons.allow_validation(at_start=False)
+        walltime.saw_validation(80)
+        assert not walltime.is_over()
+        assert not reasons.allow_validation(at_start=False)
+        assert reasons.allow_validation(at_start=True), "no later start has more time"
+
     def test_signals_are_remembered(self, tmp_path: Path) -> None:
         signals = StopSignals()
         try:

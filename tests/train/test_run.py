@@ -157,6 +157,11 @@ def poisoned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for path in (run / "shards" / "train").iterdir():
         path.unlink()
     write_split(run / "shards" / "train", samples, [60])
+    for path in (run / "shards" / "valid").iterdir():
+        path.unlink()
+    validated = [make_sample(1000 + i) for i in range(6)]
+    validated[2] = replace(validated[2], summary=f"likes {POISON}")
+    write_split(run / "shards" / "valid", validated, [6], "valid")
     tokens = byte_level(chat=True)(POISON)["input_ids"]
     for path in (run / "base").glob("*.safetensors"):
         tensors = load_file(path)
@@ -172,9 +177,10 @@ def outcomes(poisoned: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     stages = {"zero0": 0, "zero2": 2, "zero3": 3}
     runs = []
     for name, stage in stages.items():
-        run = derive(folder, poisoned, name, train={"max_bad_steps": 3, "max_steps": 6})
+        run = derive(folder, poisoned, name)
         (run / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": stage}}))
-        write_config(run, train={"max_bad_steps": 3, "max_steps": 6, "deepspeed_config": str(run / "ds.json")})
+        lenient = {"max_bad_steps": 3, "max_steps": 6, "evaluate_every_steps": 6}
+        write_config(run, train=lenient | {"deepspeed_config": str(run / "ds.json")})
         runs.append(run)
     strict = derive(folder, poisoned, "strict", train={"max_bad_steps": 0, "max_steps": 6})
     errors = run_ranks(train_all, 2, [*runs, strict])
@@ -191,6 +197,13 @@ def test_the_step_is_skipped_on_all_ranks_and_counted(outcomes: dict, stage: str
     bad = [step for step, loss in losses.items() if loss != loss]
     assert len(bad) == checkpoint.state.skipped_steps
     assert torch.isfinite(torch.tensor([loss for step, loss in losses.items() if step not in bad])).all()
+
+
+@pytest.mark.parametrize("stage", ["zero0", "zero2", "zero3"])
+def test_a_validation_user_without_a_finite_score_is_left_out(outcomes: dict, stage: str) -> None:
+    rows = [row for row in read_metrics(outcomes["runs"][stage]) if "valid/auc" in row]
+    assert [row["step"] for row in rows] == [6]
+    assert 0 < rows[0]["valid/auc"] < 1
 
 
 def test_the_limit_stops_the_run_and_names_the_user(outcomes: dict) -> None:

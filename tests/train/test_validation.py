@@ -9,11 +9,13 @@ import pytest
 
 from tests.evaluate.world import make_run, write_config
 from tests.spawn import run_ranks
+from trsr_dist.cli import EXIT_REQUEUE
 from trsr_dist.config import load_config
+from trsr_dist.errors import ModelError
 from trsr_dist.evaluate.job import evaluate
 from trsr_dist.files import read_json, write_json
 from trsr_dist.log import read_metrics
-from trsr_dist.train.checkpoints import CheckpointFolder
+from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState
 
 EVERY, NUM_STEPS = 3, 12
 NUM_USERS = 25
@@ -110,3 +112,73 @@ def test_without_progress_it_ends_early_and_stays_ended(runs: dict) -> None:
     run_ranks(train_all, 2, [run])
     assert sorted(validations(run)) == [EVERY, 2 * EVERY, 3 * EVERY]
     assert CheckpointFolder(run / "checkpoints", 9).newest().state.step == 3 * EVERY
+
+
+def start_unluckily(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
+    """Trainings that are stopped before, within and right after a validation, each started until it ends."""
+    from trsr_dist.train import validation
+    from trsr_dist.train.build import Build
+    from trsr_dist.train.job import train
+
+    def start(run: Path) -> int:
+        try:
+            return train(load_config(run / "config.yaml"))
+        except (KeyboardInterrupt, ModelError):
+            return -9
+
+    short, broken, unmarked = (folder / name for name in ("short", "broken", "unmarked"))
+    found: dict[str, Any] = {"short": [start(short) for _ in range(6)]}
+
+    run, mark_best, values = validation.Validator.run, Build.mark_best, iter([0.5, 0.9, 0.6, 0.6])
+    validation.Validator.run = _interrupt
+    found["broken"] = [start(broken)]
+    validation.Validator.run = run
+    found["broken"] += [CheckpointFolder(broken / "checkpoints", 9).newest().state.step, start(broken)]
+
+    validation.Validator.run = lambda *args: run(*args) | {"mrr@3": next(values)}
+    Build.mark_best = lambda build, step: mark_best(build, step) if step == EVERY else _interrupt()
+    found["unmarked"] = [start(unmarked)]
+    Build.mark_best = mark_best
+    found["unmarked"] += [start(unmarked)]
+    return found
+
+
+def _interrupt(*args: object) -> None:
+    raise KeyboardInterrupt
+
+
+@pytest.fixture(scope="module")
+def unlucky(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("unlucky")
+    few = {"evaluate_users": 3}
+    prepare(folder / "short", source, 2, **few, max_steps=4, evaluate_every_steps=2, walltime_seconds=0.1)
+    prepare(folder / "broken", source, 2, **few, max_steps=EVERY, save_every_steps=100)
+    prepare(folder / "unmarked", source, 2, **few, keep_checkpoints=2)
+    return folder, run_ranks(start_unluckily, 1, folder)[0]
+
+
+def test_a_validation_without_time_is_left_to_the_next_start(unlucky: tuple) -> None:
+    folder, codes = unlucky
+    assert codes["short"] == [EXIT_REQUEUE] * 4 + [0, 0], "each start makes one step; the fifth validates the last one"
+    assert sorted(validations(folder / "short")) == [2, 4]
+
+
+def test_a_kill_in_the_validation_costs_no_step(unlucky: tuple) -> None:
+    folder, codes = unlucky
+    assert codes["broken"] == [-9, EVERY, 0], "the step was saved before"
+    assert sorted(validations(folder / "broken")) == [EVERY]
+
+
+def test_a_kill_before_the_mark_loses_no_best_checkpoint(unlucky: tuple) -> None:
+    folder, codes = unlucky
+    assert codes["unmarked"] == [-9, 0]
+    assert (folder / "unmarked" / "checkpoints" / "best").read_text().strip() == f"step-{2 * EVERY:06d}"
+    assert (folder / "unmarked" / "checkpoints" / f"step-{2 * EVERY:06d}").is_dir()
+
+
+def test_another_metric_or_other_users_have_no_best_yet() -> None:
+    state = TrainerState(6, 6, {}, best_value=0.7, best_step=3, num_bad_evaluations=1, validation={"metric": "auc"})
+    assert state.under({"metric": "auc"}) == state
+    other = state.under({"metric": "mrr@3"})
+    assert (other.best_value, other.best_step, other.num_bad_evaluations) == (None, 0, 0)
+    assert other.validated(0.1).best_step == 6

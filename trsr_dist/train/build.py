@@ -11,8 +11,7 @@ import torch
 from trsr_dist import distributed
 from trsr_dist.config import Config
 from trsr_dist.environment import Ranks
-from trsr_dist.errors import ConfigError, TrsrError
-from trsr_dist.evaluate.metrics import metric_names
+from trsr_dist.errors import TrsrError
 from trsr_dist.files import writing
 from trsr_dist.log import MetricLog, get_logger
 from trsr_dist.model.loading import load_base, load_base_divided
@@ -24,7 +23,6 @@ from trsr_dist.planning.hardware import recognize
 from trsr_dist.planning.shape import ModelShape
 from trsr_dist.planning.tokens import Workload
 from trsr_dist.run import RunFolder, manifest_hash
-from trsr_dist.shards.reader import ShardSet
 from trsr_dist.train.checkpoints import Checkpoint, CheckpointFolder, TrainerState
 from trsr_dist.train.elastic import gather_state, restore_state
 from trsr_dist.train.engine import Engine
@@ -33,7 +31,6 @@ from trsr_dist.train.monitor import Monitor
 from trsr_dist.train.prepare import Prepared
 from trsr_dist.train.step import StepRunner
 from trsr_dist.train.trainer import Control, Hooks, LoopSettings, Trainer
-from trsr_dist.train.validation import Validator
 
 log = get_logger("train")
 
@@ -65,7 +62,7 @@ class Build:
             self.config.run.seed,
             self.control.heartbeat,
         )
-        evaluate = self.evaluate if self.validator is not None else None
+        evaluate = None if self.prepared.validator is None else self.evaluate
         hooks = Hooks(self.save, evaluate, self.mark_best)
         stream, monitor = self.prepared.stream, self.monitor
         return Trainer(engine, stream, runner, self.loop_settings, hooks, state, monitor, self.control)
@@ -100,14 +97,20 @@ class Build:
     def is_finished(self) -> bool:
         """Whether the checkpoint is that of a finished training."""
         patience = self.config.train.early_stopping_patience
-        return self.checkpoint is not None and self.checkpoint.state.is_over(self.prepared.num_steps, patience)
+        is_validated = self.prepared.validator is None or not self.state.awaits_validation
+        return self.checkpoint is not None and is_validated and self.state.is_over(self.prepared.num_steps, patience)
 
     @cached_property
     def state(self) -> TrainerState:
         """Where to go on, under this run's settings."""
-        if self.checkpoint is None:
-            return TrainerState(0, 0, {}, settings=self.settings)
-        return replace(self.checkpoint.state, settings=self.settings)
+        prepared, train = self.prepared, self.config.train
+        start = TrainerState(0, 0, {}) if self.checkpoint is None else self.checkpoint.state
+        state = replace(start, settings=self.settings)
+        if prepared.validator is None:
+            return state
+        valid = manifest_hash(self.run.split("valid"))
+        users = {"users": prepared.validator.num_users, "shards": valid}
+        return state.under({"metric": train.best_metric, **users})
 
     @cached_property
     def settings(self) -> dict[str, Any]:
@@ -132,20 +135,6 @@ class Build:
             evaluate_every_steps=train.evaluate_every_steps,
             early_stopping_patience=train.early_stopping_patience,
             max_bad_steps=train.max_bad_steps,
-        )
-
-    @cached_property
-    def validator(self) -> Validator | None:
-        """None where the run never ranks the validation users."""
-        train, evaluate = self.config.train, self.config.evaluate
-        if not train.evaluate_every_steps:
-            return None
-        names = metric_names(evaluate.top_k)
-        if train.best_metric not in names:
-            raise ConfigError(f"train.best_metric={train.best_metric!r}: expected one of {', '.join(names)}")
-        shards = ShardSet(self.run.split("valid"))
-        return Validator(
-            shards, self.prepared.builder, evaluate.row_tokens, train.evaluate_users, evaluate.top_k, self.ranks
         )
 
     @cached_property
@@ -212,14 +201,15 @@ class Build:
 
     def mark_best(self, step: int) -> None:
         if self.ranks.is_main:
-            self.checkpoints.point("best", self.checkpoints.root / f"step-{step:06d}")
+            self.checkpoints.mark_best(step)
 
     def evaluate(self, step: int) -> float:
         """Rank the validation users; the value of ``train.best_metric``."""
-        metrics = self.validator.run(self.engine, lambda: self.control.heartbeat.at(step, "validation"))
+        validator = self.prepared.validator
+        metrics = validator.run(self.engine, lambda: self.control.heartbeat.at(step, "validation"))
         name = self.config.train.best_metric
         self.monitor.evaluated(step, metrics)
-        log.info("step %d  validation of %d users  %s %.4f", step, self.validator.num_users, name, metrics[name])
+        log.info("step %d  validation of %d users  %s %.4f", step, validator.num_users, name, metrics[name])
         return metrics[name]
 
     def close(self, state: TrainerState) -> None:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,29 @@ class TrainerState:
     best_step: int = 0
     num_bad_evaluations: int = 0
     """Evaluations in a row without a better value."""
+    awaits_validation: bool = False
+    """The validation that is due at this step has not been made."""
+    validation: dict[str, Any] | None = None
+    """What the best value depends on: metric, users."""
     skipped_steps: int = 0
     seconds: float = 0.0
     """Of training, over all starts."""
     settings: dict[str, Any] | None = None
     """What losses depend on beside the stream: schedule, loss, optimizer, LoRA."""
+
+    def validated(self, value: float) -> TrainerState:
+        """After a validation at this step."""
+        if self.best_value is None or value > self.best_value:
+            found = {"best_value": value, "best_step": self.step, "num_bad_evaluations": 0}
+        else:
+            found = {"num_bad_evaluations": self.num_bad_evaluations + 1}
+        return replace(self, awaits_validation=False, **found)
+
+    def under(self, validation: dict[str, Any]) -> TrainerState:
+        """Under another metric or other users nothing is the best yet."""
+        if self.validation in (None, validation):
+            return replace(self, validation=validation)
+        return replace(self, validation=validation, best_value=None, best_step=0, num_bad_evaluations=0)
 
     def is_over(self, num_steps: int, patience: int) -> bool:
         """Whether all steps are made, or so many validations in a row were no better (0: never)."""
@@ -109,7 +127,7 @@ class CheckpointFolder:
             CheckpointError: what was read back is not what was written, or a tensor is not finite.
             RunError: this process has lost the folder to another one.
         """
-        folder = self.root / f"step-{state.step:06d}"
+        folder = self._folder(state.step)
         with atomic_folder(folder, self.fence) as target:
             (target / "adapter").mkdir()
             weights = {k.removeprefix("weight/"): v for k, v in tensors.items() if k.startswith("weight/")}
@@ -130,6 +148,12 @@ class CheckpointFolder:
         self.point("latest", folder)
         self._remove_old()
         return folder
+
+    def mark_best(self, step: int) -> None:
+        """Make ``best`` name this step's checkpoint, if that is there."""
+        folder = self._folder(step)
+        if folder.is_dir():
+            self.point("best", folder)
 
     def point(self, name: str, folder: Path) -> None:
         """Make ``latest`` or ``best`` name a checkpoint."""
@@ -173,6 +197,9 @@ class CheckpointFolder:
             recover_folder(self.root / left.name[1:].partition(".")[0])
         for left in self.root.glob(".step-*"):
             shutil.rmtree(left, ignore_errors=True)
+
+    def _folder(self, step: int) -> Path:
+        return self.root / f"step-{step:06d}"
 
     def _remove_old(self) -> None:
         best = self.root / "best"

@@ -96,6 +96,8 @@ def _begin(build: Build, force: bool) -> None:
     if force:
         build.checkpoints.clear()
     build.run.write_config("train", dump_config(build.config))
+    if build.state.best_step:
+        build.checkpoints.mark_best(build.state.best_step)  # a kill may have come between the checkpoint and its mark
 
 
 @contextmanager

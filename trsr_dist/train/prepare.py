@@ -13,6 +13,7 @@ from trsr_dist.config.zero import find_file, read_zero_config
 from trsr_dist.distributed import device_of, on_rank_zero
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import ConfigError
+from trsr_dist.evaluate.metrics import metric_names
 from trsr_dist.model.fingerprint import base_fingerprint
 from trsr_dist.model.loading import (
     BaseSource,
@@ -34,6 +35,7 @@ from trsr_dist.shards.steps import StreamState
 from trsr_dist.shards.stream import TrainStream
 from trsr_dist.train.checkpoints import Checkpoint
 from trsr_dist.train.losses import PER_USER
+from trsr_dist.train.validation import Validator
 from trsr_dist.train.zero_config import complete_zero_config, zero_setting
 
 
@@ -51,6 +53,8 @@ class Prepared:
     builder: PromptBuilder
     tokenizer: Any
     stream: TrainStream
+    validator: Validator | None
+    """None where the run never ranks the validation users."""
     num_steps: int
     zero: ZeroSetting
     zero_config: dict[str, Any]
@@ -106,6 +110,7 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
         builder=builder,
         tokenizer=tokenizer,
         stream=stream,
+        validator=open_validator(config, run, ranks, builder),
         num_steps=count_steps(stream, train.num_epochs, train.max_steps),
         zero=zero,
         zero_config=zero_config,
@@ -153,6 +158,30 @@ def open_stream(
         train.num_workers,
         train.max_data_errors if train.data_errors == "skip" else None,
         None if checkpoint is None else StreamState.from_dict(checkpoint.state.stream),
+    )
+
+
+def open_validator(config: Config, run: RunFolder, ranks: Ranks, builder: PromptBuilder) -> Validator | None:
+    """The validation split's users, None where the run never ranks them.
+
+    Raises:
+        ConfigError: ``train.best_metric`` is none of the metrics.
+        DataError: the split is missing, empty or damaged.
+    """
+    train, evaluate = config.train, config.evaluate
+    if not train.evaluate_every_steps:
+        return None
+    names = metric_names(evaluate.top_k)
+    if train.best_metric not in names:
+        raise ConfigError(f"train.best_metric={train.best_metric!r}: expected one of {', '.join(names)}")
+    return Validator(
+        ShardSet(run.split("valid")),
+        builder,
+        evaluate.row_tokens,
+        train.evaluate_users,
+        evaluate.top_k,
+        ranks,
+        leave_out=train.data_errors == "skip",
     )
 
 

@@ -10,8 +10,7 @@ from trsr_dist.distributed import sum_over_ranks
 from trsr_dist.errors import ModelError
 from trsr_dist.hashing import hash64
 from trsr_dist.model.inputs import RowInputs
-from trsr_dist.records import TokenizedUser
-from trsr_dist.rows import PackedRow, pack_row
+from trsr_dist.rows import PackedRow, filler_row
 from trsr_dist.shards.steps import Step
 from trsr_dist.train.engine import Engine
 from trsr_dist.train.heartbeat import Heartbeat
@@ -46,7 +45,7 @@ class StepRunner:
         self._row_tokens = row_tokens
         self._seed = seed
         self._heartbeat = heartbeat
-        self._filler = pack_row([TokenizedUser("", (answer_ids[0],), ((answer_ids[1],),), (0,), ("",))])
+        self._filler = filler_row(answer_ids)
 
     def backward(self, step: Step) -> tuple[Sums, tuple[str, ...]]:
         """Forward and backward of this rank's rows; returns its own sums and the users of rows with a bad loss."""

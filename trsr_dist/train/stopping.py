@@ -15,7 +15,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 ONE_EVENT_SECONDS = 10.0
 """One event may come as several signals within so long: from the kernel, the launcher and the scheduler."""
 SAFETY = 1.5
-"""A step and a save are reckoned to take so much longer than the longest seen."""
+"""A step, a save and a validation are reckoned to take so much longer than the longest seen."""
 
 
 class StopSignals:
@@ -40,7 +40,7 @@ class StopSignals:
 
 
 class Walltime:
-    """Whether another step and a save still fit.
+    """Whether another step, or a validation, and a save still fit.
 
     Args:
         end: Unix seconds at which the job is killed; None: never.
@@ -50,6 +50,7 @@ class Walltime:
         self._end = end
         self._longest_step = 0.0
         self._longest_save = 1.0
+        self._longest_validation = 0.0
 
     def saw_step(self, seconds: float) -> None:
         self._longest_step = max(self._longest_step, seconds)
@@ -57,11 +58,19 @@ class Walltime:
     def saw_save(self, seconds: float) -> None:
         self._longest_save = max(self._longest_save, seconds)
 
+    def saw_validation(self, seconds: float) -> None:
+        self._longest_validation = max(self._longest_validation, seconds)
+
     def is_over(self) -> bool:
         """Whether the next step would leave too little time to save."""
-        if self._end is None:
-            return False
-        return time.time() + SAFETY * (self._longest_step + self._longest_save) > self._end
+        return not self._has(self._longest_step + self._longest_save)
+
+    def has_time_for_validation(self) -> bool:
+        """Whether a validation and a save still fit; the first one is reckoned to take as long as a step."""
+        return self._has(max(self._longest_validation, self._longest_step) + self._longest_save)
+
+    def _has(self, seconds: float) -> bool:
+        return self._end is None or time.time() + SAFETY * seconds <= self._end
 
 
 def walltime_of(limit_seconds: float) -> Walltime:
@@ -84,6 +93,10 @@ class StopReasons:
         self._signals = signals
         self.walltime = walltime
         self._is_main = is_main
+
+    def allow_validation(self, at_start: bool) -> bool:
+        """Whether this rank has the time for one. No later start has more of it, so that at a start it may begin."""
+        return not self._signals.received and (at_start or self.walltime.has_time_for_validation())
 
     def reason(self) -> str:
         """Why to stop at this step's end; empty: go on."""

@@ -105,7 +105,7 @@ class Trainer:
         self._monitor = monitor
         self._control = control
         self._num_bad_steps = 0
-        self._saved_step = state.step
+        self._saved = state
         self._gradients_checked = False
 
     def run(self) -> Ending:
@@ -117,13 +117,20 @@ class Trainer:
         """
         steps = iter(self._stream)
         reason = ""
+        self._validate(at_start=True)
         while not reason and not self._is_over():
             reason = self._step(steps)
-            if not reason and self._is_due(self._settings.evaluate_every_steps):
-                self._evaluate()
+            if self._hooks.evaluate is not None and self._is_due(self._settings.evaluate_every_steps):
+                self.state = replace(self.state, awaits_validation=True)
             if self._is_due(self._settings.save_every_steps):
                 self._save()
+            self._validate()
         self._save()
+        return self._ending(reason)
+
+    def _ending(self, reason: str) -> Ending:
+        if self._awaits_validation:
+            return Ending(False, reason or "no time is left for the validation")
         if self._is_over() and self.state.step < self._settings.num_steps:
             return Ending(True, f"no better validation in {self.state.num_bad_evaluations} evaluations")
         return Ending(self._is_over(), reason)
@@ -196,28 +203,35 @@ class Trainer:
         return bool(every) and (self.state.step % every == 0 or self.state.step == self._settings.num_steps)
 
     def _save(self) -> None:
-        if self._saved_step == self.state.step:
+        if self._saved == self.state:
             return
         started = time.perf_counter()
         self._at(self.state.step, "saving")
         self._hooks.save(self.state)
-        self._saved_step = self.state.step
+        self._saved = self.state
         seconds = time.perf_counter() - started
         self._control.reasons.walltime.saw_save(seconds)
         self._monitor.saved(self.state.step, seconds)
 
-    def _evaluate(self) -> None:
-        """Rank the validation users; the best step's checkpoint is kept."""
-        if self._hooks.evaluate is None:
+    def _validate(self, at_start: bool = False) -> None:
+        """Rank the validation users if that is due and there is time for it; else a later start will.
+
+        The step is saved before, since a validation may take long, and after, with its result.
+        """
+        if not self._awaits_validation or not all(gather_objects(self._control.reasons.allow_validation(at_start))):
             return
+        self._save()
+        started = time.perf_counter()
         self._at(self.state.step, "validation")
-        value = self._hooks.evaluate(self.state.step)
-        if self.state.best_value is None or value > self.state.best_value:
-            self.state = replace(self.state, best_value=value, best_step=self.state.step, num_bad_evaluations=0)
-            self._save()
+        self.state = self.state.validated(self._hooks.evaluate(self.state.step))
+        self._control.reasons.walltime.saw_validation(time.perf_counter() - started)
+        self._save()
+        if self.state.best_step == self.state.step:
             self._hooks.mark_best(self.state.step)
-        else:
-            self.state = replace(self.state, num_bad_evaluations=self.state.num_bad_evaluations + 1)
+
+    @property
+    def _awaits_validation(self) -> bool:
+        return self._hooks.evaluate is not None and self.state.awaits_validation
 
     def _is_over(self) -> bool:
         return self.state.is_over(self._settings.num_steps, self._settings.early_stopping_patience)

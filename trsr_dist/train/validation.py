@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
 
 from trsr_dist.distributed import gather_objects
 from trsr_dist.environment import Ranks
+from trsr_dist.errors import DataError, ModelError
 from trsr_dist.evaluate.lockstep import Lockstep
-from trsr_dist.evaluate.metrics import average, metric_names, user_metrics
+from trsr_dist.evaluate.metrics import average, check_user, metric_names, user_metrics
 from trsr_dist.evaluate.parts import assign_parts, split_parts
 from trsr_dist.evaluate.scoring import PartScorer, ScoreRow
+from trsr_dist.log import get_logger
 from trsr_dist.model.forward import score_row
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.rows import PackedRow, pack_row
+from trsr_dist.records import Sample
+from trsr_dist.rows import PackedRow, filler_row
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.train.engine import Engine
+
+log = get_logger("train")
 
 
 class Validator:
@@ -29,6 +35,10 @@ class Validator:
         max_users: only the first so many; 0: all.
         top_k: cut-offs of the metrics.
         ranks: this process.
+        leave_out: damaged samples are left out and said; False: one ends the training.
+
+    Raises:
+        DataError: the split is empty.
     """
 
     def __init__(
@@ -39,45 +49,95 @@ class Validator:
         max_users: int,
         top_k: Sequence[int],
         ranks: Ranks,
+        leave_out: bool = False,
     ) -> None:
+        if not len(shards):
+            raise DataError(f"{shards.folder}: no validation users; prepare more, or set train.evaluate_every_steps=0")
         self._shards = shards
         self._builder = builder
         self._row_tokens = row_tokens
         self._top_k = tuple(top_k)
+        self._leave_out = leave_out
         self.num_users = min(max_users or len(shards), len(shards))
         self._parts = split_parts(self.num_users)
         costs = [int(shards.sizes(part.start, part.stop).sum()) for part in self._parts]
         self._mine = assign_parts(costs, ranks.world_size)[ranks.rank]
 
     def run(self, engine: Engine, alive: Callable[[], None]) -> dict[str, float]:
-        """Metrics over all users, equal on all ranks; ``alive`` is called before each row, as a sign of life."""
-        scorers = [self._scorer(part) for part in self._mine]
+        """Metrics over all users with finite scores, equal on all ranks.
+
+        Args:
+            engine: the model.
+            alive: called before each row, as a sign of life.
+
+        Raises:
+            DataError: a sample is damaged; all ranks raise it.
+            ModelError: no user has finite scores, or a row does not fit the memory.
+        """
+        damaged: list[str] = []
+        scorers = [PartScorer(self._read(part, damaged), self._builder, self._row_tokens) for part in self._mine]
         engine.wrapped.eval()
         try:
             self._score(engine, scorers, alive)
         finally:
             engine.wrapped.train()
-        values = [user_metrics(user.scores, user.labels, self._top_k) for scorer in scorers for user in scorer.result()]
-        everywhere = gather_objects(dict(zip(self._mine, _by_part(values, scorers), strict=True)))
-        parts = {number: rows for share in everywhere for number, rows in share.items()}
-        table = np.concatenate([parts[number] for number in sorted(parts)])
-        return dict(zip(metric_names(self._top_k), map(float, average(table)), strict=True))
+        bad: list[str] = []
+        rows = {part: self._metrics(scorer, bad) for part, scorer in zip(self._mine, scorers, strict=True)}
+        everywhere = gather_objects((rows, damaged, bad))
+        self._judge(
+            [text for _, found, _ in everywhere for text in found], [text for *_, b in everywhere for text in b]
+        )
+        parts = {number: values for share, _, _ in everywhere for number, values in share.items()}
+        table = [row for number in sorted(parts) for row in parts[number]]
+        if not table:
+            raise ModelError("validation: no user has finite scores; lower train.learning_rate")
+        return dict(zip(metric_names(self._top_k), map(float, average(np.array(table))), strict=True))
 
-    def _scorer(self, part: int) -> PartScorer:
-        return PartScorer(self._shards.read_many(self._parts[part]), self._builder, self._row_tokens)
+    def _read(self, part: int, damaged: list[str]) -> list[Sample]:
+        samples = []
+        for index in self._parts[part]:
+            try:
+                samples.append(self._shards.read(index))
+            except DataError as error:
+                damaged.append(str(error))
+        return samples
 
     def _score(self, engine: Engine, scorers: list[PartScorer], alive: Callable[[], None]) -> None:
         def forward(row: PackedRow) -> np.ndarray:
             alive()
-            return score_row(engine.wrapped, row, engine.device)
+            try:
+                return score_row(engine.wrapped, row, engine.device)
+            except torch.OutOfMemoryError:
+                raise ModelError(
+                    f"out of memory in the validation, on a row of {row.num_tokens} tokens with {row.num_answers} "
+                    "answers: lower evaluate.row_tokens, or take a higher ZeRO stage (train.deepspeed_config)"
+                ) from None
 
         if engine.stage < 3:
             score_parts(scorers, forward)
             return
-        filler = self._builder.build(self._shards.read(0)).choose([0])
-        together = Lockstep(forward, pack_row([filler]), engine.device)
+        together = Lockstep(forward, filler_row(self._builder.answer_ids), engine.device)
         score_parts(scorers, together)
         together.finish()
+
+    def _metrics(self, scorer: PartScorer, bad: list[str]) -> list[np.ndarray]:
+        """Of each user with finite scores; what is wrong with the others goes to ``bad``."""
+        values = []
+        for user, scores in zip(scorer.users, scorer.scores(), strict=True):
+            labels = np.array(user.labels, dtype=np.int64)
+            try:
+                check_user(user.user, scores, labels, user.items)
+            except DataError as error:
+                bad.append(str(error))
+                continue
+            values.append(user_metrics(scores, labels, self._top_k))
+        return values
+
+    def _judge(self, damaged: list[str], bad: list[str]) -> None:
+        if damaged and not self._leave_out:
+            raise DataError(damaged[0])
+        if damaged or bad:
+            log.warning("validation leaves out %d users, the first: %s", len(damaged + bad), (damaged + bad)[0])
 
 
 def score_parts(scorers: list[PartScorer], forward: ScoreRow) -> None:
@@ -85,8 +145,3 @@ def score_parts(scorers: list[PartScorer], forward: ScoreRow) -> None:
     for scorer in scorers:
         for number, row in enumerate(scorer.rows()):
             scorer.take(number, forward(row))
-
-
-def _by_part(values: list[np.ndarray], scorers: list[PartScorer]) -> list[np.ndarray]:
-    rows = iter(values)
-    return [np.array([next(rows) for _ in scorer.users]) for scorer in scorers]
