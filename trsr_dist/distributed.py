@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
+from itertools import count
 from typing import Any, TypeVar
 
 import torch
@@ -17,6 +18,9 @@ from trsr_dist.errors import RunError, TrsrError
 T = TypeVar("T")
 
 TIMEOUT_SECONDS = 1800.0
+PATIENT_SECONDS = 6 * 3600.0
+"""What the largest models may take to be fetched."""
+_meetings = count()
 
 
 def device_of(ranks: Ranks) -> torch.device:
@@ -109,6 +113,39 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     if error is not None:
         raise error
     return value
+
+
+def once_per_node(action: Callable[[], object], ranks: Ranks, seconds: float = PATIENT_SECONDS) -> None:
+    """Let the first rank of every node act, as long as that takes: the others wait without a collective's time limit.
+
+    Raises:
+        TrsrError: that of some rank, on all ranks. A rank that met another error raises it, and the others say so.
+    """
+    error = None
+    if ranks.local_rank == 0:
+        try:
+            action()
+        except Exception as found:
+            error = found
+    _meet(seconds)
+    told = error
+    if error is not None and not isinstance(error, TrsrError):
+        told = RunError(f"rank {ranks.rank} on {ranks.host} has failed; its own error says why")
+    errors = [found for found in gather_objects(told) if found is not None]
+    if error is not None:
+        raise error
+    if errors:
+        raise errors[0]
+
+
+def _meet(seconds: float) -> None:
+    """Wait for all ranks in the group's store, which has no watchdog."""
+    if not dist.is_initialized():
+        return
+    store, name = dist.distributed_c10d._get_default_store(), f"trsr/meeting-{next(_meetings)}"
+    if store.add(name, 1) == dist.get_world_size():
+        store.set(f"{name}/all", "here")
+    store.wait([f"{name}/all"], timedelta(seconds=seconds))
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import time
+from datetime import timedelta
+from functools import partial
 
-from tests.spawn import run_ranks
-from trsr_dist.distributed import on_rank_zero
+import torch.distributed as dist
+
+from tests.spawn import free_port, run_ranks
+from trsr_dist.distributed import on_rank_zero, once_per_node
+from trsr_dist.environment import Ranks
 from trsr_dist.errors import DataError
 
 FAILURES = {"ours": DataError("bad row 7"), "another": ZeroDivisionError("division by zero")}
@@ -23,6 +28,35 @@ def outcome(rank: int, world_size: int, kind: str) -> tuple[str, str, bool]:
     except Exception as error:
         return type(error).__name__, str(error), time.monotonic() - started < 60
     return "none", value, True
+
+
+def act_patiently(rank: int, world_size: int, port: int) -> list[tuple[str, int]]:
+    """An action that takes longer than a collective may, then two that fail: the errors' texts, and who has acted."""
+    dist.destroy_process_group()
+    store = dist.TCPStore("127.0.0.1", port, world_size, is_master=rank == 0)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=4))
+    acted, outcomes = [], []
+
+    def act(failure: str) -> None:
+        acted.append(failure)
+        if failure:
+            raise FAILURES[failure]
+        time.sleep(6)
+
+    for failure in ("", "ours", "another"):
+        try:
+            once_per_node(partial(act, failure), Ranks(rank, world_size, rank, world_size, "here"), 60)
+            outcomes.append(("", len(acted)))
+        except Exception as error:
+            outcomes.append((f"{type(error).__name__}: {error}", len(acted)))
+    return outcomes
+
+
+def test_one_rank_of_a_node_may_take_its_time() -> None:
+    first, second = run_ranks(act_patiently, 2, free_port())
+    assert first == [("", 1), ("DataError: bad row 7", 2), ("ZeroDivisionError: division by zero", 3)]
+    told = "RunError: rank 0 on here has failed; its own error says why"
+    assert second == [("", 0), ("DataError: bad row 7", 0), (told, 0)]
 
 
 def test_what_rank_zero_does_reaches_all() -> None:

@@ -126,7 +126,8 @@ def open_model(
 
 def load_divided_base(source: BaseSource, dtype: torch.dtype, zero_config: dict[str, Any]) -> nn.Module:
     """A base whose weights lie divided over the ranks; one of the hub is fetched first."""
-    folder = base_folder(BaseName(source.name_or_path, source.revision, ""), None, "name a model's folder or hub id")
+    name, remedy = BaseName(source.name_or_path, source.revision, ""), "name a model's folder or hub id"
+    folder = base_folder(name, None, remedy, source.trust_remote_code)
     return load_base_divided(replace(source, name_or_path=str(folder)), dtype, zero_config)
 
 

@@ -14,6 +14,9 @@ PROVENANCE = "provenance.json"
 ADAPTER_CONFIG = "adapter_config.json"
 POINTERS = ("latest", "best")
 BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*"]
+CODE_FILES = ["*.py"]
+SECOND_COPIES = ["consolidated*", "original/*"]
+"""The weights once more, in the form of the model's authors."""
 
 
 def follow(path: Path) -> Path:
@@ -82,13 +85,14 @@ class BaseName:
     """Empty where the source records none."""
 
 
-def base_folder(base: BaseName, run: Path | None, remedy: str) -> Path:
+def base_folder(base: BaseName, run: Path | None, remedy: str, with_code: bool = False) -> Path:
     """The base's local folder; a hub model is fetched (weights, config, tokenizer) into the hub cache first.
 
     Args:
         base: which.
         run: the run folder of a checkpoint that names it.
         remedy: how this command is told another base; ends the error.
+        with_code: fetch the model's own code too (``model.trust_remote_code``).
 
     Raises:
         ModelError: it is neither here nor on the hub.
@@ -106,8 +110,12 @@ def base_folder(base: BaseName, run: Path | None, remedy: str) -> Path:
     if Path(base.name_or_path).is_absolute():
         raise ModelError(f"base {base.name_or_path!r}: no such model folder; {remedy}")
     try:
+        wanted = BASE_FILES + CODE_FILES if with_code else BASE_FILES
+        revision = base.revision or None
         return Path(
-            snapshot_download(base.name_or_path, revision=base.revision or None, allow_patterns=list(BASE_FILES))
+            snapshot_download(
+                base.name_or_path, revision=revision, allow_patterns=wanted, ignore_patterns=SECOND_COPIES
+            )
         )
     except (HFValidationError, OSError, ValueError) as error:
         raise ModelError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,10 +11,11 @@ from transformers import PretrainedConfig
 
 from trsr_dist.config import Config
 from trsr_dist.config.zero import find_file, read_zero_config
-from trsr_dist.distributed import device_of, on_rank_zero
+from trsr_dist.distributed import device_of, on_rank_zero, once_per_node
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import ConfigError
 from trsr_dist.evaluate.metrics import metric_names
+from trsr_dist.log import get_logger
 from trsr_dist.model.fingerprint import base_fingerprint
 from trsr_dist.model.loading import (
     BaseSource,
@@ -37,6 +39,8 @@ from trsr_dist.train.checkpoints import Checkpoint
 from trsr_dist.train.losses import PER_USER
 from trsr_dist.train.validation import Validator
 from trsr_dist.train.zero_config import complete_zero_config, zero_setting
+
+log = get_logger("train")
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
             "nothing to do; raise train.rows_per_step or take fewer ranks"
         )
     settings = read_zero_config(find_file(train.deepspeed_config))
-    source, name = base_source(config, run)
+    source, name = base_source(config, run, ranks)
     check_weights(source)
     tokenizer, model_config = load_tokenizer(source), load_config(source)
     builder = PromptBuilder(tokenizer, **config.prompt.model_dump())
@@ -119,8 +123,8 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
     )
 
 
-def base_source(config: Config, run: RunFolder) -> tuple[BaseSource, str]:
-    """The base in a local folder (one of the hub is fetched by rank 0 first), and its recorded name.
+def base_source(config: Config, run: RunFolder, ranks: Ranks) -> tuple[BaseSource, str]:
+    """The base in a local folder (one of the hub is fetched by one rank of each node), and its recorded name.
 
     Raises:
         ConfigError: no base is named.
@@ -133,9 +137,12 @@ def base_source(config: Config, run: RunFolder) -> tuple[BaseSource, str]:
     remedy = "set model.name_or_path to the folder or hub id of a model"
     if config.model.name_or_path.startswith(RUN):
         remedy = f"make it with tools/make_tiny_base.py, or {remedy}"
-    on_rank_zero(lambda: str(base_folder(base, None, remedy)))
-    folder = str(base_folder(base, None, remedy))  # each node may have a hub cache of its own
-    return BaseSource(folder, "", config.model.trust_remote_code, config.model.quantization), name
+    with_code = config.model.trust_remote_code
+    if not Path(name).is_dir():
+        log.info("base %s: looking for it in the hub's cache, else on the hub", name)
+    once_per_node(lambda: base_folder(base, None, remedy, with_code), ranks)
+    folder = str(base_folder(base, None, remedy, with_code))
+    return BaseSource(folder, "", with_code, config.model.quantization), name
 
 
 def packing_settings(config: Config) -> PackingSettings:
