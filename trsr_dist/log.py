@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -92,13 +93,14 @@ class MetricLog:
             self.writer = SummaryWriter(str(run_dir / "tensorboard" / stage), purge_step=purge_step, flush_secs=10)
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
-        """Append one row; names are TensorBoard's, such as ``train/loss``.
+        """Append one row; names are TensorBoard's, such as ``train/loss``. Values that are not finite are left out.
 
         Raises:
             RunError: the fence's.
         """
         if self._fence is not None:
             self._fence()
+        scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
         row: dict[str, Any] = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **scalars}
         self._rows.write(json.dumps(row) + "\n")
         if self.writer is not None:

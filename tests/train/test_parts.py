@@ -17,7 +17,7 @@ from trsr_dist.environment import Ranks
 from trsr_dist.errors import CheckpointError, ConfigError, RunError
 from trsr_dist.train import stopping
 from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState, read_checkpoint
-from trsr_dist.train.heartbeat import Heartbeat, read_heartbeats
+from trsr_dist.train.heartbeat import Heartbeat, describe_ranks, read_heartbeats
 from trsr_dist.train.losses import listwise_sum, pairwise_sum
 from trsr_dist.train.meter import Sums, count_pairs, scalars
 from trsr_dist.train.schedule import learning_rate
@@ -89,6 +89,13 @@ class TestZeroConfig:
         path = tmp_path / "ds.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": 2}, key: "auto"}))
         with pytest.raises(ConfigError, match=rf"{key}.*train\."):
+            read_zero_config(path)
+
+    @pytest.mark.parametrize("values", [{"offload_optimizer": None}, {"reduce_bucket_size": "auto"}])
+    def test_a_value_that_is_left_open_is_refused(self, tmp_path: Path, values: dict) -> None:
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": 2} | values}))
+        with pytest.raises(ConfigError, match=rf"zero_optimization.{next(iter(values))} is .*leave it out"):
             read_zero_config(path)
 
     @pytest.mark.parametrize("text", ["{", "{}", '{"zero_optimization": {"stage": 4}}'])
@@ -256,6 +263,14 @@ def test_a_start_that_was_cut_off_does_not_beat_over_the_next_one(tmp_path: Path
         heartbeat.at(step, "forward")
         heartbeat.stop()
     assert [(beat["restart"], beat["step"]) for beat in read_heartbeats(tmp_path / "heartbeats")] == [(1, 2)]
+
+
+def test_a_torn_heartbeat_hides_no_other(tmp_path: Path) -> None:
+    heartbeat = Heartbeat(tmp_path, Ranks(host="here"), 100)
+    heartbeat.start()
+    heartbeat.stop()
+    (tmp_path / "heartbeats" / "rank-00003.json").touch()
+    assert "rank 0 on here" in describe_ranks(tmp_path / "heartbeats")
 
 
 def test_sums_add_up_whatever_the_split() -> None:

@@ -24,6 +24,8 @@ OWNED = {
 }
 """Keys of a DeepSpeed config that have an owner in the run's config."""
 
+OFFLOADS = ("offload_optimizer", "offload_param")
+
 
 def find_file(name: str) -> Path:
     """A file named relative to the working folder, else to this repository."""
@@ -38,7 +40,8 @@ def read_zero_config(path: str | Path, key: str = "train.deepspeed_config") -> d
         key: the setting that names it, for messages.
 
     Raises:
-        ConfigError: missing, not JSON, without a ZeRO stage, or with a setting that the run's config owns.
+        ConfigError: missing, not JSON, without a ZeRO stage, with a value left open, or with a setting that the run's
+            config owns.
     """
     path = Path(path)
     try:
@@ -52,6 +55,10 @@ def read_zero_config(path: str | Path, key: str = "train.deepspeed_config") -> d
     for name in settings:
         if name in OWNED:
             raise ConfigError(f"{path}: {name!r} has its owner in the run's config: set {OWNED[name]}, remove it here")
+    for name, value in settings.get("zero_optimization", {}).items():
+        if value is None or value == "auto" or (name in OFFLOADS and not isinstance(value, dict)):
+            expected = 'an object such as {"device": "cpu"}' if name in OFFLOADS else "a value"
+            raise ConfigError(f"{path}: zero_optimization.{name} is {value!r}, expected {expected}; or leave it out")
     stage = settings.get("zero_optimization", {}).get("stage")
     if stage not in (0, 1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")

@@ -107,8 +107,12 @@ class Heartbeat:
 
 
 def read_heartbeats(folder: Path) -> list[dict[str, Any]]:
-    """The last sign of life of every rank of the newest start, by rank."""
-    beats = sorted((read_json(path) for path in folder.glob("rank-*.json")), key=lambda beat: beat["rank"])
+    """The last sign of life of every rank of the newest start, by rank; of some there may be none that is whole."""
+    beats = []
+    for path in folder.glob("rank-*.json"):
+        with suppress(DataError, OSError):
+            beats.append(read_json(path))
+    beats.sort(key=lambda beat: beat["rank"])
     newest = max(beats, key=lambda beat: beat["time"], default=None)
     return [beat for beat in beats if beat["rank"] < newest["world_size"]] if newest else []
 

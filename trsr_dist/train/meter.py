@@ -16,7 +16,7 @@ class Sums:
     loss: float = 0.0
     """Unnormalized: over answers or users."""
     weight: float = 0.0
-    """What the loss is divided by: answers or users, as planned."""
+    """What the loss is divided by: answers or users, as planned; 0: no loss is known."""
     answers: float = 0.0
     scored: float = 0.0
     """Answers whose log-odds are known."""
@@ -93,7 +93,6 @@ def scalars(sums: Sums, seconds: float, flops: float, peak_flops: float) -> dict
         peak_flops: of all devices together, per second; 0: unknown.
     """
     values = {
-        "train/loss": sums.loss / max(sums.weight, 1.0),
         "train/tokens_per_second": sums.tokens / seconds,
         "train/users_per_second": sums.users / seconds,
         "train/flops_per_second": flops / seconds,
@@ -101,6 +100,8 @@ def scalars(sums: Sums, seconds: float, flops: float, peak_flops: float) -> dict
         "train/sharing_gain": sums.separate_tokens / max(sums.tokens, 1.0),
         "train/data_wait_share": sums.wait_seconds / max(sums.num_ranks, 1.0) / seconds,
     }
+    if sums.weight:
+        values["train/loss"] = sums.loss / sums.weight
     if sums.scored:
         values["train/yes_rate"] = sums.yes / sums.scored
     if sums.pairs:

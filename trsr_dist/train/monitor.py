@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,8 @@ class Progress:
     learning_rate: float
     grad_norm: float
     seconds: float
+    is_applied: bool
+    """False: skipped, since a loss or a gradient was not finite."""
 
 
 class Monitor:
@@ -53,7 +55,7 @@ class Monitor:
         self._every = every
         self._flops = flops
         self._peak_flops = peak_flops
-        self._sums, self._seconds, self._steps = Sums(), 0.0, 0
+        self._start_interval()
         self._last: dict[str, float] = {}
         self._bar = progress(total=num_steps, description="train", unit="step") if metrics else None
         if self._bar is not None:
@@ -63,7 +65,9 @@ class Monitor:
         """Take a step's sums over all ranks."""
         if self._metrics is None:
             return
-        self._sums.add(sums)
+        # One loss that is not finite would hide those of the other steps.
+        self._sums.add(sums if made.is_applied else replace(sums, loss=0.0, weight=0.0))
+        self._skipped += not made.is_applied
         self._seconds += made.seconds
         self._steps += 1
         self._bar.update(1)
@@ -98,18 +102,22 @@ class Monitor:
             "train/learning_rate": made.learning_rate,
             "train/grad_norm": made.grad_norm,
             "train/epoch": made.epoch,
+            "train/skipped_steps": self._skipped,
             "train/memory_gb": peak_memory_bytes() / 1e9,
             "train/eta_seconds": eta,
         }
         self._metrics.write(made.step, values)
         self._last = {name: values[f"train/{name}"] for name in ("loss", "auc") if f"train/{name}" in values}
         log.info(describe(made, self._num_steps, values))
-        self._sums, self._seconds, self._steps = Sums(), 0.0, 0
+        self._start_interval()
+
+    def _start_interval(self) -> None:
+        self._sums, self._seconds, self._steps, self._skipped = Sums(), 0.0, 0, 0
 
 
 def describe(made: Progress, num_steps: int, values: dict[str, float]) -> str:
     """One line."""
-    parts = [f"step {made.step}/{num_steps}", f"loss {values['train/loss']:.4f}"]
+    parts = [f"step {made.step}/{num_steps}", f"loss {values.get('train/loss', float('nan')):.4f}"]
     if "train/auc" in values:
         parts.append(f"auc {values['train/auc']:.3f}")
     parts += [

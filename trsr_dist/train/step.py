@@ -61,8 +61,9 @@ class StepRunner:
             if row.num_answers:
                 loss = float(result.total)
                 sums.loss += loss
-                bad += [] if math.isfinite(loss) else row.users
-                if result.log_odds is not None:
+                if not math.isfinite(loss):
+                    bad += row.users
+                elif result.log_odds is not None:
                     sums.add_scores(result.log_odds.cpu(), torch.from_numpy(row.labels), torch.from_numpy(row.group))
         sums.bad_rows = float(bool(bad))
         return sums, tuple(bad)

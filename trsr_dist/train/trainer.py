@@ -154,7 +154,8 @@ class Trainer:
         seconds = time.perf_counter() - started
         self._control.reasons.walltime.saw_step(seconds)
         self._advance(step, outcome, seconds)
-        self._monitor.add(Progress(self.state.step, step.epoch, rate, outcome.grad_norm, seconds), total)
+        made = Progress(self.state.step, step.epoch, rate, outcome.grad_norm, seconds, outcome.is_applied)
+        self._monitor.add(made, total)
         self._note_outcome(step, outcome, bad_users)
         return self._all_reasons(reason) if total.stops else ""
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from trsr_dist.config.zero import OFFLOADS
 from trsr_dist.planning.memory import ZeroSetting
 
 
 def zero_setting(settings: dict[str, Any]) -> ZeroSetting:
     """Stage and offloading of a DeepSpeed config."""
     zero = settings["zero_optimization"]
-    devices = [zero.get(key, {}).get("device", "none") for key in ("offload_optimizer", "offload_param")]
+    devices = [zero.get(key, {}).get("device", "none") for key in OFFLOADS]
     return ZeroSetting(zero["stage"], devices[0] != "none", devices[1] != "none")
 
 
@@ -34,7 +35,7 @@ def complete_zero_config(
         zero["stage"] = 1
     if not on_gpu:
         zero["overlap_comm"] = False
-        for key in ("offload_optimizer", "offload_param"):
+        for key in OFFLOADS:
             zero.get(key, {}).pop("pin_memory", None)
     return settings | {
         "zero_optimization": zero,
