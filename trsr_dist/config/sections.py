@@ -211,7 +211,7 @@ class TrainSection(Section):
     """Length of one packed row, in tokens. Memory grows with it."""
     rows_per_step: int = Field(8, ge=1)
     """Rows in one optimizer step over all ranks: row_tokens * rows_per_step is the global batch in tokens."""
-    deepspeed_config: str = "ds_configs/zero2.json"
+    deepspeed_config: str = "ds_configs/zero1.json"
     """ZeRO stage, buckets and offload. Batch, precision, clipping and schedule stay in this file."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on a GPU that has it, float32 on CPU."""

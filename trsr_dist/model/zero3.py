@@ -109,7 +109,7 @@ def check_equal_calls(backend: str | None, world_size: int) -> None:
     if backend is None and world_size > 1:
         raise ConfigError(
             f"ZeRO stage 3 on {world_size} ranks needs shared prefixes, which this model cannot have: take a stage "
-            "below 3 (ds_configs/zero2.json), an architecture that is proven, or one rank"
+            "below 3 (ds_configs/zero1.json), an architecture that is proven, or one rank"
         )
 
 

@@ -217,7 +217,7 @@ def check_quantization(quantization: str, zero: ZeroSetting) -> None:
     if quantization != "none" and zero.stage == 3:
         raise ConfigError(
             f"model.quantization={quantization} and ZeRO stage 3 exclude each other: quantized weights cannot be "
-            "divided; take ds_configs/zero2.json"
+            "divided; take ds_configs/zero1.json"
         )
 
 
