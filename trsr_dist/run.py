@@ -23,6 +23,8 @@ RUN = "RUN/"
 """What names of folders of the run begin with, in settings."""
 LOCK_BEAT_SECONDS = 10.0
 LOCK_STALE_SECONDS = 120.0
+LOCK_READS = 10
+"""Tries, a second apart, to read a lock on a disk that fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +145,9 @@ class FolderLock:
         Raises:
             RunError: the lock is lost: this process was cut off and its work is done elsewhere.
         """
-        if _holder(self.path) != _myself():
-            raise RunError(f"{self.path}: lost to {_holder(self.path) or 'nobody'}; nothing was published")
+        holder = _holder_patiently(self.path)
+        if holder != _myself():
+            raise RunError(f"{self.path}: lost to {holder or 'nobody'}; nothing was published")
 
 
 @contextmanager
@@ -202,6 +205,15 @@ def _holder(path: Path) -> dict[str, Any]:
         return json.loads(read_text(path) or "{}")
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
+
+
+def _holder_patiently(path: Path) -> dict[str, Any]:
+    """A shared disk that fails for a moment must not end a job that holds its lock."""
+    for _ in range(LOCK_READS - 1):
+        with suppress(OSError):
+            return _holder(path)
+        time.sleep(1.0)
+    return _holder(path)
 
 
 def _remove_if_stale(path: Path) -> None:

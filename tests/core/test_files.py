@@ -174,6 +174,21 @@ with folder_lock(folder) as lock, atomic_folder(folder, lock.check) as inside:
     assert (folder / "text").read_text() == "new"
 
 
+def test_a_disk_that_fails_for_a_moment_loses_no_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures, whole = [OSError(errno.EIO, "Input/output error")] * 2, Path.read_text
+
+    def read(path: Path, **options: object) -> str:
+        if failures and path.name == ".shards.lock":
+            raise failures.pop()
+        return whole(path, **options)
+
+    monkeypatch.setattr(Path, "read_text", read)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    with folder_lock(tmp_path / "shards") as lock:
+        lock.check()
+        assert not failures
+
+
 RACER = """
 import os, sys, time
 from pathlib import Path
