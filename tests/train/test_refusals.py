@@ -15,21 +15,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.spawn import run_ranks
-from tests.train.world import make_config, make_run
-from trsr_dist.errors import CheckpointError, TrsrError
-
-NUM_STEPS = 2
-
-
-def start(run: Path, force: bool = False, /, **changes: dict[str, Any]) -> str:
-    """Train; the error that a user would see."""
-    from trsr_dist.train.job import train
-
-    train_section = {"max_steps": NUM_STEPS} | changes.pop("train", {})
-    try:
-        return str(train(make_config(run, train=train_section, **changes), force))
-    except TrsrError as error:
-        return f"{type(error).__name__}: {error}"
+from tests.train.world import FEW_STEPS, make_run, start
+from trsr_dist.errors import CheckpointError
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -49,7 +36,7 @@ def other_weights(run: Path) -> Iterator[None]:
 
 
 def start_many_times(rank: int, world_size: int, run: Path) -> dict[str, Any]:
-    longer = {"train": {"max_steps": NUM_STEPS + 1}}
+    longer = {"train": {"max_steps": FEW_STEPS + 1}}
     found = {"first": start(run), "again": start(run)}
     found["other rate"] = start(run, train={"learning_rate": 1e-6})
     found["fewer steps"] = start(run, train={"max_steps": 1})

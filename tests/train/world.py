@@ -16,6 +16,8 @@ from tests.merge.models import make_base
 from tests.shards.world import make_sample, write_split
 from tests.tokenizers import byte_level
 from trsr_dist.config import Config, load_config
+from trsr_dist.errors import TrsrError
+from trsr_dist.files import atomic_file
 from trsr_dist.log import read_metrics
 from trsr_dist.model.inputs import separate_prompts
 from trsr_dist.prompts.builder import PromptBuilder
@@ -25,6 +27,7 @@ from trsr_dist.train.prepare import packing_settings
 from trsr_dist.train.schedule import learning_rate
 
 NUM_STEPS = 20
+FEW_STEPS = 2
 SETTINGS: dict[str, dict[str, Any]] = {
     "data": {"format": "demo"},
     "prompt": {"max_tokens": 300, "style": "plain"},
@@ -67,12 +70,24 @@ def write_config(run: Path, /, **changes: dict[str, Any]) -> Path:
     for name, values in changes.items():
         sections[name] = sections.get(name, {}) | values
     path = run / "config.yaml"
-    path.write_text(yaml.safe_dump(sections))
+    with atomic_file(path) as stream:  # all ranks may write it
+        yaml.safe_dump(sections, stream)
     return path
 
 
 def make_config(run: Path, /, **changes: dict[str, Any]) -> Config:
     return load_config(write_config(run, **changes))
+
+
+def start(run: Path, force: bool = False, /, **changes: dict[str, Any]) -> str:
+    """Train for a few steps in this process; returns the exit status, or the error that a user would see."""
+    from trsr_dist.train.job import train
+
+    train_section = {"max_steps": FEW_STEPS} | changes.pop("train", {})
+    try:
+        return str(train(make_config(run, train=train_section, **changes), force))
+    except TrsrError as error:
+        return f"{type(error).__name__}: {error}"
 
 
 def losses_of(run: Path) -> dict[int, float]:

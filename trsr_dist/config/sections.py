@@ -181,12 +181,17 @@ class LoraSection(Section):
     """Names of linear modules, or all-linear."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead (arXiv 2312.03732)."""
+    init: Literal["kaiming", "gaussian"] = "kaiming"
+    """How A starts; B starts at 0."""
 
 
 class TrainSection(Section):
     loss: Literal["answer", "full_text", "pairwise", "listwise"] = "answer"
     """answer: cross-entropy of the answer token; full_text: of all tokens, as the paper's code; pairwise and listwise:
     over a user's candidates."""
+    init_adapter: str = ""
+    """Folder of a PEFT adapter, or another run's checkpoint, whose weights the training starts from; empty: a fresh
+    adapter, which leaves the base as it is."""
     negatives_per_positive: int = Field(1, ge=1)
     """Negatives drawn per epoch from the sample's pool (the paper: 1)."""
     pool_size: int = Field(20, ge=1)

@@ -24,6 +24,7 @@ def add_lora(
     target_modules: Iterable[str] | str,
     use_rslora: bool,
     seed: int,
+    init: str = "kaiming",
 ) -> LoraConfig:
     """Put LoRA layers (arXiv 2106.09685) into ``model``; only they are trainable then.
 
@@ -35,6 +36,7 @@ def add_lora(
         target_modules: names of linear modules, or ``all-linear``.
         use_rslora: scale by ``alpha / sqrt(r)``.
         seed: of A's initial values, equal on all ranks.
+        init: kaiming or gaussian, A's distribution.
 
     Raises:
         ConfigError: a target is not in the model.
@@ -47,6 +49,7 @@ def add_lora(
         lora_dropout=dropout,
         target_modules=targets,
         use_rslora=use_rslora,
+        init_lora_weights=True if init == "kaiming" else init,
         task_type="CAUSAL_LM",
     )
     torch.manual_seed(seed)

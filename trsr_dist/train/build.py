@@ -24,7 +24,7 @@ from trsr_dist.planning.shape import ModelShape
 from trsr_dist.planning.tokens import Workload
 from trsr_dist.run import RunFolder, manifest_hash
 from trsr_dist.train.checkpoints import Checkpoint, CheckpointFolder, TrainerState
-from trsr_dist.train.elastic import gather_state, restore_state
+from trsr_dist.train.elastic import gather_state, restore_state, start_from
 from trsr_dist.train.engine import Engine
 from trsr_dist.train.meter import Sums
 from trsr_dist.train.monitor import Monitor
@@ -75,9 +75,8 @@ class Build:
             base = load_base_divided(prepared.source, prepared.dtype, prepared.zero_config)
         else:
             base = load_base(prepared.source, prepared.dtype, distributed.device_of(self.ranks))
-        config = add_lora(
-            base, lora.r, lora.alpha, lora.dropout, lora.target_modules, lora.use_rslora, self.config.run.seed
-        )
+        seed = self.config.run.seed
+        config = add_lora(base, lora.r, lora.alpha, lora.dropout, lora.target_modules, lora.use_rslora, seed, lora.init)
         if self.config.train.activation_checkpointing:
             enable_recomputation(base)
         base.peft_adapter_config = config
@@ -91,6 +90,9 @@ class Build:
         if self.checkpoint is not None:
             restore_state(engine, self.checkpoint.tensors, self.checkpoint.state.adam_step)
             log.info("resumed from %s", self.checkpoint.folder)
+        elif self.prepared.initial is not None:
+            start_from(engine, self.prepared.initial.weights)
+            log.info("starts from %s", self.prepared.initial.folder)
         return engine
 
     @property
@@ -116,7 +118,16 @@ class Build:
     def settings(self) -> dict[str, Any]:
         """What the losses depend on beside data and model."""
         train = self.config.train.model_dump(mode="json")
-        names = ("loss", "learning_rate", "warmup_ratio", "schedule", "weight_decay", "adam_betas", "max_grad_norm")
+        names = (
+            "loss",
+            "init_adapter",
+            "learning_rate",
+            "warmup_ratio",
+            "schedule",
+            "weight_decay",
+            "adam_betas",
+            "max_grad_norm",
+        )
         lora = self.config.lora.model_dump(mode="json")
         if isinstance(lora["target_modules"], list):
             lora["target_modules"].sort()  # the order says nothing
@@ -221,6 +232,14 @@ class Build:
     def adapter_config(self) -> dict[str, Any]:
         return adapter_config(self.model.causal.peft_adapter_config, self.prepared.name, self.config.model.revision)
 
+    @property
+    def origin(self) -> dict[str, str]:
+        """The adapter that the training has started from; empty where it was a fresh one."""
+        if self.checkpoint is not None:
+            return self.checkpoint.provenance.get("init_adapter", {})
+        initial = self.prepared.initial
+        return {} if initial is None else {"folder": str(initial.folder), "sha256": initial.digest}
+
     def provenance(self, state: TrainerState) -> dict[str, Any]:
         """What a later stage must know of a checkpoint; kept with it and with the merged model."""
         prepared, train = self.prepared, self.config.train
@@ -230,6 +249,7 @@ class Build:
                 "revision": self.config.model.revision,
                 "fingerprint": prepared.fingerprint,
             },
+            "init_adapter": self.origin,
             "prompt": prepared.builder.settings,
             "answer_ids": list(prepared.builder.answer_ids),
             "domain": self.config.domain,

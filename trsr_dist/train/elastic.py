@@ -58,6 +58,20 @@ def restore_state(engine: Engine, state: dict[str, torch.Tensor], step: int) -> 
             _write(engine, parameter, kind, state[f"{kind}/{name}"])
 
 
+def start_from(engine: Engine, weights: dict[str, torch.Tensor]) -> None:
+    """Set the weights of a training that begins. All ranks call it with equal values.
+
+    Args:
+        engine: freshly built.
+        weights: by parameter name, float32.
+
+    Raises:
+        CheckpointError: names or shapes are not this model's.
+    """
+    zeros = {f"{kind}/{name}": torch.zeros_like(weight) for name, weight in weights.items() for kind in MOMENTS}
+    restore_state(engine, {f"{WEIGHT}/{name}": weight for name, weight in weights.items()} | zeros, 0)
+
+
 def check_names(engine: Engine, state: dict[str, torch.Tensor]) -> None:
     """The state must be of this model's trainable parameters.
 
@@ -73,8 +87,8 @@ def check_names(engine: Engine, state: dict[str, torch.Tensor]) -> None:
         found = tuple(state[name].shape) if name in state else None
         if found != expected.get(name):
             raise CheckpointError(
-                f"the checkpoint's {name} has shape {found}, this run's model {expected.get(name)}; go on with the "
-                "lora.* settings of the checkpoint, or start a new run"
+                f"the adapter's {name} has shape {found}, this run's model {expected.get(name)}; go on with the lora.* "
+                "settings of the adapter, or start a new run"
             )
 
 

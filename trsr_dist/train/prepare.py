@@ -36,6 +36,7 @@ from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.steps import StreamState
 from trsr_dist.shards.stream import TrainStream
 from trsr_dist.train.checkpoints import Checkpoint
+from trsr_dist.train.initial import InitialAdapter, read_initial
 from trsr_dist.train.losses import PER_USER
 from trsr_dist.train.validation import Validator
 from trsr_dist.train.zero_config import complete_zero_config, zero_setting
@@ -53,6 +54,8 @@ class Prepared:
     """Of the base as it is recorded: a path or a hub id."""
     fingerprint: str
     """Of the base, on rank 0's node."""
+    initial: InitialAdapter | None
+    """None where the adapter is a fresh one, or the checkpoint's."""
     model_config: PretrainedConfig
     builder: PromptBuilder
     tokenizer: Any
@@ -106,10 +109,12 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
     check_quantization(config.model.quantization, zero)
     if zero.stage == 3:
         check_equal_calls(backend, ranks.world_size)
+    fingerprint = on_rank_zero(lambda: base_fingerprint(source.name_or_path))
     return Prepared(
         source=source,
         name=name,
-        fingerprint=on_rank_zero(lambda: base_fingerprint(source.name_or_path)),
+        fingerprint=fingerprint,
+        initial=None if checkpoint is not None else open_initial(config, run, fingerprint),
         model_config=model_config,
         builder=builder,
         tokenizer=tokenizer,
@@ -190,6 +195,12 @@ def open_validator(config: Config, run: RunFolder, ranks: Ranks, builder: Prompt
         ranks,
         leave_out=train.data_errors == "skip",
     )
+
+
+def open_initial(config: Config, run: RunFolder, fingerprint: str) -> InitialAdapter | None:
+    """The adapter that a new training starts from, None where the config names none."""
+    place = config.train.init_adapter
+    return read_initial(run.resolve(place), config.lora.model_dump(), fingerprint) if place else None
 
 
 def check_loss(loss: str, backend: str | None, stream: TrainStream, row_tokens: int) -> None:

@@ -9,8 +9,8 @@ from trsr_dist.errors import CheckpointError, RunError
 from trsr_dist.log import get_logger
 from trsr_dist.train.checkpoints import Checkpoint, CheckpointFolder, read_checkpoint
 
-FIXED = ("lora.r", "lora.alpha", "lora.use_rslora", "lora.target_modules")
-"""Settings that give the weights of a checkpoint their meaning."""
+FIXED = ("lora.r", "lora.alpha", "lora.use_rslora", "lora.target_modules", "train.init_adapter")
+"""Settings that give the weights of a checkpoint their meaning, or their start."""
 
 log = get_logger("train")
 
