@@ -7,9 +7,13 @@ SEED ?= 0
 RUN ?= runs/quickstart$(if $(filter-out 0,$(SEED)),-$(SEED))
 # The launcher warns on every start where it has to find out that there is no GPU.
 LAUNCHER := PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(wildcard /dev/nvidiactl /dev/kfd),,DS_ACCELERATOR=cpu) $(BIN)/deepspeed
+WHEELS := build/wheels
+GPU_PYTHON ?= 3.12
+CARRIED := hjson py-cpuinfo msgpack einops ninja psutil tqdm pydantic pydantic_core annotated-types typing-inspection \
+  typing_extensions webdataset braceexpand pytest pytest-timeout pluggy iniconfig Pygments
 QUICKSTART := --config configs/quickstart.yaml run.dir=$(RUN) run.seed=$(SEED)
 
-.PHONY: help env quickstart test test-slurm soak lint format bench gpu-check clean
+.PHONY: help env quickstart test test-slurm soak lint format bench wheels gpu-check clean
 
 help:  ## list the goals
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -52,8 +56,13 @@ format: env  ## apply ruff's fixes and format
 bench: env  ## the benchmark suites, side by side with the alternatives
 	$(BIN)/python tools/benchmark.py --suite all
 
+wheels: env  ## what gpu-check needs beside torch, transformers and peft on a machine without network, to build/wheels
+	$(BIN)/pip wheel --quiet --no-deps -c constraints.txt -w $(WHEELS) deepspeed
+	$(BIN)/pip download --quiet --no-deps --only-binary=:all: --python-version $(GPU_PYTHON) \
+	  --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 -c constraints.txt -d $(WHEELS) $(CARRIED)
+
 gpu-check:  ## every check and benchmark that needs a GPU, in the current environment
-	$(PYTHON) tools/gpu_check.py
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) tools/gpu_check.py
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs

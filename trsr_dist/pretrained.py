@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -27,3 +28,9 @@ def load_causal(name_or_path: str, **options: Any) -> PreTrainedModel:
     if missing:
         raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
     return model
+
+
+def leave_out_cudnn() -> None:
+    """Do without cuDNN's attention, which PyTorch prefers on H100 and later: it plans anew for every length, which
+    takes longer than the attention, and with a mask its gradients may be NaN (pytorch issue 196678)."""
+    torch.backends.cuda.enable_cudnn_sdp(False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from trsr_dist.benchmarks import scoring, training
+from trsr_dist.benchmarks import scoring, summarize, training
 from trsr_dist.benchmarks.common import Row, as_json, ratio_row, table
 from trsr_dist.benchmarks.ways import MEASURED, SHAPE, Way, make_user
 
@@ -66,3 +66,11 @@ def test_a_rows_share_is_that_of_its_bound() -> None:
     assert "2 to 3" in line and line.endswith("0.50")
     assert as_json(Row("stream", "case", "fill", 1.0, "share"))["share"] is None
     assert as_json(Row("trl", "case", "not run", float("nan"), "x"))["value"] is None
+
+
+def test_ragged_prompts_are_of_all_lengths() -> None:
+    tokenizer = summarize.make_tokenizer()
+    lengths = [len(tokenizer(request.prompt.text())["input_ids"]) for request in summarize.ragged(tokenizer, 16)]
+    low, high = summarize.TOKENS_IN
+    assert low <= min(lengths) < 0.3 * high and 0.8 * high < max(lengths) <= high
+    assert len(set(lengths)) > 12

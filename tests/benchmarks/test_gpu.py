@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import torch
 
 from trsr_dist.benchmarks import gpu, gpu_model
 from trsr_dist.benchmarks.common import Row
-from trsr_dist.benchmarks.report import check_gpu, write_results
+from trsr_dist.benchmarks.report import check_gpu, run_group, write_results
 from trsr_dist.errors import ConfigError, RunError
 
 FINE = Row("gpu", "fine", "rate", 2.0, "x")
@@ -63,6 +65,26 @@ def test_results_are_whole_files_at_any_time(tmp_path: Path) -> None:
     assert [row["value"] for row in found["rows"]] == [2.0, None]
     page = (tmp_path / "gpu_results.md").read_text()
     assert "today, a card" in page and "3 ok" in page and gpu.LATE in page
+
+
+def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    inner = f"import os, time; open('{tmp_path}/pid', 'w').write(str(os.getpid())); print('begun'); time.sleep(600)"
+    outer = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {inner!r}])"
+    with open(tmp_path / "log", "w", encoding="utf-8") as stream:
+        assert run_group([sys.executable, "-c", "raise SystemExit(3)"], stream, 60) == 3
+        assert run_group([sys.executable, "-c", outer], stream, 3) is None
+    pid = int((tmp_path / "pid").read_text())
+    until = time.monotonic() + 10
+    while is_running(pid) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return "zombie" not in Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return False
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -5,6 +5,8 @@ import torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """FlexAttention last: it is compiled for long, and the run may be cut off."""
+    items.sort(key=lambda item: "tests/gpu/" in item.path.as_posix() and "flex" in item.name)
     for item in items:
         if "tests/gpu/" in item.path.as_posix():
             item.add_marker(pytest.mark.gpu)

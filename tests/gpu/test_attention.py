@@ -18,7 +18,8 @@ TOLERANCE = 1e-2
 
 
 def cuda_layout(head: int) -> Layout:
-    suffixes = ((32, 20, 41), (64, 5), (30,) * 20, (7,))
+    """42 answers: FlexAttention's kernel for few queries has no block for as many."""
+    suffixes = ((32, 20, 41), (64, 5), (30,) * 20, (7,) * 17)
     return Layout(head, (200, 97, 333, 51), suffixes, torch.device("cuda"))
 
 

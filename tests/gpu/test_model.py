@@ -6,9 +6,19 @@ import pytest
 import torch
 
 from tests.model.test_exactness import one_by_one
-from tests.model.world import CONFIGS, gradients, make_model, make_row, model_config, recommender, relative
+from tests.model.world import (
+    CONFIGS,
+    gradients,
+    make_model,
+    make_row,
+    make_user,
+    model_config,
+    recommender,
+    relative,
+)
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
+from trsr_dist.rows import pack_row
 
 CUDA = torch.device("cuda")
 
@@ -30,6 +40,20 @@ def test_bfloat16_is_as_near_to_float32_as_separate_sequences_are(kind: str, che
     spread = float(exact[0].std())
     assert float((shared[0] - exact[0]).abs().max()) < 2 * float((separate[0] - exact[0]).abs().max()) + 0.02 * spread
     assert relative(shared[1], exact[1]) < 2 * relative(separate[1], exact[1]) + 0.02
+
+
+def test_separate_sequences_have_finite_gradients_of_any_length() -> None:
+    """As models run that cannot share prefixes: padded batches with a mask, of lengths at which cuDNN's attention gave
+    NaN."""
+    row = pack_row([make_user("a", 690, (14, 9, 3)), make_user("b", 183, (9, 5))])
+    exact = one_by_one(make_model(model_config()), row)
+    model = recommender(make_model(model_config(), torch.bfloat16).to(CUDA), None)
+    inputs = RowInputs(row, CUDA)
+    logits = model(inputs, "logits")
+    torch.nn.functional.cross_entropy(logits.float(), torch.where(inputs.labels > 0, 3, 4), reduction="sum").backward()
+    assert bool(torch.isfinite(gradients(model)).all())
+    separate = one_by_one(make_model(model_config(), torch.bfloat16), row)
+    assert relative(gradients(model).cpu(), exact[1]) < 2 * relative(separate[1], exact[1]) + 0.02
 
 
 def test_float32_is_exact_with_the_dense_mask() -> None:

@@ -15,6 +15,46 @@ from tests.train.test_equal_losses import STAGES
 from tests.train.world import NUM_STEPS, link_run, losses_of, make_config, make_run, plain_losses
 
 ROOT = Path(__file__).parents[2]
+NAMES = ("zero1", "zero2", "zero3", "zero3_offload")
+SAVED = "step-000008"
+DEVICES = ("gpu", "cpu")
+TRAIN = """
+import sys
+from trsr_dist.environment import detect_ranks, prepare_process
+prepare_process(num_threads=4)
+from trsr_dist.config import load_config
+from trsr_dist.distributed import process_group
+from trsr_dist.train.job import train
+with process_group(detect_ranks(), 120, always=True):
+    for run in sys.argv[1:]:
+        assert train(load_config(run + "/config.yaml")) == 0
+"""
+"""Importing takes longer than training: one process makes all runs of a device."""
+
+
+def start(device: str, runs: list[Path]) -> subprocess.Popen[str]:
+    hidden = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"} if device == "cpu" else {}
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"} | hidden
+    return subprocess.Popen(
+        [sys.executable, "-c", TRAIN, *map(str, runs)],
+        cwd=ROOT,
+        env=environment | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def train_beside(runs: dict[str, list[Path]]) -> None:
+    """Both devices' runs at once."""
+    processes = [start(device, folders) for device, folders in runs.items()]
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=140)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -27,31 +67,45 @@ def plain(source: Path) -> list[float]:
     return plain_losses(make_config(source))
 
 
-def train(run: Path, on_gpu: bool = True, **settings: object) -> dict[int, float]:
-    make_config(run, train=settings)
-    hidden = {} if on_gpu else {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"} | hidden
-    command = [sys.executable, "launch/train.py", "--config", str(run / "config.yaml")]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return losses_of(run)
+@pytest.fixture(scope="module")
+def first(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of each stage in bfloat16 on the GPU, and on each device one in float32 with checkpoints."""
+    folder = tmp_path_factory.mktemp("first")
+    for name in NAMES:
+        run = link_run(folder / name, source)
+        (run / "ds.json").write_text(json.dumps({"zero_optimization": STAGES[name]}))
+        make_config(run, train={"precision": "bfloat16", "deepspeed_config": str(run / "ds.json")})
+    for device in DEVICES:
+        make_config(link_run(folder / device, source), train={"save_every_steps": 8, "keep_checkpoints": 9})
+    train_beside({"gpu": [folder / name for name in (*NAMES, "gpu")], "cpu": [folder / "cpu"]})
+    return folder
 
 
-@pytest.mark.parametrize("name", ["zero1", "zero2", "zero3", "zero3_offload"])
-def test_bfloat16_losses_stay_near_the_plain_loop(source: Path, plain: list[float], name: str, tmp_path: Path) -> None:
-    run = link_run(tmp_path / "run", source)
-    (run / "ds.json").write_text(json.dumps({"zero_optimization": STAGES[name]}))
-    losses = train(run, precision="bfloat16", deepspeed_config=str(run / "ds.json"))
+@pytest.fixture(scope="module")
+def second(first: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Each device goes on with the other's checkpoint."""
+    folder = tmp_path_factory.mktemp("second")
+    for device, other in zip(DEVICES, reversed(DEVICES), strict=True):
+        run = link_run(folder / device, source)
+        shutil.copytree(first / other / "checkpoints" / SAVED, run / "checkpoints" / SAVED)
+        make_config(run)
+    train_beside({device: [folder / device] for device in DEVICES})
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_losses_stay_near_the_plain_loop(first: Path, plain: list[float], name: str) -> None:
+    losses = losses_of(first / name)
     assert [losses[step] for step in range(1, NUM_STEPS + 1)] == pytest.approx(plain, rel=2e-2)
 
 
-@pytest.mark.parametrize("first_on_gpu", [True, False])
-def test_a_checkpoint_goes_on_on_the_other_device(
-    source: Path, plain: list, first_on_gpu: bool, tmp_path: Path
-) -> None:
-    first = link_run(tmp_path / "first", source)
-    train(first, first_on_gpu, save_every_steps=8, keep_checkpoints=9)
-    second = link_run(tmp_path / "second", source)
-    shutil.copytree(first / "checkpoints" / "step-000008", second / "checkpoints" / "step-000008")
-    losses = train(second, not first_on_gpu)
+def test_float32_losses_are_those_of_the_plain_loop(first: Path, plain: list[float]) -> None:
+    losses = losses_of(first / "gpu")
+    assert [losses[step] for step in range(1, NUM_STEPS + 1)] == pytest.approx(plain, abs=1e-3)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_checkpoint_goes_on_on_the_other_device(second: Path, plain: list[float], device: str) -> None:
+    losses = losses_of(second / device)
+    assert min(losses) == 9
     assert [losses[step] for step in range(9, NUM_STEPS + 1)] == pytest.approx(plain[8:], abs=1e-3)

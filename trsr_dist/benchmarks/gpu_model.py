@@ -6,8 +6,9 @@ Random weights. Without a GPU a tiny shape runs through the same code; that says
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from math import nan
 from statistics import median
 from typing import Literal
 
@@ -51,6 +52,8 @@ PREFIX, SUFFIX = 1024, 64
 ROW_TOKENS = 8192
 REPEATS = 5
 MATRIX = 8192
+PRODUCTS, WARM_UPS = 20, 20
+"""Matrix products that are timed at once, and how often before they are timed: half a second on an H100."""
 TOP_KERNELS = 8
 
 
@@ -79,7 +82,14 @@ def matrix_rate(setting: Setting) -> float:
     """FLOP/s of a large matrix product: what the device can reach at best."""
     size = setting.matrix
     a, b = (torch.randn(size, size, device=setting.device).to(setting.dtype) for _ in range(2))
-    return 2 * size**3 / median(times_of(lambda: a @ b, setting.device))
+
+    def products() -> None:
+        for _ in range(PRODUCTS):
+            a @ b
+
+    for _ in range(WARM_UPS):  # an idle device runs at a fraction of its clock
+        products()
+    return PRODUCTS * 2 * size**3 / median(times_of(products, setting.device))
 
 
 class Bench:
@@ -96,9 +106,7 @@ class Bench:
         self.shape = ModelShape.from_config(setting.config.to_dict())
         torch.manual_seed(0)
         with setting.device:
-            torch.set_default_dtype(setting.dtype)
-            causal = AutoModelForCausalLM.from_config(setting.config)
-            torch.set_default_dtype(torch.float32)
+            causal = AutoModelForCausalLM.from_config(setting.config, dtype=setting.dtype)
         causal.requires_grad_(False)
         add_lora(causal, LORA_RANK, 16, 0.0, TARGETS, False, 0)
         head_dim = setting.config.hidden_size // setting.config.num_attention_heads
@@ -126,12 +134,11 @@ class Bench:
     def alternatives(self, count: int) -> list[Row]:
         """The same users as separate sequences: tightly padded one by one, and packed through the same kernels."""
         users = self._users(count)
-        ours = times_of(self._shared_step(users), self._setting.device)
-        alone = [self._alone(users[0], number) for number in range(min(2, count))]
-        one = times_of(self._shared_step(alone[:1], "head"), self._setting.device)
-        fitting = max(1, self._setting.row_tokens // (len(alone[0].prefix) + SUFFIX))
+        alone = self._alone(users[0], 0)
+        fitting = max(1, self._setting.row_tokens // (len(alone.prefix) + SUFFIX))
         packed = [self._alone(users[0], number % count) for number in range(fitting)]
-        together = times_of(self._separate_step(packed), self._setting.device)
+        steps = (self._shared_step(users), self._shared_step([alone], "head"), self._separate_step(packed))
+        ours, one, together = times_in_turns(steps, self._setting.device)
         case, bound = f"train 1+{count - 1}", self._counted(users[0])
         fast = [seconds / len(users) for seconds in ours]
         slow = [seconds * count / fitting for seconds in together]
@@ -160,10 +167,9 @@ class Bench:
 
     def savings(self, count: int) -> list[Row]:
         """What is left out beyond the sharing of prefixes, each alone."""
-        users, device, case = self._users(count), self._setting.device, f"train 1+{count - 1}"
-        ours = times_of(self._shared_step(users), device)
-        layer = times_of(self._shared_step(users, "layer"), device)
-        instruction = times_of(self._separate_step(users), device)
+        users, case = self._users(count), f"train 1+{count - 1}"
+        steps = (self._shared_step(users), self._shared_step(users, "layer"), self._separate_step(users))
+        ours, layer, instruction = times_in_turns(steps, self._setting.device)
         return [
             ratio_row("gpu", case, "gain of the last layer at the answers", layer, ours),
             ratio_row("gpu", case, "gain of the instruction once a row", instruction, ours),
@@ -181,6 +187,8 @@ class Bench:
         averages = sorted(profiler.key_averages(), key=lambda entry: -entry.self_device_time_total)
         busy = sum(entry.self_device_time_total for entry in averages) / 1e6
         case = f"train 1+{count - 1}, profiled"
+        if not busy:
+            return [Row("gpu", case, "GPU idle", nan, "", "not run: the profiler saw no kernel on the device")]
         rows = [Row("gpu", case, "GPU idle", max(0.0, 1 - busy / seconds), "", "of a step without the profiler")]
         return rows + [
             Row("gpu", case, entry.key[:60], entry.self_device_time_total / 1e6 / busy, "", f"{entry.count} calls")
@@ -253,14 +261,23 @@ class Bench:
 
 def times_of(step: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> list[float]:
     """Seconds of each call, after one that is not counted."""
-    step()
-    times = []
-    for _ in range(repeats):
-        _wait(device)
-        began = time.perf_counter()
+    return times_in_turns((step,), device, repeats)[0]
+
+
+def times_in_turns(
+    steps: Sequence[Callable[[], object]], device: torch.device, repeats: int = REPEATS
+) -> list[list[float]]:
+    """Seconds of each call of each step, the steps in turns, after one call of each that is not counted."""
+    times: list[list[float]] = [[] for _ in steps]
+    for step in steps:
         step()
-        _wait(device)
-        times.append(time.perf_counter() - began)
+    for _ in range(repeats):
+        for step, seconds in zip(steps, times, strict=True):
+            _wait(device)
+            began = time.perf_counter()
+            step()
+            _wait(device)
+            seconds.append(time.perf_counter() - began)
     return times
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 
 import torch
@@ -55,6 +55,10 @@ class Trial:
     suffix: int
     num_candidates: int
 
+    def scaled(self, scale: float) -> Trial:
+        """With fewer users."""
+        return replace(self, num_users=max(1, round(self.num_users * min(1.0, scale))))
+
     @property
     def shape(self) -> ModelShape:
         return ModelShape.from_config(self.sizes)
@@ -93,28 +97,28 @@ class Kind:
 
 
 def run(scale: float) -> list[Row]:
-    """All predictions; ``scale`` multiplies the users of the simulation."""
-    return [row for kind in KINDS for row in predictions(kind)] + simulations(scale)
+    """All predictions; ``scale`` multiplies the users of the rows that are timed, and those of the simulation."""
+    return [row for kind in KINDS for row in predictions(kind, scale)] + simulations(scale)
 
 
-def predictions(kind: Kind) -> list[Row]:
+def predictions(kind: Kind, scale: float) -> list[Row]:
     """Predicted over measured."""
     rest = in_child(step_bytes, kind.prepare, CALIBRATED) - kind.planned_bytes(CALIBRATED)
     case = f"{kind.name}, calibrated on {CALIBRATED.name}"
     rows = [Row("planner", case, "beyond the planned", rest / 1e6, "MB", "interpreter and libraries")]
     for trial in PREDICTED:
-        rows += [_seconds_row(kind, trial), *_memory_rows(kind, trial, rest)]
+        rows += [_seconds_row(kind, trial, scale), *_memory_rows(kind, trial, rest)]
     return rows
 
 
-def _seconds_row(kind: Kind, trial: Trial) -> Row:
-    known, found = in_child(step_seconds, kind.prepare, trial)
+def _seconds_row(kind: Kind, trial: Trial, scale: float) -> Row:
+    known, found = in_child(step_seconds, kind.prepare, CALIBRATED.scaled(scale), trial.scaled(scale))
     rates = [known.flops / seconds for seconds in known.times]
     ratios = [found.flops / rate / seconds for rate, seconds in zip(rates, found.times, strict=True)]
     note = f"{median(found.times):.2f} measured; calibrated: {median(rates) / 1e9:.1f} GFLOP/CPU-s"
-    measure_name = "CPU seconds, predicted / measured"
+    what = "CPU seconds, predicted / measured"
     case = f"{kind.name}, {trial.name}"
-    return Row("planner", case, measure_name, median(ratios), "x", note, min(ratios), max(ratios))
+    return Row("planner", case, what, median(ratios), "x", note, min(ratios), max(ratios))
 
 
 def _memory_rows(kind: Kind, trial: Trial, rest: int) -> list[Row]:
@@ -127,11 +131,9 @@ def _memory_rows(kind: Kind, trial: Trial, rest: int) -> list[Row]:
     ]
 
 
-def step_seconds(prepare: Callable[[Trial], Way], trial: Trial) -> tuple[Measured, Measured]:
-    """CPU seconds of the calibrated model's step and of another one's, in turns: the cores' speed changes with what
-    else they do."""
-    known, found = measure([prepare(CALIBRATED), prepare(trial)], REPEATS)
-    return known, found
+def step_seconds(prepare: Callable[[Trial], Way], *trials: Trial) -> list[Measured]:
+    """CPU seconds of steps, in turns: the cores' speed changes with what else they do."""
+    return measure([prepare(trial) for trial in trials], REPEATS)
 
 
 def step_bytes(prepare: Callable[[Trial], Way], trial: Trial) -> int:

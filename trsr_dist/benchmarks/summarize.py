@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -41,7 +42,8 @@ MAX_NEW_TOKENS = 64
 END_SHARE = 0.06
 """Share of the vocabulary that ends a chain's text: about 16 tokens a text, and hardly one cut at the limit."""
 SLOTS = 32
-NUM_WORDS = 1000
+WORDS = ["w" + "".join(letters) for letters in product("abcdefghij", repeat=3)]
+"""One token each."""
 LARGE = {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 8, "num_attention_heads": 4}
 TINY = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -64,6 +66,7 @@ def against_generate(
     requests: list[Request],
     rate: float,
     suite: str = "summarize",
+    repeats: int = REPEATS,
 ) -> list[Row]:
     """One ``generate`` call a prompt against the engine; CPU seconds on a CPU, elsewhere by the clock.
 
@@ -73,16 +76,17 @@ def against_generate(
         requests: of all lengths.
         rate: FLOP/s of a large matrix product, for the bound.
         suite: in the rows.
+        repeats: of each way, in turns.
     """
     alone, together = [], []
     is_cpu = model.device.type == "cpu"
     unit = "new tokens/CPU-s" if is_cpu else "new tokens/s"
-    for _ in range(REPEATS):
+    for _ in range(repeats):
         with timed() as timer:
-            expected = {request.key: _generate(model, tokenizer, request) for request in requests}
+            expected = {request.key: generate(model, tokenizer, request) for request in requests}
         alone.append(timer.cpu if is_cpu else timer.wall)
         with timed() as timer:
-            done = _answers(_engine(model, tokenizer, SLOTS), requests)
+            done = answers_of(engine_of(model, tokenizer, SLOTS), requests)
         together.append(timer.cpu if is_cpu else timer.wall)
     tokens = sum(completion.new_tokens for completion in done.values())
     case = f"{len(requests)} ragged prompts, {model.num_parameters() / 1e6:.1f}M weights"
@@ -120,7 +124,7 @@ def _chains(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_cha
     for _ in range(REPEATS):
         for number in IN_FLIGHT:
             with tempfile.TemporaryDirectory() as folder, timed() as timer:
-                engine = _engine(model, tokenizer, number)
+                engine = engine_of(model, tokenizer, number)
                 engine.capacity = number
                 texts[number] = _schedule(engine, Path(folder), num_chains)
             seconds[number].append(timer.cpu)
@@ -140,7 +144,7 @@ def _overhead(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_c
     shares, calls = [], 0
     for _ in range(REPEATS):
         with tempfile.TemporaryDirectory() as folder:
-            first, again = (_Timed(_engine(model, tokenizer, SLOTS)) for _ in range(2))
+            first, again = (_Timed(engine_of(model, tokenizer, SLOTS)) for _ in range(2))
             with timed() as timer:
                 texts = _schedule(first, Path(folder), num_chains)
             assert _schedule(again, Path(folder), num_chains) == texts
@@ -193,11 +197,11 @@ def _schedule(engine: Engine, folder: Path, num_chains: int) -> dict[int, str]:
     return found
 
 
-def _engine(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_slots: int) -> TransformersEngine:
+def engine_of(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_slots: int) -> TransformersEngine:
     return TransformersEngine(model, PromptEncoder(tokenizer, "plain", max(TOKENS_IN)), num_slots)
 
 
-def _answers(engine: TransformersEngine, requests: list[Request]) -> dict[str, Completion]:
+def answers_of(engine: TransformersEngine, requests: list[Request]) -> dict[str, Completion]:
     for request in requests:
         engine.submit(request)
     done: dict[str, Completion] = {}
@@ -207,7 +211,7 @@ def _answers(engine: TransformersEngine, requests: list[Request]) -> dict[str, C
 
 
 @torch.inference_mode()
-def _generate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, request: Request) -> str:
+def generate(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, request: Request) -> str:
     inputs = tokenizer(request.prompt.text(), return_tensors="pt", return_token_type_ids=False).to(model.device)
     out = model.generate(**inputs, max_new_tokens=request.max_new_tokens, do_sample=False)
     return tokenizer.decode(out[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
@@ -228,7 +232,7 @@ def ragged(tokenizer: PreTrainedTokenizerFast, number: int) -> list[Request]:
 
 def _words(number: int, *keys: object) -> str:
     draw = random_stream("words", *keys)
-    return " ".join(f"w{draw.randrange(NUM_WORDS)}" for _ in range(number))
+    return " ".join(draw.choice(WORDS) for _ in range(number))
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, sizes: dict[str, int]) -> LlamaForCausalLM:
@@ -247,5 +251,5 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     trainer = trainers.BpeTrainer(
         vocab_size=2048, special_tokens=["<pad>"], initial_alphabet=alphabet, show_progress=False
     )
-    backend.train_from_iterator([f" w{number}" for number in range(NUM_WORDS)] * 3, trainer)
+    backend.train_from_iterator([f" {word}" for word in WORDS] * 3, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>")

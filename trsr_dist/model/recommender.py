@@ -15,6 +15,7 @@ from trsr_dist.model.attention.backends import NAME, build_backend, register
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.last_layer import answer_at_last_layer
 from trsr_dist.model.text_targets import TextTargets
+from trsr_dist.pretrained import leave_out_cudnn
 
 Want = Literal["logits", "pair", "text"]
 SEPARATE_TOKENS = 8192
@@ -32,6 +33,7 @@ class Recommender(nn.Module):
 
     def __init__(self, causal: nn.Module, answer_ids: tuple[int, int], backend: str | None) -> None:
         super().__init__()
+        leave_out_cudnn()
         self.causal = causal
         self.answer_ids = answer_ids
         self.shares_prefix = backend is not None

@@ -21,6 +21,8 @@ NAME = "trsr_tree"
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 MAX_FLASH_HEAD = 256
 MIN_FLEX_HEAD = 16
+AUTO = ("flash_attn", "torch", "cpu", "dense")
+"""Fastest first. FlexAttention is compiled for minutes, and what is left to the mask are float32 and large heads."""
 
 Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Layout, bool, float], torch.Tensor]
 """From queries (num_queries, num_heads, head_dim), keys and values (num_tokens, num_kv_heads, head_dim), the layout,
@@ -28,14 +30,14 @@ whether the queries are the answers' alone, and the scale, to the output (num_qu
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """``auto`` becomes the fastest back end that can run here; another name is checked.
+    """``auto`` becomes the fastest of ``AUTO`` that can run here; another name is checked.
 
     Raises:
         ConfigError: the asked back end cannot run here.
     """
     reasons = {choice: _hindrance(choice, device, dtype, head_dim) for choice in _BUILDERS}
     if name == "auto":
-        return next(choice for choice, reason in reasons.items() if not reason)
+        return next(choice for choice in AUTO if not reasons[choice])
     if reasons[name]:
         usable = ", ".join(choice for choice, reason in reasons.items() if not reason)
         raise ConfigError(f"model.attention={name}: {reasons[name]}; usable here: auto, {usable}")
@@ -110,7 +112,6 @@ _BUILDERS: dict[str, Callable[[], Attend]] = {
     "flex": lambda: _flex(),
     "dense": lambda: dense_attention,
 }
-"""Fastest first."""
 
 
 def _flex() -> Attend:

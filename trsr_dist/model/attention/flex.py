@@ -5,21 +5,27 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+import torch._dynamo
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from trsr_dist.model.attention.layout import Layout
 
 BLOCK = 128
+RECOMPILE_LIMIT = 64
+"""Kernels for training and inference, all queries and answers, short rows and long ones; by default dynamo gives up
+after eight and runs the attention unfused."""
 
 
 def flex_attention_tree(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, answers_only: bool, scale: float
 ) -> torch.Tensor:
     """Output of shape (num_queries, num_heads, head_dim); see ``backends.Attend``."""
-    mask = block_mask(layout, answers_only)
     queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
-    out = _kernel(q.is_cuda)(queries, keys, values, block_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
-    return out[0].transpose(0, 1)
+    options = {"block_mask": block_mask(layout, answers_only), "scale": scale, "enable_gqa": q.shape[1] != k.shape[1]}
+    if q.is_cuda:
+        # The kernel for few queries, which the answers would get, has none for most numbers of them with grouped heads.
+        options["kernel_options"] = {"FORCE_USE_FLEX_ATTENTION": True}
+    return _kernel(q.is_cuda)(queries, keys, values, **options)[0].transpose(0, 1)
 
 
 def block_mask(layout: Layout, answers_only: bool) -> BlockMask:
@@ -44,5 +50,8 @@ def _block_mask(layout: Layout, answers_only: bool) -> BlockMask:
 
 @cache
 def _kernel(compiled: bool):  # noqa: ANN202
+    if not compiled:
+        return flex_attention
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     # Row lengths change from step to step; without dynamic shapes each would be compiled anew.
-    return torch.compile(flex_attention, dynamic=True) if compiled else flex_attention
+    return torch.compile(flex_attention, dynamic=True, fullgraph=True)

@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 
 from trsr_dist.errors import ModelError
 from trsr_dist.log import get_logger
-from trsr_dist.pretrained import UNREADABLE, load_causal
+from trsr_dist.pretrained import UNREADABLE, leave_out_cudnn, load_causal
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.engines.encoding import PromptEncoder, load_tokenizer, unreadable
 from trsr_dist.summarize.engines.slots import Slots
@@ -57,6 +57,7 @@ class TransformersEngine:
 
     def __init__(self, model: PreTrainedModel, encoder: PromptEncoder, num_slots: int) -> None:
         check_attention(model, encoder.max_prompt_tokens)
+        leave_out_cudnn()
         self.capacity = 2 * num_slots
         self.model = model
         self.encoder = encoder
