@@ -99,8 +99,6 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
     backend = shared_backend(
         model_config, config.model.attention, device, getattr(torch, precision), builder.max_tokens
     )
-    stream = open_stream(config, run, ranks, builder, checkpoint)
-    check_loss(train.loss, backend, stream, train.row_tokens)
     rows_per_rank = -(-train.rows_per_step // ranks.world_size)
     zero_config = complete_zero_config(
         settings, rows_per_rank, ranks.world_size, precision, train.max_grad_norm, device.type == "cuda"
@@ -109,6 +107,9 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
     check_quantization(config.model.quantization, zero)
     if zero.stage == 3:
         check_equal_calls(backend, ranks.world_size)
+    validator = open_validator(config, run, ranks, builder)
+    stream = open_stream(config, run, ranks, builder, checkpoint)
+    check_loss(train.loss, backend, stream, train.row_tokens)
     fingerprint = on_rank_zero(lambda: base_fingerprint(source.name_or_path))
     return Prepared(
         source=source,
@@ -119,7 +120,7 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
         builder=builder,
         tokenizer=tokenizer,
         stream=stream,
-        validator=open_validator(config, run, ranks, builder),
+        validator=validator,
         num_steps=count_steps(stream, train.num_epochs, train.max_steps),
         zero=zero,
         zero_config=zero_config,
