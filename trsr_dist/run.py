@@ -21,6 +21,7 @@ from trsr_dist.files import atomic_file, read_json, read_text, sha256_of, write_
 MANIFEST = "manifest.json"
 RUN = "RUN/"
 """What names of folders of the run begin with, in settings."""
+ANEW = "use another run.dir, or --force to make it anew"
 LOCK_BEAT_SECONDS = 10.0
 LOCK_STALE_SECONDS = 120.0
 CLAIMS = ".claims"
@@ -114,21 +115,20 @@ def is_finished(folder: Path, settings: dict[str, Any], inputs: dict[str, str], 
     return True
 
 
-def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
+def check_inputs(folder: Path, inputs: dict[str, str], remedy: str = ANEW) -> None:
     """Refuse input that has changed since ``folder`` was made from it.
 
     Raises:
-        RunError: names the input and both hashes.
+        RunError: names the input and both hashes; ``remedy`` ends the message.
     """
-    _compare(folder, "inputs", read_json(folder / MANIFEST).get("inputs", {}), inputs)
+    _compare(folder, "inputs", read_json(folder / MANIFEST).get("inputs", {}), inputs, remedy)
 
 
-def _compare(folder: Path, kind: str, recorded: dict[str, Any], current: dict[str, Any]) -> None:
+def _compare(folder: Path, kind: str, recorded: dict[str, Any], current: dict[str, Any], remedy: str = ANEW) -> None:
     for key in sorted(recorded.keys() | current.keys()):
         if recorded.get(key) != current.get(key):
             raise RunError(
-                f"{folder}: made with {kind[:-1]} {key}={recorded.get(key)!r}, now {current.get(key)!r}; "
-                "use another run.dir, or --force to make it anew"
+                f"{folder}: made with {kind[:-1]} {key}={recorded.get(key)!r}, now {current.get(key)!r}; {remedy}"
             )
 
 

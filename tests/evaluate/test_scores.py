@@ -49,6 +49,20 @@ def test_scores_of_another_run_are_refused(tmp_path: Path) -> None:
     assert folder.missing(1) == [0]
 
 
+def test_a_folder_that_changed_hands_is_neither_written_nor_read(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path)
+    folder.write(0, USERS)
+    folder_of(tmp_path).clear()
+    with pytest.raises(RunError, match="model=None, now 'def'"):
+        folder.write(1, USERS)
+    ScoreFolder(folder.folder).open({"shards": "abc", "model": "other"})
+    with pytest.raises(RunError, match="model='other', now 'def'"):
+        folder.write(1, USERS)
+    with pytest.raises(RunError, match="model='other', now 'def'"):
+        folder.read()
+    assert not list(folder.folder.glob("part-*"))
+
+
 @pytest.mark.parametrize(
     ("found", "message"),
     [

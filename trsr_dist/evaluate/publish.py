@@ -16,11 +16,12 @@ from trsr_dist.evaluate.report import ReportParts, write_report
 from trsr_dist.evaluate.table import gain_line, metric_table, protocol_table
 from trsr_dist.files import write_json
 from trsr_dist.log import MetricLog, read_metrics
-from trsr_dist.run import write_manifest
+from trsr_dist.run import MANIFEST, write_manifest
 
 
 def publish(job: Evaluation, reduced: Reduced) -> None:
-    """Write everything; the manifest last, which says that all is there."""
+    """Write everything; the manifest, which says that all is there, goes first and comes last."""
+    (job.folder / MANIFEST).unlink(missing_ok=True)
     results, top_k = reduced.results, job.config.evaluate.top_k
     metric = headline(top_k)
     figures = build_figures(results, reduced.systems, list(read_metrics(job.run.root)), metric)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,7 +16,7 @@ from trsr_dist.evaluate.parts import split_parts
 from trsr_dist.evaluate.passes import ScoringPass
 from trsr_dist.evaluate.rankers import build_rankers
 from trsr_dist.evaluate.results import ResultSettings, ScoredSystems, build_results, metric_values, system_results
-from trsr_dist.evaluate.scores import Expected, UserScores, check_coverage, in_order
+from trsr_dist.evaluate.scores import Expected, ScoreFolder, UserScores, check_coverage, in_order
 from trsr_dist.evaluate.split import SplitUsers
 from trsr_dist.evaluate.stored import StoredSplit, StoredUser, rank_all, user_facts
 from trsr_dist.hashing import digest
@@ -39,9 +40,18 @@ class Reduction:
         users: of the split.
         split: finds the users in the history store.
         store: histories and items.
+        folders: the scores of each pass, opened.
     """
 
-    def __init__(self, job: Evaluation, users: SplitUsers, split: StoredSplit, store: HistoryStore) -> None:
+    def __init__(
+        self,
+        job: Evaluation,
+        users: SplitUsers,
+        split: StoredSplit,
+        store: HistoryStore,
+        folders: Mapping[str, ScoreFolder],
+    ) -> None:
+        self._folders = folders
         self._job = job
         self._users = users
         self._split = split
@@ -53,10 +63,14 @@ class Reduction:
 
     def missing(self, entry: ScoringPass) -> list[int]:
         """Parts of a pass that nobody has scored yet."""
-        return self._job.scores(entry).missing(len(split_parts(len(self._users))))
+        return self._folders[entry.name].missing(len(split_parts(len(self._users))))
 
-    def run(self, provenance: dict[str, Any]) -> Reduced:
+    def run(self, provenance: dict[str, Any], trained_on_these_shards: bool | None) -> Reduced:
         """All numbers.
+
+        Args:
+            provenance: of the model.
+            trained_on_these_shards: whether its train users are those of the run; None where that is unknown.
 
         Raises:
             DataError: the scores do not cover the split exactly, or the store is not the shards' own.
@@ -73,6 +87,7 @@ class Reduction:
             "model": job.model,
             "candidates": job.config.data.candidates,
             "candidate_hash": self._users.candidate_hash,
+            "trained_on_these_shards": trained_on_these_shards,
         }
         tail = {
             "protocols": {protocol: self._protocol(protocol, settings) for protocol in job.protocols},
@@ -97,7 +112,7 @@ class Reduction:
 
     def _read(self, protocol: str, pairs: list[Expected]) -> dict[str, list[UserScores]]:
         passes = [entry for entry in self._job.passes if entry.protocol == protocol]
-        return {entry.system: read_pass(self._job, entry, pairs) for entry in passes}
+        return {entry.system: read_pass(self._folders[entry.name], pairs) for entry in passes}
 
     def _settings(self, provenance: dict[str, Any]) -> ResultSettings:
         evaluate = self._job.config.evaluate
@@ -120,13 +135,13 @@ class Reduction:
         ]
 
 
-def read_pass(job: Evaluation, entry: ScoringPass, pairs: list[Expected]) -> list[UserScores]:
+def read_pass(folder: ScoreFolder, pairs: list[Expected]) -> list[UserScores]:
     """Scores of a pass in the order of the split, each (user, candidate) exactly once.
 
     Raises:
         DataError: names the pairs that are missing, doubled or unknown.
+        RunError: the folder has become another evaluation's.
     """
-    folder = job.scores(entry)
     found = folder.read()
     check_coverage(folder.folder, pairs, found)
     return in_order(pairs, found)

@@ -47,26 +47,46 @@ class ScoreFolder:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._identity: dict[str, Any] | None = None
 
     def open(self, identity: dict[str, Any]) -> None:
-        """Take up a folder for these inputs, or begin it.
+        """Take up a folder for these inputs, or begin it. From then on it must stay theirs.
 
         Raises:
             RunError: it holds scores of other shards, another model or other settings.
         """
-        identity = json.loads(json.dumps(identity))
-        if not (self.folder / IDENTITY).is_file():
-            if self.folder.is_dir() and any(self.folder.glob("part-*")):
-                raise RunError(f"{self.folder}: holds scores but no {IDENTITY}, so whose they are is unknown; --force")
-            write_json(self.folder / IDENTITY, identity)
+        self._identity = json.loads(json.dumps(identity))
+        # Parts are looked for first: another task may write the identity, then parts, between two looks.
+        has_parts = self.folder.is_dir() and any(self.folder.glob("part-*"))
+        if (self.folder / IDENTITY).is_file():
+            self.check()
+        elif has_parts:
+            raise RunError(
+                f"{self.folder}: holds scores but no {IDENTITY}, so whose they are is unknown; use another --output, "
+                "or --force to score anew"
+            )
+        else:
+            write_json(self.folder / IDENTITY, self._identity)
+
+    def check(self) -> None:
+        """The folder must still be that of the inputs it was opened for.
+
+        Raises:
+            RunError: it is another evaluation's.
+        """
+        if self._identity is None:
             return
-        recorded = read_json(self.folder / IDENTITY)
-        for key in sorted(recorded.keys() | identity.keys()):
-            if recorded.get(key) != identity.get(key):
+        recorded = self.recorded()
+        for key in sorted(recorded.keys() | self._identity.keys()):
+            if recorded.get(key) != self._identity.get(key):
                 raise RunError(
-                    f"{self.folder}: holds scores made with {key}={recorded.get(key)!r}, now {identity.get(key)!r}; "
-                    "--force scores anew, or use another run.dir"
+                    f"{self.folder}: holds scores made with {key}={recorded.get(key)!r}, now "
+                    f"{self._identity.get(key)!r}; use another --output, or --force to score anew"
                 )
+
+    def recorded(self) -> dict[str, Any]:
+        """The identity that stands in the folder; empty where none does."""
+        return read_json(self.folder / IDENTITY) if (self.folder / IDENTITY).is_file() else {}
 
     def clear(self) -> None:
         """Remove parts and identity; the identity last, so that a kill in between leaves no unknown scores."""
@@ -84,6 +104,12 @@ class ScoreFolder:
         return [part for part in range(num_parts) if not self.has(part)]
 
     def write(self, part: int, users: Sequence[UserScores]) -> None:
+        """Publish a part.
+
+        Raises:
+            RunError: the folder has become another evaluation's.
+        """
+        self.check()
         with atomic_file(self.path(part)) as stream:
             for user in users:
                 for item, label, score in zip(user.items, user.labels.tolist(), user.scores.tolist(), strict=True):
@@ -91,8 +117,15 @@ class ScoreFolder:
                     stream.write(json.dumps(row | ({"trims": user.trims} if user.trims else {})) + "\n")
 
     def read(self) -> list[UserScores]:
-        """All users of all parts, in order."""
-        return [user for path in sorted(self.folder.glob("part-*.jsonl")) for user in read_scores(path)]
+        """All users of all parts, in order.
+
+        Raises:
+            DataError: a line is not a score.
+            RunError: the folder has become another evaluation's.
+        """
+        users = [user for path in sorted(self.folder.glob("part-*.jsonl")) for user in read_scores(path)]
+        self.check()
+        return users
 
 
 def read_scores(path: Path) -> list[UserScores]:
