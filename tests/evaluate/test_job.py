@@ -143,9 +143,15 @@ def test_what_is_missing_or_doubled_is_named(run: Path, done: Path) -> None:
     user, item = next(iter(scores_of(done, "control")))
     (done / "test.json").unlink()
     shutil.copy(folder / "part-000000.jsonl", folder / "part-000007.jsonl")
-    with pytest.raises(DataError, match=rf"test/control: .*doubled \(\('{user}', "):
+    with pytest.raises(DataError, match=r"control/part-000007.jsonl: no part of this evaluation"):
         evaluate(config, "RUN/merged", output=str(done))
     (folder / "part-000007.jsonl").unlink()
+    first = folder / "part-000000.jsonl"
+    whole = first.read_text()
+    first.write_text(whole + whole)
+    with pytest.raises(DataError, match=rf"control/part-000000.jsonl: .*doubled \(\('{user}', "):
+        evaluate(config, "RUN/merged", output=str(done))
+    first.write_text(whole)
     lines = (folder / "part-000000.jsonl").read_text().splitlines(keepends=True)
     (folder / "part-000000.jsonl").write_text("".join(lines[1:]))
     with pytest.raises(DataError, match=rf"1 of \d+ \(user, item, label\) missing \(\('{user}', '{item}', [01]\)\)"):

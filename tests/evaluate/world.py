@@ -117,5 +117,5 @@ def numbers_of(output: Path) -> dict[str, Any]:
 
 def scores_of(output: Path, name: str = "model") -> dict[tuple[str, str], float]:
     """Scores of a pass by user and item."""
-    found = ScoreFolder(output / "test" / name).read()
+    found = ScoreFolder(output / "test" / name).users()
     return {(user.user, item): s for user in found for item, s in zip(user.items, user.scores.tolist(), strict=True)}

@@ -7,6 +7,7 @@ manifest.json                  settings, input hashes, counts, candidate hashes
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -175,6 +176,10 @@ class HistoryStore:
 
     def num_users(self, split: str) -> int:
         return len(self._users[split])
+
+    def names(self, split: str) -> Iterator[str]:
+        """All users of a split, in order."""
+        return (user for batch in self._users[split].batches for user in batch.column("user").to_pylist())
 
     def user(self, split: str, index: int) -> UserRow:
         rows = self._users[split]

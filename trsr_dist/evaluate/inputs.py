@@ -10,7 +10,6 @@ from trsr_dist.distributed import device_of, on_rank_zero
 from trsr_dist.environment import detect_ranks
 from trsr_dist.errors import ConfigError, DataError, ModelError, RunError
 from trsr_dist.evaluate.evaluation import Evaluation
-from trsr_dist.evaluate.parts import split_parts
 from trsr_dist.evaluate.passes import ALWAYS
 from trsr_dist.files import read_json
 from trsr_dist.log import get_logger
@@ -102,8 +101,7 @@ def base_of(job: Evaluation) -> str:
 def choose_precision(job: Evaluation, num_users: int, force: bool) -> str:
     """``train.precision``; auto is what the scores were made with where all of them are there, else by the device."""
     asked, num_users = job.config.train.precision, min(job.config.evaluate.max_users or num_users, num_users)
-    num_parts = len(split_parts(num_users))
-    if asked == "auto" and not force and not any(job.scores(entry).missing(num_parts) for entry in job.passes):
+    if asked == "auto" and not force and not any(job.scores(entry).missing(num_users) for entry in job.passes):
         asked = job.scores(ALWAYS[0]).recorded().get("precision", asked)
     return resolve_precision(asked, device_of(detect_ranks()))
 

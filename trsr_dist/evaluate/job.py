@@ -129,7 +129,8 @@ def score_everything(
     folders = {}
     for entry in job.passes:
         folders[entry.name] = job.scores(entry)
-        folders[entry.name].open(job.identity(entry, models[entry.source].builder.fingerprint))
+        identity = job.identity(entry, models[entry.source].builder.fingerprint)
+        folders[entry.name].open(identity, len(users), job.base if entry.source == "base" else job.model)
     scorers[0].run(folders)
     for scorer in scorers[1:]:
         scorer.load()

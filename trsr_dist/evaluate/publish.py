@@ -24,7 +24,7 @@ def publish(job: Evaluation, reduced: Reduced) -> None:
     (job.folder / MANIFEST).unlink(missing_ok=True)
     results, top_k = reduced.results, job.config.evaluate.top_k
     metric = headline(top_k)
-    figures = build_figures(results, reduced.systems, list(read_metrics(job.run.root)), metric)
+    figures = build_figures(results, reduced.systems, reduced.model, list(read_metrics(job.run.root)), metric)
     config = dump_config(job.config)
     write_json(job.results, results)
     write_report(job.report, ReportParts(results, figures, reduced.examples, config, metric))

@@ -8,7 +8,7 @@ import numpy as np
 
 from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.errors import DataError
-from trsr_dist.evaluate.baselines import Bm25, Ranker, by_count, target_counts
+from trsr_dist.evaluate.baselines import Bm25, Ranker, by_count, one_by_one, target_counts
 from trsr_dist.evaluate.metrics import metric_names, user_metrics
 from trsr_dist.evaluate.protocols import targets_of
 from trsr_dist.evaluate.sequential import MODELS, train_sequential
@@ -27,11 +27,11 @@ def build_rankers(store: HistoryStore, asked: Sequence[str], seed: int) -> dict[
     """
     items, rankers = range(len(store.catalogue)), {}
     if "popularity" in asked:
-        rankers["popularity"] = by_count(np.array([store.catalogue.popularity(item) for item in items]))
+        rankers["popularity"] = one_by_one(by_count(np.array([store.catalogue.popularity(item) for item in items])))
     if "recency" in asked:
-        rankers["recency"] = by_count(target_counts(map(targets_of, train_rows(store)), len(items)))
+        rankers["recency"] = one_by_one(by_count(target_counts(map(targets_of, train_rows(store)), len(items))))
     if "bm25" in asked:
-        rankers["bm25"] = Bm25([store.catalogue.text(item) for item in items])
+        rankers["bm25"] = one_by_one(Bm25([store.catalogue.text(item) for item in items]))
     for name in MODELS:
         if name in asked:
             rankers[name] = train_on(store, name, seed)

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
+from trsr_dist.evaluate.calibration import has_scale
 from trsr_dist.evaluate.plots import to_svg
 from trsr_dist.evaluate.table import GAIN, SYSTEMS, column_title, gain_line, protocol_rows
 from trsr_dist.files import atomic_file
@@ -43,7 +44,8 @@ def write_report(path: Path, parts: ReportParts) -> None:
                 titles={name: column_title(name) for name in columns},
                 systems=system_rows(results),
                 verdict=gain_line(gain, parts.metric) if gain else "",
-                verdict_class="" if gain and gain["low"] > 0 else "none",
+                verdict_class="" if gain and gain.get("low", 0) > 0 else "none",
+                has_scale=has_scale(results["provenance"].get("train", {}).get("loss")),
                 gain_name=GAIN,
                 metric=column_title(parts.metric),
                 protocols=protocol_rows(results, parts.metric) if results["protocols"] else [],
