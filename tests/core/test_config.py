@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import pytest
@@ -104,3 +105,17 @@ def test_every_setting_says_what_it_means() -> None:
         for name, field in section.annotation.model_fields.items():
             assert field.description and len(field.description) > 15, name
     assert "train.row_tokens" in known_keys()
+
+
+@pytest.mark.parametrize(
+    ("key", "printed"),
+    [("evaluate.top_k", "[3, 5, 10]"), ("data.seen_before_target", "false"), ("run.dir", "runs/quickstart")],
+)
+def test_one_setting_is_printed_for_scripts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, key: str, printed: str
+) -> None:
+    from tools.setting import main
+
+    monkeypatch.setattr(sys, "argv", ["setting.py", "--config", str(ROOT / "configs/quickstart.yaml"), "--key", key])
+    main()
+    assert capsys.readouterr().out.strip() == printed

@@ -15,6 +15,7 @@ from trsr_dist.evaluate import publish
 from trsr_dist.evaluate.job import evaluate
 from trsr_dist.evaluate.scores import ScoreFolder
 from trsr_dist.files import read_json, write_json
+from trsr_dist.log import read_metrics
 from trsr_dist.run import CLAIMS
 
 FEW = ("evaluate.max_users=70", "evaluate.baselines=[]")
@@ -137,6 +138,13 @@ def test_a_kill_while_publishing_leaves_nothing_that_passes_for_finished(
             evaluate(few(run, "evaluate.top_k=[2]"), "RUN/merged", output=str(done))
     evaluate(few(run), "RUN/merged", output=str(done))
     assert "recall@3" in numbers_of(done)["metrics"]
+
+
+def test_an_output_elsewhere_leaves_the_run_as_it_is(run: Path, scored: Path) -> None:
+    assert not (run / "config" / "evaluate.yaml").exists()
+    assert "evaluate" not in {row["stage"] for row in read_metrics(run)}
+    assert "evaluate" in (scored / "config" / "evaluate.yaml").read_text()
+    assert [row["stage"] for row in read_metrics(scored)] == ["evaluate"]
 
 
 def test_scores_that_are_all_there_need_neither_weights_nor_the_device(run: Path, tmp_path: Path) -> None:

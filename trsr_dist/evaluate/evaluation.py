@@ -50,6 +50,11 @@ class Evaluation:
         return self.output / "report.html"
 
     @property
+    def records(self) -> RunFolder:
+        """Holds metrics.jsonl, tensorboard/ and config/: the run, or the output where that lies elsewhere."""
+        return self.run if self.output.resolve() == self.run.evaluation.resolve() else RunFolder(self.output)
+
+    @property
     def protocols(self) -> list[str]:
         """Candidate lists that are drawn beside the shards' own."""
         return drawn_protocols(self.config.evaluate.protocols, self.config.data.candidates)

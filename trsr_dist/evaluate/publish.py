@@ -29,7 +29,7 @@ def publish(job: Evaluation, reduced: Reduced) -> None:
     write_json(job.results, results)
     write_report(job.report, ReportParts(results, figures, reduced.examples, config, metric))
     write_tensorboard(job, results, figures)
-    job.run.write_config("evaluate", config)
+    job.records.write_config("evaluate", config)
     write_manifest(job.folder, "evaluate", job.settings(), job.inputs())
     print(summary_text(job, results), flush=True)
 
@@ -42,7 +42,7 @@ def headline(top_k: tuple[int, ...]) -> str:
 def write_tensorboard(job: Evaluation, results: Mapping[str, Any], figures: Mapping[str, Figure]) -> None:
     """Scalars to metrics.jsonl and TensorBoard, figures to TensorBoard, at the training step of the model."""
     step = int(results["provenance"].get("train", {}).get("step") or 0)
-    metrics = MetricLog(job.run.root, "evaluate", job.config.run.tensorboard)
+    metrics = MetricLog(job.records.root, "evaluate", job.config.run.tensorboard)
     metrics.write(step, scalars(job.split, results))
     if metrics.writer is not None:
         for caption, figure in figures.items():
@@ -84,6 +84,6 @@ def summary_text(job: Evaluation, results: Mapping[str, Any]) -> str:
         f"results: {job.results}",
         f"report: {job.report}",
         f"scores: {job.folder}",
-        f"TensorBoard: tensorboard --logdir {job.run.root / 'tensorboard'}",
+        f"TensorBoard: tensorboard --logdir {job.records.root / 'tensorboard'}",
     ]
     return "\n".join(lines)
