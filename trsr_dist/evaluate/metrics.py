@@ -82,13 +82,14 @@ def tie_rate(scores: np.ndarray, labels: np.ndarray) -> float:
     return float((scores[labels == 1][:, None] == scores[labels == 0][None, :]).mean())
 
 
-def average(values: np.ndarray, counts: np.ndarray) -> list[float]:
+def average(values: np.ndarray, counts: np.ndarray | None = None) -> list[float]:
     """Means over users, rounded once only, whatever the order.
 
     Args:
-        values: different rows, float64, shape (num_rows, num_metrics).
-        counts: how many users have each row, int64, shape (num_rows,).
+        values: rows, float64, shape (num_rows, num_metrics).
+        counts: how many users have each row, int64, shape (num_rows,); None: one each.
     """
+    counts = np.ones(len(values), dtype=np.int64) if counts is None else counts
     # A count is a sum of powers of two, by which a float is multiplied exactly.
     bits = range(int(counts.max()).bit_length())
     terms = np.concatenate([values[(counts >> bit) & 1 == 1] * 2.0**bit for bit in bits])

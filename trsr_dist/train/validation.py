@@ -9,8 +9,7 @@ import numpy as np
 from trsr_dist.distributed import gather_objects
 from trsr_dist.environment import Ranks
 from trsr_dist.evaluate.lockstep import Lockstep
-from trsr_dist.evaluate.metrics import average, metric_names
-from trsr_dist.evaluate.outcomes import OutcomeTable
+from trsr_dist.evaluate.metrics import average, metric_names, user_metrics
 from trsr_dist.evaluate.parts import assign_parts, split_parts
 from trsr_dist.evaluate.scoring import PartScorer, ScoreRow
 from trsr_dist.model.forward import score_row
@@ -58,12 +57,11 @@ class Validator:
             self._score(engine, scorers, alive)
         finally:
             engine.wrapped.train()
-        outcomes = OutcomeTable(self._top_k)
-        numbers = [outcomes.add(*_scores_and_labels(scorer)) for scorer in scorers]
-        everywhere = gather_objects(outcomes.counted(np.concatenate(numbers)) if numbers else None)
-        rows, counts = zip(*filter(None, everywhere), strict=True)
-        found = average(np.concatenate(rows), np.concatenate(counts))
-        return dict(zip(metric_names(self._top_k), found, strict=True))
+        values = [user_metrics(user.scores, user.labels, self._top_k) for scorer in scorers for user in scorer.result()]
+        everywhere = gather_objects(dict(zip(self._mine, _by_part(values, scorers), strict=True)))
+        parts = {number: rows for share in everywhere for number, rows in share.items()}
+        table = np.concatenate([parts[number] for number in sorted(parts)])
+        return dict(zip(metric_names(self._top_k), map(float, average(table)), strict=True))
 
     def _scorer(self, part: int) -> PartScorer:
         return PartScorer(self._shards.read_many(self._parts[part]), self._builder, self._row_tokens)
@@ -89,6 +87,6 @@ def score_parts(scorers: list[PartScorer], forward: ScoreRow) -> None:
             scorer.take(number, forward(row))
 
 
-def _scores_and_labels(scorer: PartScorer) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    users = scorer.result()
-    return [user.scores for user in users], [user.labels for user in users]
+def _by_part(values: list[np.ndarray], scorers: list[PartScorer]) -> list[np.ndarray]:
+    rows = iter(values)
+    return [np.array([next(rows) for _ in scorer.users]) for scorer in scorers]
