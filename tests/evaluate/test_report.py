@@ -35,7 +35,10 @@ def write(path: Path, num_samples: int = 200, loss: str = "answer") -> str:
     examples = [
         build_example(sample_of(i, labels[i]), scores["model"][i], scores["control"][i]) for i in range(NUM_EXAMPLES)
     ]
-    write_report(path, ReportParts(results, figures, examples, f"run: {HOSTILE}", "recall@5"))
+    write_report(
+        path,
+        ReportParts(results, figures, examples, f"run: {HOSTILE}", "recall@5", Path("OUT/test"), Path("RUN/shards")),
+    )
     return path.read_text(encoding="utf-8")
 
 
@@ -95,4 +98,16 @@ def test_example_ranks_the_target_by_its_score() -> None:
     labels = np.array([0, 1, 0])
     example = build_example(sample_of(0, labels), np.array([2.0, 1.0, -1.0]), None)
     assert example["rank"] == 2
-    assert [row["score"] for row in example["ranked"]] == [2.0, 1.0, -1.0]
+    assert [(row["rank"], row["score"]) for row in example["rows"]] == [(1, 2.0), (2, 1.0), (3, -1.0)]
+
+
+def test_long_lists_and_texts_are_shown_in_part() -> None:
+    labels = np.zeros(3000, dtype=np.int64)
+    labels[[5, 99, 100, *range(1000, 1100)]] = 1
+    sample = replace(sample_of(0, labels), summary="s" * 5000, recent=("r" * 2000, "q" * 2001))
+    example = build_example(sample, -np.arange(3000.0), None)
+    shown = [row.get("rank", -row.get("left_out", 0)) for row in example["rows"]]
+    assert shown == [*range(1, 21), -79, 100, 101, -899, *range(1001, 1019), -1982]
+    assert (example["rank"], example["num_candidates"]) == (6, 3000)
+    assert example["summary"] == "s" * 2000 + "... (3,000 characters more)"
+    assert example["recent"] == ["r" * 2000, "q" * 2000 + "... (1 characters more)"]

@@ -28,6 +28,10 @@ class ReportParts:
     config: str
     metric: str
     """Shown where one metric stands for all."""
+    scores: Path
+    """Folder of all scores."""
+    shards: Path
+    """Folder of all texts."""
 
 
 def write_report(path: Path, parts: ReportParts) -> None:
@@ -52,6 +56,8 @@ def write_report(path: Path, parts: ReportParts) -> None:
                 slice_columns=[parts.metric, *(name for name in columns if name in ("ndcg@10", "auc"))],
                 plots=[{"caption": caption, "svg": to_svg(figure)} for caption, figure in parts.figures.items()],
                 examples=parts.examples,
+                scores=parts.scores,
+                shards=parts.shards,
                 provenance=json.dumps(results["provenance"], indent=2, ensure_ascii=False),
                 config=parts.config,
             )
