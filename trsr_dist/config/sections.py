@@ -268,9 +268,10 @@ class EvaluateSection(Section):
         ...,
     ] = ("popularity", "base", "control")
     """Ranked beside the model. From train users' clicks: popularity, recency (latest clicks), gru4rec and sasrec
-    (trained here, minutes); bm25: words of the history against the candidate's; base: the model before fine-tuning;
-    no_summary, no_recent: without that part of the prompt; each of the last three costs as much as the model itself.
-    Always there: control (with another user's summary and recent items) and random (its exact expectation)."""
+    (trained here on one core, once for each seed: minutes for thousands of users, hours for a million); bm25:
+    words of the history against the candidate's; base: the model before fine-tuning; no_summary, no_recent: without
+    that part of the prompt; each of the last three costs as much as the model itself. Always there: control (with
+    another user's summary and recent items) and random (its exact expectation)."""
     bootstrap_samples: int = Field(1000, ge=0)
     """Resamples of the users for the 95% confidence intervals; 0: none."""
     max_users: int = Field(0, ge=0)

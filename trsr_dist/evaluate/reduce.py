@@ -110,7 +110,8 @@ class Reduction:
 
     @cached_property
     def _rankers(self) -> dict[str, Ranker]:
-        return build_rankers(self._store, self._job.config.evaluate.baselines, self._job.config.run.seed)
+        config, folder = self._job.config, self._job.output / "baselines"
+        return build_rankers(self._store, config.evaluate.baselines, config.run.seed, folder)
 
     def missing(self, entry: ScoringPass) -> list[int]:
         """Parts of a pass that nobody has scored yet."""
