@@ -9,11 +9,22 @@ from pathlib import Path
 from types import FrameType
 
 from trsr_dist.environment import slurm_end_time
+from trsr_dist.errors import RunError
 
 STOP_FILE = "STOP"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 SAFETY = 1.5
 """A step and a save are reckoned to take so much longer than the longest seen."""
+
+
+def check_stop_file(run_dir: Path) -> None:
+    """A run that was told to stop must not start: it would make one step at every start.
+
+    Raises:
+        RunError: the run folder holds a file named STOP.
+    """
+    if (run_dir / STOP_FILE).exists():
+        raise RunError(f"{run_dir / STOP_FILE}: the run was told to stop; remove this file to go on")
 
 
 class StopSignals:
