@@ -38,6 +38,9 @@ class MergeOptions:
     tolerance: float | None = None
     """Largest log-odds difference; None: by dtype."""
     force: bool = False
+    """Make an earlier merge anew."""
+    update: bool = False
+    """Make it anew if its checkpoint or settings have changed since."""
     dry_run: bool = False
 
 
