@@ -12,13 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from trsr_dist.errors import DataError
-
-FAMILIES = ("recall", "mrr", "ndcg")
-
-
-def metric_names(top_k: Sequence[int]) -> list[str]:
-    """Names in the order of the tables: recall@3, ..., mrr@3, ..., ndcg@3, ..., auc."""
-    return [f"{family}@{k}" for family in FAMILIES for k in top_k] + ["auc"]
+from trsr_dist.metric_names import FAMILIES as FAMILIES
+from trsr_dist.metric_names import metric_names as metric_names
 
 
 def user_metrics(scores: np.ndarray, labels: np.ndarray, top_k: Sequence[int]) -> np.ndarray:
