@@ -100,6 +100,17 @@ def test_force_holds_until_it_has_brought_something_new(tmp_path: Path) -> None:
     assert bash(script, PATH=path, TRSR_SITE="slurm/site.sh").split() == ["forced", "forced", "forced", "not", "forced"]
 
 
+def test_a_chain_that_is_submitted_inside_a_job_leaves_its_variables_behind(tmp_path: Path) -> None:
+    for name, lines in {"sbatch": f"env >>'{tmp_path}/seen'; echo 1", "squeue": ""}.items():
+        write(tmp_path / name, f"#!/bin/sh\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    job = {"SLURM_JOB_ID": "5", "SLURM_NTASKS": "4", "SLURM_CPUS_PER_TASK": "3", "SLURM_CONF": "/etc/slurm.conf"}
+    bash(f"slurm/pipeline.sh {CONFIG} run.dir={tmp_path}/run", PATH=path, TRSR_SITE="slurm/site.sh", **job)
+    seen = {line for line in (tmp_path / "seen").read_text().splitlines() if line.startswith("SLURM_")}
+    assert seen == {"SLURM_CONF=/etc/slurm.conf"}
+
+
 class Outputs:
     """A run folder whose chain is finished."""
 
