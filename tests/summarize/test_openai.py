@@ -54,6 +54,21 @@ def malformed_first(data: bytes) -> Answer:
     return answer
 
 
+def broken_off_first(ending: str) -> Answer:
+    def answer(handler: Handler, body: dict, tries: int) -> None:
+        if tries == 1:
+            reply_with(handler, "The user likes", ending)
+        else:
+            good(handler, body, tries)
+
+    return answer
+
+
+def reply_with(handler: Handler, text: str | None, ending: str | None) -> None:
+    choice = {"index": 0, "finish_reason": ending, "message": {"role": "assistant", "content": text}}
+    handler.reply({"id": "x", "choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 20}})
+
+
 def engine(server: Server, **options: object) -> OpenAIEngine:
     settings = {"prompt_style": "auto", "max_prompt_tokens": 400, "max_in_flight": 4, "timeout_seconds": 10.0}
     settings |= {"max_retries": 3, **options}
@@ -86,6 +101,8 @@ def expected(number: int = 3) -> list[str]:
         malformed_first(b'{"choices": []}'),
         malformed_first(b'{"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": null}}]}'),
         malformed_first(b'{"object": "error"}'),
+        broken_off_first("abort"),
+        broken_off_first("content_filter"),
     ],
 )
 def test_texts_arrive_in_spite_of_trouble(answer: Answer) -> None:
@@ -102,6 +119,47 @@ def test_a_slow_reply_is_given_up_and_asked_again() -> None:
         done = ask(engine(server, timeout_seconds=0.3), 2)
     assert [completion.text for completion in done] == expected(2)
     assert len(server.requests) == 4
+
+
+def test_a_server_that_is_too_slow_for_good_blames_no_request() -> None:
+    def slow(handler: Handler, body: dict, tries: int) -> None:
+        time.sleep(0.5)
+        good(handler, body, tries)
+
+    with serving(slow) as server, pytest.raises(EngineError, match="summarize.max_in_flight.*timeout_seconds"):
+        ask(engine(server, timeout_seconds=0.1, max_retries=0), 1)
+
+
+def test_a_text_that_is_broken_off_for_good_is_no_summary() -> None:
+    with serving(lambda handler, body, tries: reply_with(handler, "The user likes", "content_filter")) as server:
+        (done,) = ask(engine(server, max_retries=1), 1)
+    assert not done.text and "content_filter" in done.error and len(server.requests) == 2
+
+
+@pytest.mark.parametrize("ending", ["stop", "eos", None])
+def test_texts_end_in_the_words_of_several_servers(ending: str | None) -> None:
+    with serving(lambda handler, body, tries: reply_with(handler, "The user likes tea.", ending)) as server:
+        (done,) = ask(engine(server), 1)
+    assert (done.text, done.cut, done.error) == ("The user likes tea.", False, "")
+
+
+def test_what_was_answered_before_the_server_was_lost_is_handed_out() -> None:
+    def answer(handler: Handler, body: dict, tries: int) -> None:
+        if "xx" in body["messages"][0]["content"]:
+            handler.reply({"error": {"message": "gone"}}, 503, {"Retry-After": "0.01"})
+        else:
+            good(handler, body, tries)
+
+    with serving(answer) as server:
+        client = engine(server, max_retries=0, max_in_flight=1)
+        for i in (2, 0, 1):
+            client.submit(Request(str(i), SummaryPrompt("say", (), ("x" * i,)), 20))
+        while client._done.qsize() < 3:
+            time.sleep(0.01)
+        assert sorted(completion.key for completion in client.poll()) == ["0", "1"]
+        with pytest.raises(EngineError, match="503"):
+            client.poll()
+        client.close()
 
 
 def test_a_request_that_fails_for_good_is_one_completion_with_its_reason() -> None:

@@ -229,6 +229,11 @@ class Job:
                 f"summarize.max_failures to publish without them, or remove {work.folder} to try them again"
             )
         num_users = sum(unit["num_users"] for unit in units)
+        if work.num_users and not num_users:
+            raise EngineError(
+                f"{split}: all {len(failed)} users failed, {failed[0]['user']!r} among them: {failed[0]['reason']}; "
+                f"remove the cause and {work.folder}, and run the stage again"
+            )
         facts = {"split": split, "num_users": num_users, "failed": failed, "counts": dict(sorted(counts.items()))}
         target = self.run_folder.split(split)
         if not work.publish(target, self.task.name, self.settings, self.inputs, **facts):

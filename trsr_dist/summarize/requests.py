@@ -7,6 +7,9 @@ from typing import Protocol
 
 from trsr_dist.prompts.text import SummaryPrompt
 
+WHOLE = ("stop", "eos", "length", None)
+"""Why a text ended, in the words of the servers: by itself or at the token limit; any other reason broke it off."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:

@@ -1,7 +1,7 @@
 """Any OpenAI-compatible server (vLLM serve, SGLang, llama.cpp) through the ``openai`` client.
 
 The client retries connection errors, time-outs, 408, 409, 429 and 5xx with growing waits. What it does not retry, a
-reply that is no valid answer, is retried here.
+reply that is no valid or no whole answer, is retried here.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from trsr_dist.errors import ConfigError, EngineError
 from trsr_dist.log import get_logger
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.quality import TURN_MARKERS
-from trsr_dist.summarize.requests import Completion, Request
+from trsr_dist.summarize.requests import WHOLE, Completion, Request
 from trsr_dist.summarize.trimming import trim_prompt
 
 KEY_VARIABLE = "OPENAI_API_KEY"
@@ -81,6 +81,8 @@ class OpenAIEngine:
         self._todo: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Completion | Exception] = queue.SimpleQueue()
         self._in_flight = 0
+        self._error: Exception | None = None
+        """What ends the job, once the completions that came with it are handed out."""
         self._counts_tokens = True
         for _ in range(max_in_flight):
             # Daemons: at the end of the process nothing waits for a server that hangs.
@@ -104,12 +106,15 @@ class OpenAIEngine:
 
     def poll(self) -> list[Completion]:
         done = []
-        while self._in_flight and (not done or not self._done.empty()):
+        while self._in_flight and (not (done or self._error) or not self._done.empty()):
             outcome = self._done.get()
             self._in_flight -= 1
             if isinstance(outcome, Exception):
-                raise outcome
-            done.append(outcome)
+                self._error = self._error or outcome
+            else:
+                done.append(outcome)
+        if self._error is not None and not done:
+            raise self._error
         return done
 
     def close(self) -> None:
@@ -131,7 +136,9 @@ class OpenAIEngine:
             self._done.put(EngineError(f"{self._client.base_url}: {type(error).__name__}: {error}"))
 
     def _blame(self, request: Request, error: openai.OpenAIError) -> Completion | EngineError:
-        """The request has failed, or the server is gone: then no request is at fault."""
+        """The request has failed, or the server is gone or too slow: then no request is at fault."""
+        if isinstance(error, openai.APITimeoutError):
+            return self._lost(error)
         if isinstance(error, openai.APIConnectionError) and not self._server_answers():
             return self._lost(error)
         if isinstance(error, openai.APIStatusError) and error.status_code in UNAVAILABLE:
@@ -139,7 +146,10 @@ class OpenAIEngine:
         return Completion(request.key, error=describe(error))
 
     def _lost(self, error: openai.OpenAIError) -> EngineError:
-        return EngineError(f"{self._client.base_url}: {describe(error)}; start the server and run the stage again")
+        remedy = "start the server"
+        if isinstance(error, openai.APITimeoutError):
+            remedy = "lower summarize.max_in_flight or raise summarize.timeout_seconds"
+        return EngineError(f"{self._client.base_url}: {describe(error)}; {remedy} and run the stage again")
 
     def _server_answers(self) -> bool:
         try:
@@ -155,15 +165,10 @@ class OpenAIEngine:
         for number in range(self.max_retries + 1):
             time.sleep(min(0.1 * 2**number, 5.0) if number else 0)
             try:
-                reply = self._ask(request)
+                return read_reply(request.key, self._ask(request))
             except (ValueError, openai.APIResponseValidationError) as error:
                 reason = f"{type(error).__name__}: {error}"
-                continue
-            completion = read_reply(request.key, reply)
-            if completion is not None:
-                return completion
-            reason = f"no choices with text in {str(reply)[:200]!r}"
-        return Completion(request.key, error=f"the server's replies were malformed: {reason}")
+        return Completion(request.key, error=f"the server's replies were malformed or broken off: {reason}")
 
     def _ask(self, request: Request) -> Any:
         options: dict[str, Any] = {
@@ -206,21 +211,28 @@ class OpenAIEngine:
         return None
 
 
-def read_reply(key: str, reply: Any) -> Completion | None:
-    """The completion in a reply of either protocol; None where there is none."""
+def read_reply(key: str, reply: Any) -> Completion:
+    """The completion in a reply of either protocol.
+
+    Raises:
+        ValueError: the reply holds no text, or one that was aborted or filtered.
+    """
     choices = getattr(reply, "choices", None)
     if not choices:
-        return None
+        raise ValueError(f"no choices in {str(reply)[:200]!r}")
     choice = choices[0]
+    ending = getattr(choice, "finish_reason", None)
+    if ending not in WHOLE:
+        raise ValueError(f"finish_reason {ending!r}")
     message = getattr(choice, "message", None)
     text = getattr(message, "content", None) if message is not None else getattr(choice, "text", None)
     if not isinstance(text, str):
-        return None
+        raise ValueError(f"no text in {str(reply)[:200]!r}")
     usage = getattr(reply, "usage", None)
     return Completion(
         key,
         text,
-        cut=choice.finish_reason == "length",
+        cut=ending == "length",
         prompt_tokens=getattr(usage, "prompt_tokens", 0) or 0,
         new_tokens=getattr(usage, "completion_tokens", 0) or 0,
     )

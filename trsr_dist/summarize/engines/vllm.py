@@ -10,7 +10,7 @@ from trsr_dist.errors import ConfigError
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.engines.encoding import PromptEncoder, load_tokenizer
 from trsr_dist.summarize.quality import TURN_MARKERS
-from trsr_dist.summarize.requests import Completion, Request
+from trsr_dist.summarize.requests import WHOLE, Completion, Request
 
 try:
     from vllm import EngineArgs, LLMEngine, RequestOutput, SamplingParams, TokensPrompt
@@ -109,6 +109,8 @@ class VllmEngine:
 def completion_of(output: RequestOutput) -> Completion:
     """What vLLM wrote, under the request's own key."""
     written = output.outputs[0]
+    if written.finish_reason not in WHOLE:
+        return Completion(output.request_id, error=f"vLLM broke the text off: finish_reason {written.finish_reason!r}")
     return Completion(
         output.request_id,
         written.text,
