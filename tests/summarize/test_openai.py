@@ -11,7 +11,7 @@ import pytest
 from tests.summarize.server import Answer, Handler, Server, good, refusing, serving
 from trsr_dist.errors import ConfigError, EngineError
 from trsr_dist.prompts.text import SummaryPrompt
-from trsr_dist.summarize.engines.openai import OpenAIEngine
+from trsr_dist.summarize.engines.openai import OpenAIEngine, log
 from trsr_dist.summarize.requests import Completion, Request
 
 
@@ -70,7 +70,13 @@ def reply_with(handler: Handler, text: str | None, ending: str | None) -> None:
 
 
 def engine(server: Server, **options: object) -> OpenAIEngine:
-    settings = {"prompt_style": "auto", "max_prompt_tokens": 400, "max_in_flight": 4, "timeout_seconds": 10.0}
+    settings = {
+        "prompt_style": "auto",
+        "template_kwargs": {},
+        "max_prompt_tokens": 400,
+        "max_in_flight": 4,
+        "timeout_seconds": 10.0,
+    }
     settings |= {"max_retries": 3, **options}
     return OpenAIEngine(server.address, "small", **settings)
 
@@ -181,7 +187,7 @@ def test_a_request_that_cuts_its_own_connection_is_to_blame_itself() -> None:
 def test_where_the_server_is_gone_no_request_is_to_blame() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    client = OpenAIEngine(f"http://127.0.0.1:{port}/v1", "small", "auto", 400, 4, 2.0, 0)
+    client = OpenAIEngine(f"http://127.0.0.1:{port}/v1", "small", "auto", {}, 400, 4, 2.0, 0)
     with pytest.raises(EngineError, match="start the server"):
         client.fit(SummaryPrompt("say", (), ("long " * 200,)))
     with pytest.raises(EngineError, match="start the server"):
@@ -191,10 +197,10 @@ def test_where_the_server_is_gone_no_request_is_to_blame() -> None:
 def test_the_address_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(good) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.address)
-        assert ask(OpenAIEngine("", "small", "auto", 400, 4, 10.0, 1), 1)[0].text == expected(1)[0]
+        assert ask(OpenAIEngine("", "small", "auto", {}, 400, 4, 10.0, 1), 1)[0].text == expected(1)[0]
     monkeypatch.delenv("OPENAI_BASE_URL")
     with pytest.raises(ConfigError, match="summarize.base_url"):
-        OpenAIEngine("", "small", "auto", 400, 4, 10.0, 1)
+        OpenAIEngine("", "small", "auto", {}, 400, 4, 10.0, 1)
 
 
 def test_a_server_that_stays_down_or_talks_nonsense_is_reported() -> None:
@@ -222,6 +228,36 @@ def test_no_more_requests_at_once_than_allowed() -> None:
     with serving(answer) as server:
         ask(engine(server, max_in_flight=5), 30)
     assert server.most == 5
+
+
+def test_the_chat_template_is_told_not_to_think() -> None:
+    with serving(good) as server:
+        ask(engine(server, template_kwargs={"enable_thinking": False}), 1)
+        ask(engine(server, template_kwargs={"enable_thinking": False}, prompt_style="plain"), 1)
+    assert [body.get("chat_template_kwargs") for _, body, _ in server.requests] == [{"enable_thinking": False}, None]
+
+
+def test_a_server_that_knows_no_template_variables_is_asked_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(log, "warning", lambda text, *values: told.append(text % values))
+
+    def strict(handler: Handler, body: dict, tries: int) -> None:
+        if "chat_template_kwargs" in body:
+            handler.reply({"error": {"message": "Unrecognized request argument: chat_template_kwargs"}}, 400)
+        else:
+            good(handler, body, tries)
+
+    with serving(strict) as server:
+        done = ask(engine(server, template_kwargs={"enable_thinking": False}, max_in_flight=1))
+    assert [completion.text for completion in done] == expected() and len(server.requests) == 4
+    (line,) = told
+    assert "summarize.chat_template_kwargs" in line
+
+
+def test_thoughts_that_the_server_keeps_apart_are_an_empty_text() -> None:
+    with serving(lambda handler, body, tries: reply_with(handler, None, "length")) as server:
+        (done,) = ask(engine(server), 1)
+    assert (done.text, done.cut, done.error, done.new_tokens) == ("", True, "", 20) and len(server.requests) == 1
 
 
 def test_the_key_travels_in_the_header_and_shows_in_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,7 +295,7 @@ def test_long_prompts_are_trimmed_by_the_servers_count(counts: bool) -> None:
         client.close()
     assert fitted.instruction == "keep this" and fitted.items[1] == "short" and cut > 100
     size = len(fitted.text().split()) if counts else len(fitted.text().encode()) // 3
-    assert 350 < size <= 400 - 32
+    assert 280 < size <= 400 - 64
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])

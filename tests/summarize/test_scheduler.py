@@ -161,17 +161,19 @@ def test_a_faulty_text_is_tried_once_more_with_sampling(tmp_path: Path) -> None:
 
 
 def test_a_fault_that_stays_is_flagged_and_an_empty_text_fails(tmp_path: Path) -> None:
-    texts = {"a": "", "b": "the user likes " * 10}
+    texts = {"a": "", "b": "the user likes " * 10, "c": "<think>So, the user"}
 
     def answer(request: Request) -> Completion:
-        return Completion(request.key, texts[request.prompt.items[0]])
+        (item,) = request.prompt.items
+        return Completion(request.key, texts[item], cut=item == "c")
 
-    works = iter([Work(name, hierarchical(1, 5, 3), [name]) for name in "ab"])
+    works = iter([Work(name, hierarchical(1, 5, 3), [name]) for name in "abc"])
     engine = LateEngine(4, answer)
     results = run(engine, tmp_path, lambda: next(works, None))
-    assert "no text" in results["a"].failure.reason
+    assert "no text" in results["a"].failure.reason and "thoughts" not in results["a"].failure.reason
+    assert "thoughts took all of summarize.max_new_tokens=50" in results["c"].failure.reason
     assert results["b"].records[0]["flags"] == ["repetition"]
-    assert len(engine.log) == 4
+    assert len(engine.log) == 6
 
 
 def test_a_plan_without_nodes_needs_no_engine(tmp_path: Path) -> None:

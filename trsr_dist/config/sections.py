@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, field_validator, model_validator
 
 from trsr_dist.config.contradictions import contradictions
 from trsr_dist.summarize.plans import schemes
@@ -114,6 +114,8 @@ class SummarizeSection(Section):
     """Hierarchical: at most this many summaries are merged by one prompt; more make a deeper tree."""
     prompt_style: Literal["auto", "plain", "chat"] = "auto"
     """chat: through the model's chat template; auto: when it has one."""
+    chat_template_kwargs: dict[str, JsonValue] = {"enable_thinking": False}
+    """Variables of the chat template: here, models that would think aloud (Qwen3) answer at once. {}: none."""
     max_prompt_tokens: int = Field(2048, ge=64)
     """Longer prompts are trimmed by parts: item descriptions evenly, never the instruction."""
     max_new_tokens: int = Field(150, ge=1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -158,14 +158,21 @@ class PromptBuilder:
         return ids[-1] if ids[:-1] == base and known else None
 
 
-def chat_text(tokenizer: Any, text: str) -> str:
-    """A user's message through the tokenizer's chat template, up to where the answer begins: the same on any day."""
+def chat_text(tokenizer: Any, text: str, template_kwargs: Mapping[str, Any] | None = None) -> str:
+    """A user's message through the tokenizer's chat template, up to where the answer begins: the same on any day.
+
+    Args:
+        tokenizer: with a chat template.
+        text: the message.
+        template_kwargs: further variables of the template, such as ``enable_thinking``.
+    """
     template = tokenizer.get_chat_template()
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": text}],
         tokenize=False,
         add_generation_prompt=True,
         chat_template=FIXED_DATE + template if "strftime_now" in template else None,
+        **(template_kwargs or {}),
     )
 
 

@@ -224,7 +224,7 @@ class Scheduler:
         if pending.first is not None and len(pending.first["flags"]) <= len(record["flags"]):
             record = pending.first
         if "empty" in record["flags"]:
-            self._fail(pending.waiting, completion.key, "the engine wrote no text, and none when sampled")
+            self._fail(pending.waiting, completion.key, self._why_empty(record))
             return
         self.cache.add(record)
         for flag in record["flags"]:
@@ -246,6 +246,15 @@ class Scheduler:
         if pending.first is not None:
             record["sampled"] = True
         return record
+
+    def _why_empty(self, record: dict[str, Any]) -> str:
+        reason = "the engine wrote no text, and none when sampled"
+        if "cut" not in record["flags"]:
+            return reason
+        return (
+            f"{reason}: its thoughts took all of summarize.max_new_tokens={self.max_new_tokens}; raise that, or turn "
+            "thoughts off with summarize.chat_template_kwargs"
+        )
 
     def _retry(self, pending: _Pending, record: dict[str, Any]) -> None:
         """Once more, alone and sampled: the same greedy text would come again."""

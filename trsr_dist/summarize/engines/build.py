@@ -29,6 +29,7 @@ def engine_identity(settings: SummarizeSection, model: str, seed: int) -> dict[s
         return {"engine": "none"}
     if settings.engine == "extractive":
         return {"engine": "extractive", "version": EXTRACT_VERSION, "max_new_words": settings.max_new_tokens}
+    template = {} if settings.prompt_style == "plain" else {"chat_template_kwargs": settings.chat_template_kwargs}
     sampling = {"seed": seed} if settings.temperature else {}
     return {
         "engine": settings.engine,
@@ -37,6 +38,7 @@ def engine_identity(settings: SummarizeSection, model: str, seed: int) -> dict[s
         "fingerprint": model_fingerprint(Path(model)) or hub_commit(settings),
         "precision": settings.precision,
         "prompt_style": settings.prompt_style,
+        **template,
         "max_prompt_tokens": settings.max_prompt_tokens,
         "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
@@ -108,6 +110,7 @@ def build_engine(settings: SummarizeSection, model: str, local_rank: int) -> Eng
         settings.trust_remote_code,
         settings.precision,
         settings.prompt_style,
+        settings.chat_template_kwargs,
         settings.max_prompt_tokens,
         settings.max_in_flight,
     )
@@ -130,6 +133,7 @@ def _client(settings: SummarizeSection) -> Engine:
         settings.base_url,
         settings.model,
         settings.prompt_style,
+        settings.chat_template_kwargs,
         settings.max_prompt_tokens,
         settings.max_in_flight,
         settings.timeout_seconds,

@@ -9,6 +9,8 @@ from __future__ import annotations
 import queue
 import threading
 import time
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import openai
@@ -22,14 +24,15 @@ from trsr_dist.summarize.requests import WHOLE, Completion, Request
 from trsr_dist.summarize.trimming import trim_prompt
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-TEMPLATE_TOKENS = 32
-"""Kept free for the server's chat template."""
+TEMPLATE_TOKENS = 64
+"""Kept free for the server's chat template (Llama 3's adds 36)."""
 BYTES_PER_TOKEN = 3
 """Assumed where the server cannot count tokens: fewer than with most tokenizers, so that prompts fit."""
 NUM_STOPS = 4
 """The most that the protocol allows."""
 FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
 """Wrong key, address or model: no request can succeed."""
+UNKNOWN_FIELD = (openai.BadRequestError, openai.UnprocessableEntityError)
 UNAVAILABLE = (429, 502, 503, 504)
 """A rate limit, or a proxy whose server is gone: never the prompt's fault."""
 
@@ -43,6 +46,7 @@ class OpenAIEngine:
         base_url: address of the server, ending in ``/v1``; empty: ``OPENAI_BASE_URL``.
         model: the server's name for the model.
         prompt_style: ``plain``: the completions protocol; otherwise the chat protocol with the server's template.
+        template_kwargs: variables of the server's chat template; left out for servers that refuse them.
         max_prompt_tokens: longer prompts are trimmed.
         max_in_flight: concurrent requests.
         timeout_seconds: of one try.
@@ -57,6 +61,7 @@ class OpenAIEngine:
         base_url: str,
         model: str,
         prompt_style: str,
+        template_kwargs: Mapping[str, Any],
         max_prompt_tokens: int,
         max_in_flight: int,
         timeout_seconds: float,
@@ -70,6 +75,7 @@ class OpenAIEngine:
         self.capacity = max_in_flight
         self.model = model
         self.chat = prompt_style != "plain"
+        self.template_kwargs = template_kwargs
         self.max_prompt_tokens = max_prompt_tokens
         self.max_retries = max_retries
         self._client = openai.OpenAI(
@@ -180,8 +186,21 @@ class OpenAIEngine:
             options["seed"] = request.seed % 2**31
         text = request.prompt.text()
         if self.chat:
-            return self._client.chat.completions.create(messages=[{"role": "user", "content": text}], **options)
+            return self._chat(text, options)
         return self._client.completions.create(prompt=text, stop=list(TURN_MARKERS[:NUM_STOPS]), **options)
+
+    def _chat(self, text: str, options: dict[str, Any]) -> Any:
+        kwargs = self.template_kwargs
+        ask = partial(self._client.chat.completions.create, messages=[{"role": "user", "content": text}], **options)
+        try:
+            return ask(extra_body={"chat_template_kwargs": kwargs} if kwargs else None)
+        except UNKNOWN_FIELD as error:
+            if not kwargs or "chat_template" not in str(error):
+                raise
+            if self.template_kwargs:
+                self.template_kwargs = {}
+                log.warning("%s takes no summarize.chat_template_kwargs; going on without", self._client.base_url)
+            return ask()
 
     def _count(self, text: str) -> int:
         """Tokens of a text; vLLM, SGLang and llama.cpp have ``/tokenize`` beside ``/v1``."""
@@ -226,6 +245,8 @@ def read_reply(key: str, reply: Any) -> Completion:
         raise ValueError(f"finish_reason {ending!r}")
     message = getattr(choice, "message", None)
     text = getattr(message, "content", None) if message is not None else getattr(choice, "text", None)
+    if text is None and ending == "length":
+        text = ""  # all that was written are thoughts, which the server keeps apart
     if not isinstance(text, str):
         raise ValueError(f"no text in {str(reply)[:200]!r}")
     usage = getattr(reply, "usage", None)

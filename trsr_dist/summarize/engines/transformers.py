@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -79,6 +80,7 @@ class TransformersEngine:
         trust_remote_code: bool,
         precision: str,
         prompt_style: str,
+        template_kwargs: Mapping[str, Any],
         max_prompt_tokens: int,
         num_slots: int,
         local_rank: int = 0,
@@ -103,7 +105,7 @@ class TransformersEngine:
             model = load_causal(name_or_path, dtype=getattr(torch, precision), **options).to(device).eval()
         except UNREADABLE as error:
             raise unreadable(name_or_path, error) from None
-        encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens)
+        encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens, template_kwargs)
         return cls(model, encoder, num_slots)
 
     def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
@@ -230,7 +232,8 @@ class TransformersEngine:
         if not (by_token or full or stopped is not None):
             return None
         cut = full and not by_token and stopped is None
-        return Completion(sequence.request.key, text[:stopped], cut, len(sequence.prompt), len(tokens))
+        written = self.encoder.opening + text[:stopped]
+        return Completion(sequence.request.key, written, cut, len(sequence.prompt), len(tokens))
 
     def _stop_place(self, text: str) -> int | None:
         """Where the next turn begins. With a chat template the model ends its turn itself."""

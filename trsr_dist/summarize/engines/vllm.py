@@ -6,6 +6,9 @@ vLLM pins its own torch and transformers, so it needs an environment of its own 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from trsr_dist.errors import ConfigError
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.engines.encoding import PromptEncoder, load_tokenizer
@@ -66,6 +69,7 @@ class VllmEngine:
         trust_remote_code: bool,
         precision: str,
         prompt_style: str,
+        template_kwargs: Mapping[str, Any],
         max_prompt_tokens: int,
         max_in_flight: int,
     ) -> VllmEngine:
@@ -75,7 +79,7 @@ class VllmEngine:
             ModelError: the tokenizer cannot be loaded.
         """
         tokenizer = load_tokenizer(name_or_path, revision, trust_remote_code)
-        encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens)
+        encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens, template_kwargs)
         return cls(name_or_path, revision, trust_remote_code, precision, encoder, max_in_flight)
 
     def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
@@ -98,7 +102,8 @@ class VllmEngine:
 
     def poll(self) -> list[Completion]:
         while not self._done and self._engine.has_unfinished_requests():
-            self._done += [completion_of(output) for output in self._engine.step() if output.finished]
+            finished = [output for output in self._engine.step() if output.finished]
+            self._done += [completion_of(output, self.encoder.opening) for output in finished]
         done, self._done = self._done, []
         return done
 
@@ -106,14 +111,14 @@ class VllmEngine:
         del self._engine
 
 
-def completion_of(output: RequestOutput) -> Completion:
-    """What vLLM wrote, under the request's own key."""
+def completion_of(output: RequestOutput, opening: str) -> Completion:
+    """What vLLM wrote behind what the template has begun, under the request's own key."""
     written = output.outputs[0]
     if written.finish_reason not in WHOLE:
         return Completion(output.request_id, error=f"vLLM broke the text off: finish_reason {written.finish_reason!r}")
     return Completion(
         output.request_id,
-        written.text,
+        opening + written.text,
         cut=written.finish_reason == "length",
         prompt_tokens=len(output.prompt_token_ids),
         new_tokens=len(written.token_ids),
