@@ -130,6 +130,15 @@ def test_amazon_all_locales_keep_equal_ids_apart(tmp_path: Path) -> None:
     assert manifest(tmp_path)["counts"]["equal_sessions"] == 24
 
 
+@pytest.mark.parametrize("strategy", ["uniform", "popularity", "targets"])
+def test_amazon_negatives_speak_the_targets_language(tmp_path: Path, strategy: str) -> None:
+    write_amazon(tmp_path, users=120)
+    store = run(tmp_path, "amazon_m2", f"data.candidates={strategy}")
+    assert store.within_category
+    lists = [{item[:3] for item in ids(store, row.candidates)} for _, row in users_of(store).values()]
+    assert {tuple(one) for one in lists} == {("UK:",), ("DE:",)}
+
+
 def test_both_json_forms_give_the_same_users(tmp_path: Path) -> None:
     records = user_records()
     single = [

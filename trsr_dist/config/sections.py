@@ -54,7 +54,7 @@ class DataSection(Section):
     sessions_file: str = "sessions_train.csv"
     """Amazon-M2: name of the sessions file."""
     locale: str = ""
-    """Amazon-M2: keep only this locale (the paper: UK); empty keeps all."""
+    """Amazon-M2: keep only this locale (the paper: UK); empty keeps all, with negatives of the target's locale."""
     item_fields: tuple[str, ...] = ()
     """Fields that make an item's text, in order; empty: the format's default (MIND: category, subcategory, title)."""
     target: Literal["last", "impression"] = "last"

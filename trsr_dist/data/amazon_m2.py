@@ -28,7 +28,7 @@ class AmazonReader:
         item_file: the products; descriptions may hold line ends.
         log_file: the sessions; ``prev_items`` as numpy prints an array, over several lines.
         locale: only rows of this locale; empty: all, and item ids read ``LOCALE:ID``, since an id may stand in several
-            locales with different texts.
+            locales with different texts; an item's category is then its locale.
         lines: reads the lines.
     """
 
@@ -43,7 +43,8 @@ class AmazonReader:
         for row, cells in self._rows(self.item_file, PRODUCT_KEYS):
             if self._is_kept(cells, "products_of_other_locales"):
                 fields = {name: cells.get(name, "") for name in ATTRIBUTES}
-                yield RawItem(self._item(cells["id"], cells["locale"]), fields, row)
+                category = "" if self.locale else cells["locale"]
+                yield RawItem(self._item(cells["id"], cells["locale"]), fields, row, category)
 
     def logs(self) -> Iterator[UserLog]:
         seen: set[int] = set()
