@@ -90,7 +90,13 @@ class AmazonReader:
                     yield row, dict(zip(header, cells, strict=True))
                 row = records.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{path}:{records.line_num}: {error}; is a quotation mark left open before it?") from None
+            raise DataError(f"{path}:{records.line_num}: {_what_is_wrong(error)}") from None
+
+
+def _what_is_wrong(error: csv.Error) -> str:
+    if "new-line character" in str(error):
+        return "a carriage return stands outside quotation marks; save the file with line feeds as line ends"
+    return f"{error}; is a quotation mark left open before it?"
 
 
 def parse_items(text: str, source: str) -> list[str]:
