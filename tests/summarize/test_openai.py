@@ -189,7 +189,7 @@ def test_where_the_server_is_gone_no_request_is_to_blame() -> None:
         port = free.getsockname()[1]
     client = OpenAIEngine(f"http://127.0.0.1:{port}/v1", "small", "auto", {}, 400, 4, 2.0, 0)
     with pytest.raises(EngineError, match="start the server"):
-        client.fit(SummaryPrompt("say", (), ("long " * 200,)))
+        client._fit(SummaryPrompt("say", (), ("long " * 200,)))
     with pytest.raises(EngineError, match="start the server"):
         ask(client, 1)
 
@@ -291,8 +291,13 @@ def test_long_prompts_are_trimmed_by_the_servers_count(counts: bool) -> None:
     prompt = SummaryPrompt("keep this", (), ("word " * 500, "short"))
     with serving(answer) as server:
         client = engine(server)
-        fitted, cut = client.fit(prompt)
+        fitted, cut = client._fit(prompt)
+        client.submit(Request("0", prompt, 20))
+        client.submit(Request("1", SummaryPrompt("word " * 500), 20))
+        done = {completion.key: completion for completion in client.poll() + client.poll()}
         client.close()
+    assert done["0"].text == f"summary of {len(fitted.text())}" and done["0"].words_cut == cut
+    assert "summarize.max_prompt_tokens" in done["1"].error
     assert fitted.instruction == "keep this" and fitted.items[1] == "short" and cut > 100
     size = len(fitted.text().split()) if counts else len(fitted.text().encode()) // 3
     assert 280 < size <= 400 - 64
@@ -326,7 +331,7 @@ def test_a_server_that_counts_in_another_form_does_not_count(reply: bytes) -> No
 
     with serving(miscounting) as server:
         client = engine(server, max_prompt_tokens=100)
-        fitted, cut = client.fit(SummaryPrompt("say", (), ("word " * 400,)))
+        fitted, cut = client._fit(SummaryPrompt("say", (), ("word " * 400,)))
         client.close()
     assert cut > 0 and fitted.items[0]
 

@@ -30,8 +30,9 @@ def test_summaries_pay_when_items_are_gone() -> None:
 
 
 def test_a_prompt_that_fits_is_left_alone() -> None:
-    prompt = SummaryPrompt("do this", (), ("item",))
-    assert trim_prompt(prompt, num_words, 100) == (prompt, 0)
+    prompt, counted = SummaryPrompt("do this", (), ("item",)), []
+    assert trim_prompt(prompt, lambda tried: counted.append(tried) or num_words(tried), 100) == (prompt, 0)
+    assert counted == [prompt], "and counted once"
 
 
 def test_an_instruction_over_the_limit_is_an_error() -> None:

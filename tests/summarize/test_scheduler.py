@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from trsr_dist.errors import DataError
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.plans.hierarchical import plan as hierarchical
@@ -25,11 +24,6 @@ class LateEngine:
         self.log: list[Request] = []
         self.fullness: list[int] = []
         self._random = random.Random(0)
-
-    def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
-        if any("too long" in item for item in prompt.items):
-            raise DataError("does not fit")
-        return prompt, 0
 
     def submit(self, request: Request) -> None:
         self.in_flight.append(request)
@@ -140,12 +134,6 @@ def test_one_users_failure_is_that_users_alone(tmp_path: Path) -> None:
     results = run(LateEngine(8, answer), tmp_path, users(10))
     assert {tag for tag, result in results.items() if result.failure} == {3}
     assert "refused" in results[3].failure.reason
-
-
-def test_a_prompt_that_cannot_be_fitted_fails_its_user(tmp_path: Path) -> None:
-    works = iter([Work(0, hierarchical(2, 5, 3), ["too long", "b"]), Work(1, hierarchical(2, 5, 3), ["a", "b"])])
-    results = run(LateEngine(8), tmp_path, lambda: next(works, None))
-    assert "does not fit" in results[0].failure.reason and not results[1].failure
 
 
 def test_a_faulty_text_is_tried_once_more_with_sampling(tmp_path: Path) -> None:

@@ -107,12 +107,14 @@ def test_long_prompts_are_trimmed_to_true_tokens(model: object) -> None:
         prompt = SummaryPrompt(
             "say it now", ("likes tennis",), ("short one", "Tennis " * 400, "\u30c6\u30cb\u30b9" * 300)
         )
-        fitted, cut = limited.fit(prompt)
-        assert fitted.instruction == prompt.instruction and fitted.previous == prompt.previous
-        assert 100 < len(limited.encoder.encode(fitted)) <= 150 and cut > 0
-        limited.submit(Request("k", fitted, 5))
-        (completion,) = limited.poll()
-        assert completion.prompt_tokens <= 150
+        ids, cut = limited.encoder.fit(prompt)
+        written = limited.encoder.tokenizer.decode(ids)
+        assert "say it now" in written and "- likes tennis\n" in written and "- short one\n" in written
+        limited.submit(Request("k", prompt, 5))
+        limited.submit(Request("all instruction", SummaryPrompt("say it now " * 100), 5))
+        refused, completion = limited.poll() + limited.poll()
+        assert 100 < completion.prompt_tokens == len(ids) <= 150 and completion.words_cut == cut > 0
+        assert "without any item and 150 are allowed" in refused.error
 
 
 def test_the_chat_template_is_used_where_there_is_one() -> None:

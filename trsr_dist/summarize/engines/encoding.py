@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -38,15 +39,15 @@ class PromptEncoder:
         """Token ids. A chat template writes its own special tokens."""
         return self.tokenizer(self._render(prompt.text()), add_special_tokens=self.style == "plain")["input_ids"]
 
-    def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
-        """Trim by true token count. A token holds at least one byte, so short prompts need no counting.
+    def fit(self, prompt: SummaryPrompt) -> tuple[list[int], int]:
+        """Token ids of the prompt, trimmed by true token count, and the number of words cut.
 
         Raises:
             DataError: the instruction alone is over the limit.
         """
-        if self.style == "plain" and len(prompt.text().encode()) < self.max_prompt_tokens:
-            return prompt, 0
-        return trim_prompt(prompt, lambda tried: len(self.encode(tried)), self.max_prompt_tokens)
+        encode = cache(self.encode)
+        fitted, words_cut = trim_prompt(prompt, lambda tried: len(encode(tried)), self.max_prompt_tokens)
+        return encode(fitted), words_cut
 
     def _render(self, text: str) -> str:
         return chat_text(self.tokenizer, text, self.template_kwargs) if self.style == "chat" else text

@@ -10,13 +10,14 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import openai
 
 from trsr_dist.environment import secret, server_address
-from trsr_dist.errors import ConfigError, EngineError
+from trsr_dist.errors import ConfigError, DataError, EngineError
 from trsr_dist.log import get_logger
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.quality import TURN_MARKERS
@@ -94,18 +95,6 @@ class OpenAIEngine:
             # Daemons: at the end of the process nothing waits for a server that hangs.
             threading.Thread(target=self._serve, daemon=True).start()
 
-    def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
-        """Trim by the server's token count. A token holds at least one byte, so short prompts need no counting.
-
-        Raises:
-            DataError: the instruction alone is over the limit.
-            EngineError: the server is gone.
-        """
-        limit = self.max_prompt_tokens - TEMPLATE_TOKENS * self.chat
-        if len(prompt.text().encode()) < limit:
-            return prompt, 0
-        return trim_prompt(prompt, lambda tried: self._count(tried.text()), limit)
-
     def submit(self, request: Request) -> None:
         self._in_flight += 1
         self._todo.put(request)
@@ -133,13 +122,31 @@ class OpenAIEngine:
     def _work(self, request: Request) -> None:
         """In a thread: whatever happens, one outcome is put into the queue."""
         try:
-            self._done.put(self._ask_until_valid(request))
+            prompt, words_cut = self._fit(request.prompt)
+            completion = self._ask_until_valid(replace(request, prompt=prompt))
+            self._done.put(replace(completion, words_cut=words_cut))
+        except EngineError as error:
+            self._done.put(error)
+        except DataError as error:
+            self._done.put(Completion(request.key, error=str(error)))
         except FATAL as error:
             self._done.put(EngineError(f"{self._client.base_url}: {describe(error)}; check base_url, model and key"))
         except openai.OpenAIError as error:
             self._done.put(self._blame(request, error))
         except Exception as error:  # a reply of any form may come from a server
             self._done.put(EngineError(f"{self._client.base_url}: {type(error).__name__}: {error}"))
+
+    def _fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
+        """Trim by the server's token count. A token holds at least one byte, so short prompts need no counting.
+
+        Raises:
+            DataError: the instruction alone is over the limit.
+            EngineError: the server is gone.
+        """
+        limit = self.max_prompt_tokens - TEMPLATE_TOKENS * self.chat
+        if len(prompt.text().encode()) < limit:
+            return prompt, 0
+        return trim_prompt(prompt, lambda tried: self._count(tried.text()), limit)
 
     def _blame(self, request: Request, error: openai.OpenAIError) -> Completion | EngineError:
         """The request has failed, or the server is gone or too slow: then no request is at fault."""

@@ -16,10 +16,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from trsr_dist.errors import ModelError
+from trsr_dist.errors import DataError, ModelError
 from trsr_dist.log import get_logger
 from trsr_dist.pretrained import UNREADABLE, leave_out_cudnn, load_causal
-from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.engines.encoding import PromptEncoder, load_tokenizer, unreadable
 from trsr_dist.summarize.engines.slots import Slots
 from trsr_dist.summarize.quality import turn_place
@@ -40,6 +39,7 @@ class Sequence:
 
     request: Request
     prompt: list[int]
+    words_cut: int = 0
     tokens: list[int] = field(default_factory=list)
     generator: torch.Generator | None = None
 
@@ -108,17 +108,18 @@ class TransformersEngine:
         encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens, template_kwargs)
         return cls(model, encoder, num_slots)
 
-    def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
-        return self.encoder.fit(prompt)
-
     def submit(self, request: Request) -> None:
-        prompt = self.encoder.encode(request.prompt)
+        try:
+            prompt, words_cut = self.encoder.fit(request.prompt)
+        except DataError as error:
+            self._done.append(Completion(request.key, error=str(error)))
+            return
         needed = len(prompt) + request.max_new_tokens
         if needed > self._context:
             reason = f"{needed} tokens with the answer, {self._context} in the model's context; "
             self._done.append(Completion(request.key, error=reason + "lower summarize.max_prompt_tokens"))
             return
-        self._waiting.append(Sequence(request, prompt))
+        self._waiting.append(Sequence(request, prompt, words_cut))
 
     def poll(self) -> list[Completion]:
         while not self._done and (self._waiting or self._active):
@@ -233,7 +234,7 @@ class TransformersEngine:
             return None
         cut = full and not by_token and stopped is None
         written = self.encoder.opening + text[:stopped]
-        return Completion(sequence.request.key, written, cut, len(sequence.prompt), len(tokens))
+        return Completion(sequence.request.key, written, cut, len(sequence.prompt), len(tokens), sequence.words_cut)
 
     def _stop_place(self, text: str) -> int | None:
         """Where the next turn begins. With a chat template the model ends its turn itself."""
@@ -251,7 +252,7 @@ class TransformersEngine:
             reason = f"out of memory with a prompt of {len(failed.prompt)} tokens alone"
             self._done.append(Completion(failed.request.key, error=reason))
             self._resize(self._given_slots)
-        self._waiting.extendleft(reversed([Sequence(s.request, s.prompt) for s in started]))
+        self._waiting.extendleft(reversed([Sequence(s.request, s.prompt, s.words_cut) for s in started]))
 
     def _resize(self, num_slots: int) -> None:
         self.num_slots, self.capacity = num_slots, 2 * num_slots

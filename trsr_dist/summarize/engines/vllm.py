@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trsr_dist.errors import ConfigError
-from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.errors import ConfigError, DataError
 from trsr_dist.summarize.engines.encoding import PromptEncoder, load_tokenizer
 from trsr_dist.summarize.quality import TURN_MARKERS
 from trsr_dist.summarize.requests import WHOLE, Completion, Request
@@ -50,6 +49,7 @@ class VllmEngine:
         self.capacity = 2 * max_in_flight
         self.encoder = encoder
         self._done: list[Completion] = []
+        self._words_cut: dict[str, int] = {}
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=model,
@@ -82,9 +82,6 @@ class VllmEngine:
         encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens, template_kwargs)
         return cls(name_or_path, revision, trust_remote_code, precision, encoder, max_in_flight)
 
-    def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
-        return self.encoder.fit(prompt)
-
     def submit(self, request: Request) -> None:
         sampling = SamplingParams(
             max_tokens=request.max_new_tokens,
@@ -94,16 +91,17 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         try:
-            self._engine.add_request(
-                request.key, TokensPrompt(prompt_token_ids=self.encoder.encode(request.prompt)), sampling
-            )
-        except (ValueError, VLLMClientError) as error:
+            prompt, self._words_cut[request.key] = self.encoder.fit(request.prompt)
+            self._engine.add_request(request.key, TokensPrompt(prompt_token_ids=prompt), sampling)
+        except (DataError, ValueError, VLLMClientError) as error:
             self._done.append(Completion(request.key, error=str(error)))
 
     def poll(self) -> list[Completion]:
         while not self._done and self._engine.has_unfinished_requests():
             finished = [output for output in self._engine.step() if output.finished]
-            self._done += [completion_of(output, self.encoder.opening) for output in finished]
+            for output in finished:
+                words_cut = self._words_cut.pop(output.request_id)
+                self._done.append(completion_of(output, self.encoder.opening, words_cut))
         done, self._done = self._done, []
         return done
 
@@ -111,7 +109,7 @@ class VllmEngine:
         del self._engine
 
 
-def completion_of(output: RequestOutput, opening: str) -> Completion:
+def completion_of(output: RequestOutput, opening: str, words_cut: int) -> Completion:
     """What vLLM wrote behind what the template has begun, under the request's own key."""
     written = output.outputs[0]
     if written.finish_reason not in WHOLE:
@@ -122,4 +120,5 @@ def completion_of(output: RequestOutput, opening: str) -> Completion:
         cut=written.finish_reason == "length",
         prompt_tokens=len(output.prompt_token_ids),
         new_tokens=len(written.token_ids),
+        words_cut=words_cut,
     )
