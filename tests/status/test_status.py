@@ -21,6 +21,7 @@ from trsr_dist.log import MetricLog, read_metrics
 from trsr_dist.run import RunFolder
 from trsr_dist.status import describe_run, duration
 from trsr_dist.summarize import progress
+from trsr_dist.summarize.engines.extractive import ExtractiveEngine
 from trsr_dist.summarize.progress import (
     SILENT_SECONDS,
     ProgressReader,
@@ -31,6 +32,7 @@ from trsr_dist.summarize.progress import (
     task_path,
     write_task,
 )
+from trsr_dist.summarize.requests import Completion
 from trsr_dist.train.heartbeat import Heartbeat
 
 USERS = {"train": 30, "valid": 3, "test": 3}
@@ -79,9 +81,21 @@ def test_quarantined_users_and_failed_tasks_are_named(tmp_path: Path) -> None:
         text = describe_run(run)
         assert "stopped: no task is at work" in text
         assert "failed 00:00:0" in text and "summarize.max_failures allows 3" in text
-        run_here(config, "summarize.max_failures=100")
+        run_here(config, "summarize.max_failures=100", "summarize.failed_users=recent_only")
     text = describe_run(run)
     assert "36 quarantined" in text and "node 0: BadRequestError 400" in text
+
+
+def test_an_unforeseen_error_is_told_with_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: ExtractiveEngine) -> list[Completion]:
+        raise RuntimeError("device-side assert triggered")
+
+    run = tmp_path / "run"
+    write_histories(run, USERS)
+    monkeypatch.setattr(ExtractiveEngine, "poll", broken)
+    with pytest.raises(RuntimeError):
+        run_here(write_config(run))
+    assert "RuntimeError: device-side assert triggered" in describe_run(run)
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:

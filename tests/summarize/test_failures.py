@@ -154,6 +154,6 @@ def test_a_finished_stage_and_a_forced_one_make_no_call(tmp_path: Path) -> None:
         run_here(config)
         (run / "shards/train/train-000001.tar").write_bytes(b"damaged")
         assert tree_hash(run / "shards") != shards
-        run_here(config, force=True)
-        assert len(server.requests) == calls
+        run_here(config, "summarize.base_url=", force=True)
+        assert len(server.requests) == calls, "nor is an engine built"
     assert tree_hash(run / "shards") == shards

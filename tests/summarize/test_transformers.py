@@ -201,6 +201,8 @@ def test_other_errors_are_no_lack_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 45)
     assert is_out_of_memory(caught.value)
+    for words in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"):
+        assert is_out_of_memory(RuntimeError(words))
 
 
 def load(folder: Path) -> TransformersEngine:

@@ -31,9 +31,10 @@ from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.run import RunFolder, is_finished
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.engines.build import build_engine, engine_identity
+from trsr_dist.summarize.engines.lazy import LazyEngine
 from trsr_dist.summarize.leases import LeaseFolder, Owner
 from trsr_dist.summarize.plans import planner
-from trsr_dist.summarize.progress import TaskProgress, beating, task_path, work_name, write_job, write_task
+from trsr_dist.summarize.progress import TaskProgress, beating, task_path, work_name, write_job
 from trsr_dist.summarize.report import Reporter
 from trsr_dist.summarize.scheduler import Scheduler
 from trsr_dist.summarize.units import SplitWork
@@ -126,6 +127,7 @@ class Job:
         """Work until every split is published."""
         if self.task.index == 0:
             self.run_folder.write_config("summarize", dump_config(self.config))
+            self._compare_tasks_and_units()
         summaries = self.run_folder.summaries
         write_job(self._progress_folder, self.works)
         for work in self.unpublished.values():
@@ -142,6 +144,15 @@ class Job:
             leases.close()
             cache.close()
 
+    def _compare_tasks_and_units(self) -> None:
+        num_units = sum(work.num_units for work in self.unpublished.values())
+        if self.task.count > num_units:
+            log.warning(
+                "%d tasks, %d units: the others wait, without a model; lower summarize.users_per_shard, or take fewer "
+                "tasks",
+                self.task.count, num_units,
+            )  # fmt: skip
+
     @property
     def _progress_folder(self) -> Path:
         return self.run_folder.summaries / "progress" / digest([self.settings, self.inputs])[:12]
@@ -150,9 +161,8 @@ class Job:
         works, first = list(self.unpublished.values()), self.task.index / self.task.count
         worker = Worker(self.store, works, leases, self._recipe(), self.task.name, first, cache.refresh)
         settings = self.config.summarize
-        own = TaskProgress(self.task.name, self.task.ranks.host)
-        write_task(self._progress_folder, own)
-        engine = build_engine(settings, self.run_folder.resolve(settings.model), self.task.ranks.local_rank)
+        model, local_rank = self.run_folder.resolve(settings.model), self.task.ranks.local_rank
+        engine = LazyEngine(lambda: build_engine(settings, model, local_rank))
         scheduler = Scheduler(
             engine,
             self.identity,
@@ -162,23 +172,24 @@ class Job:
             settings.temperature,
             self.config.run.seed,
         )
-        reporter = self._reporter(own, leases, worker, scheduler)
+        reporter = self._reporter(leases, worker, scheduler)
         state, message = "stopped", ""
         try:
             self._work_on(worker, scheduler, leases, reporter)
             state = "done"
-        except TrsrError as error:
-            state, message = "failed", str(error)
+        except Exception as error:
+            kind = "" if isinstance(error, TrsrError) else f"{type(error).__name__}: "
+            state, message = "failed", f"{kind}{error}"
             raise
         finally:
             reporter.close(state, message)
             engine.close()
 
-    def _reporter(self, own: TaskProgress, leases: LeaseFolder, worker: Worker, scheduler: Scheduler) -> Reporter:
+    def _reporter(self, leases: LeaseFolder, worker: Worker, scheduler: Scheduler) -> Reporter:
         return Reporter(
             self.run_folder,
             self._progress_folder,
-            own,
+            TaskProgress(self.task.name, self.task.ranks.host),
             leases,
             worker,
             scheduler,

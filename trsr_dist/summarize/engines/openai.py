@@ -122,19 +122,23 @@ class OpenAIEngine:
     def _work(self, request: Request) -> None:
         """In a thread: whatever happens, one outcome is put into the queue."""
         try:
-            prompt, words_cut = self._fit(request.prompt)
-            completion = self._ask_until_valid(replace(request, prompt=prompt))
-            self._done.put(replace(completion, words_cut=words_cut))
-        except EngineError as error:
-            self._done.put(error)
-        except DataError as error:
-            self._done.put(Completion(request.key, error=str(error)))
-        except FATAL as error:
-            self._done.put(EngineError(f"{self._client.base_url}: {describe(error)}; check base_url, model and key"))
-        except openai.OpenAIError as error:
-            self._done.put(self._blame(request, error))
+            outcome = self._answer(request)
         except Exception as error:  # a reply of any form may come from a server
-            self._done.put(EngineError(f"{self._client.base_url}: {type(error).__name__}: {error}"))
+            outcome = EngineError(f"{self._client.base_url}: {type(error).__name__}: {error}")
+        self._done.put(outcome)
+
+    def _answer(self, request: Request) -> Completion | EngineError:
+        try:
+            prompt, words_cut = self._fit(request.prompt)
+            return replace(self._ask_until_valid(replace(request, prompt=prompt)), words_cut=words_cut)
+        except EngineError as error:
+            return error
+        except DataError as error:
+            return Completion(request.key, error=str(error))
+        except FATAL as error:
+            return EngineError(f"{self._client.base_url}: {describe(error)}; check base_url, model and key")
+        except openai.OpenAIError as error:
+            return self._blame(request, error)
 
     def _fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
         """Trim by the server's token count. A token holds at least one byte, so short prompts need no counting.

@@ -27,6 +27,12 @@ from trsr_dist.summarize.requests import Completion, Request
 PREFILL_ROWS = 8
 PREFILL_WASTE = 1.25
 """Prompts are prefilled together while padding adds at most this factor."""
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "HIP out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 STOP_CHECK_TOKENS = 8
 """Between two looks for a stop string."""
 
@@ -264,8 +270,8 @@ class TransformersEngine:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed, on a GPU or (an unnamed error of the allocator) on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an allocation failed: on a GPU, within a library of the GPU, or on a CPU (these have no class)."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def sample(logits: torch.Tensor, sequence: Sequence) -> int:
