@@ -30,7 +30,7 @@ from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.run import RunFolder, is_finished
 from trsr_dist.summarize.cache import TextCache
-from trsr_dist.summarize.engines.build import build_engine, engine_identity
+from trsr_dist.summarize.engines.build import build_engine, engine_identity, revision_to_load
 from trsr_dist.summarize.engines.lazy import LazyEngine
 from trsr_dist.summarize.leases import LeaseFolder, Owner
 from trsr_dist.summarize.plans import planner
@@ -39,6 +39,9 @@ from trsr_dist.summarize.report import Reporter
 from trsr_dist.summarize.scheduler import Scheduler
 from trsr_dist.summarize.units import SplitWork
 from trsr_dist.summarize.worker import Recipe, Worker
+
+GONE_SECONDS = 90.0
+"""NFS clients keep what they know of a folder for 60 seconds by default."""
 
 log = get_logger("summarize")
 
@@ -103,12 +106,14 @@ class Job:
         self.run_folder = run
         self.store = store
         self.task = task
-        self.identity = engine_identity(config.summarize, run.resolve(config.summarize.model), config.run.seed)
+        self.model = run.resolve(config.summarize.model)
+        self.identity = engine_identity(config.summarize, self.model, config.run.seed, run.summaries)
         self.settings = shard_settings(config, self.identity)
         self.inputs = {"histories": store.manifest_hash}
         self.replace = force
         self.redo = force and task.count == 1
         """Make finished sets anew. Of several tasks, none could tell an old set from what another has just made."""
+        self._gone_since: dict[str, float] = {}
         self.works = {split: self._work(split) for split in SPLITS}
         self.unpublished = {s: work for s, work in self.works.items() if self.redo or not self._is_published(s)}
         if force and not self.redo and not self.unpublished:
@@ -129,6 +134,7 @@ class Job:
             self.run_folder.write_config("summarize", dump_config(self.config))
             self._compare_tasks_and_units()
         summaries = self.run_folder.summaries
+        check_one_file_system(summaries, self.run_folder.shards)
         write_job(self._progress_folder, self.works)
         for work in self.unpublished.values():
             if self.redo:
@@ -161,8 +167,8 @@ class Job:
         works, first = list(self.unpublished.values()), self.task.index / self.task.count
         worker = Worker(self.store, works, leases, self._recipe(), self.task.name, first, cache.refresh)
         settings = self.config.summarize
-        model, local_rank = self.run_folder.resolve(settings.model), self.task.ranks.local_rank
-        engine = LazyEngine(lambda: build_engine(settings, model, local_rank))
+        revision = revision_to_load(settings, self.identity)
+        engine = LazyEngine(lambda: build_engine(settings, self.model, revision, self.task.ranks.local_rank))
         scheduler = Scheduler(
             engine,
             self.identity,
@@ -219,10 +225,17 @@ class Job:
             if not self.redo and self._is_published(split):
                 work.clear(self.task.name)
             elif gone:
-                raise RunError(f"{work.folder}: removed while this task was at work; run the stage again")
+                self._wait_for_manifest(split, work)
+                continue
             elif not (work.is_complete() and self._publish_alone(split, work, leases)):
                 continue
             del self.unpublished[split]
+
+    def _wait_for_manifest(self, split: str, work: SplitWork) -> None:
+        """A work folder is gone when its set is published; NFS may show the one before the other."""
+        now = time.monotonic()
+        if now - self._gone_since.setdefault(split, now) > GONE_SECONDS:
+            raise RunError(f"{work.folder}: removed while this task was at work; run the stage again")
 
     def _publish_alone(self, split: str, work: SplitWork, leases: LeaseFolder) -> bool:
         with leases.holding(f"{work.folder.name}-publish") as mine:
@@ -281,6 +294,20 @@ class Job:
                 "wording": WORDING_VERSION,
                 "seed": self.config.run.seed,
             },
+        )
+
+
+def check_one_file_system(summaries: Path, shards: Path) -> None:
+    """A finished set moves from one to the other by a rename.
+
+    Raises:
+        RunError: they lie on two file systems.
+    """
+    summaries.mkdir(parents=True, exist_ok=True)
+    if shards.exists() and shards.stat().st_dev != summaries.stat().st_dev:
+        raise RunError(
+            f"{shards}: on another file system than {summaries}, from where finished shards are renamed; let both, or "
+            "the whole run folder, be links to one file system"
         )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from trsr_dist.errors import ConfigError, DataError
+from trsr_dist.errors import ConfigError, DataError, ModelError
 from trsr_dist.summarize.engines.encoding import PromptEncoder, load_tokenizer
 from trsr_dist.summarize.quality import TURN_MARKERS
 from trsr_dist.summarize.requests import WHOLE, Completion, Request
@@ -35,6 +35,7 @@ class VllmEngine:
         precision: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         encoder: the model's tokenizer, with the prompt's style and limit.
         max_in_flight: sequences generated at once.
+        max_new_tokens: of a text; with the prompt's limit the context that vLLM reserves memory for.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class VllmEngine:
         precision: str,
         encoder: PromptEncoder,
         max_in_flight: int,
+        max_new_tokens: int,
     ) -> None:
         self.capacity = 2 * max_in_flight
         self.encoder = encoder
@@ -57,6 +59,7 @@ class VllmEngine:
                 trust_remote_code=trust_remote_code,
                 dtype=precision,
                 max_num_seqs=max_in_flight,
+                max_model_len=encoder.max_prompt_tokens + max_new_tokens,
                 enable_prefix_caching=True,
             )
         )
@@ -72,15 +75,23 @@ class VllmEngine:
         template_kwargs: Mapping[str, Any],
         max_prompt_tokens: int,
         max_in_flight: int,
+        max_new_tokens: int,
     ) -> VllmEngine:
         """Load model and tokenizer.
 
         Raises:
-            ModelError: the tokenizer cannot be loaded.
+            ModelError: the tokenizer cannot be loaded, or vLLM does not start.
         """
         tokenizer = load_tokenizer(name_or_path, revision, trust_remote_code)
         encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens, template_kwargs)
-        return cls(name_or_path, revision, trust_remote_code, precision, encoder, max_in_flight)
+        try:
+            return cls(name_or_path, revision, trust_remote_code, precision, encoder, max_in_flight, max_new_tokens)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ModelError(
+                f"summarize.model={name_or_path!r}: vLLM does not start: {error}; the model's context must hold "
+                f"summarize.max_prompt_tokens={max_prompt_tokens} and max_new_tokens={max_new_tokens}, and the GPU "
+                "both model and cache"
+            ) from error
 
     def submit(self, request: Request) -> None:
         sampling = SamplingParams(
