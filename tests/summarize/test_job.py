@@ -213,6 +213,23 @@ def test_a_hub_model_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.
     assert identity["fingerprint"] == revision_to_load(settings, identity) == commit
 
 
+def test_a_job_of_other_settings_is_kept_out_while_one_is_at_work(tmp_path: Path) -> None:
+    def asking(handler: Handler, body: dict, tries: int) -> None:
+        if not refusals:
+            other = Job(changed, RunFolder(run), HistoryStore(run / "histories"), Task.detect(), force=False)
+            with pytest.raises(RunError, match="block_size") as caught:
+                other.run()
+            refusals.append(str(caught.value))
+        good(handler, body, tries)
+
+    refusals: list[str] = []
+    with served(tmp_path, max_in_flight=1) as (run, config, server):
+        changed = load_config(config, ["summarize.block_size=3"])
+        server.answer = asking
+        run_here(config)
+    assert "at work here with block_size=5, now 3" in refusals[0]
+
+
 def test_a_set_whose_manifest_is_not_visible_yet_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As NFS shows it for a while: the work folder is gone, and the shards are not there."""
     run, config = prepared(tmp_path)

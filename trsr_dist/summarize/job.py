@@ -28,7 +28,7 @@ from trsr_dist.files import writing
 from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.prompts.wording import WORDING_VERSION
-from trsr_dist.run import RunFolder, is_finished
+from trsr_dist.run import RunFolder, claim, is_finished
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.engines.build import build_engine, engine_identity, revision_to_load
 from trsr_dist.summarize.engines.lazy import LazyEngine
@@ -110,6 +110,7 @@ class Job:
         self.identity = engine_identity(config.summarize, self.model, config.run.seed, run.summaries)
         self.settings = shard_settings(config, self.identity)
         self.inputs = {"histories": store.manifest_hash}
+        self.digest = digest([self.settings, self.inputs])
         self.replace = force
         self.redo = force and task.count == 1
         """Make finished sets anew. Of several tasks, none could tell an old set from what another has just made."""
@@ -129,7 +130,16 @@ class Job:
             shutil.rmtree(gone, ignore_errors=True)
 
     def run(self) -> None:
-        """Work until every split is published."""
+        """Work until every split is published.
+
+        Raises:
+            RunError: a job of other settings or inputs is at work here.
+        """
+        what = {**self.settings, **self.inputs}
+        with claim(self.run_folder.summaries, self.digest, what):
+            self._run_claimed()
+
+    def _run_claimed(self) -> None:
         if self.task.index == 0:
             self.run_folder.write_config("summarize", dump_config(self.config))
             self._compare_tasks_and_units()
@@ -161,7 +171,7 @@ class Job:
 
     @property
     def _progress_folder(self) -> Path:
-        return self.run_folder.summaries / "progress" / digest([self.settings, self.inputs])[:12]
+        return self.run_folder.summaries / "progress" / self.digest[:12]
 
     def _with_engine(self, leases: LeaseFolder, cache: TextCache) -> None:
         works, first = list(self.unpublished.values()), self.task.index / self.task.count
