@@ -184,7 +184,7 @@ class OpenAIEngine:
             try:
                 return read_reply(request.key, self._ask(request))
             except (ValueError, openai.APIResponseValidationError) as error:
-                reason = f"{type(error).__name__}: {error}"
+                reason = str(error)
         return Completion(request.key, error=f"the server's replies were malformed or broken off: {reason}")
 
     def _ask(self, request: Request) -> Any:
