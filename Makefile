@@ -5,8 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SEED ?= 0
 RUN ?= runs/quickstart$(if $(filter-out 0,$(SEED)),-$(SEED))
+GPU := $(wildcard /dev/nvidiactl /dev/kfd /dev/dxg)
+# On Linux, PyPI's torch is the CUDA build with gigabytes of libraries. Empty: what pip finds by itself.
+TORCH_INDEX ?= $(if $(GPU),,https://download.pytorch.org/whl/cpu)
+REACH := import sys, urllib.request; urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=4)
 # The launcher warns on every start where it has to find out that there is no GPU.
-LAUNCHER := PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(wildcard /dev/nvidiactl /dev/kfd),,DS_ACCELERATOR=cpu) $(BIN)/deepspeed
+LAUNCHER := PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(GPU),,DS_ACCELERATOR=cpu) $(BIN)/deepspeed
 WHEELS := build/wheels
 GPU_PYTHON ?= 3.12
 CARRIED := hjson py-cpuinfo msgpack einops ninja psutil tqdm pydantic pydantic_core annotated-types typing-inspection \
@@ -20,11 +24,15 @@ help:  ## list the goals
 
 env: $(STAMP)  ## virtual environment with the pinned install
 
-# torch first and pinned: a plain `torch` would pull the CUDA build. ensurepip is missing on a bare Debian.
+# torch first: of equal versions pip prefers the one with a label, such as 2.13.0+cpu. ensurepip is missing on a bare
+# Debian. Where the index cannot be reached, pip would try it for minutes.
 $(STAMP): setup.py constraints.txt
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet -c constraints.txt torch==2.13.0
+	@index="$(TORCH_INDEX)"; \
+	if [ -n "$$index" ] && ! timeout 8 $(BIN)/python -c '$(REACH)' "$$index" 2>/dev/null; then \
+	  echo "$$index cannot be reached: torch comes from where pip finds it"; index=; fi; \
+	set -x; $(BIN)/pip install --quiet $${index:+--extra-index-url $$index} -c constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 

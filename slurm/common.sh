@@ -6,6 +6,8 @@ EXIT_REQUEUE=75 # as in trsr_dist/cli.py: the work is saved and asks to be run a
 source "${TRSR_SITE:-slurm/site.sh}"
 # shellcheck source=slurm/restart.sh
 source slurm/restart.sh
+# shellcheck source=slurm/outputs.sh
+source slurm/outputs.sh
 if declare -F trsr_environment >/dev/null; then trsr_environment; fi
 
 say() { printf '%(%F %T)T [%s] %s\n' -1 "${stage:-slurm}" "$*"; }
@@ -13,21 +15,27 @@ say() { printf '%(%F %T)T [%s] %s\n' -1 "${stage:-slurm}" "$*"; }
 # open_stage NAME CONFIG [key=value ...]: the run folder, the ranks' addresses, the count of idle restarts
 open_stage() {
   stage=$1 restart=${SLURM_RESTART_COUNT:-0}
+  # The last element of an array has the array's own number as SLURM_JOB_ID, by which Slurm means all elements.
+  job_id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  job_id=${job_id:-$SLURM_JOB_ID}
   settings=(--config "${2:?usage: sbatch slurm/$1.sbatch CONFIG [key=value ...]}" "${@:3}")
   run=$(python tools/setting.py "${settings[@]}" --key run.dir)
-  logs=$run/logs/$stage-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
+  logs=$run/logs/$stage-$job_id
   mkdir -p "$logs"
+  asked=("${settings[@]}")
+  without_used_force
   tasks=()
   if [ -n "${SLURM_GPUS_ON_NODE:-}" ] && [ -z "${SLURM_NTASKS:-}" ]; then
     tasks=("--ntasks-per-node=$SLURM_GPUS_ON_NODE") # one task per GPU
   fi
-  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # srun does not take it from sbatch
+  # srun does not take it from sbatch; unasked, it would contradict --cpus-per-gpu.
+  if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK; fi
   mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
   MASTER_ADDR=${nodes[0]} MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))
   while (exec 3<>"/dev/tcp/$MASTER_ADDR/$MASTER_PORT") 2>/dev/null; do MASTER_PORT=$((MASTER_PORT + 1)); done
   TRSR_CACHE=$TRSR_SCRATCH/trsr-$(id -un) # on every node its own
   export MASTER_ADDR MASTER_PORT TRSR_CACHE
-  say "job $SLURM_JOB_ID, restart $restart, on $SLURM_JOB_NODELIST; run folder $run; logs of all tasks in $logs"
+  say "job $job_id, restart $restart, on $SLURM_JOB_NODELIST; run folder $run; logs of all tasks in $logs"
   count_idle_restarts
   ended=0
   trap 'ended=1' TERM # handlers of builtins only: bash 5.2 aborts when a signal interrupts a handler's $(...)
@@ -36,8 +44,10 @@ open_stage() {
 # run_step COMMAND...: one task per rank; $status is srun's. Signals cut bash's wait short, not the step.
 run_step() {
   errors=$logs/srun-restart-$restart.log status=0
+  if [[ " $* " == *' --force '* ]]; then touch "$logs/forced"; fi
+  # --export: after sbatch --export=NONE a step would start without the variables that are set here.
   # shellcheck disable=SC2086
-  srun --kill-on-bad-exit=1 "${tasks[@]}" $TRSR_SRUN_OPTIONS bash slurm/task.sh "$logs" "$@" 2>"$errors" &
+  srun --export=ALL --kill-on-bad-exit=1 "${tasks[@]}" $TRSR_SRUN_OPTIONS bash slurm/task.sh "$logs" "$@" 2>"$errors" &
   local step=$!
   while :; do
     status=0
@@ -52,8 +62,10 @@ run_step() {
 # preflight [--no-network]: stop before hours are lost to a bad node
 preflight() {
   local bad=$logs/bad-nodes-$restart
+  if [ "$TRSR_PREFLIGHT" = 0 ]; then return; fi
   run_step python launch/preflight.py --run "$run" --reports "$logs/preflight-$restart" --bad-nodes "$bad" \
-    --hosts "$(IFS=,; echo "${nodes[*]}")" --free-gb "$TRSR_FREE_GB" --scratch "$TRSR_CACHE" "$@"
+    --hosts "$(IFS=,; echo "${nodes[*]}")" --free-gb "$TRSR_FREE_GB" --scratch "$TRSR_CACHE" \
+    --timeout-seconds "$TRSR_PREFLIGHT_SECONDS" "$@"
   if [ "$status" = 0 ]; then return; fi
   # A node on which the check cannot even start is named by srun alone.
   if [ ! -s "$bad" ]; then sed -nE 's/^srun: error: ([^:]+): tasks? .*/\1/p' "$errors" | head -n 1 >"$bad"; fi

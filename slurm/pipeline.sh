@@ -1,10 +1,15 @@
 #!/usr/bin/env bash
-# The whole chain as Slurm jobs: slurm/pipeline.sh CONFIG [key=value ...]
+# The whole chain as Slurm jobs: slurm/pipeline.sh CONFIG [key=value ...] [--force]
 # Run it again at any time: finished stages are left out, jobs still in the queue are kept, the rest is submitted.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
+if [ -n "${SLURM_JOB_ID:-}" ]; then # inside an interactive job, whose variables would reach the jobs of the chain
+  for name in "${!SLURM_@}"; do [ "$name" = SLURM_CONF ] || unset "$name"; done
+fi
 # shellcheck source=slurm/site.sh
 source "${TRSR_SITE:-slurm/site.sh}"
+# shellcheck source=slurm/outputs.sh
+source slurm/outputs.sh
 if declare -F trsr_environment >/dev/null; then trsr_environment; fi
 [ $# -ge 1 ] || { sed -n '2,3s/^# //p' "$0"; exit 2; }
 settings=(--config "$1" "${@:2}")
@@ -16,13 +21,6 @@ merged_config=$(python tools/setting.py "${settings[@]}")
 mkdir -p "$run/logs"
 tag=$(realpath "$run" | cksum | cut -d' ' -f1) # jobs of this run folder, among all of the user's
 previous='' jobs=()
-
-# finished STAGE FILE...: its output is there, made with exactly these settings
-finished() {
-  local file
-  for file in "${@:2}"; do [ -e "$file" ] || return 1; done
-  [ "$merged_config" = "$(cat "$run/config/$1.yaml" 2>/dev/null)" ]
-}
 
 # submit STAGE "OPTIONS" SCRIPT ARGUMENTS...: after the previous job; a dependency that can no longer come true ends it
 submit() {
@@ -41,21 +39,21 @@ submit() {
   jobs+=("$job")
 }
 
-stage() { # stage NAME "OPTIONS" "FILES OF ITS OUTPUT" SCRIPT [ARGUMENT]
-  # shellcheck disable=SC2086
-  if [ -z "$previous" ] && finished "$1" $3; then echo "$1: finished already"; return; fi
-  submit "$1" "$2" "${@:4}" "${settings[@]:1}"
+# stage NAME "OPTIONS" SCRIPT [ARGUMENT]: unless it is finished and nothing before it is to be done
+stage() {
+  if [ -z "$previous" ] && finished "$1"; then echo "$1: finished already"; return; fi
+  submit "$1" "$2" "${@:3}" "${settings[@]:1}"
 }
 
-stage prepare "$TRSR_PREPARE_OPTIONS" "$run/histories/manifest.json" slurm/single.sbatch prepare
-stage summarize "$TRSR_SUMMARIZE_OPTIONS" "$(echo "$run"/shards/{train,valid,test}/manifest.json)" "$TRSR_SUMMARIZE_SCRIPT"
+stage prepare "$TRSR_PREPARE_OPTIONS" slurm/single.sbatch prepare
+stage summarize "$TRSR_SUMMARIZE_OPTIONS" "$TRSR_SUMMARIZE_SCRIPT"
 if [ "$(setting model.name_or_path)" = RUN/base ]; then
-  stage base "$TRSR_PREPARE_OPTIONS" "$run/base/config.json" slurm/single.sbatch base
+  stage base "$TRSR_PREPARE_OPTIONS" slurm/single.sbatch base
 fi
-stage train "$TRSR_TRAIN_OPTIONS" "$run/merged/config.json" slurm/train.sbatch
-stage merge "$TRSR_MERGE_OPTIONS" "$run/merged/config.json" slurm/single.sbatch merge
-stage evaluate "$TRSR_EVALUATE_OPTIONS" "$run/evaluation/$split.json" slurm/evaluate.sbatch
+stage train "$TRSR_TRAIN_OPTIONS" slurm/train.sbatch
+stage merge "$TRSR_MERGE_OPTIONS" slurm/single.sbatch merge
+stage evaluate "$TRSR_EVALUATE_OPTIONS" slurm/evaluate.sbatch
 if [ ${#jobs[@]} = 0 ]; then echo "everything is finished: $run/evaluation/$split.json"; exit 0; fi
 list=$(IFS=,; echo "${jobs[*]}")
-printf 'watch:  squeue -j %s\n        tail -F %s\n        python tools/status.py %s\nstop:   scancel %s\n' \
-  "$list" "$run/logs/*.out" "$run" "${jobs[*]}"
+printf 'watch:  squeue -j %s\n        tail -F %q/logs/*.out\n        python tools/status.py %q\nstop:   scancel %s\n' \
+  "$list" "$run" "$run" "${jobs[*]}"

@@ -1,18 +1,34 @@
 # When a job runs again, and when not; sourced by common.sh.
 # shellcheck shell=bash disable=SC2154
 
-# What the stages have written so far, as one word. Logs, leases, signs of life and settings are no progress.
-progress_mark() {
-  find "$run" -type f -size +0 ! -path '*/.*' ! -path '*/leases/*' ! -path "$run/logs/*" ! -path "$run/config/*" \
-    ! -path "$run/summaries/progress/*" ! -path "$run/heartbeats/*" ! -path "$run/tensorboard/*" \
-    ! -name metrics.jsonl -printf '%P %s\n' 2>/dev/null | sort | cksum | tr ' ' -
+# progress_files [FIND_TEST...]: what the stages have written, with sizes. Logs, leases, signs of life and settings are
+# no progress. Names are seen from inside the run folder, however that is spelled; files may vanish meanwhile.
+progress_files() (
+  CDPATH='' cd -- "$run" || exit
+  find . -type f -size +0 ! -path '*/.*/*' ! -name '.*' ! -path '*/leases/*' ! -path './logs/*' ! -path './config/*' \
+    ! -path './summaries/progress/*' ! -path './heartbeats/*' ! -path './tensorboard/*' ! -name metrics.jsonl "$@" \
+    -printf '%P %s\n' 2>/dev/null || true
+)
+
+# progress_mark: the same as one word
+progress_mark() { progress_files | sort | cksum | tr ' ' -; }
+
+# without_used_force: once --force has brought something new, a restart that honoured it again would remove just that
+without_used_force() {
+  local word kept=()
+  if [ "$restart" = 0 ] || [ ! -e "$logs/forced" ]; then return; fi
+  if [ -z "$(progress_files -newer "$(realpath "$logs/forced")")" ]; then return; fi
+  for word in "${settings[@]}"; do
+    if [ "$word" != --force ]; then kept+=("$word"); fi
+  done
+  settings=("${kept[@]}")
 }
 
 # Each start remembers the mark it found; too many starts that found the same one end the job.
 count_idle_restarts() {
   local before=none idle=0
   mark=$(progress_mark)
-  if [ -f "$logs/progress" ]; then read -r before idle <"$logs/progress"; fi
+  if [ -s "$logs/progress" ]; then read -r before idle <"$logs/progress"; fi
   if [ "$mark" = "$before" ]; then idle=$((idle + 1)); else idle=0; fi
   echo "$mark $idle" >"$logs/progress"
   if [ "$idle" -gt "$TRSR_IDLE_RESTARTS" ]; then
@@ -21,18 +37,28 @@ count_idle_restarts() {
   fi
 }
 
+# ends_anyway: Slurm itself is ending this job. A controller that does not answer says nothing of it.
+ends_anyway() {
+  local state
+  [ "$ended" = 1 ] || { state=$(squeue -h -j "$job_id" -o %T 2>/dev/null) && [ "$state" != RUNNING ]; }
+}
+
 # run_again REASON [NODES]: requeue this job, without NODES
 run_again() {
-  if [ "$ended" = 1 ] || [ "$(squeue -h -j "$SLURM_JOB_ID" -o %T 2>/dev/null)" != RUNNING ]; then
-    say "$1; Slurm itself ends or requeues this job"
+  if [ -e "$run/STOP" ]; then
+    say "$1; not requeued, since $run/STOP is there: remove it and submit again to go on"
     exit "$EXIT_REQUEUE"
   fi
-  say "$1; requeued"
   trap '' TERM # the requeue ends this script; scontrol inherits the deafness and can finish
   local try
   for try in {1..30}; do # the controller may be restarting
-    if scontrol requeue "$SLURM_JOB_ID"; then
-      if [ -n "${2:-}" ]; then scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$2" || true; fi
+    if ends_anyway; then
+      say "$1; Slurm itself ends or requeues this job"
+      exit "$EXIT_REQUEUE"
+    fi
+    if [ "$try" = 1 ]; then say "$1; requeued"; fi
+    if scontrol requeue "$job_id"; then
+      if [ -n "${2:-}" ]; then scontrol update "JobId=$job_id" "ExcNodeList=$2" || true; fi
       exit "$EXIT_REQUEUE"
     fi
     sleep 10
@@ -48,6 +74,7 @@ finish_stage() {
     for file in "$@"; do
       [ -e "$file" ] || { say "ended with status 0 but without $file"; exit 1; }
     done
+    keep_settings
     say "done"
     exit 0
   fi

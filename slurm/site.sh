@@ -7,7 +7,12 @@
 #export SBATCH_PARTITION=gpu
 #export SBATCH_QOS=normal
 
-# Options of the stages' jobs when slurm/pipeline.sh submits them. CPU-only: drop --gpus-per-node.
+# Options of the stages' jobs when slurm/pipeline.sh submits them. These ask for no GPU, which is enough for
+# configs/quickstart.yaml alone. For one node of 8 GPUs (one task a GPU), and a merge that reads the whole model:
+#TRSR_SUMMARIZE_OPTIONS="--nodes=1 --gpus-per-node=8 --ntasks-per-node=8 --cpus-per-task=8 --mem=0 --time=24:00:00"
+#TRSR_TRAIN_OPTIONS=$TRSR_SUMMARIZE_OPTIONS
+#TRSR_EVALUATE_OPTIONS=$TRSR_SUMMARIZE_OPTIONS
+#TRSR_MERGE_OPTIONS="--nodes=1 --ntasks=1 --cpus-per-task=8 --mem=64G --time=02:00:00"
 TRSR_PREPARE_OPTIONS=${TRSR_PREPARE_OPTIONS:-"--nodes=1 --ntasks=1"}
 TRSR_SUMMARIZE_OPTIONS=${TRSR_SUMMARIZE_OPTIONS:-"--nodes=1 --ntasks-per-node=1"}
 # slurm/summarize_vllm.sbatch: with vLLM servers beside the tasks.
@@ -25,7 +30,8 @@ trsr_environment() {
   fi
 }
 
-# More options of srun, for instance a container: --container-image=/images/torch.sqsh --container-mounts=/data
+# More options of srun, for instance a container, which must start in this folder (an example for pyxis):
+#TRSR_SRUN_OPTIONS="--container-image=/images/torch.sqsh --container-mounts=/data,$PWD --container-workdir=$PWD"
 TRSR_SRUN_OPTIONS=${TRSR_SRUN_OPTIONS:-}
 
 # Fast disk of each node, for caches of compiled kernels; made where missing.
@@ -33,6 +39,12 @@ TRSR_SCRATCH=${TRSR_SCRATCH:-${TMPDIR:-/tmp}}
 
 # A job that has restarted this often without new work on the disk is given up.
 TRSR_IDLE_RESTARTS=${TRSR_IDLE_RESTARTS:-3}
+
+# 0: no preflight.
+TRSR_PREFLIGHT=${TRSR_PREFLIGHT:-1}
+
+# So long do the ranks of a preflight wait for each other.
+TRSR_PREFLIGHT_SECONDS=${TRSR_PREFLIGHT_SECONDS:-60}
 
 # 1: a node that fails the preflight is excluded when its job is requeued (needs spare nodes).
 TRSR_EXCLUDE_BAD_NODES=${TRSR_EXCLUDE_BAD_NODES:-0}

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 from trsr_dist.cli import run_command
-from trsr_dist.evaluate.compare import compare_scores, open_scores, pair_users
+from trsr_dist.evaluate.compare import compare
 
 EXAMPLE = "python tools/compare.py runs/one/evaluation runs/two/evaluation"
 
@@ -25,11 +25,11 @@ def main() -> None:
     parser.add_argument("--top-k", type=int, nargs="+", default=[3, 5, 10], metavar="K", help="cut-offs")
     parser.add_argument("--samples", type=int, default=10000, help="resamples and sign vectors")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--unfinished", action="store_true", help="compare the users that both have")
     args = parser.parse_args()
     if min(*args.top_k, args.samples) < 1 or args.seed < 0:
         parser.error("--top-k and --samples are 1 or more, --seed is 0 or more")
-    pairs = pair_users(open_scores(args.a, args.split), open_scores(args.b, args.split))
-    print(compare_scores(pairs, args.top_k, args.samples, args.seed))
+    print(compare((args.a, args.b), args.split, args.top_k, args.samples, args.seed, args.unfinished))
 
 
 if __name__ == "__main__":

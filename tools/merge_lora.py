@@ -1,7 +1,7 @@
 """Merge a checkpoint or a LoRA adapter into a plain Hugging Face folder, streamed and verified.
 
 DIR of --checkpoint is a checkpoint folder of any ZeRO stage and world size, a run folder or its checkpoints/latest or
-checkpoints/best, a DeepSpeed checkpoint, or a PEFT adapter folder.
+checkpoints/best (where the training ranked validation users), a DeepSpeed checkpoint, or a PEFT adapter folder.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ prepare_process()  # before torch is imported
 from trsr_dist.cli import run_command  # noqa: E402
 from trsr_dist.log import setup_logging  # noqa: E402
 
-EXAMPLE = "python tools/merge_lora.py --checkpoint runs/quickstart/checkpoints/best --output runs/quickstart/merged"
+EXAMPLE = "python tools/merge_lora.py --checkpoint runs/quickstart/checkpoints/latest --output runs/quickstart/merged"
 
 
 def main() -> None:
@@ -34,6 +34,7 @@ def main() -> None:
         verify=args.verify,
         tolerance=args.tolerance,
         force=args.force,
+        update=args.update,
         dry_run=args.dry_run,
     )
     merge(args.checkpoint, args.output, options)
@@ -59,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add("--tolerance", type=float, metavar="X", help="largest log-odds difference; default 1e-4 in float32, else 0.1")
     add("--force", action="store_true", help="replace an earlier merge once the new one is whole")
+    add("--update", action="store_true", help="the same, only where the checkpoint or a setting has changed since")
     add("--dry-run", action="store_true", help="check the inputs and print the plan; write nothing")
     return parser.parse_args()
 

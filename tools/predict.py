@@ -16,11 +16,12 @@ from pathlib import Path  # noqa: E402
 from typing import get_args  # noqa: E402
 
 from trsr_dist.cli import run_command  # noqa: E402
-from trsr_dist.config.sections import ModelSection  # noqa: E402
+from trsr_dist.config.sections import EvaluateSection, ModelSection  # noqa: E402
 from trsr_dist.files import writing  # noqa: E402
 from trsr_dist.log import setup_logging  # noqa: E402
 
 ATTENTION = get_args(ModelSection.model_fields["attention"].annotation)
+MIN_ROW_TOKENS = EvaluateSection.model_fields["row_tokens"].metadata[0].ge
 EXAMPLE = "python tools/predict.py --model runs/quickstart/merged --input requests.jsonl --output ranked.jsonl"
 
 
@@ -58,6 +59,10 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if args.output.is_dir():
         parser.error(f"--output {args.output} is a folder; name a file")
+    if args.output.exists() and args.input.exists() and args.output.samefile(args.input):
+        parser.error(f"--output {args.output} is the input itself; name another file")
+    if args.row_tokens < MIN_ROW_TOKENS:
+        parser.error(f"--row-tokens {args.row_tokens}: {MIN_ROW_TOKENS} or more")
     return args
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import reduce
 
 from trsr_dist.cli import config_parser, parse_config, run_command
@@ -9,7 +10,7 @@ from trsr_dist.config import check_key, dump_config
 
 
 def main() -> None:
-    """``--key run.dir`` prints that value; without ``--key`` the whole config is printed."""
+    """``--key run.dir`` prints that value (JSON where it is no text); without ``--key`` the whole config is printed."""
     parser = config_parser(__doc__, "python tools/setting.py --config configs/quickstart.yaml --key run.dir")
     parser.add_argument("--key", metavar="SECTION.NAME", help="the setting to print")
     args, config = parse_config(parser)
@@ -17,7 +18,8 @@ def main() -> None:
         print(dump_config(config), end="")
         return
     check_key(args.key)
-    print(reduce(getattr, args.key.split("."), config))
+    value = reduce(getattr, args.key.split("."), config)
+    print(value if isinstance(value, str) else json.dumps(value))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,10 @@ EXIT_REQUEUE = 75
 def config_parser(description: str, example: str) -> argparse.ArgumentParser:
     """Parser of a command that reads a run's config."""
     parser = argparse.ArgumentParser(
-        description=description, epilog=f"example:\n  {example}", formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description,
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,  # job scripts look for --force
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the merged config and the plan; touch nothing")

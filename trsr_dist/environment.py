@@ -203,6 +203,25 @@ def slurm_end_time() -> float | None:
     return float(value) if value and value.isdigit() else None
 
 
+def node_name(environment: Mapping[str, str] | None = None) -> str:
+    """Slurm's name of this node, which need not be the host's (``node1`` on ``node1.cluster``); else the host's."""
+    env = os.environ if environment is None else environment
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def slurm_gpus(environment: Mapping[str, str] | None = None) -> int | None:
+    """GPUs of this node that Slurm gives the job, None where it does not say."""
+    env = os.environ if environment is None else environment
+    return _number(env, "SLURM_GPUS_ON_NODE") if env.get("SLURM_GPUS_ON_NODE") else None
+
+
+def slurm_memory_bytes(environment: Mapping[str, str] | None = None) -> int | None:
+    """Memory of this node that Slurm gives the job, None where it does not say or gives the whole node."""
+    env = os.environ if environment is None else environment
+    megabytes = _number(env, "SLURM_MEM_PER_NODE", 0)
+    return megabytes * 2**20 if megabytes else None
+
+
 def _number(env: Mapping[str, str], name: str, default: int | None = None) -> int:
     text = env.get(name, "" if default is None else str(default))
     if not text.isdigit():

@@ -10,8 +10,28 @@ from typing import Any
 
 def digest(value: Any) -> str:
     """Hex SHA-256 of a JSON value in canonical form."""
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(_canonical(value)).hexdigest()
+
+
+def _canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+class ListDigest:
+    """``digest`` of a list whose values come one by one."""
+
+    def __init__(self) -> None:
+        self._state = hashlib.sha256()
+        self._is_empty = True
+
+    def add(self, value: Any) -> None:
+        self._state.update(("[" if self._is_empty else ",").encode() + _canonical(value))
+        self._is_empty = False
+
+    def hexdigest(self) -> str:
+        state = self._state.copy()
+        state.update(b"[]" if self._is_empty else b"]")
+        return state.hexdigest()
 
 
 def hash64(*keys: object) -> int:

@@ -15,7 +15,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from trsr_dist.environment import Ranks, export_ranks
+from trsr_dist.environment import Ranks, export_ranks, node_name, slurm_gpus
 from trsr_dist.errors import RunError
 from trsr_dist.files import read_json, write_json
 from trsr_dist.log import get_logger
@@ -32,11 +32,13 @@ class NodeReport:
 
     rank: int
     host: str
+    """Slurm's name of it."""
     code: str
     """Hash of the package's sources."""
     packages: str
     """Versions of the packages that must agree."""
     gpus: int
+    """That the job has there."""
     driver: str
     run_free_gb: float
     scratch_free_gb: float
@@ -65,7 +67,7 @@ class PreflightOptions:
     scratch: Path
     """Folder on each node's own disk."""
     hosts: list[str]
-    """The job's nodes; rank 0 runs on the first."""
+    """The job's nodes under Slurm's names; rank 0 runs on the first."""
     free_gb: float
     """Space that the run folder and scratch need, in GB."""
     seconds: float
@@ -89,10 +91,10 @@ def inspect_node(ranks: Ranks, run: Path, scratch: Path, free_gb: float) -> Node
         faults.append(f"{ranks.local_world_size} tasks for {gpus} GPUs; start one task per GPU")
     return NodeReport(
         rank=ranks.rank,
-        host=ranks.host,
+        host=node_name(),
         code=code_hash(Path(__file__).parent),
         packages=", ".join(f"{name} {_version(name)}" for name in PACKAGES),
-        gpus=gpus,
+        gpus=gpus_of_the_job(gpus, slurm_gpus()),
         driver=driver,
         run_free_gb=free["run folder"],
         scratch_free_gb=free["scratch"],
@@ -112,6 +114,11 @@ def count_gpus() -> int:
     """GPUs of this node, by the driver's device files."""
     folder = Path("/proc/driver/nvidia/gpus")
     return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def gpus_of_the_job(seen: int, given: int | None) -> int:
+    """Of nodes with unequal numbers of GPUs a job may have equal parts; a lost GPU still shows."""
+    return seen if given is None else min(seen, given)
 
 
 def driver_version() -> str:
@@ -175,7 +182,7 @@ def _unlike_the_rest(name: str, reports: list[NodeReport]) -> list[Fault]:
 
 def check_nodes(ranks: Ranks, options: PreflightOptions, port: int) -> tuple[list[Fault], list[NodeReport]]:
     """Compare all nodes without any collective."""
-    wait_for_folder(options.reports, ranks.host, options.seconds)
+    wait_for_folder(options.reports, node_name(), options.seconds)
     report = inspect_node(ranks, options.run, options.scratch, options.free_gb)
     publish(options.reports, ranks.rank, asdict(replace(report, port=port)))
     found = [NodeReport(**value) for value in collect(options.reports, ranks.world_size, options.seconds)]
@@ -188,7 +195,7 @@ def check_network(ranks: Ranks, options: PreflightOptions, port: int) -> tuple[l
 
     knocks = options.reports / "knocks"
     error = reach(options.hosts[0], port, options.seconds)
-    publish(knocks, ranks.rank, {"host": ranks.host, "error": error})
+    publish(knocks, ranks.rank, {"host": node_name(), "error": error})
     found = collect(knocks, ranks.world_size, options.seconds)
     faults = [Fault(one["host"], one["error"]) for one in found if one["error"]]
     if faults or len(found) < ranks.world_size:
@@ -196,7 +203,7 @@ def check_network(ranks: Ranks, options: PreflightOptions, port: int) -> tuple[l
     try:
         return [], all_reduce_bandwidth(ranks, options.seconds)
     except RuntimeError as problem:
-        return [Fault(ranks.host, f"all-reduce failed: {str(problem).splitlines()[0]}")], 0.0
+        return [Fault(node_name(), f"all-reduce failed: {str(problem).splitlines()[0]}")], 0.0
 
 
 def check_all(ranks: Ranks, options: PreflightOptions, network: bool) -> tuple[list[Fault], str]:

@@ -8,12 +8,19 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from trsr_dist.log import get_logger
+
+TOY_PARAMETERS = 100_000_000
+"""Up to so many a model is at home on CPU cores."""
 UNREADABLE = (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError)
 """What a missing, damaged or foreign model raises."""
 
 
+log = get_logger("model")
+
+
 def load_causal(name_or_path: str, **options: Any) -> PreTrainedModel:
-    """A model with all its weights.
+    """A model with all its weights; says so where no GPU is there for a large one.
 
     Args:
         name_or_path: folder or hub id.
@@ -27,6 +34,14 @@ def load_causal(name_or_path: str, **options: Any) -> PreTrainedModel:
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"{len(missing)} weights are missing, the first is {missing[0]}")
+    count = model.num_parameters()
+    if count > TOY_PARAMETERS and not torch.cuda.is_available():
+        log.info(
+            "no GPU is seen: the %.2f billion parameters of %s run on CPU cores, far slower; under Slurm ask for GPUs, "
+            "see slurm/site.sh",
+            count / 1e9,
+            name_or_path,
+        )
     return model
 
 

@@ -1,4 +1,4 @@
-"""The run folder: names, stage manifests, locks."""
+"""The run folder: names, stage manifests, locks and claims."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,12 @@ from trsr_dist.files import atomic_file, read_json, read_text, sha256_of, write_
 MANIFEST = "manifest.json"
 RUN = "RUN/"
 """What names of folders of the run begin with, in settings."""
+ANEW = "use another run.dir, or --force to make it anew"
 LOCK_BEAT_SECONDS = 10.0
 LOCK_STALE_SECONDS = 120.0
 LOCK_READS = 10
 """Tries, a second apart, to read a lock on a disk that fails."""
+CLAIMS = ".claims"
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,21 +117,20 @@ def is_finished(folder: Path, settings: dict[str, Any], inputs: dict[str, str], 
     return True
 
 
-def check_inputs(folder: Path, inputs: dict[str, str]) -> None:
+def check_inputs(folder: Path, inputs: dict[str, str], remedy: str = ANEW) -> None:
     """Refuse input that has changed since ``folder`` was made from it.
 
     Raises:
-        RunError: names the input and both hashes.
+        RunError: names the input and both hashes; ``remedy`` ends the message.
     """
-    _compare(folder, "inputs", read_json(folder / MANIFEST).get("inputs", {}), inputs)
+    _compare(folder, "inputs", read_json(folder / MANIFEST).get("inputs", {}), inputs, remedy)
 
 
-def _compare(folder: Path, kind: str, recorded: dict[str, Any], current: dict[str, Any]) -> None:
+def _compare(folder: Path, kind: str, recorded: dict[str, Any], current: dict[str, Any], remedy: str = ANEW) -> None:
     for key in sorted(recorded.keys() | current.keys()):
         if recorded.get(key) != current.get(key):
             raise RunError(
-                f"{folder}: made with {kind[:-1]} {key}={recorded.get(key)!r}, now {current.get(key)!r}; "
-                "use another run.dir, or --force to make it anew"
+                f"{folder}: made with {kind[:-1]} {key}={recorded.get(key)!r}, now {current.get(key)!r}; {remedy}"
             )
 
 
@@ -164,15 +165,15 @@ def folder_lock(folder: Path) -> Iterator[FolderLock]:
     folder.parent.mkdir(parents=True, exist_ok=True)
     path = folder.with_name(f".{folder.name}.lock")
     _acquire(path)
-    stop = threading.Event()
-    beat = threading.Thread(target=_keep_alive, args=(path, stop), daemon=True)
-    beat.start()
+
+    def is_mine() -> bool:
+        return _holder(path) == _myself()
+
     try:
-        yield FolderLock(path)
+        with _beating(path, is_mine):
+            yield FolderLock(path)
     finally:
-        stop.set()
-        beat.join()
-        if _holder(path) == _myself():
+        if is_mine():
             path.unlink(missing_ok=True)
 
 
@@ -254,9 +255,114 @@ def _take_away(path: Path, holder: dict[str, Any]) -> None:
         guard.unlink()
 
 
-def _keep_alive(path: Path, stop: threading.Event) -> None:
+@contextmanager
+def _beating(path: Path, is_mine: Callable[[], bool]) -> Iterator[None]:
+    """Touch a file every few seconds within this context."""
+    stop = threading.Event()
+    beat = threading.Thread(target=_keep_alive, args=(path, is_mine, stop), daemon=True)
+    beat.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        beat.join()
+
+
+def _keep_alive(path: Path, is_mine: Callable[[], bool], stop: threading.Event) -> None:
     while not stop.wait(LOCK_BEAT_SECONDS):
         with suppress(OSError):  # a shared disk that fails for a moment must not end the beats
-            if _holder(path) != _myself():
+            if not is_mine():
                 return
             os.utime(path)
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """This process among all that are at work on a folder."""
+
+    path: Path
+    since: int
+    """Nanoseconds, by the file server's clock."""
+
+    def check_alone(self) -> None:
+        """Call before removing what others may be writing.
+
+        Raises:
+            RunError: another live process is at work here, with whatever settings.
+        """
+        for _, claim in self._others():
+            raise RunError(
+                f"{self.path.parent.parent}: {_describe(claim)} is at work here too, and its files would be removed; "
+                "wait for it or cancel it"
+            )
+
+    def check_settings(self, what: dict[str, Any]) -> None:
+        """Refuse to begin where other settings are at work.
+
+        Raises:
+            RunError: an older claim has another digest.
+        """
+        digest = self.path.name.partition("-")[0]
+        for name, claim in self._others():
+            # At equal times neither is sure of having been seen by the other: both go.
+            if name.partition("-")[0] == digest or claim["since"] > self.since:
+                continue
+            theirs, mine = claim.get("what", {}), json.loads(json.dumps(what))
+            key = next((key for key in sorted(theirs | mine) if theirs.get(key) != mine.get(key)), "digest")
+            raise RunError(
+                f"{self.path.parent.parent}: {_describe(claim)} is at work here with {key}={theirs.get(key)!r}, now "
+                f"{mine.get(key)!r}; wait for it, cancel it, or use another --output or run.dir"
+            )
+
+    def _others(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Name and content of the other live claims; dead ones are removed."""
+        if not self.path.exists():
+            raise RunError(f"{self.path}: lost after too long without a sign of life; run the stage again")
+        now = self.path.stat().st_mtime_ns
+        for path in sorted(self.path.parent.glob("[!.]*")):
+            if path == self.path:
+                continue
+            try:
+                touched = path.stat().st_mtime_ns
+            except FileNotFoundError:
+                continue
+            claim = {"since": touched} | _holder(path)
+            if now - touched > LOCK_STALE_SECONDS * 1e9 or _is_fenced(claim):
+                path.unlink(missing_ok=True)
+            else:
+                yield path.name, claim
+
+
+@contextmanager
+def claim(folder: Path, digest: str, what: dict[str, Any]) -> Iterator[Claim]:
+    """Work on ``folder`` together with others of the same settings, and keep those of other settings out.
+
+    A process first registers (a file in ``folder/.claims``, touched every few seconds), then looks round: of two with
+    different digests the later one finds the earlier. A claim ends with its process, as a lock does.
+
+    Args:
+        folder: what is worked on; made where it is not there.
+        digest: of settings and inputs; equal ones (ranks, tasks of an array) share the folder.
+        what: settings and inputs by name, for the message.
+
+    Raises:
+        RunError: a live process with another digest was here first; names it and what differs.
+    """
+    path = folder / CLAIMS / f"{digest[:12]}-{socket.gethostname()}-{os.getpid()}"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)  # of a dead process with this number
+    try:
+        # Digest and time are seen from the first moment on; the content takes the file's place as a whole.
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL))
+        entry = Claim(path, path.stat().st_mtime_ns)
+        write_json(path, {**_myself(), "since": entry.since, "what": what})
+        with _beating(path, lambda: True):
+            entry.check_settings(what)
+            yield entry
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _describe(claim: dict[str, Any]) -> str:
+    job = f", Slurm job {claim['job']}" if claim.get("job") else ""
+    return f"another job (pid {claim.get('pid')} on {claim.get('host')}{job})"

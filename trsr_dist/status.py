@@ -5,15 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from trsr_dist.data.splits import SPLITS
-from trsr_dist.errors import RunError
+from trsr_dist.errors import DataError, RunError
+from trsr_dist.evaluate.parts import split_parts
+from trsr_dist.evaluate.scores import IDENTITY, ScoreFolder
+from trsr_dist.files import read_json
 from trsr_dist.log import read_metrics
+from trsr_dist.model.places import PROVENANCE
 from trsr_dist.run import MANIFEST, RunFolder
 from trsr_dist.summarize.progress import Overview, ProgressReader, TaskProgress
-from trsr_dist.train.heartbeat import describe_ranks
+from trsr_dist.train.heartbeat import BEAT_SECONDS, describe_ranks, read_heartbeats
 
 SHOWN_FAILURES = 5
+SILENT_BEATS = 4
+"""A rank that has missed so many beats has ended."""
 
 
 def describe_run(root: Path) -> str:
@@ -25,7 +32,7 @@ def describe_run(root: Path) -> str:
     if not root.is_dir():
         raise RunError(f"{root}: no such run folder; give the run.dir of a config")
     run, now = RunFolder(root), time.time()
-    parts = [_prepared(run), _summarized(run, now), _trained(run, now), _finished(run)]
+    parts = [_prepared(run), _summarized(run, now), _trained(run, now), _merged(run), _evaluated(run)]
     return "\n".join(line for part in parts for line in part)
 
 
@@ -93,22 +100,63 @@ def _trained(run: RunFolder, now: float) -> Iterator[str]:
     if not rows and not ranks:
         yield "train       not begun"
         return
-    if rows:
-        last = rows[-1]
-        yield f"train       step {last['step']}, {duration(now - last['time'])} ago"
-        numbers = {name: value for name, value in last.items() if name not in ("stage", "step", "time")}
-        yield "            " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    latest = run.checkpoints / "latest"
+    name = latest.read_text().strip() if latest.is_file() else ""
+    finished = _finished(run.checkpoints / name, run, now) if name else ""
+    if finished:
+        yield f"train       done: {finished}"
+        rows = [row for row in rows if "train/loss" in row] or rows
+    elif rows:
+        yield f"train       step {rows[-1]['step']}, {duration(now - rows[-1]['time'])} ago"
     else:
         yield "train       no step yet"
-    latest = run.checkpoints / "latest"
-    yield f"            newest checkpoint: {latest.read_text().strip() if latest.is_file() else 'none'}"
-    yield from (f"          {line}" for line in ranks.splitlines())
+    if rows:
+        numbers = {name: value for name, value in rows[-1].items() if name not in ("stage", "step", "time")}
+        yield "            " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
+    yield f"            newest checkpoint: {name or 'none'}"
+    if not finished:
+        yield from (f"          {line}" for line in ranks.splitlines())
 
 
-def _finished(run: RunFolder) -> Iterator[str]:
+def _finished(checkpoint: Path, run: RunFolder, now: float) -> str:
+    """How the training ended that wrote this checkpoint last; empty where it goes on or was interrupted."""
+    try:
+        provenance, state = read_json(checkpoint / PROVENANCE), read_json(checkpoint / "state.json")
+    except DataError:  # it is being replaced
+        return ""
+    step, num_steps = state["step"], provenance.get("train", {}).get("num_steps", 0)
+    beats = read_heartbeats(run.root / "heartbeats")
+    if any(now - beat["time"] < SILENT_BEATS * BEAT_SECONDS and beat["step"] != step for beat in beats):
+        return ""
+    if num_steps and step >= num_steps:
+        return f"all {num_steps} steps"
+    patience = provenance.get("config", {}).get("train", {}).get("early_stopping_patience", 0)
+    if patience and state.get("num_bad_evaluations", 0) >= patience:
+        return f"stopped early after {step} of {num_steps} steps"
+    return ""
+
+
+def _merged(run: RunFolder) -> Iterator[str]:
     yield f"merge       {'done: ' + str(run.merged) if (run.merged / 'config.json').is_file() else 'not done'}"
-    results = sorted(run.evaluation.glob("*.json"))
-    yield f"evaluate    {'done: ' + ', '.join(map(str, results)) if results else 'not done'}"
+
+
+def _evaluated(run: RunFolder) -> Iterator[str]:
+    folders = {split: run.evaluation / split for split in SPLITS}
+    done = [run.evaluation / f"{split}.json" for split in folders if (folders[split] / MANIFEST).is_file()]
+    begun = {split: list(_passes(folders[split])) for split in folders if not (folders[split] / MANIFEST).is_file()}
+    states = [f"done: {', '.join(map(str, done))}"] * bool(done)
+    states += [f"{split}: parts {', '.join(passes)}" for split, passes in begun.items() if passes]
+    yield f"evaluate    {'; '.join(states) or 'not done'}"
+
+
+def _passes(folder: Path) -> Iterator[str]:
+    """How far each pass of an evaluation is."""
+    for path in sorted(folder.rglob(IDENTITY)):
+        scores = ScoreFolder(path.parent)
+        recorded: dict[str, Any] = scores.recorded()
+        num_parts = len(split_parts(recorded.get("num_users", 0)))
+        num_done = sum(1 for _ in path.parent.glob("part-*.jsonl"))
+        yield f"{num_done} of {num_parts or '?'} of {path.parent.relative_to(folder)}"
 
 
 def duration(seconds: float) -> str:

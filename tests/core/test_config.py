@@ -1,3 +1,5 @@
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,14 @@ def test_override_wins_over_file_over_default(config_file: Path) -> None:
         ("learning_rate=1", ["section.key=value"]),
         ("run.dir", ["section.key=value"]),
         ("run.dir=", ["run.dir=''", "at least 1 character"]),
+        ("train.learning_rate=.inf", ["train.learning_rate=inf", "finite"]),
+        ("train.adam_betas=[0.9, 1.5]", ["train.adam_betas=1.5", "less than 1"]),
+        ("lora.target_modules=[]", ["lora.target_modules=[]", "at least 1 item"]),
+        ("data.split=[10, 1, 0]", ["data.split=[10, 1, 0]", "evaluate.split=test"]),
+        ("prompt.answers=[yes, no]", ["prompt.answers=True", "write it in quotes"]),
+        ("train.early_stopping_patience=2", ["train.evaluate_every_steps=0"]),
+        ("train.deepspeed_config=zero9.json", ["train.deepspeed_config", "no such file"]),
+        ("evaluate.deepspeed_config=zero9.json", ["evaluate.deepspeed_config", "no such file"]),
         ("run.seed=-1", ["run.seed=-1", "greater than or equal to 0"]),
     ],
 )
@@ -62,6 +72,19 @@ def test_mistakes_are_named_with_the_way_out(config_file: Path, override: str, w
         load_config(config_file, [override])
     for word in words:
         assert word in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("data.split=[10, 0, 1]", "leaves no valid users for train.evaluate_every_steps=5"),
+        ("train.best_metric=recall@7", "train.best_metric='recall@7': expected one of recall@3"),
+    ],
+)
+def test_what_a_validation_needs_is_asked_for_at_once(config_file: Path, override: str, words: str) -> None:
+    load_config(config_file, [override])
+    with pytest.raises(ConfigError, match=re.escape(words)):
+        load_config(config_file, [override, "train.evaluate_every_steps=5"])
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:
@@ -104,3 +127,17 @@ def test_every_setting_says_what_it_means() -> None:
         for name, field in section.annotation.model_fields.items():
             assert field.description and len(field.description) > 15, name
     assert "train.row_tokens" in known_keys()
+
+
+@pytest.mark.parametrize(
+    ("key", "printed"),
+    [("evaluate.top_k", "[3, 5, 10]"), ("data.seen_before_target", "false"), ("run.dir", "runs/quickstart")],
+)
+def test_one_setting_is_printed_for_scripts(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, key: str, printed: str
+) -> None:
+    from tools.setting import main
+
+    monkeypatch.setattr(sys, "argv", ["setting.py", "--config", str(ROOT / "configs/quickstart.yaml"), "--key", key])
+    main()
+    assert capsys.readouterr().out.strip() == printed

@@ -1,9 +1,19 @@
 import os
+import socket
 from dataclasses import replace
 
 import pytest
 
-from trsr_dist.environment import Ranks, array_task, detect_ranks, export_ranks, show_one_gpu
+from trsr_dist.environment import (
+    Ranks,
+    array_task,
+    detect_ranks,
+    export_ranks,
+    node_name,
+    show_one_gpu,
+    slurm_gpus,
+    slurm_memory_bytes,
+)
 from trsr_dist.errors import ConfigError
 
 
@@ -86,3 +96,10 @@ def test_a_task_is_shown_one_of_the_nodes_gpus(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     show_one_gpu(local_rank=1)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+
+
+def test_what_slurm_gives_a_job_on_its_node() -> None:
+    env = {"SLURMD_NODENAME": "node7", "SLURM_GPUS_ON_NODE": "4", "SLURM_MEM_PER_NODE": "2048"}
+    assert (node_name(env), slurm_gpus(env), slurm_memory_bytes(env)) == ("node7", 4, 2**31)
+    assert (node_name({}), slurm_gpus({}), slurm_memory_bytes({})) == (socket.gethostname(), None, None)
+    assert slurm_memory_bytes({"SLURM_MEM_PER_NODE": "0"}) is None, "the whole node"

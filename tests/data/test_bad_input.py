@@ -82,7 +82,8 @@ MIND = {
     ),
     "bad impression": (
         append("behaviors.tsv", behavior_line(98, ["N1", "N2"], "N3")),
-        r"behaviors\.tsv:25: impression 'N3' is not of the form",
+        r"behaviors\.tsv:25: impression 'N3' is not of the form.*data\.target=last",
+        "data.target=impression",
     ),
     "no user": (lambda raw: (raw / "behaviors.tsv").write_text(""), "no user is left"),
 }
@@ -90,8 +91,8 @@ MIND = {
 
 @pytest.mark.parametrize("case", MIND)
 def test_mind(tmp_path: Path, case: str) -> None:
-    edit, message = MIND[case]
-    refused(tmp_path, write_mind(tmp_path), edit, "mind", message)
+    edit, message, *overrides = MIND[case]
+    refused(tmp_path, write_mind(tmp_path), edit, "mind", message, *overrides)
 
 
 def test_equal_duplicates_and_empty_histories_are_counted(tmp_path: Path) -> None:
@@ -101,6 +102,15 @@ def test_equal_duplicates_and_empty_histories_are_counted(tmp_path: Path) -> Non
     prepare(make_config(tmp_path, "mind"))
     counts = json.loads((tmp_path / "run" / "histories" / "manifest.json").read_text())["counts"]
     assert (counts["repeated_items"], counts["users_with_empty_history"]) == (1, 1)
+
+
+def test_rows_without_labels_and_empty_lines_serve_the_last_click(tmp_path: Path) -> None:
+    raw = write_mind(tmp_path)
+    append("news.tsv", "\n\r\n")(raw)
+    append("behaviors.tsv", behavior_line(98, ["N1", "N2"], "N3 N4") + "\n")(raw)
+    prepare(make_config(tmp_path, "mind"))
+    counts = json.loads((tmp_path / "run" / "histories" / "manifest.json").read_text())["counts"]
+    assert (counts["items_read"], counts["users_read"]) == (60, 25)
 
 
 def test_too_few_negatives(tmp_path: Path) -> None:
@@ -136,6 +146,10 @@ AMAZON = {
     "open quote early": (
         replace("products_train.csv", b",,,,,,", b',,,,,,"6 inch pan'),
         r"\.csv:\d+: .*quotation mark",
+    ),
+    "carriage returns": (
+        lambda raw: (raw / "sessions_train.csv").write_bytes(b"prev_items,next_item,locale\r['N1'],N2,UK\r"),
+        r"sessions_train\.csv:1: a carriage return stands outside quotation marks",
     ),
     "cut off in a cell": (append("products_train.csv", 'N99,UK,Lamp,,,,,,,,"A long, des'), "quotation mark"),
 }
@@ -174,6 +188,14 @@ JSONL = {
     "time beyond all": (
         append("interactions.jsonl", record(user=1, history=["N1"], target="N2", time=1e30)),
         r":25: time 1e\+30, expected Unix seconds",
+    ),
+    "time beyond all, as text": (
+        append("interactions.jsonl", record(user=1, history=["N1"], target="N2", time="9" * 30)),
+        r":25: time '9{30}', expected Unix seconds",
+    ),
+    "no interactions": (
+        lambda raw: (raw / "interactions.jsonl").unlink(),
+        r"interactions\.jsonl: missing .*; set data\.path, or give the file this name",
     ),
     "object as field": (append("items.jsonl", record(id="x", title={"a": 1})), "holds an object"),
     "unknown form": (

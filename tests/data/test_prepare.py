@@ -130,6 +130,15 @@ def test_amazon_all_locales_keep_equal_ids_apart(tmp_path: Path) -> None:
     assert manifest(tmp_path)["counts"]["equal_sessions"] == 24
 
 
+@pytest.mark.parametrize("strategy", ["uniform", "popularity", "targets"])
+def test_amazon_negatives_speak_the_targets_language(tmp_path: Path, strategy: str) -> None:
+    write_amazon(tmp_path, users=120)
+    store = run(tmp_path, "amazon_m2", f"data.candidates={strategy}")
+    assert store.within_category
+    lists = [{item[:3] for item in ids(store, row.candidates)} for _, row in users_of(store).values()]
+    assert {tuple(one) for one in lists} == {("UK:",), ("DE:",)}
+
+
 def test_both_json_forms_give_the_same_users(tmp_path: Path) -> None:
     records = user_records()
     single = [
@@ -148,13 +157,14 @@ def test_both_json_forms_give_the_same_users(tmp_path: Path) -> None:
 def test_json_fields_times_and_shown_items(tmp_path: Path) -> None:
     items = [{"id": i, "title": f" A\n{i}", "tags": ["x", 2], "none": None} for i in range(NUM_ITEMS)]
     records = [
-        {"user": i, "history": [i, i + 1], "target": [i + 2, i + 3], "time": "2024-01-02T03:04:05"} for i in range(20)
+        {"user": i, "history": [i, i + 1], "target": [i + 2, i + 3], "time": time}
+        for i, time in enumerate(["2024-01-02T03:04:05", "1704164645", 1704164645, "20240102"] * 5)
     ]
     write_jsonl(tmp_path, records, items)
     store = run(tmp_path, "jsonl")
     assert store.catalogue.text(7) == "title: A 7; tags: x, 2"
     split, row = users_of(store)["4"]
-    assert row.time == 1704164645
+    assert [users_of(store)[user][1].time for user in "0123"] == [1704164645] * 3 + [1704153600]
     assert sum(row.labels) == 2
     assert len(row.labels) == (8 if split == "train" else 12)
 

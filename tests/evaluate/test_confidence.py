@@ -2,7 +2,18 @@
 
 import numpy as np
 
-from trsr_dist.evaluate.confidence import bootstrap_interval, paired_differences, sign_flip_p_values
+from trsr_dist.evaluate import confidence
+from trsr_dist.evaluate.confidence import paired_differences
+
+
+def bootstrap_interval(values: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
+    """Each row a user of its own."""
+    return confidence.bootstrap_interval(values, np.ones(len(values), dtype=np.int64), num_samples, seed)
+
+
+def sign_flip_p_values(differences: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
+    """Each row a user of its own."""
+    return confidence.sign_flip_p_values(differences, np.ones(len(differences), dtype=np.int64), num_samples, seed)
 
 
 def test_interval_has_the_width_of_the_standard_error() -> None:
@@ -29,7 +40,7 @@ def test_p_values_of_no_difference_and_of_a_clear_one() -> None:
     stream = np.random.default_rng(4)
     one = stream.random((300, 2))
     other = one - np.array([0.0, 0.2]) + stream.normal(0, 0.1, size=(300, 2)) * np.array([1.0, 1.0])
-    none, clear = paired_differences(one, other, 500, seed=0)
+    none, clear = paired_differences(one - other, np.ones(300, dtype=np.int64), 500, seed=0)
     assert none.p_value > 0.01
     assert clear.p_value == 1 / 501
     assert clear.low > 0.15
@@ -44,3 +55,15 @@ def test_runs_that_are_equal_have_p_value_one() -> None:
 def test_p_value_of_one_user_in_eight_is_the_exact_one() -> None:
     differences = np.ones((3, 1))
     assert abs(sign_flip_p_values(differences, 20000, 0)[0] - 2 / 8) < 0.02
+
+
+def test_users_of_equal_values_may_be_counted() -> None:
+    """The same bootstrap and the same test, with other draws."""
+    values, counts = np.array([[0.0, -1.0], [0.25, 1.0], [1.0, 0.5]]), np.array([300, 500, 200])
+    repeated = np.repeat(values, counts, axis=0)
+    found = confidence.bootstrap_interval(values, counts, 4000, 1)
+    np.testing.assert_allclose(found, bootstrap_interval(repeated, 4000, 2), atol=0.005)
+    centered = values - values.T @ counts / counts.sum() + 0.02
+    found = confidence.sign_flip_p_values(centered, counts, 4000, 1)
+    np.testing.assert_allclose(found, sign_flip_p_values(np.repeat(centered, counts, axis=0), 4000, 2), atol=0.03)
+    assert (found > 0.02).all() and (found < 0.98).all()

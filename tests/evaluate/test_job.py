@@ -104,10 +104,10 @@ def done(alone: Path, tmp_path: Path) -> Path:
 
 
 def test_a_finished_evaluation_is_left_alone(run: Path, done: Path, capsys: pytest.CaptureFixture) -> None:
-    before = {path: path.stat().st_mtime_ns for path in done.rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}
     evaluate(load_config(run / "config.yaml"), "RUN/merged", output=str(done))
     assert "already evaluated" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in done.rglob("*")} == before
+    assert {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()} == before
 
 
 def test_other_cut_offs_and_baselines_use_the_scores_there_are(run: Path, done: Path, alone: Path) -> None:
@@ -143,9 +143,15 @@ def test_what_is_missing_or_doubled_is_named(run: Path, done: Path) -> None:
     user, item = next(iter(scores_of(done, "control")))
     (done / "test.json").unlink()
     shutil.copy(folder / "part-000000.jsonl", folder / "part-000007.jsonl")
-    with pytest.raises(DataError, match=rf"test/control: .*doubled \(\('{user}', "):
+    with pytest.raises(DataError, match=r"control/part-000007.jsonl: no part of this evaluation"):
         evaluate(config, "RUN/merged", output=str(done))
     (folder / "part-000007.jsonl").unlink()
+    first = folder / "part-000000.jsonl"
+    whole = first.read_text()
+    first.write_text(whole + whole)
+    with pytest.raises(DataError, match=rf"control/part-000000.jsonl: .*doubled \(\('{user}', "):
+        evaluate(config, "RUN/merged", output=str(done))
+    first.write_text(whole)
     lines = (folder / "part-000000.jsonl").read_text().splitlines(keepends=True)
     (folder / "part-000000.jsonl").write_text("".join(lines[1:]))
     with pytest.raises(DataError, match=rf"1 of \d+ \(user, item, label\) missing \(\('{user}', '{item}', [01]\)\)"):

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.data.raw import make_config, write_amazon
 from tests.evaluate.world import numbers_of, parts_of, scores_of, write_config
+from trsr_dist.data.prepare import prepare
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import DataError
 from trsr_dist.evaluate.job import evaluate
@@ -68,6 +70,17 @@ def test_popular_items_are_drawn_as_often_as_they_are_clicked(store: HistoryStor
     once, often = counts[weights == 1].mean(), counts[weights >= 3].mean()
     assert not counts[weights == 0].any()
     assert 2.0 < often / once < 4.5
+
+
+def test_negatives_keep_to_the_targets_locale_where_there_are_several(tmp_path: Path) -> None:
+    write_amazon(tmp_path, users=60)
+    prepare(make_config(tmp_path, "amazon_m2"))
+    store = HistoryStore(tmp_path / "run" / "histories")
+    lists = lists_of(store, "uniform")
+    for index in range(store.num_users("test")):
+        row = store.user("test", index)
+        found = {candidate.item[:3] for candidate in lists.candidates(row.user)}
+        assert found == {store.catalogue.id(row.history[0])[:3]}
 
 
 def test_too_few_items_are_an_error(store: HistoryStore) -> None:

@@ -1,16 +1,17 @@
 """The page holds the numbers, loads nothing, and shows hostile text as text."""
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 
-from tests.evaluate.test_results import SETTINGS, systems_of
+from tests.evaluate.test_results import SETTINGS, facts_of, scores_of, systems_of
 from trsr_dist.evaluate.examples import NUM_EXAMPLES, build_example
 from trsr_dist.evaluate.figures import build_figures, training_values
 from trsr_dist.evaluate.report import ReportParts, write_report
-from trsr_dist.evaluate.results import build_results, metric_values, system_results
+from trsr_dist.evaluate.results import build_results, system_results
 from trsr_dist.records import Candidate, Sample
 
 HOSTILE = "</td><script>alert('x')</script><img src=x onerror=alert(1)> & \"quoted\""
@@ -21,20 +22,23 @@ def sample_of(user: int, labels: np.ndarray) -> Sample:
     return Sample(f"{HOSTILE} {user}", "do", HOSTILE, (HOSTILE, "two"), candidates)
 
 
-def write(path: Path) -> str:
-    systems = systems_of(120)
-    values = metric_values(systems, SETTINGS.top_k)
+def write(path: Path, num_samples: int = 200, loss: str = "answer") -> str:
+    (labels, scores), (systems, model) = scores_of(120), systems_of(120)
+    settings = replace(SETTINGS, num_samples=num_samples)
     facts = [{"history length": "6-10" if user % 2 else "11-15", "category": HOSTILE} for user in range(120)]
-    results = build_results(systems, values, facts, SETTINGS)
-    results |= {"split": "test", "model": HOSTILE, "candidates": "uniform", "provenance": {"domain": HOSTILE}}
-    results["protocols"] = {"targets": system_results(systems, values, SETTINGS)}
+    results = build_results(systems, model, facts_of(facts), settings)
+    provenance = {"domain": HOSTILE, "train": {"loss": loss}}
+    results |= {"split": "test", "model": HOSTILE, "candidates": "uniform", "provenance": provenance}
+    results["protocols"] = {"targets": system_results(systems, settings)}
     training = [{"stage": "train", "step": step, "train/loss": 1 / (step + 1)} for step in range(20)]
-    figures = build_figures(results, systems, training, "recall@5")
+    figures = build_figures(results, systems, model, training, "recall@5")
     examples = [
-        build_example(sample_of(i, systems.labels[i]), systems.scores["model"][i], systems.scores["control"][i])
-        for i in range(NUM_EXAMPLES)
+        build_example(sample_of(i, labels[i]), scores["model"][i], scores["control"][i]) for i in range(NUM_EXAMPLES)
     ]
-    write_report(path, ReportParts(results, figures, examples, f"run: {HOSTILE}", "recall@5"))
+    write_report(
+        path,
+        ReportParts(results, figures, examples, f"run: {HOSTILE}", "recall@5", Path("OUT/test"), Path("RUN/shards")),
+    )
     return path.read_text(encoding="utf-8")
 
 
@@ -70,6 +74,17 @@ def test_equal_evaluations_give_equal_pages(tmp_path: Path) -> None:
     assert write(tmp_path / "one.html") == write(tmp_path / "two.html")
 
 
+def test_without_resamples_there_are_means_alone(tmp_path: Path) -> None:
+    page = write(tmp_path / "report.html", num_samples=0)
+    assert "no interval: evaluate.bootstrap_samples is 0" in page
+    assert 'class="interval"' not in page
+
+
+def test_scores_without_a_scale_are_said_to_be_none(tmp_path: Path) -> None:
+    assert "are no log-odds" in write(tmp_path / "pairwise.html", loss="pairwise")
+    assert "are no log-odds" not in write(tmp_path / "answer.html")
+
+
 def test_curves_leave_out_what_a_later_start_has_made_void() -> None:
     steps = [10, 20, 30, 20, 30, 40]
     rows = [{"stage": "train", "step": step, "train/loss": float(number)} for number, step in enumerate(steps)]
@@ -83,4 +98,16 @@ def test_example_ranks_the_target_by_its_score() -> None:
     labels = np.array([0, 1, 0])
     example = build_example(sample_of(0, labels), np.array([2.0, 1.0, -1.0]), None)
     assert example["rank"] == 2
-    assert [row["score"] for row in example["ranked"]] == [2.0, 1.0, -1.0]
+    assert [(row["rank"], row["score"]) for row in example["rows"]] == [(1, 2.0), (2, 1.0), (3, -1.0)]
+
+
+def test_long_lists_and_texts_are_shown_in_part() -> None:
+    labels = np.zeros(3000, dtype=np.int64)
+    labels[[5, 99, 100, *range(1000, 1100)]] = 1
+    sample = replace(sample_of(0, labels), summary="s" * 5000, recent=("r" * 2000, "q" * 2001))
+    example = build_example(sample, -np.arange(3000.0), None)
+    shown = [row.get("rank", -row.get("left_out", 0)) for row in example["rows"]]
+    assert shown == [*range(1, 21), -79, 100, 101, -899, *range(1001, 1019), -1982]
+    assert (example["rank"], example["num_candidates"]) == (6, 3000)
+    assert example["summary"] == "s" * 2000 + "... (3,000 characters more)"
+    assert example["recent"] == ["r" * 2000, "q" * 2000 + "... (1 characters more)"]

@@ -20,6 +20,7 @@ from trsr_dist.files import read_json, write_json
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
 from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.run import manifest_hash
 from trsr_dist.summarize.job import summarize
 
 ROOT = Path(__file__).parents[2]
@@ -49,7 +50,12 @@ def make_trained(run: Path, config: Config) -> Path:
     """A base and a checkpoint of it with the run's own prompts."""
     folder = make_checkpoint(make_base(run / "base"), run / "checkpoints" / "step-000007")
     builder = PromptBuilder(byte_level(chat=True), **config.prompt.model_dump())
-    own = {"prompt": builder.settings, "answer_ids": list(builder.answer_ids), "config": config.model_dump(mode="json")}
+    own = {
+        "prompt": builder.settings,
+        "answer_ids": list(builder.answer_ids),
+        "shards": {"train": manifest_hash(run / "shards" / "train")},
+        "config": config.model_dump(mode="json"),
+    }
     write_json(folder / "provenance.json", read_json(folder / "provenance.json") | own)
     seal(folder)
     return folder
@@ -111,5 +117,5 @@ def numbers_of(output: Path) -> dict[str, Any]:
 
 def scores_of(output: Path, name: str = "model") -> dict[tuple[str, str], float]:
     """Scores of a pass by user and item."""
-    found = ScoreFolder(output / "test" / name).read()
+    found = ScoreFolder(output / "test" / name).users()
     return {(user.user, item): s for user in found for item, s in zip(user.items, user.scores.tolist(), strict=True)}

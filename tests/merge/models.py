@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config, Qwen3Config
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
 
 from tests.tokenizers import byte_level
 from trsr_dist.files import read_json, sha256_of, write_json
 from trsr_dist.model.fingerprint import base_fingerprint
 from trsr_dist.prompts.builder import PromptBuilder
 
-CONFIGS = {"llama": LlamaConfig, "qwen2": Qwen2Config, "qwen3": Qwen3Config, "mistral": MistralConfig}
+CONFIGS = {
+    "llama": LlamaConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "mistral": MistralConfig,
+    "gpt2": GPT2Config,
+}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
@@ -102,8 +118,14 @@ def seal(folder: Path) -> None:
     write_json(folder / "manifest.json", {"files": files})
 
 
+def rename_tensors(folder: Path, rename: Callable[[str], str], **more: torch.Tensor) -> None:
+    """Store a model's tensors under other names, in one file, with some more."""
+    tensors = {rename(name): tensor for name, tensor in tensors_of(folder).items()}
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    save_file(tensors | more, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a Hugging Face folder."""
-    from safetensors.torch import load_file
-
     return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}

@@ -222,6 +222,7 @@ def test_output_with_foreign_files_is_left_alone(checkpoint: Path, tmp_path: Pat
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     refuses(checkpoint, tmp_path / "mine", "holds files")
     refuses(checkpoint, tmp_path / "mine", "no earlier merge", MergeOptions(force=True))
+    refuses(checkpoint, tmp_path / "mine", "no earlier merge", MergeOptions(update=True))
     assert (tmp_path / "mine" / "letter.txt").read_text() == "dear"
 
 
@@ -239,6 +240,12 @@ def test_rerun_does_nothing_and_force_redoes(checkpoint: Path, tmp_path: Path) -
     refuses(checkpoint, output, "dtype", MergeOptions(dtype="bfloat16"))
     merge(checkpoint, output, MergeOptions(dtype="bfloat16", verify="weights", force=True))
     assert {tensor.dtype for tensor in tensors_of(output).values()} == {torch.bfloat16}
+    update = MergeOptions(update=True, verify="weights")
+    merge(checkpoint, output, update)
+    assert {tensor.dtype for tensor in tensors_of(output).values()} == {torch.float32}
+    before = (output / "config.json").stat()
+    merge(checkpoint, output, update)
+    assert (output / "config.json").stat().st_ino == before.st_ino, "nothing has changed since"
     merge(output, tmp_path / "again", WEIGHTS_ONLY)
     assert not (tmp_path / "again").exists()
 

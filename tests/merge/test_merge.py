@@ -7,7 +7,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.merge.models import load, make_adapter, make_base, make_checkpoint, random_peft_model, tensors_of
+from tests.merge.models import (
+    load,
+    make_adapter,
+    make_base,
+    make_checkpoint,
+    random_peft_model,
+    rename_tensors,
+    tensors_of,
+)
 from trsr_dist.files import read_json, sha256_of
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
@@ -49,6 +57,28 @@ def test_kinds_of_adapters(name: str, tmp_path: Path) -> None:
     base = make_base(tmp_path / "base", "qwen2")
     merge(make_adapter(base, tmp_path / "adapter", **ADAPTERS[name]), tmp_path / "merged", WEIGHTS_ONLY)
     assert_equals_peft(tmp_path / "merged", base, **ADAPTERS[name])
+
+
+@pytest.mark.parametrize("stored", ["with its head", "without"])
+def test_a_base_that_was_saved_without_its_head(stored: str, tmp_path: Path) -> None:
+    """GPT-2 of the hub is such a one: ``h.0`` instead of ``transformer.h.0``."""
+    base = make_base(tmp_path / "base", "gpt2", tied=True)
+    if stored == "without":
+        rename_tensors(base, lambda name: name.removeprefix("transformer."))
+    settings = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
+    merge(make_adapter(base, tmp_path / "adapter", **settings), tmp_path / "merged", MergeOptions(verify="scores"))
+    assert tensors_of(tmp_path / "merged").keys() == tensors_of(base).keys()
+    assert_equals_peft(tmp_path / "merged", base, **settings)
+
+
+def test_modules_that_only_the_files_have_are_no_targets(tmp_path: Path) -> None:
+    """Heads that predict further tokens lie beside the layers; transformers leaves them out."""
+    base = make_base(tmp_path / "base")
+    head = {"model.layers.2.self_attn.q_proj.weight": torch.ones(32, 32)}
+    rename_tensors(base, str, **head)
+    merge(make_adapter(base, tmp_path / "adapter"), tmp_path / "merged", WEIGHTS_ONLY)
+    assert_equals_peft(tmp_path / "merged", base)
+    assert torch.equal(tensors_of(tmp_path / "merged")[next(iter(head))], torch.ones(32, 32))
 
 
 def test_untouched_tensors_keep_their_bytes_and_runs_are_identical(tmp_path: Path) -> None:

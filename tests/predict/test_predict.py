@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,8 +13,9 @@ import pytest
 
 from tests.evaluate.world import ROOT, scores_of
 from trsr_dist.data.store import HistoryStore
-from trsr_dist.errors import DataError, ModelError
+from trsr_dist.errors import ConfigError, DataError, ModelError
 from trsr_dist.predict import Ranker, Request
+from trsr_dist.predict.lines import check_lines
 from trsr_dist.shards.reader import ShardSet
 
 NUM_USERS = 70
@@ -145,10 +147,39 @@ def test_the_command_ranks_lines_and_names_bad_ones(
     assert [e["id"] for e in second["ranked"]] == [f"c{index}" for index, *_ in expected]
 
 
-def test_half_a_character_and_a_folder_as_output_are_named(run: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_read_or_written_is_named(run: Path, tmp_path: Path) -> None:
     source = tmp_path / "in.jsonl"
-    source.write_text('{"items": ["a"], "candidates": ["bad \\ud83d"]}\n')
-    done = predict(run, source, tmp_path / "out.jsonl")
-    assert done.returncode == 1 and "in.jsonl:1: an escape such as" in done.stderr
-    done = predict(run, source, tmp_path)
-    assert done.returncode == 2 and "is a folder" in done.stderr
+    source.write_text('{"items": ["a"], "candidates": ["b"]}\n')
+    for target, more, message in (
+        (tmp_path, (), "is a folder"),
+        (tmp_path / "." / "in.jsonl", (), "is the input itself"),
+        (tmp_path / "out", ("--row-tokens", "-5"), "--row-tokens -5: 64 or more"),
+    ):
+        done = predict(run, source, target, *more)
+        assert done.returncode == 2 and message in done.stderr
+    assert source.read_text().startswith('{"items"')
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"items": ["a"], "candidates": ["bad \\ud83d"]}', "in.jsonl:1: an escape such as"),
+        ('{"id": ' + "9" * 5000 + ', "items": ["a"], "candidates": ["b"]}', "in.jsonl:1: not valid JSON"),
+        ("[" * 200_000, "in.jsonl:1: not valid JSON"),
+    ],
+)
+def test_lines_that_no_reader_takes_are_named(tmp_path: Path, line: str, message: str) -> None:
+    (tmp_path / "in.jsonl").write_text(line + "\n")
+    with pytest.raises(DataError, match=message):
+        check_lines(tmp_path / "in.jsonl")
+
+
+def test_devices_and_files_that_are_none_are_named(run: Path, tmp_path: Path) -> None:
+    for name in ("foo", "cuda:99", "meta"):
+        with pytest.raises(ConfigError, match=f"device '{name}': not there"):
+            Ranker.open(str(run / "merged"), device=name)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(DataError, match="pipe: not a plain file, which is read twice"):
+        check_lines(tmp_path / "pipe")
+    with pytest.raises(DataError, match="none: no such file"):
+        check_lines(tmp_path / "none")

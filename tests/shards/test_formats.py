@@ -6,11 +6,13 @@ import json
 import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset as wds
 
 from tests.shards.world import make_sample, make_split, write_split
 from trsr_dist.errors import DataError
+from trsr_dist.shards import arrays
 from trsr_dist.shards.writer import write_shard
 
 
@@ -22,6 +24,15 @@ def test_webdataset_and_tar_read_the_shards(tmp_path: Path) -> None:
     with tarfile.open(urls[0]) as tar:
         members = [json.loads(tar.extractfile(member).read()) for member in tar]
     assert [member["user"] for member in members] == [f"user/{number}" for number in range(7)]
+
+
+def test_few_arrays_are_opened_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrays, "KEPT_BYTES", 80)
+    opened = []
+    kept = arrays.KeptArrays(lambda number: opened.append(number) or np.full(4, number))
+    for number in (0, 1, 0, 2, 0, 1, 2, 1):
+        assert kept(number).tolist() == [number] * 4
+    assert opened == [0, 1, 2, 1, 2], "two fit, the last used stay"
 
 
 def test_any_sample_by_its_number(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import pytest
 from tests.shards.world import make_builder, make_split
 from trsr_dist.errors import CheckpointError, ConfigError
 from trsr_dist.hashing import digest
+from trsr_dist.shards.counts import epoch_facts
 from trsr_dist.shards.plan import PackingSettings
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.steps import Step, StreamState, step_specs
@@ -95,6 +98,19 @@ def test_a_restart_plans_the_next_step_only(shards: ShardSet) -> None:
     next(step_specs(resumed.plan, late, 0, 1))
     assert resumed.steps_in_epoch(0) == len(states), "counted once, by the first"
     assert resumed.plan.window.cache_info().misses <= 2, "a step may end in the next window"
+
+
+def test_rank_0_counts_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = make_split(tmp_path / "train")
+    counting, waiting = (TrainStream(shards, make_builder(), SETTINGS).plan for _ in range(2))
+    waiting.facts = None
+    with ThreadPoolExecutor(1) as pool:
+        told = pool.submit(epoch_facts, waiting, 0, 1)
+        counted = epoch_facts(counting, 0)
+        assert told.result(timeout=60) == counted
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # lengths that another user has measured
+    files = sorted(counting.lengths.folder.iterdir())
+    assert epoch_facts(counting, 1, 1).num_steps and sorted(counting.lengths.folder.iterdir()) == files
 
 
 def test_reading_ahead_changes_and_loses_nothing(shards: ShardSet) -> None:

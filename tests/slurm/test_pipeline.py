@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -81,6 +82,19 @@ def undisturbed(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("calm") / "run"
     finish(lab, run, pipeline(lab, *SMALL, f"run.dir={run}")[1])
     return run
+
+
+def test_a_longer_training_is_merged_and_evaluated_anew(lab: Lab, tmp_path: Path, undisturbed: Path) -> None:
+    """In a folder whose name has a blank; then nothing is left to do."""
+    run = tmp_path / "my run"
+    shutil.copytree(undisturbed, run)
+    overrides = [*SMALL, "train.max_steps=16", f"'run.dir={run}'"]
+    _, jobs = pipeline(lab, *overrides)
+    finish(lab, run, jobs)
+    assert '"checkpoint step-000016"' in (run / "merged" / "provenance.json").read_text()
+    assert result(run)["metrics"] != result(undisturbed)["metrics"]
+    said, jobs = pipeline(lab, *overrides)
+    assert jobs == {} and said.count("finished already") == 6, said
 
 
 def preempt(lab: Lab, job: str) -> None:

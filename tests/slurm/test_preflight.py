@@ -10,8 +10,19 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.lab import REPOSITORY, Lab
+from trsr_dist.environment import Ranks
 from trsr_dist.errors import RunError
-from trsr_dist.preflight import Fault, NodeReport, code_hash, collect, find_faults, publish, wait_for_folder
+from trsr_dist.preflight import (
+    Fault,
+    NodeReport,
+    code_hash,
+    collect,
+    find_faults,
+    gpus_of_the_job,
+    inspect_node,
+    publish,
+    wait_for_folder,
+)
 
 GOOD = NodeReport(0, "a", "c0de", "torch 2", 8, "driver 550", 100.0, 100.0)
 
@@ -34,6 +45,17 @@ def test_silent_nodes_and_own_faults_are_named() -> None:
     faults = find_faults([full], 3, ["a", "b"])
     assert {fault.host for fault in faults} == {"a", "b"}
     assert find_faults([GOOD], 2, ["a"]) == [Fault("", "no report of ranks [1]: their tasks did not start")]
+
+
+def test_a_node_goes_by_slurms_name_for_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SLURMD_NODENAME", "node001")
+    report = inspect_node(Ranks(host="node001.cluster.local"), tmp_path, tmp_path, 0)
+    assert find_faults([report], 1, ["node001"]) == []
+
+
+@pytest.mark.parametrize(("seen", "given", "gpus"), [(8, None, 8), (8, 4, 4), (7, 8, 7)])
+def test_gpus_are_those_of_the_job(seen: int, given: int | None, gpus: int) -> None:
+    assert gpus_of_the_job(seen, given) == gpus
 
 
 def test_code_hash_sees_every_source(tmp_path: Path) -> None:

@@ -56,8 +56,13 @@ def test_undisturbed_job_logs_each_task_and_shows_the_first(count: Callable[...,
 
 
 def test_gpus_decide_the_number_of_tasks(count: Callable[..., Count]) -> None:
-    job = count("-N2", "--gpus-per-node=2", "--mincpus=2")
+    job = count("-N2", "--gpus-per-node=2", "--cpus-per-gpu=1")
     job.assert_complete(restarts=0, ranks=4)
+
+
+def test_steps_have_what_the_script_sets_where_the_job_has_no_environment(count: Callable[..., Count]) -> None:
+    job = count("-N2", "--ntasks-per-node=1", "--export=PATH,HOME,STEPS,TRSR_SITE,SLURM_CONF")
+    job.assert_complete(restarts=0)
 
 
 def test_requeue_by_hand(count: Callable[..., Count]) -> None:
@@ -83,6 +88,32 @@ def test_time_is_nearly_up(count: Callable[..., Count]) -> None:
     job.lab.run(f"scancel --signal=TERM {job.job}")
     job.assert_complete(restarts=1)
     assert "asks to be run again" in job.text()
+
+
+def test_last_element_of_an_array_is_stopped(count: Callable[..., Count]) -> None:
+    """Its job number is the array's own; it alone is requeued."""
+    job = count("--array=0-1", "-n1")
+    wait_until(lambda: all(len(steps_of(job, element)) >= 10 for element in (0, 1)), 60, "step 10", job.text)
+    job.lab.run(f"scancel --signal=TERM {job.job}_1")
+    done = lambda: {one["JobState"] for one in job.lab.jobs(job.job)} == {"COMPLETED"}  # noqa: E731
+    wait_until(done, 100, "both elements complete", job.text)
+    restarts = {one["ArrayTaskId"]: one["Restarts"] for one in job.lab.jobs(job.job)}
+    assert restarts == {"0": "0", "1": "1"}
+    assert all(steps_of(job, element) == list(range(1, STEPS + 1)) for element in (0, 1)), job.text()
+
+
+def steps_of(job: Count, element: int) -> list[int]:
+    path = job.run / f"count{element}" / "steps-0"
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+def test_a_run_that_was_told_to_stop_is_not_requeued(count: Callable[..., Count]) -> None:
+    job = count()
+    job.wait_for_step(10)
+    (job.run / "STOP").touch()
+    job.lab.run(f"scancel --signal=TERM {job.job}")
+    assert job.lab.wait_for_job(job.job) == "FAILED", job.text()
+    assert job.lab.job(job.job)["Restarts"] == "0" and "/STOP is there" in job.text()
 
 
 def test_one_task_is_killed(count: Callable[..., Count]) -> None:

@@ -15,11 +15,13 @@ from tests.summarize.server import Handler, Server, good, refusing, serving
 from tests.summarize.world import ROOT, run_here, start, write_config, write_histories
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import EngineError, RunError
+from trsr_dist.evaluate.scores import ScoreFolder
 from trsr_dist.files import write_json
 from trsr_dist.log import MetricLog, read_metrics
 from trsr_dist.run import RunFolder
 from trsr_dist.status import describe_run, duration
 from trsr_dist.summarize import progress
+from trsr_dist.summarize.engines.extractive import ExtractiveEngine
 from trsr_dist.summarize.progress import (
     SILENT_SECONDS,
     ProgressReader,
@@ -30,6 +32,7 @@ from trsr_dist.summarize.progress import (
     task_path,
     write_task,
 )
+from trsr_dist.summarize.requests import Completion
 from trsr_dist.train.heartbeat import Heartbeat
 
 USERS = {"train": 30, "valid": 3, "test": 3}
@@ -78,9 +81,21 @@ def test_quarantined_users_and_failed_tasks_are_named(tmp_path: Path) -> None:
         text = describe_run(run)
         assert "stopped: no task is at work" in text
         assert "failed 00:00:0" in text and "summarize.max_failures allows 3" in text
-        run_here(config, "summarize.max_failures=100")
+        run_here(config, "summarize.max_failures=100", "summarize.failed_users=recent_only")
     text = describe_run(run)
     assert "36 quarantined" in text and "node 0: BadRequestError 400" in text
+
+
+def test_an_unforeseen_error_is_told_with_its_kind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: ExtractiveEngine) -> list[Completion]:
+        raise RuntimeError("device-side assert triggered")
+
+    run = tmp_path / "run"
+    write_histories(run, USERS)
+    monkeypatch.setattr(ExtractiveEngine, "poll", broken)
+    with pytest.raises(RuntimeError):
+        run_here(write_config(run))
+    assert "RuntimeError: device-side assert triggered" in describe_run(run)
 
 
 def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
@@ -141,6 +156,53 @@ def test_a_training_with_its_ranks(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/latest").write_text("step-000020")
     assert "newest checkpoint: step-000020" in describe_run(tmp_path)
+
+
+def finish_training(run: Path, num_steps: int, **state: int) -> None:
+    folder = run / "checkpoints" / "step-000020"
+    train = {"train": {"step": 20, "num_steps": num_steps}, "config": {"train": {"early_stopping_patience": 2}}}
+    write_json(folder / "provenance.json", train)
+    write_json(folder / "state.json", {"step": 20, **state})
+    (run / "checkpoints" / "latest").write_text("step-000020\n")
+
+
+def test_a_finished_training_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = MetricLog(tmp_path, "train", tensorboard=False)
+    metrics.write(20, {"train/loss": 0.25})
+    metrics.write(20, {"train/save_seconds": 1.0})
+    metrics.close()
+    heartbeat = Heartbeat(tmp_path, Ranks(), stuck_seconds=100)
+    heartbeat.start()
+    heartbeat.at(20, "saving")
+    heartbeat.stop()
+    for num_steps, bad, expected in (
+        (20, 0, "train       done: all 20 steps"),
+        (90, 2, "train       done: stopped early after 20 of 90 steps"),
+    ):
+        finish_training(tmp_path, num_steps, num_bad_evaluations=bad)
+        text = describe_run(tmp_path)
+        assert expected in text and "train/loss 0.25\n" in text
+        assert "saving" not in text and "newest checkpoint: step-000020" in text
+    finish_training(tmp_path, 90, num_bad_evaluations=1)
+    assert "train       step 20, " in describe_run(tmp_path) and "saving" in describe_run(tmp_path)
+    finish_training(tmp_path, 20)
+    heartbeat.at(21, "waiting for data")
+    heartbeat._write()
+    assert "train       step 20, " in describe_run(tmp_path), "a later start goes on"
+
+
+def test_an_evaluation_that_is_not_finished(tmp_path: Path) -> None:
+    folders = [ScoreFolder(tmp_path / "evaluation" / "test" / name) for name in ("model", "uniform/control")]
+    for folder in folders:
+        folder.open({"model": "abc"}, 200, "RUN/merged")
+    for part in range(3):
+        folders[0].write(part, [])
+    assert describe_run(tmp_path).endswith("evaluate    test: parts 3 of 4 of model, 0 of 4 of uniform/control")
+    write_json(tmp_path / "evaluation" / "valid" / "manifest.json", {})
+    text = describe_run(tmp_path)
+    assert f"evaluate    done: {tmp_path}/evaluation/valid.json; test: parts 3 of 4 of model" in text
+    write_json(tmp_path / "evaluation" / "test" / "manifest.json", {})
+    assert text != describe_run(tmp_path) and "parts" not in describe_run(tmp_path)
 
 
 def test_an_empty_run_and_no_run(tmp_path: Path) -> None:

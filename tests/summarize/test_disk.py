@@ -63,6 +63,16 @@ def test_a_disk_that_cannot_be_written(disk: Path, expected: dict[str, str]) -> 
     assert tree_hash(run / "shards") == expected
 
 
+def test_shards_on_another_disk_are_refused_before_the_work(disk: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_histories(run, USERS)
+    (disk / "shards").mkdir()
+    (run / "shards").symlink_to(disk / "shards")
+    with pytest.raises(RunError, match="shards: on another file system than .*summaries"):
+        run_here(write_config(run))
+    assert not list(run.glob("summaries/journal/*"))
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_without_leave_to_write(tmp_path: Path) -> None:
     run = tmp_path / "run"

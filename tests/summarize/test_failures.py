@@ -58,6 +58,14 @@ def test_skipped_users_are_missing_and_named(tmp_path: Path) -> None:
     assert manifest["num_users"] == USERS["train"] - len(failed)
 
 
+def test_a_split_that_lost_all_its_users_is_not_published(tmp_path: Path) -> None:
+    with serving(refusing("")) as server:
+        run, config = prepared(tmp_path, server, failed_users="skip")
+        with pytest.raises(EngineError, match="train: all 20 users failed.*the prompt is refused"):
+            run_here(config)
+    assert not (run / "shards").exists()
+
+
 def test_users_kept_with_recent_items_only_say_so(tmp_path: Path) -> None:
     with serving(good) as server:
         run, config = prepared(tmp_path, server, failed_users="recent_only", scheme="recurrent")
@@ -146,6 +154,6 @@ def test_a_finished_stage_and_a_forced_one_make_no_call(tmp_path: Path) -> None:
         run_here(config)
         (run / "shards/train/train-000001.tar").write_bytes(b"damaged")
         assert tree_hash(run / "shards") != shards
-        run_here(config, force=True)
-        assert len(server.requests) == calls
+        run_here(config, "summarize.base_url=", force=True)
+        assert len(server.requests) == calls, "nor is an engine built"
     assert tree_hash(run / "shards") == shards

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -12,13 +13,22 @@ import pytest
 from tests.summarize.server import Answer, Handler, Server, good, prompt_of, serving
 from tests.summarize.world import run_here, tree_hash, write_config, write_histories
 from trsr_dist.config import load_config
+from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import ConfigError, ModelError, RunError
 from trsr_dist.files import read_json
 from trsr_dist.records import Sample
+from trsr_dist.run import RunFolder
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.summarize import plans
 from trsr_dist.summarize.cache import TextCache
-from trsr_dist.summarize.engines.build import build_engine, hub_commit
+from trsr_dist.summarize.engines.build import (
+    build_engine,
+    engine_identity,
+    hub_commit,
+    recorded_commit,
+    revision_to_load,
+)
+from trsr_dist.summarize.job import Job, Task
 
 USERS = {"train": 20, "valid": 3, "test": 3}
 
@@ -177,7 +187,7 @@ def test_the_missing_engine_is_named_with_its_installation(tmp_path: Path) -> No
     if find_spec("vllm"):
         pytest.skip("vLLM is installed")
     with pytest.raises(ConfigError, match="pip install vllm"):
-        build_engine(load_config(config).summarize, "some/model", 0)
+        build_engine(load_config(config).summarize, "some/model", "", 0)
 
 
 def test_a_hub_model_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,3 +204,43 @@ def test_a_hub_model_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.
     assert hub_commit(load_config(config, [f"summarize.revision={'b' * 40}"]).summarize) == "b" * 40
     with pytest.raises(ModelError, match="other/model"):
         hub_commit(load_config(config, ["summarize.model=other/model"]).summarize)
+    settings = load_config(config).summarize
+    assert recorded_commit(settings, tmp_path / "summaries") == commit
+    (folder / "snapshots" / commit).rename(folder / "snapshots" / ("c" * 40))
+    (folder / "refs" / "main").write_text("c" * 40)
+    assert hub_commit(settings) == "c" * 40 and recorded_commit(settings, tmp_path / "summaries") == commit
+    identity = engine_identity(settings, "some/model", 0, tmp_path / "summaries")
+    assert identity["fingerprint"] == revision_to_load(settings, identity) == commit
+
+
+def test_a_job_of_other_settings_is_kept_out_while_one_is_at_work(tmp_path: Path) -> None:
+    def asking(handler: Handler, body: dict, tries: int) -> None:
+        if not refusals:
+            other = Job(changed, RunFolder(run), HistoryStore(run / "histories"), Task.detect(), force=False)
+            with pytest.raises(RunError, match="block_size") as caught:
+                other.run()
+            refusals.append(str(caught.value))
+        good(handler, body, tries)
+
+    refusals: list[str] = []
+    with served(tmp_path, max_in_flight=1) as (run, config, server):
+        changed = load_config(config, ["summarize.block_size=3"])
+        server.answer = asking
+        run_here(config)
+    assert "at work here with block_size=5, now 3" in refusals[0]
+
+
+def test_a_set_whose_manifest_is_not_visible_yet_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As NFS shows it for a while: the work folder is gone, and the shards are not there."""
+    run, config = prepared(tmp_path)
+    job = Job(load_config(config), RunFolder(run), HistoryStore(run / "histories"), Task.detect(), force=False)
+    job._publish(None)
+    assert len(job.unpublished) == 3
+    run_here(config)
+    job._publish(None)
+    assert not job.unpublished
+    job.unpublished = dict(job.works)
+    shutil.rmtree(run / "shards")
+    monkeypatch.setattr("trsr_dist.summarize.job.GONE_SECONDS", -1.0)
+    with pytest.raises(RunError, match="removed while this task was at work"):
+        job._publish(None)

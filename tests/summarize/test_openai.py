@@ -11,7 +11,7 @@ import pytest
 from tests.summarize.server import Answer, Handler, Server, good, refusing, serving
 from trsr_dist.errors import ConfigError, EngineError
 from trsr_dist.prompts.text import SummaryPrompt
-from trsr_dist.summarize.engines.openai import OpenAIEngine
+from trsr_dist.summarize.engines.openai import OpenAIEngine, log
 from trsr_dist.summarize.requests import Completion, Request
 
 
@@ -54,8 +54,29 @@ def malformed_first(data: bytes) -> Answer:
     return answer
 
 
+def broken_off_first(ending: str) -> Answer:
+    def answer(handler: Handler, body: dict, tries: int) -> None:
+        if tries == 1:
+            reply_with(handler, "The user likes", ending)
+        else:
+            good(handler, body, tries)
+
+    return answer
+
+
+def reply_with(handler: Handler, text: str | None, ending: str | None) -> None:
+    choice = {"index": 0, "finish_reason": ending, "message": {"role": "assistant", "content": text}}
+    handler.reply({"id": "x", "choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 20}})
+
+
 def engine(server: Server, **options: object) -> OpenAIEngine:
-    settings = {"prompt_style": "auto", "max_prompt_tokens": 400, "max_in_flight": 4, "timeout_seconds": 10.0}
+    settings = {
+        "prompt_style": "auto",
+        "template_kwargs": {},
+        "max_prompt_tokens": 400,
+        "max_in_flight": 4,
+        "timeout_seconds": 10.0,
+    }
     settings |= {"max_retries": 3, **options}
     return OpenAIEngine(server.address, "small", **settings)
 
@@ -86,6 +107,8 @@ def expected(number: int = 3) -> list[str]:
         malformed_first(b'{"choices": []}'),
         malformed_first(b'{"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": null}}]}'),
         malformed_first(b'{"object": "error"}'),
+        broken_off_first("abort"),
+        broken_off_first("content_filter"),
     ],
 )
 def test_texts_arrive_in_spite_of_trouble(answer: Answer) -> None:
@@ -102,6 +125,47 @@ def test_a_slow_reply_is_given_up_and_asked_again() -> None:
         done = ask(engine(server, timeout_seconds=0.3), 2)
     assert [completion.text for completion in done] == expected(2)
     assert len(server.requests) == 4
+
+
+def test_a_server_that_is_too_slow_for_good_blames_no_request() -> None:
+    def slow(handler: Handler, body: dict, tries: int) -> None:
+        time.sleep(0.5)
+        good(handler, body, tries)
+
+    with serving(slow) as server, pytest.raises(EngineError, match="summarize.max_in_flight.*timeout_seconds"):
+        ask(engine(server, timeout_seconds=0.1, max_retries=0), 1)
+
+
+def test_a_text_that_is_broken_off_for_good_is_no_summary() -> None:
+    with serving(lambda handler, body, tries: reply_with(handler, "The user likes", "content_filter")) as server:
+        (done,) = ask(engine(server, max_retries=1), 1)
+    assert not done.text and "content_filter" in done.error and len(server.requests) == 2
+
+
+@pytest.mark.parametrize("ending", ["stop", "eos", None])
+def test_texts_end_in_the_words_of_several_servers(ending: str | None) -> None:
+    with serving(lambda handler, body, tries: reply_with(handler, "The user likes tea.", ending)) as server:
+        (done,) = ask(engine(server), 1)
+    assert (done.text, done.cut, done.error) == ("The user likes tea.", False, "")
+
+
+def test_what_was_answered_before_the_server_was_lost_is_handed_out() -> None:
+    def answer(handler: Handler, body: dict, tries: int) -> None:
+        if "xx" in body["messages"][0]["content"]:
+            handler.reply({"error": {"message": "gone"}}, 503, {"Retry-After": "0.01"})
+        else:
+            good(handler, body, tries)
+
+    with serving(answer) as server:
+        client = engine(server, max_retries=0, max_in_flight=1)
+        for i in (2, 0, 1):
+            client.submit(Request(str(i), SummaryPrompt("say", (), ("x" * i,)), 20))
+        while client._done.qsize() < 3:
+            time.sleep(0.01)
+        assert sorted(completion.key for completion in client.poll()) == ["0", "1"]
+        with pytest.raises(EngineError, match="503"):
+            client.poll()
+        client.close()
 
 
 def test_a_request_that_fails_for_good_is_one_completion_with_its_reason() -> None:
@@ -123,9 +187,9 @@ def test_a_request_that_cuts_its_own_connection_is_to_blame_itself() -> None:
 def test_where_the_server_is_gone_no_request_is_to_blame() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    client = OpenAIEngine(f"http://127.0.0.1:{port}/v1", "small", "auto", 400, 4, 2.0, 0)
+    client = OpenAIEngine(f"http://127.0.0.1:{port}/v1", "small", "auto", {}, 400, 4, 2.0, 0)
     with pytest.raises(EngineError, match="start the server"):
-        client.fit(SummaryPrompt("say", (), ("long " * 200,)))
+        client._fit(SummaryPrompt("say", (), ("long " * 200,)))
     with pytest.raises(EngineError, match="start the server"):
         ask(client, 1)
 
@@ -133,10 +197,10 @@ def test_where_the_server_is_gone_no_request_is_to_blame() -> None:
 def test_the_address_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(good) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.address)
-        assert ask(OpenAIEngine("", "small", "auto", 400, 4, 10.0, 1), 1)[0].text == expected(1)[0]
+        assert ask(OpenAIEngine("", "small", "auto", {}, 400, 4, 10.0, 1), 1)[0].text == expected(1)[0]
     monkeypatch.delenv("OPENAI_BASE_URL")
     with pytest.raises(ConfigError, match="summarize.base_url"):
-        OpenAIEngine("", "small", "auto", 400, 4, 10.0, 1)
+        OpenAIEngine("", "small", "auto", {}, 400, 4, 10.0, 1)
 
 
 def test_a_server_that_stays_down_or_talks_nonsense_is_reported() -> None:
@@ -164,6 +228,36 @@ def test_no_more_requests_at_once_than_allowed() -> None:
     with serving(answer) as server:
         ask(engine(server, max_in_flight=5), 30)
     assert server.most == 5
+
+
+def test_the_chat_template_is_told_not_to_think() -> None:
+    with serving(good) as server:
+        ask(engine(server, template_kwargs={"enable_thinking": False}), 1)
+        ask(engine(server, template_kwargs={"enable_thinking": False}, prompt_style="plain"), 1)
+    assert [body.get("chat_template_kwargs") for _, body, _ in server.requests] == [{"enable_thinking": False}, None]
+
+
+def test_a_server_that_knows_no_template_variables_is_asked_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    told = []
+    monkeypatch.setattr(log, "warning", lambda text, *values: told.append(text % values))
+
+    def strict(handler: Handler, body: dict, tries: int) -> None:
+        if "chat_template_kwargs" in body:
+            handler.reply({"error": {"message": "Unrecognized request argument: chat_template_kwargs"}}, 400)
+        else:
+            good(handler, body, tries)
+
+    with serving(strict) as server:
+        done = ask(engine(server, template_kwargs={"enable_thinking": False}, max_in_flight=1))
+    assert [completion.text for completion in done] == expected() and len(server.requests) == 4
+    (line,) = told
+    assert "summarize.chat_template_kwargs" in line
+
+
+def test_thoughts_that_the_server_keeps_apart_are_an_empty_text() -> None:
+    with serving(lambda handler, body, tries: reply_with(handler, None, "length")) as server:
+        (done,) = ask(engine(server), 1)
+    assert (done.text, done.cut, done.error, done.new_tokens) == ("", True, "", 20) and len(server.requests) == 1
 
 
 def test_the_key_travels_in_the_header_and_shows_in_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,11 +291,16 @@ def test_long_prompts_are_trimmed_by_the_servers_count(counts: bool) -> None:
     prompt = SummaryPrompt("keep this", (), ("word " * 500, "short"))
     with serving(answer) as server:
         client = engine(server)
-        fitted, cut = client.fit(prompt)
+        fitted, cut = client._fit(prompt)
+        client.submit(Request("0", prompt, 20))
+        client.submit(Request("1", SummaryPrompt("word " * 500), 20))
+        done = {completion.key: completion for completion in client.poll() + client.poll()}
         client.close()
+    assert done["0"].text == f"summary of {len(fitted.text())}" and done["0"].words_cut == cut
+    assert "summarize.max_prompt_tokens" in done["1"].error
     assert fitted.instruction == "keep this" and fitted.items[1] == "short" and cut > 100
     size = len(fitted.text().split()) if counts else len(fitted.text().encode()) // 3
-    assert 350 < size <= 400 - 32
+    assert 280 < size <= 400 - 64
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
@@ -232,7 +331,7 @@ def test_a_server_that_counts_in_another_form_does_not_count(reply: bytes) -> No
 
     with serving(miscounting) as server:
         client = engine(server, max_prompt_tokens=100)
-        fitted, cut = client.fit(SummaryPrompt("say", (), ("word " * 400,)))
+        fitted, cut = client._fit(SummaryPrompt("say", (), ("word " * 400,)))
         client.close()
     assert cut > 0 and fitted.items[0]
 

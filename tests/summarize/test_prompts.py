@@ -30,8 +30,9 @@ def test_summaries_pay_when_items_are_gone() -> None:
 
 
 def test_a_prompt_that_fits_is_left_alone() -> None:
-    prompt = SummaryPrompt("do this", (), ("item",))
-    assert trim_prompt(prompt, num_words, 100) == (prompt, 0)
+    prompt, counted = SummaryPrompt("do this", (), ("item",)), []
+    assert trim_prompt(prompt, lambda tried: counted.append(tried) or num_words(tried), 100) == (prompt, 0)
+    assert counted == [prompt], "and counted once"
 
 
 def test_an_instruction_over_the_limit_is_an_error() -> None:
@@ -48,6 +49,8 @@ def test_an_instruction_over_the_limit_is_an_error() -> None:
         (f"Sure. {block_instruction('news')}", False, ("echo",)),
         ("Likes tennis.\n[Items]\n- another", False, ("run_on",)),
         ("Likes tennis. Summary: likes", False, ("run_on",)),
+        ("Likes tennis, finance, news of stocks and all that has to do with gardens.\nSummary: x", False, ("run_on",)),
+        ("Likes tennis.\nSummary: likes\nSummary: likes", False, ("run_on",)),
         ("the user likes " * 10, False, ("repetition",)),
         ("Likes tennis and", True, ("cut",)),
         ("the user likes " * 10, True, ("repetition", "cut")),
@@ -68,11 +71,20 @@ def test_what_follows_the_next_turns_marker_is_cut_away() -> None:
         ("**Summary:** The user likes tea.", "The user likes tea."),
         ("**Updated Summary:**\n\nThe user likes tea.", "The user likes tea."),
         ("Here is the updated Summary: The user likes tea.", "The user likes tea."),
+        ("Here is a summary of what the user read:\n\n**Summary:** The user likes tea.", "The user likes tea."),
+        ("Here is the Summary:\n\n**Summary:** The user likes tea.", "The user likes tea."),
+        (
+            "Based on the news articles that you gave me, the user's preferences can be put as follows:\n\nSummary: "
+            "The user likes tea.",
+            "The user likes tea.",
+        ),
+        ("# Summary of User Preferences\n\n**Summary:** The user likes tea.", "The user likes tea."),
+        ("Sure, with pleasure.\n\nSummary:\n\nThe user likes tea.", "The user likes tea."),
         ("<think>Tea, cups.\nSummary: so\n</think>\n\nThe user likes tea.", "The user likes tea."),
         ("Tea, cups.</think>The user likes tea.", "The user likes tea."),
         ("<think>Tea, cups, and then", ""),
         ("The user likes tea.", "The user likes tea."),
     ],
 )
-def test_titles_and_thoughts_of_chat_models_are_left_out(raw: str, text: str) -> None:
+def test_titles_announcements_and_thoughts_of_chat_models_are_left_out(raw: str, text: str) -> None:
     assert clean(raw) == (text, False)

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from trsr_dist.errors import DataError
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.plans.hierarchical import plan as hierarchical
@@ -25,11 +24,6 @@ class LateEngine:
         self.log: list[Request] = []
         self.fullness: list[int] = []
         self._random = random.Random(0)
-
-    def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
-        if any("too long" in item for item in prompt.items):
-            raise DataError("does not fit")
-        return prompt, 0
 
     def submit(self, request: Request) -> None:
         self.in_flight.append(request)
@@ -142,12 +136,6 @@ def test_one_users_failure_is_that_users_alone(tmp_path: Path) -> None:
     assert "refused" in results[3].failure.reason
 
 
-def test_a_prompt_that_cannot_be_fitted_fails_its_user(tmp_path: Path) -> None:
-    works = iter([Work(0, hierarchical(2, 5, 3), ["too long", "b"]), Work(1, hierarchical(2, 5, 3), ["a", "b"])])
-    results = run(LateEngine(8), tmp_path, lambda: next(works, None))
-    assert "does not fit" in results[0].failure.reason and not results[1].failure
-
-
 def test_a_faulty_text_is_tried_once_more_with_sampling(tmp_path: Path) -> None:
     def answer(request: Request) -> Completion:
         return Completion(request.key, "Likes tennis." if request.temperature else "", new_tokens=1)
@@ -161,17 +149,19 @@ def test_a_faulty_text_is_tried_once_more_with_sampling(tmp_path: Path) -> None:
 
 
 def test_a_fault_that_stays_is_flagged_and_an_empty_text_fails(tmp_path: Path) -> None:
-    texts = {"a": "", "b": "the user likes " * 10}
+    texts = {"a": "", "b": "the user likes " * 10, "c": "<think>So, the user"}
 
     def answer(request: Request) -> Completion:
-        return Completion(request.key, texts[request.prompt.items[0]])
+        (item,) = request.prompt.items
+        return Completion(request.key, texts[item], cut=item == "c")
 
-    works = iter([Work(name, hierarchical(1, 5, 3), [name]) for name in "ab"])
+    works = iter([Work(name, hierarchical(1, 5, 3), [name]) for name in "abc"])
     engine = LateEngine(4, answer)
     results = run(engine, tmp_path, lambda: next(works, None))
-    assert "no text" in results["a"].failure.reason
+    assert "no text" in results["a"].failure.reason and "thoughts" not in results["a"].failure.reason
+    assert "thoughts took all of summarize.max_new_tokens=50" in results["c"].failure.reason
     assert results["b"].records[0]["flags"] == ["repetition"]
-    assert len(engine.log) == 4
+    assert len(engine.log) == 6
 
 
 def test_a_plan_without_nodes_needs_no_engine(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import PreTrainedTokenizerFast
 
 from tests.summarize.models import CONTEXT, small_model, tokenizer, write_model
 from tests.summarize.world import ROOT
@@ -17,6 +19,7 @@ from trsr_dist.errors import ModelError
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.engines.encoding import PromptEncoder
 from trsr_dist.summarize.engines.transformers import TransformersEngine, is_out_of_memory
+from trsr_dist.summarize.quality import clean
 from trsr_dist.summarize.requests import Completion, Request
 
 WORDS = "quiet river final stocks window paper winter letter garden signal".split()  # noqa: SIM905
@@ -104,12 +107,14 @@ def test_long_prompts_are_trimmed_to_true_tokens(model: object) -> None:
         prompt = SummaryPrompt(
             "say it now", ("likes tennis",), ("short one", "Tennis " * 400, "\u30c6\u30cb\u30b9" * 300)
         )
-        fitted, cut = limited.fit(prompt)
-        assert fitted.instruction == prompt.instruction and fitted.previous == prompt.previous
-        assert 100 < len(limited.encoder.encode(fitted)) <= 150 and cut > 0
-        limited.submit(Request("k", fitted, 5))
-        (completion,) = limited.poll()
-        assert completion.prompt_tokens <= 150
+        ids, cut = limited.encoder.fit(prompt)
+        written = limited.encoder.tokenizer.decode(ids)
+        assert "say it now" in written and "- likes tennis\n" in written and "- short one\n" in written
+        limited.submit(Request("k", prompt, 5))
+        limited.submit(Request("all instruction", SummaryPrompt("say it now " * 100), 5))
+        refused, completion = limited.poll() + limited.poll()
+        assert 100 < completion.prompt_tokens == len(ids) <= 150 and completion.words_cut == cut > 0
+        assert "without any item and 150 are allowed" in refused.error
 
 
 def test_the_chat_template_is_used_where_there_is_one() -> None:
@@ -117,6 +122,22 @@ def test_the_chat_template_is_used_where_there_is_one() -> None:
     chat, plain = (PromptEncoder(tokenizer(chat), "auto", 500).encode(prompt) for chat in (True, False))
     assert tokenizer(True).decode(chat) == f"<|user|>\n{prompt.text()}<|end|>\n<|assistant|>\n"
     assert tokenizer().decode(plain) == prompt.text()
+
+
+def thinking() -> PreTrainedTokenizerFast:
+    """Its template begins the model's thoughts, unless told otherwise."""
+    tokens = copy.deepcopy(tokenizer(chat=True))
+    tokens.chat_template += "<think>\n{% if not enable_thinking %}</think>\n{% endif %}"
+    return tokens
+
+
+def test_thoughts_that_the_template_begins_are_no_text(model: object) -> None:
+    request = Request("k", SummaryPrompt("say it", (), ("a",)), 5)
+    for think in (True, False):
+        encoder = PromptEncoder(thinking(), "auto", 500, {"enable_thinking": think})
+        done = answers(TransformersEngine(model, encoder, 2), [request])["k"]
+        assert done.cut and done.text.startswith("<think>") == think
+        assert bool(clean(done.text)[0]) != think
 
 
 def test_a_prompt_beyond_the_models_context_fails_alone(model: object) -> None:
@@ -180,10 +201,12 @@ def test_other_errors_are_no_lack_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 45)
     assert is_out_of_memory(caught.value)
+    for words in ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"):
+        assert is_out_of_memory(RuntimeError(words))
 
 
 def load(folder: Path) -> TransformersEngine:
-    return TransformersEngine.load(str(folder), "", False, "float32", "plain", 500, 2)
+    return TransformersEngine.load(str(folder), "", False, "float32", "plain", {}, 500, 2)
 
 
 def test_weights_that_are_missing_are_no_random_ones(tmp_path: Path) -> None:

@@ -57,6 +57,18 @@ def test_the_first_commit_counts_whoever_comes_late(tmp_path: Path) -> None:
     assert summaries(tmp_path) == {"likes tennis"}
 
 
+def test_one_look_finds_what_all_tasks_have_committed(tmp_path: Path) -> None:
+    work, other = opened(tmp_path), opened(tmp_path)
+    assert work.committed() == set()
+    commit(other, 1)
+    (work.folder / "units" / ".nfs0001").mkdir()
+    assert work.committed(max_age_seconds=1000) == set() and work.is_done(1)
+    commit(work, 0, "another")
+    assert work.committed(max_age_seconds=1000) == {0, 1} == other.committed()
+    commit(other, 2)
+    assert work.is_complete() and work.committed(max_age_seconds=1000) == {0, 1, 2}
+
+
 def test_a_published_set_is_replaced_whole(tmp_path: Path) -> None:
     work = opened(tmp_path)
     for unit in range(work.num_units):
@@ -101,6 +113,10 @@ def test_failures_are_those_of_committed_units(tmp_path: Path) -> None:
     assert work.failures() == []
     work.commit(1, samples(work, 1), {"num_users": 4, "failed": [failure], "counts": {}}, "t")
     assert work.failures() == [failure]
+    early, late = opened(tmp_path), opened(tmp_path)
+    assert early.failures() == [failure]
+    work.clear("t")
+    assert early.failures() == [failure] and late.failures() == []
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EXDEV])

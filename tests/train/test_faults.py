@@ -68,7 +68,7 @@ def assert_saved_where_it_stopped(job: Job) -> None:
 
 @pytest.mark.timeout(500)
 def test_one_run_through_every_fault(source: Path, run: Path, start: Start, tmp_path: Path) -> None:
-    """Nine starts of one run; afterwards every step's loss is that of a run that nothing happened to."""
+    """Ten starts of one run; afterwards every step's loss is that of a run that nothing happened to."""
     faults = [
         signal_one_rank,
         signal_one_rank_under_deepspeed,
@@ -168,6 +168,8 @@ def touch_the_stop_file(run: Path, start: Start, step: int) -> None:
     assert job.end() == EXIT_REQUEUE
     assert "STOP was touched" in job.output
     assert_saved_where_it_stopped(job)
+    again = start("alone")
+    assert again.end() == 1 and f"{run}/STOP: the run was told to stop" in again.output
     (run / "STOP").unlink()
 
 

@@ -140,7 +140,7 @@ def _chains(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_cha
 
 
 def _overhead(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_chains: int) -> list[Row]:
-    """Scheduler, trimming, keys, cache and quality gate: what a run costs outside the engine's own work."""
+    """Scheduler, keys, cache and quality gate: what a run costs outside the engine's own work."""
     shares, calls = [], 0
     for _ in range(REPEATS):
         with tempfile.TemporaryDirectory() as folder:
@@ -163,7 +163,7 @@ class _Timed:
 
     def __init__(self, engine: TransformersEngine) -> None:
         self._engine = engine
-        self.fit, self.close = engine.fit, engine.close
+        self.close = engine.close
         self.seconds = 0.0
         self.num_requests = 0
 

@@ -10,6 +10,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from trsr_dist.config.sections import Config
+from trsr_dist.config.zero import find_file, read_zero_config
 from trsr_dist.errors import ConfigError
 
 
@@ -28,17 +29,19 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
     """Defaults, then the file, then ``key=value`` overrides.
 
     Raises:
-        ConfigError: the file is missing or not YAML, a key is unknown, a value has a wrong type, or two settings
-            contradict each other.
+        ConfigError: the file is missing or not YAML, a key is unknown, a value has a wrong type, two settings
+            contradict each other, or a DeepSpeed file that one names is missing or wrong.
     """
     settings = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(settings, override)
     _reject_unknown_keys(settings)
     try:
-        return Config.model_validate(settings)
+        config = Config.model_validate(settings)
     except ValidationError as error:
         raise ConfigError(_describe(error, path)) from None
+    _check_files(config)
+    return config
 
 
 def dump_config(config: Config) -> str:
@@ -53,6 +56,16 @@ def known_keys() -> list[str]:
 
 def _sections() -> dict[str, type[BaseModel]]:
     return {name: field.annotation for name, field in Config.model_fields.items()}
+
+
+def _check_files(config: Config) -> None:
+    """Files that the last stages read must be there before the first one is paid for."""
+    for key, name in (
+        ("train.deepspeed_config", config.train.deepspeed_config),
+        ("evaluate.deepspeed_config", config.evaluate.deepspeed_config),
+    ):
+        if name or key.startswith("train"):
+            read_zero_config(find_file(name), key)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -115,5 +128,7 @@ def _describe(error: ValidationError, path: str | Path) -> str:
     for entry in error.errors():
         key = ".".join(str(part) for part in entry["loc"][:2])
         message = entry["msg"].removeprefix("Value error, ")
+        if entry["type"] == "string_type" and isinstance(entry["input"], bool):
+            message += " (YAML reads yes, no, on and off as true and false: write it in quotes)"
         lines.append(f"{key}={entry['input']!r}: {message}" if key else message)
     return f"{path}: " + "; ".join(lines)

@@ -5,17 +5,23 @@ Config stops at the builders (``launch/``, ``tools/`` and the ``job`` modules): 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, field_validator, model_validator
 
+from trsr_dist.config.contradictions import contradictions
 from trsr_dist.summarize.plans import schemes
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Names = Annotated[tuple[str, ...], Field(min_length=1)]
 
 
 class Section(BaseModel):
-    """Settings are frozen and unknown keys are refused."""
+    """Settings are frozen; unknown keys, infinities and NaN are refused."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class RunSection(Section):
@@ -48,7 +54,7 @@ class DataSection(Section):
     sessions_file: str = "sessions_train.csv"
     """Amazon-M2: name of the sessions file."""
     locale: str = ""
-    """Amazon-M2: keep only this locale (the paper: UK); empty keeps all."""
+    """Amazon-M2: keep only this locale (the paper: UK); empty keeps all, with negatives of the target's locale."""
     item_fields: tuple[str, ...] = ()
     """Fields that make an item's text, in order; empty: the format's default (MIND: category, subcategory, title)."""
     target: Literal["last", "impression"] = "last"
@@ -108,6 +114,8 @@ class SummarizeSection(Section):
     """Hierarchical: at most this many summaries are merged by one prompt; more make a deeper tree."""
     prompt_style: Literal["auto", "plain", "chat"] = "auto"
     """chat: through the model's chat template; auto: when it has one."""
+    chat_template_kwargs: dict[str, JsonValue] = {"enable_thinking": False}
+    """Variables of the chat template: here, models that would think aloud (Qwen3) answer at once. {}: none."""
     max_prompt_tokens: int = Field(2048, ge=64)
     """Longer prompts are trimmed by parts: item descriptions evenly, never the instruction."""
     max_new_tokens: int = Field(150, ge=1)
@@ -177,7 +185,7 @@ class LoraSection(Section):
     """Scale: the update is alpha / r * BA."""
     dropout: float = Field(0.05, ge=0, lt=1)
     """Dropout on the adapter's input while training."""
-    target_modules: tuple[str, ...] | Literal["all-linear"] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    target_modules: Names | Literal["all-linear"] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Names of linear modules, or all-linear."""
     use_rslora: bool = False
     """Scale by alpha / sqrt(r) instead (arXiv 2312.03732)."""
@@ -204,7 +212,7 @@ class TrainSection(Section):
     """What the rate does after the warm-up; linear and cosine end at 0."""
     weight_decay: float = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
-    adam_betas: tuple[float, float] = (0.9, 0.95)
+    adam_betas: tuple[Beta, Beta] = (0.9, 0.95)
     """AdamW's betas (the paper's code: 0.9, 0.95)."""
     max_grad_norm: float = Field(1.0, ge=0)
     """Gradients are clipped to this global norm; 0: no clipping."""
@@ -273,9 +281,10 @@ class EvaluateSection(Section):
         ...,
     ] = ("popularity", "base", "control")
     """Ranked beside the model. From train users' clicks: popularity, recency (latest clicks), gru4rec and sasrec
-    (trained here, minutes); bm25: words of the history against the candidate's; base: the model before fine-tuning;
-    no_summary, no_recent: without that part of the prompt; each of the last three costs as much as the model itself.
-    Always there: control (with another user's summary and recent items) and random (its exact expectation)."""
+    (trained here on one core, once for each seed: minutes for thousands of users, hours for a million); bm25:
+    words of the history against the candidate's; base: the model before fine-tuning; no_summary, no_recent: without
+    that part of the prompt; each of the last three costs as much as the model itself. Always there: control (with
+    another user's summary and recent items) and random (its exact expectation)."""
     bootstrap_samples: int = Field(1000, ge=0)
     """Resamples of the users for the 95% confidence intervals; 0: none."""
     max_users: int = Field(0, ge=0)
@@ -324,26 +333,8 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Config:
-        if self.data.format != "demo" and not self.data.path:
-            raise ValueError(f"data.path is empty: data.format={self.data.format} needs the folder of the raw files")
-        if self.data.max_history and self.data.max_history < self.data.min_history:
-            raise ValueError(
-                f"data.max_history={self.data.max_history} is below data.min_history={self.data.min_history}"
-            )
-        if self.train.negatives_per_positive > self.train.pool_size:
-            raise ValueError(
-                f"train.negatives_per_positive={self.train.negatives_per_positive} is above "
-                f"train.pool_size={self.train.pool_size}: a sample keeps only that many negatives to draw from"
-            )
-        if self.prompt.max_tokens > self.train.row_tokens:
-            raise ValueError(
-                f"prompt.max_tokens={self.prompt.max_tokens} is above train.row_tokens={self.train.row_tokens}: "
-                "a row must hold at least one prompt"
-            )
-        if self.summarize.engine != "extractive" and self.summarize.scheme != "none" and not self.summarize.model:
-            raise ValueError(f"summarize.model is empty: summarize.engine={self.summarize.engine} needs a model")
-        if self.prompt.answers[0] == self.prompt.answers[1]:
-            raise ValueError(f"prompt.answers={self.prompt.answers} are equal: two different answers are needed")
+        for text in contradictions(self):
+            raise ValueError(text)
         return self
 
     @property

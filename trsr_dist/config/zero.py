@@ -28,7 +28,7 @@ OFFLOADS = ("offload_optimizer", "offload_param")
 
 
 def find_file(name: str) -> Path:
-    """A file named relative to the working folder, else to this repository."""
+    """A file named relative to the working folder, else to this repository, which is not part of a wheel."""
     return Path(name) if Path(name).exists() else ROOT / name
 
 
@@ -47,7 +47,10 @@ def read_zero_config(path: str | Path, key: str = "train.deepspeed_config") -> d
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, IsADirectoryError):
-        raise ConfigError(f"{key}={path}: no such file; the shipped ones lie in ds_configs/") from None
+        raise ConfigError(
+            f"{key}={path}: no such file; the shipped ones lie in ds_configs/ of the repository, which is installed "
+            "with pip install -e"
+        ) from None
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):

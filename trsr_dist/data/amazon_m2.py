@@ -28,7 +28,7 @@ class AmazonReader:
         item_file: the products; descriptions may hold line ends.
         log_file: the sessions; ``prev_items`` as numpy prints an array, over several lines.
         locale: only rows of this locale; empty: all, and item ids read ``LOCALE:ID``, since an id may stand in several
-            locales with different texts.
+            locales with different texts; an item's category is then its locale.
         lines: reads the lines.
     """
 
@@ -43,7 +43,8 @@ class AmazonReader:
         for row, cells in self._rows(self.item_file, PRODUCT_KEYS):
             if self._is_kept(cells, "products_of_other_locales"):
                 fields = {name: cells.get(name, "") for name in ATTRIBUTES}
-                yield RawItem(self._item(cells["id"], cells["locale"]), fields, row)
+                category = "" if self.locale else cells["locale"]
+                yield RawItem(self._item(cells["id"], cells["locale"]), fields, row, category)
 
     def logs(self) -> Iterator[UserLog]:
         seen: set[int] = set()
@@ -89,7 +90,13 @@ class AmazonReader:
                     yield row, dict(zip(header, cells, strict=True))
                 row = records.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{path}:{records.line_num}: {error}; is a quotation mark left open before it?") from None
+            raise DataError(f"{path}:{records.line_num}: {_what_is_wrong(error)}") from None
+
+
+def _what_is_wrong(error: csv.Error) -> str:
+    if "new-line character" in str(error):
+        return "a carriage return stands outside quotation marks; save the file with line feeds as line ends"
+    return f"{error}; is a quotation mark left open before it?"
 
 
 def parse_items(text: str, source: str) -> list[str]:

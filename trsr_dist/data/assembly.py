@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from trsr_dist.data.candidates import ItemPool, category_pools, draw_negatives, draw_shown
+from trsr_dist.data.candidates import PoolOf, draw_negatives, draw_shown, pools_of
 from trsr_dist.data.histories import KnownUser, latest
 from trsr_dist.data.source import Counts
 from trsr_dist.data.splits import SPLITS, split_by_time, split_by_user
@@ -22,14 +21,14 @@ from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64, random_stream
 from trsr_dist.log import progress
 
-PoolOf = Callable[[int], ItemPool | None]
-
 
 @dataclass(frozen=True, slots=True)
 class CandidateRules:
     """How candidate lists are made; the settings of the same names, and run.seed."""
 
     strategy: str
+    within_category: bool
+    """Negatives have the target's category: of news, or the locale where a catalogue holds several."""
     seen_before_target: bool
     too_few_negatives: str
     pool_size: int
@@ -127,33 +126,25 @@ class CandidateMaker:
         self._pools = self._build(spool, users, items)
 
     def _build(self, spool: Spool, users: Users, items: ArrowRows) -> dict[str, PoolOf]:
-        if self._rules.strategy == "category":
-            return self._category_pools(items)
+        categories = _categories(items) if self._rules.within_category else None
         columns = {"popularity": ("history", "targets"), "targets": ("targets",)}.get(self._rules.strategy)
         if columns is None:
-            pool = ItemPool(np.arange(len(items)), np.ones(len(items)), self._seen)
-            return {split: lambda target: pool for split in SPLITS}
-        train = self._click_pool(spool, users.mask(len(spool), "train"), columns)
-        held_out = self._click_pool(spool, users.mask(len(spool), "valid", "test"), columns)
-        return {"train": lambda target: train, "valid": lambda target: held_out, "test": lambda target: held_out}
+            pools = pools_of(np.ones(len(items)), self._seen, categories)
+            return dict.fromkeys(SPLITS, pools)
+        train = self._clicks(spool, users.mask(len(spool), "train"), columns)
+        held_out = self._clicks(spool, users.mask(len(spool), "valid", "test"), columns)
+        weights = {"train": train, "valid": held_out, "test": held_out}
+        return {split: pools_of(weights[split], self._seen, categories) for split in SPLITS}
 
-    def _click_pool(self, spool: Spool, users: np.ndarray, columns: tuple[str, ...]) -> ItemPool:
-        """Items by how often ``users`` clicked them.
+    def _clicks(self, spool: Spool, users: np.ndarray, columns: tuple[str, ...]) -> np.ndarray:
+        """int64 [items]: how often ``users`` clicked each.
 
         Train users draw by train clicks, the others by held-out clicks. Then positives and negatives of a split come
         from the same clicks, and popularity, which is counted over train users, does not set them apart; by train
         clicks alone, held-out negatives would be those that chance made popular in train. Nor is a test target
         trained on as a negative.
         """
-        weights = sum(spool.count(column, users, self._num_items) for column in columns)
-        return ItemPool(np.arange(self._num_items), weights, self._seen)
-
-    def _category_pools(self, items: ArrowRows) -> dict[str, PoolOf]:
-        categories = [name for batch in items.batches for name in batch.column(2).to_pylist()]
-        if not any(categories):
-            raise DataError("data.candidates=category, and no item has a category; choose another strategy")
-        pools = category_pools(categories, np.ones(len(categories)), self._seen)
-        return {split: lambda target: pools.get(categories[target]) for split in SPLITS}
+        return sum(spool.count(column, users, self._num_items) for column in columns)
 
     def make(self, user: KnownUser, split: str, counts: Counts) -> tuple[list[int], list[int]] | None:
         """Candidates and labels; None where the user is skipped for want of negatives.
@@ -189,6 +180,13 @@ class CandidateMaker:
                 "or set data.too_few_negatives=skip"
             )
         counts["users_with_too_few_negatives"] += 1
+
+
+def _categories(items: ArrowRows) -> list[str]:
+    categories = [name for batch in items.batches for name in batch.column(2).to_pylist()]
+    if not any(categories):
+        raise DataError("data.candidates=category, and no item has a category; choose another strategy")
+    return categories
 
 
 def write_split(

@@ -68,6 +68,9 @@ class ItemPool:
         return [*drawn, *(row for _, row in keys[: count - len(drawn)])]
 
 
+PoolOf = Callable[[int], ItemPool | None]
+
+
 def category_pools(
     categories: Sequence[str], weights: np.ndarray, first_seen: np.ndarray | None = None
 ) -> dict[str, ItemPool]:
@@ -84,8 +87,25 @@ def category_pools(
     return pools
 
 
+def pools_of(
+    weights: np.ndarray, first_seen: np.ndarray | None = None, categories: Sequence[str] | None = None
+) -> PoolOf:
+    """From a target's row to the pool of its negatives: all items, or those of the target's category.
+
+    Args:
+        weights: [items], see ``ItemPool``.
+        first_seen: int64 [items], see ``ItemPool``.
+        categories: of each item; None: one pool for all targets.
+    """
+    if categories is None:
+        pool = ItemPool(np.arange(len(weights)), weights, first_seen)
+        return lambda target: pool
+    pools = category_pools(categories, weights, first_seen)
+    return lambda target: pools.get(categories[target])
+
+
 def draw_negatives(
-    pool_of: Callable[[int], ItemPool | None],
+    pool_of: PoolOf,
     targets: Sequence[int],
     excluded: AbstractSet[int],
     count: int,

@@ -11,6 +11,7 @@ and not chosen. An item's ``category`` serves category-hard negatives.
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
 from trsr_dist.records import UserLog
 
+NUMBER = re.compile("[0-9]{9,19}")
+"""Seconds as text; shorter ones (20240131) are dates."""
 MAX_SECONDS = 2.0**62
 """Times are kept as 64-bit whole numbers. NaN and infinity are not below this either."""
 Row = tuple[dict[str, Any], str]
@@ -169,6 +172,8 @@ def _text(value: Any, name: str, source: str) -> str:  # noqa: ANN401 (any JSON 
 
 
 def _seconds(value: Any, source: str) -> float:  # noqa: ANN401 (any JSON value)
+    if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
+        value = int(value)
     if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_SECONDS:
         return float(value)
     try:

@@ -37,7 +37,9 @@ class MindReader:
 
     def items(self) -> Iterator[RawItem]:
         for row, line in self.lines.read(self.item_file):
-            cells = line.rstrip("\r\n").split("\t")
+            cells = cells_of(line)
+            if cells is None:
+                continue
             check_columns(self.item_file, row, len(cells), NEWS)
             fields = dict(zip(NEWS[1:5], cells[1:5], strict=True))
             yield RawItem(cells[0].strip(), fields, row, category=cells[1].strip())
@@ -45,7 +47,9 @@ class MindReader:
     def logs(self) -> Iterator[UserLog]:
         seen: set[int] = set()
         for row, line in self.lines.read(self.log_file):
-            cells = line.rstrip("\r\n").split("\t")
+            cells = cells_of(line)
+            if cells is None:
+                continue
             check_columns(self.log_file, row, len(cells), BEHAVIORS)
             user = cells[1].strip()
             if not user:
@@ -55,14 +59,20 @@ class MindReader:
                 self.lines.counts["further_rows_of_a_user"] += 1
                 continue
             seen.add(key)
-            yield self._log(user, cells[2], cells[3].split(), cells[4].split(), f"{self.log_file}:{row}")
+            yield self._log(user, cells[2], cells[3].split(), cells[4], f"{self.log_file}:{row}")
 
-    def _log(self, user: str, time: str, clicks: list[str], impressions: list[str], source: str) -> UserLog:
-        clicked, shown = _impressions(impressions, source)
+    def _log(self, user: str, time: str, clicks: list[str], impressions: str, source: str) -> UserLog:
         seconds = _seconds(time, source)
-        if self.target == "last":
+        if self.target == "last":  # impressions are not looked at: those of MIND's test rows carry no labels
             return UserLog(user, tuple(clicks[:-1]), tuple(clicks[-1:]), seconds, (), source)
+        clicked, shown = _impressions(impressions.split(), source)
         return UserLog(user, tuple(clicks), clicked, seconds, shown, source)
+
+
+def cells_of(line: str) -> list[str] | None:
+    """The columns of a row; None for an empty line."""
+    text = line.rstrip("\r\n")
+    return text.split("\t") if text else None
 
 
 def _impressions(cells: list[str], source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -71,7 +81,10 @@ def _impressions(cells: list[str], source: str) -> tuple[tuple[str, ...], tuple[
     for cell in cells:
         item, _, label = cell.rpartition("-")
         if label not in parts or not item:
-            raise DataError(f"{source}: impression {cell!r} is not of the form ITEM-0 or ITEM-1; mend the row")
+            raise DataError(
+                f"{source}: impression {cell!r} is not of the form ITEM-0 or ITEM-1; mend the row, or set "
+                "data.target=last (MIND's test rows carry no labels)"
+            )
         parts[label].append(item)
     return tuple(parts["1"]), tuple(parts["0"])
 

@@ -12,11 +12,11 @@ from trsr_dist.data.assembly import CandidateMaker, CandidateRules, choose_users
 from trsr_dist.data.demo import DEMO_FILES, write_demo
 from trsr_dist.data.histories import HistoryRules
 from trsr_dist.data.items import CatalogueRules
-from trsr_dist.data.readers import build_reader, check_data_settings, item_fields
+from trsr_dist.data.readers import build_reader, check_data_settings, holds_locales, item_fields
 from trsr_dist.data.source import Counts, LineReader, Reader, open_raw
 from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.spool import Spool, spool_items, spool_users
-from trsr_dist.data.store import ArrowRows
+from trsr_dist.data.store import POOLS, ArrowRows
 from trsr_dist.errors import DataError
 from trsr_dist.files import atomic_folder, sha256_of, writing
 from trsr_dist.log import get_logger, setup_logging
@@ -92,6 +92,7 @@ def _history_rules(config: Config) -> HistoryRules:
 def _candidate_rules(config: Config) -> CandidateRules:
     return CandidateRules(
         strategy=config.data.candidates,
+        within_category=config.data.candidates == "category" or holds_locales(config.data),
         seen_before_target=config.data.seen_before_target,
         too_few_negatives=config.data.too_few_negatives,
         pool_size=config.train.pool_size,
@@ -105,6 +106,8 @@ def _settings(config: Config) -> dict[str, object]:
     """All that the output depends on beside the raw files; where those lie does not matter."""
     settings = config.data.model_dump(mode="json", exclude={"path", "domain"})
     settings["seed"] = config.run.seed
+    if holds_locales(config.data):
+        settings[POOLS] = "locale"
     settings["pool_size"] = config.train.pool_size
     settings["train_negatives_per_positive"] = config.train.negatives_per_positive
     settings["evaluation_negatives_per_positive"] = config.evaluate.negatives_per_positive

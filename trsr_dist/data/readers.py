@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from trsr_dist.config import Config
+from trsr_dist.config.sections import DataSection
 from trsr_dist.data.amazon_m2 import AmazonReader
 from trsr_dist.data.demo import DEMO_FILES
 from trsr_dist.data.jsonl import JsonlReader
@@ -25,6 +26,12 @@ def build_reader(config: Config, raw: Path, lines: LineReader) -> Reader:
         products = folder / (data.items_file or "products_train.csv")
         return AmazonReader(products, folder / data.sessions_file, data.locale, lines)
     return JsonlReader(folder / (data.items_file or "items.jsonl"), folder / "interactions.jsonl", lines)
+
+
+def holds_locales(data: DataSection) -> bool:
+    """Whether the catalogue holds several locales, an item's category being its own: a user's negatives then come from
+    the user's locale, or language alone would tell them from the positives."""
+    return data.format == "amazon_m2" and not data.locale
 
 
 def item_fields(config: Config, reader: Reader) -> tuple[str, ...]:

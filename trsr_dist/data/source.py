@@ -86,7 +86,8 @@ def open_raw(path: Path) -> BinaryIO:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         there = ", ".join(sorted(p.name for p in path.parent.iterdir())[:8]) if path.parent.is_dir() else "no folder"
         raise DataError(
-            f"{path}: missing (found there: {there or 'nothing'}); set data.path, or the file's name in data.*_file"
+            f"{path}: missing (found there: {there or 'nothing'}); set data.path, or give the file this name "
+            "(data.items_file, data.behaviors_file and data.sessions_file name others)"
         ) from None
 
 

@@ -7,6 +7,7 @@ manifest.json                  settings, input hashes, counts, candidate hashes
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,10 +17,13 @@ import pyarrow as pa
 
 from trsr_dist.data.splits import SPLITS
 from trsr_dist.errors import DataError
+from trsr_dist.files import read_json
 from trsr_dist.records import Item
-from trsr_dist.run import manifest_hash
+from trsr_dist.run import MANIFEST, manifest_hash
 
 ROWS_PER_BATCH = 4096
+POOLS = "pools"
+"""In the manifest's settings, where the negatives of every strategy have the target's category."""
 ITEM_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -149,6 +153,10 @@ class Catalogue:
         """Unix seconds at which the first user is known to have met the item; 0 where nobody did or without times."""
         return self._rows.value(4, row)
 
+    def categories(self) -> list[str]:
+        """Of every item, by row."""
+        return [name for batch in self._rows.batches for name in batch.column("category").to_pylist()]
+
     def numbers(self) -> dict[str, tuple[int, int]]:
         """Popularity and first_seen of every item, by its id."""
         ids = (item for batch in self._rows.batches for item in batch.column("id").to_pylist())
@@ -170,11 +178,17 @@ class HistoryStore:
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         self.manifest_hash = manifest_hash(folder)
+        self.within_category = POOLS in read_json(folder / MANIFEST).get("settings", {})
+        """Negatives of every strategy have the target's category."""
         self.catalogue = Catalogue(folder / "items.arrow")
         self._users = {split: ArrowRows(folder / f"{split}.arrow") for split in SPLITS}
 
     def num_users(self, split: str) -> int:
         return len(self._users[split])
+
+    def names(self, split: str) -> Iterator[str]:
+        """All users of a split, in order."""
+        return (user for batch in self._users[split].batches for user in batch.column("user").to_pylist())
 
     def user(self, split: str, index: int) -> UserRow:
         rows = self._users[split]

@@ -1,6 +1,6 @@
 """Rankers without a language model, from what train users did. Pure: numpy only.
 
-Each is a function from a user's row of the history store to one score per candidate.
+Each is a function from users' rows of the history store to one score per candidate.
 """
 
 from __future__ import annotations
@@ -12,13 +12,20 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-Ranker = Callable[[Sequence[int], Sequence[int]], np.ndarray]
+Scorer = Callable[[Sequence[int], Sequence[int]], np.ndarray]
 """From item rows of the history and of the candidates to float64 scores, shape (num_candidates,)."""
+Ranker = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[np.ndarray]]
+"""The same for many users: histories, candidates, scores."""
 
 WORD = re.compile(r"\w+")
 
 
-def by_count(counts: np.ndarray) -> Ranker:
+def one_by_one(score: Scorer) -> Ranker:
+    """A ranker that looks at one user after the other."""
+    return lambda histories, candidates: list(map(score, histories, candidates))
+
+
+def by_count(counts: np.ndarray) -> Scorer:
     """Rank by a count per item: of train users' clicks (popularity), or of the clicks that were their latest
     (recency, since a target is a user's latest click; needs no times)."""
     return lambda history, candidates: counts[list(candidates)].astype(np.float64)

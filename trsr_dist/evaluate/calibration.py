@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 
 NUM_BINS = 10
+RANKING_LOSSES = ("pairwise", "listwise")
+"""They do not change where a number is added to all scores of a user: the log-odds stand nowhere in particular."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +23,11 @@ class Bin:
     """Mean predicted probability of the candidates in the bin."""
     observed: float
     """Share of them that are positives."""
+
+
+def has_scale(loss: str | None) -> bool:
+    """Whether the loss of the training made the scores log-odds of yes; an unknown one is taken for such."""
+    return loss not in RANKING_LOSSES
 
 
 def probabilities(scores: np.ndarray) -> np.ndarray:

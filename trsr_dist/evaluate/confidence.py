@@ -1,13 +1,21 @@
-"""Intervals and p-values over users, seeded. Pure: numpy only."""
+"""Intervals and p-values over users, seeded. Pure: numpy only.
+
+Many users have equal values, so each different row comes once, with the number of its users. That changes nothing but
+the cost: a resample draws how often each row comes, a random sign vector how many of a row's users turn their sign.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from trsr_dist.evaluate.metrics import average
+
 LEVEL = 0.95
-CHUNK = 100
+CHUNK_NUMBERS = 10_000_000
+"""So many drawn numbers are in memory at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,41 +28,36 @@ class Difference:
     p_value: float
 
 
-def bootstrap_interval(values: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
+def bootstrap_interval(values: np.ndarray, counts: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
     """Percentile interval of the mean, users resampled with replacement (Efron, 1979).
 
     Args:
-        values: float64, shape (num_users, num_metrics).
+        values: different rows, float64, shape (num_rows, num_metrics).
+        counts: users of each row, int64, shape (num_rows,).
         num_samples: resamples.
         seed: equal seeds give equal intervals.
 
     Returns:
         float64, shape (num_metrics, 2): lower and upper bound at 95%.
     """
-    means = bootstrap_means(values, num_samples, seed)
-    tail = (1 - LEVEL) / 2
-    return np.quantile(means, [tail, 1 - tail], axis=0).T
-
-
-def bootstrap_means(values: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
-    """Means of the resamples, shape (num_samples, num_metrics); a chunk of weights is in memory at once."""
-    num_users = len(values)
+    num_users = int(counts.sum())
     stream = np.random.default_rng(seed)
-    shares = np.full(num_users, 1 / num_users)
-    means = []
-    for first in range(0, num_samples, CHUNK):
-        weights = stream.multinomial(num_users, shares, size=min(CHUNK, num_samples - first))
-        means.append(weights @ values / num_users)
-    return np.concatenate(means)
+    shares = counts / num_users
+    means = [
+        stream.multinomial(num_users, shares, size=size) @ values / num_users for size in _chunks(num_samples, counts)
+    ]
+    tail = (1 - LEVEL) / 2
+    return np.quantile(np.concatenate(means), [tail, 1 - tail], axis=0).T
 
 
-def sign_flip_p_values(differences: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
+def sign_flip_p_values(differences: np.ndarray, counts: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
     """Two-sided p-values of "the mean paired difference is 0": each user's sign is as likely to be the other.
 
     The observed signs count as one of the draws, so no p-value is 0 (Phipson and Smyth, 2010).
 
     Args:
-        differences: float64, shape (num_users, num_metrics).
+        differences: different rows, float64, shape (num_rows, num_metrics).
+        counts: users of each row, int64, shape (num_rows,).
         num_samples: random sign vectors.
         seed: of the signs.
 
@@ -62,29 +65,34 @@ def sign_flip_p_values(differences: np.ndarray, num_samples: int, seed: int) -> 
         float64, shape (num_metrics,).
     """
     stream = np.random.default_rng(seed)
-    observed = np.abs(differences.sum(axis=0))
+    observed = np.abs(counts @ differences)
     reached = np.zeros(differences.shape[1])
-    for first in range(0, num_samples, CHUNK):
-        signs = stream.integers(0, 2, size=(min(CHUNK, num_samples - first), len(differences))) * 2.0 - 1.0
+    for size in _chunks(num_samples, counts):
+        signs = 2.0 * stream.binomial(counts, 0.5, size=(size, len(counts))) - counts
         # The slack keeps sums that are equal but for rounding on the side of the null.
-        reached += (np.abs(signs @ differences) >= observed - 1e-9 * len(differences)).sum(axis=0)
+        reached += (np.abs(signs @ differences) >= observed - 1e-9 * counts.sum()).sum(axis=0)
     return (1 + reached) / (1 + num_samples)
 
 
-def paired_differences(one: np.ndarray, other: np.ndarray, num_samples: int, seed: int) -> list[Difference]:
-    """``one - other`` per metric, users paired by row, with 95% interval and p-value.
+def paired_differences(differences: np.ndarray, counts: np.ndarray, num_samples: int, seed: int) -> list[Difference]:
+    """Mean per metric, with 95% interval and p-value.
 
     Args:
-        one: float64, shape (num_users, num_metrics).
-        other: of the same users.
+        differences: different rows, float64, shape (num_rows, num_metrics).
+        counts: users of each row, int64, shape (num_rows,).
         num_samples: resamples and sign vectors; at least 1.
         seed: of both.
     """
-    differences = one - other
-    bounds = bootstrap_interval(differences, num_samples, seed)
-    p_values = sign_flip_p_values(differences, num_samples, seed)
-    means = differences.mean(axis=0)
+    bounds = bootstrap_interval(differences, counts, num_samples, seed)
+    p_values = sign_flip_p_values(differences, counts, num_samples, seed)
     return [
-        Difference(float(mean), float(low), float(high), float(p))
-        for mean, (low, high), p in zip(means, bounds, p_values, strict=True)
+        Difference(mean, float(low), float(high), float(p))
+        for mean, (low, high), p in zip(average(differences, counts), bounds, p_values, strict=True)
     ]
+
+
+def _chunks(num_samples: int, counts: np.ndarray) -> Iterator[int]:
+    """How many samples to draw at a time; the draws do not depend on it."""
+    size = max(1, CHUNK_NUMBERS // len(counts))
+    for first in range(0, num_samples, size):
+        yield min(size, num_samples - first)

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from trsr_dist.config import Config
-from trsr_dist.distributed import device_of
-from trsr_dist.environment import detect_ranks
 from trsr_dist.evaluate.identity import model_identity
 from trsr_dist.evaluate.passes import ScoringPass, drawn_protocols, plan_passes
 from trsr_dist.evaluate.scores import IDENTITY, ScoreFolder
 from trsr_dist.files import read_json
-from trsr_dist.model.loading import resolve_precision
 from trsr_dist.run import MANIFEST, RunFolder, check_inputs, manifest_hash
+
+REMEDY = "use another --output, or --force to score anew"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +25,12 @@ class Evaluation:
     run: RunFolder
     model: str
     """Merged folder, checkpoint or adapter."""
-    base: str
-    """The model before fine-tuning."""
     output: Path
     """Holds {split}.json, {split}/ and report.html."""
+    base: str = ""
+    """Folder of the model before fine-tuning; empty where no pass needs it."""
+    precision: str = ""
+    """``train.precision`` with auto resolved."""
 
     @property
     def split(self) -> str:
@@ -49,6 +50,11 @@ class Evaluation:
         return self.output / "report.html"
 
     @property
+    def records(self) -> RunFolder:
+        """Holds metrics.jsonl, tensorboard/ and config/: the run, or the output where that lies elsewhere."""
+        return self.run if self.output.resolve() == self.run.evaluation.resolve() else RunFolder(self.output)
+
+    @property
     def protocols(self) -> list[str]:
         """Candidate lists that are drawn beside the shards' own."""
         return drawn_protocols(self.config.evaluate.protocols, self.config.data.candidates)
@@ -58,12 +64,9 @@ class Evaluation:
         return plan_passes(self.config.evaluate.baselines, self.protocols)
 
     @property
-    def precision(self) -> str:
-        """``train.precision`` with auto resolved."""
-        return resolve_precision(self.config.train.precision, device_of(detect_ranks()))
-
-    def source(self, entry: ScoringPass) -> str:
-        return self.model if entry.source == "model" else self.base
+    def has_base(self) -> bool:
+        """Whether the model before fine-tuning is ranked too."""
+        return any(entry.source == "base" for entry in self.passes)
 
     def scores(self, entry: ScoringPass) -> ScoreFolder:
         return ScoreFolder(self.folder / entry.name)
@@ -73,7 +76,7 @@ class Evaluation:
         drawn = {"histories": manifest_hash(self.run.histories), **self.draws()} if entry.protocol else {}
         return {
             "shards": manifest_hash(self.run.split(self.split)),
-            "model": model_identity(self.source(entry), self.config.model.revision),
+            "model": self._base_identity if entry.source == "base" else self._model_identity,
             "prompt": prompt,
             "change": entry.change,
             "seed": self.config.run.seed,
@@ -96,11 +99,9 @@ class Evaluation:
         exclude = {"negatives_per_positive", "deepspeed_config"}
         evaluate = self.config.evaluate.model_dump(mode="json", exclude=exclude)
         drawn = self.draws() if self.protocols else {}
-        model = self.config.model
-        has_base = any(entry.source == "base" for entry in self.passes)
-        base = {"base": model_identity(self.base, model.revision)} if has_base else {}
+        base = {"base": self._base_identity} if self.has_base else {}
         # A model that records no prompts is ranked with the config's.
-        read = {"prompt": self.config.prompt.model_dump(mode="json"), "attention": model.attention}
+        read = {"prompt": self.config.prompt.model_dump(mode="json"), "attention": self.config.model.attention}
         return evaluate | drawn | base | read | {"seed": self.config.run.seed, "precision": self.precision}
 
     def inputs(self) -> dict[str, str]:
@@ -111,6 +112,10 @@ class Evaluation:
     @property
     def _model_identity(self) -> str:
         return model_identity(self.model, self.config.model.revision)
+
+    @property
+    def _base_identity(self) -> str:
+        return model_identity(self.base)
 
     def is_done(self, force: bool) -> bool:
         """Whether the results of exactly this evaluation stand there.
@@ -123,14 +128,14 @@ class Evaluation:
         """
         if force or not (self.folder / MANIFEST).is_file():
             return False
-        check_inputs(self.folder, self.inputs())
+        check_inputs(self.folder, self.inputs(), REMEDY)
         is_same = read_json(self.folder / MANIFEST).get("settings") == json.loads(json.dumps(self.settings()))
         is_reported = self.report.is_file() and f" {self.split} users," in self.report.read_text(encoding="utf-8")
         return is_same and self.results.is_file() and is_reported
 
     def clear(self) -> None:
         """Remove the results and scores of an earlier evaluation."""
-        for path in (self.results, self.folder / MANIFEST):
+        for path in (self.folder / MANIFEST, self.results):
             path.unlink(missing_ok=True)
         for folder in {path.parent for name in ("part-*.jsonl", IDENTITY) for path in self.folder.rglob(name)}:
             ScoreFolder(folder).clear()

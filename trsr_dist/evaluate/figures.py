@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from trsr_dist.evaluate.metrics import position_probabilities
 from trsr_dist.evaluate.plots import (
     metric_by_length,
     recall_by_k,
@@ -16,11 +15,11 @@ from trsr_dist.evaluate.plots import (
     score_histogram,
     training_curve,
 )
-from trsr_dist.evaluate.results import ScoredSystems
+from trsr_dist.evaluate.results import ModelScores, RankedSystems
 from trsr_dist.evaluate.table import column_title
 
 MAX_K = 20
-PLOTTED = ("model", "base", "control", "popularity")
+PLOTTED = ("random", "model", "base", "control", "popularity")
 CURVES = {
     "train/loss": "Training loss",
     "train/learning_rate": "Learning rate",
@@ -30,23 +29,27 @@ CURVES = {
 
 
 def build_figures(
-    results: Mapping[str, Any], systems: ScoredSystems, training: Sequence[Mapping[str, Any]], metric: str
+    results: Mapping[str, Any],
+    systems: RankedSystems,
+    model: ModelScores,
+    training: Sequence[Mapping[str, Any]],
+    metric: str,
 ) -> dict[str, Figure]:
     """The figures by caption.
 
     Args:
         results: the evaluation's numbers.
-        systems: the scores.
+        systems: how they rank.
+        model: its scores.
         training: rows of metrics.jsonl.
         metric: shown by history length.
     """
-    scores, labels = np.concatenate(systems.scores["model"]), np.concatenate(systems.labels)
     figures = {"Recall by K": recall_by_k(recall_curves(systems))}
     by_length = [row for row in results["slices"] if row["slice"] == "history length"]
     if by_length:
         figures[f"{column_title(metric)} by length of the history"] = metric_by_length(by_length, metric)
     figures["Calibration"] = reliability_plot(results["calibration"])
-    figures["Distribution of scores"] = score_histogram(scores, labels)
+    figures["Distribution of scores"] = score_histogram(model.scores, model.labels)
     for name, caption in CURVES.items():
         curve = training_values(training, name)
         if curve:
@@ -67,20 +70,8 @@ def training_values(rows: Sequence[Mapping[str, Any]], name: str) -> dict[int, f
     return values
 
 
-def recall_curves(systems: ScoredSystems) -> dict[str, np.ndarray]:
+def recall_curves(systems: RankedSystems) -> dict[str, np.ndarray]:
     """Mean Recall@K of some systems for K from 1 to 20 or the shortest candidate list."""
-    length = min(MAX_K, min(map(len, systems.labels)))
-    curves = {"random": _recall([np.zeros(len(labels)) for labels in systems.labels], systems.labels, length)}
-    for name in PLOTTED:
-        if name in systems.scores:
-            curves[name] = _recall(systems.scores[name], systems.labels, length)
-    return curves
-
-
-def _recall(scores: Sequence[np.ndarray], labels: Sequence[np.ndarray], length: int) -> np.ndarray:
-    """Mean over users of the share of positives within K places, shape (length,)."""
-    total = np.zeros(length)
-    for user_scores, user_labels in zip(scores, labels, strict=True):
-        hits, _ = position_probabilities(user_scores, user_labels)
-        total += np.cumsum(hits)[:length] / user_labels.sum()
-    return total / len(labels)
+    length = min(MAX_K, systems.table.shortest(systems.outcomes["random"]))
+    shown = [name for name in PLOTTED if name in systems.outcomes]
+    return {name: systems.table.recall_curve(systems.outcomes[name], length) for name in shown}

@@ -12,13 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from trsr_dist.errors import DataError
-
-FAMILIES = ("recall", "mrr", "ndcg")
-
-
-def metric_names(top_k: Sequence[int]) -> list[str]:
-    """Names in the order of the tables: recall@3, ..., mrr@3, ..., ndcg@3, ..., auc."""
-    return [f"{family}@{k}" for family in FAMILIES for k in top_k] + ["auc"]
+from trsr_dist.metric_names import FAMILIES as FAMILIES
+from trsr_dist.metric_names import metric_names as metric_names
 
 
 def user_metrics(scores: np.ndarray, labels: np.ndarray, top_k: Sequence[int]) -> np.ndarray:
@@ -55,11 +50,7 @@ def position_probabilities(scores: np.ndarray, labels: np.ndarray) -> tuple[np.n
     Returns:
         Two float64 arrays of shape (num_candidates,).
     """
-    order = np.argsort(-scores, kind="stable")
-    ordered, positive = scores[order], labels[order].astype(np.float64)
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    sizes = np.diff(np.r_[starts, len(ordered)])
-    counts = np.add.reduceat(positive, starts)
+    starts, sizes, counts = tie_groups(scores, labels)
     hits = np.repeat(counts / sizes, sizes)
     first = np.zeros_like(hits)
     group = int(np.flatnonzero(counts)[0])
@@ -69,19 +60,35 @@ def position_probabilities(scores: np.ndarray, labels: np.ndarray) -> tuple[np.n
     return hits, first
 
 
+def tie_groups(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Candidates of equal score, by falling score: first place (from 0), size and number of positives of each group.
+
+    Returns:
+        Two int64 arrays and a float64 one of shape (num_groups,).
+    """
+    order = np.argsort(-scores, kind="stable")
+    ordered, positive = scores[order], labels[order].astype(np.float64)
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    return starts, np.diff(np.r_[starts, len(ordered)]), np.add.reduceat(positive, starts)
+
+
 def tie_rate(scores: np.ndarray, labels: np.ndarray) -> float:
     """Share of a user's (positive, negative) pairs with equal scores: only those ties move the metrics."""
     return float((scores[labels == 1][:, None] == scores[labels == 0][None, :]).mean())
 
 
-def random_metrics(labels: np.ndarray, top_k: Sequence[int]) -> np.ndarray:
-    """What a random order of these candidates scores on average, exactly."""
-    return user_metrics(np.zeros(len(labels)), labels, top_k)
+def average(values: np.ndarray, counts: np.ndarray | None = None) -> list[float]:
+    """Means over users, rounded once only, whatever the order.
 
-
-def average(values: np.ndarray) -> list[float]:
-    """Means over users of an array of shape (num_users, num_metrics), rounded once only, whatever the order."""
-    return [math.fsum(column) / len(values) for column in values.T.tolist()]
+    Args:
+        values: rows, float64, shape (num_rows, num_metrics).
+        counts: how many users have each row, int64, shape (num_rows,); None: one each.
+    """
+    counts = np.ones(len(values), dtype=np.int64) if counts is None else counts
+    # A count is a sum of powers of two, by which a float is multiplied exactly.
+    bits = range(int(counts.max()).bit_length())
+    terms = np.concatenate([values[(counts >> bit) & 1 == 1] * 2.0**bit for bit in bits])
+    return [math.fsum(column) / int(counts.sum()) for column in terms.T.tolist()]
 
 
 def check_user(user: str, scores: np.ndarray, labels: np.ndarray, items: Sequence[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from trsr_dist.data.candidates import ItemPool, draw_negatives
+from trsr_dist.data.candidates import draw_negatives, pools_of
 from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.errors import DataError
 from trsr_dist.evaluate.stored import StoredSplit, StoredUser
@@ -42,7 +42,8 @@ class DrawnLists:
         self._num_negatives = num_negatives
         self._seed = seed
         first_seen = first_times(store) if seen_before_target else None
-        self._pool = ItemPool(np.arange(len(store.catalogue)), item_weights(protocol, store), first_seen)
+        categories = store.catalogue.categories() if store.within_category else None
+        self._pool_of = pools_of(item_weights(protocol, store), first_seen, categories)
 
     def stored(self, user: str) -> StoredUser:
         """The user's row and the rows of the drawn candidates, shuffled.
@@ -54,7 +55,7 @@ class DrawnLists:
         targets = targets_of(row)
         stream = random_stream(self._seed, user, "protocol", self._protocol)
         wanted = self._num_negatives * len(targets)
-        negatives = draw_negatives(lambda target: self._pool, targets, set(row.history), wanted, stream, row.time)
+        negatives = draw_negatives(self._pool_of, targets, set(row.history), wanted, stream, row.time)
         if len(negatives) < wanted:
             raise DataError(
                 f"user {user!r}: {len(negatives)} items are eligible as negatives of protocol {self._protocol}, "

@@ -16,19 +16,21 @@ from trsr_dist.evaluate.report import ReportParts, write_report
 from trsr_dist.evaluate.table import gain_line, metric_table, protocol_table
 from trsr_dist.files import write_json
 from trsr_dist.log import MetricLog, read_metrics
-from trsr_dist.run import write_manifest
+from trsr_dist.run import MANIFEST, write_manifest
 
 
 def publish(job: Evaluation, reduced: Reduced) -> None:
-    """Write everything; the manifest last, which says that all is there."""
+    """Write everything; the manifest, which says that all is there, goes first and comes last."""
+    (job.folder / MANIFEST).unlink(missing_ok=True)
     results, top_k = reduced.results, job.config.evaluate.top_k
     metric = headline(top_k)
-    figures = build_figures(results, reduced.systems, list(read_metrics(job.run.root)), metric)
+    figures = build_figures(results, reduced.systems, reduced.model, list(read_metrics(job.run.root)), metric)
     config = dump_config(job.config)
     write_json(job.results, results)
-    write_report(job.report, ReportParts(results, figures, reduced.examples, config, metric))
+    shards = job.run.split(job.split)
+    write_report(job.report, ReportParts(results, figures, reduced.examples, config, metric, job.folder, shards))
     write_tensorboard(job, results, figures)
-    job.run.write_config("evaluate", config)
+    job.records.write_config("evaluate", config)
     write_manifest(job.folder, "evaluate", job.settings(), job.inputs())
     print(summary_text(job, results), flush=True)
 
@@ -41,7 +43,7 @@ def headline(top_k: tuple[int, ...]) -> str:
 def write_tensorboard(job: Evaluation, results: Mapping[str, Any], figures: Mapping[str, Figure]) -> None:
     """Scalars to metrics.jsonl and TensorBoard, figures to TensorBoard, at the training step of the model."""
     step = int(results["provenance"].get("train", {}).get("step") or 0)
-    metrics = MetricLog(job.run.root, "evaluate", job.config.run.tensorboard)
+    metrics = MetricLog(job.records.root, "evaluate", job.config.run.tensorboard)
     metrics.write(step, scalars(job.split, results))
     if metrics.writer is not None:
         for caption, figure in figures.items():
@@ -83,6 +85,6 @@ def summary_text(job: Evaluation, results: Mapping[str, Any]) -> str:
         f"results: {job.results}",
         f"report: {job.report}",
         f"scores: {job.folder}",
-        f"TensorBoard: tensorboard --logdir {job.run.root / 'tensorboard'}",
+        f"TensorBoard: tensorboard --logdir {job.records.root / 'tensorboard'}",
     ]
     return "\n".join(lines)

@@ -11,6 +11,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
+from trsr_dist.evaluate.calibration import has_scale
 from trsr_dist.evaluate.plots import to_svg
 from trsr_dist.evaluate.table import GAIN, SYSTEMS, column_title, gain_line, protocol_rows
 from trsr_dist.files import atomic_file
@@ -27,6 +28,10 @@ class ReportParts:
     config: str
     metric: str
     """Shown where one metric stands for all."""
+    scores: Path
+    """Folder of all scores."""
+    shards: Path
+    """Folder of all texts."""
 
 
 def write_report(path: Path, parts: ReportParts) -> None:
@@ -43,13 +48,16 @@ def write_report(path: Path, parts: ReportParts) -> None:
                 titles={name: column_title(name) for name in columns},
                 systems=system_rows(results),
                 verdict=gain_line(gain, parts.metric) if gain else "",
-                verdict_class="" if gain and gain["low"] > 0 else "none",
+                verdict_class="" if gain and gain.get("low", 0) > 0 else "none",
+                has_scale=has_scale(results["provenance"].get("train", {}).get("loss")),
                 gain_name=GAIN,
                 metric=column_title(parts.metric),
                 protocols=protocol_rows(results, parts.metric) if results["protocols"] else [],
                 slice_columns=[parts.metric, *(name for name in columns if name in ("ndcg@10", "auc"))],
                 plots=[{"caption": caption, "svg": to_svg(figure)} for caption, figure in parts.figures.items()],
                 examples=parts.examples,
+                scores=parts.scores,
+                shards=parts.shards,
                 provenance=json.dumps(results["provenance"], indent=2, ensure_ascii=False),
                 config=parts.config,
             )

@@ -1,9 +1,8 @@
-"""From the scores of all systems to the numbers of ``evaluation/{split}.json``. Pure."""
+"""From the outcomes of all systems to the numbers of ``evaluation/{split}.json``. Pure."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,18 +10,30 @@ import numpy as np
 
 from trsr_dist.evaluate.calibration import calibration
 from trsr_dist.evaluate.confidence import bootstrap_interval, paired_differences
-from trsr_dist.evaluate.metrics import average, metric_names, random_metrics, tie_rate, user_metrics
-from trsr_dist.evaluate.slices import slice_table
+from trsr_dist.evaluate.metrics import average, metric_names
+from trsr_dist.evaluate.outcomes import OutcomeTable
+from trsr_dist.evaluate.slices import UserFacts, slice_table
 
 
 @dataclass(frozen=True, slots=True)
-class ScoredSystems:
-    """Every system's scores on the same candidates."""
+class RankedSystems:
+    """How every system ranks the same candidates."""
 
-    labels: list[np.ndarray]
-    """Per user, shape (num_candidates,)."""
-    scores: dict[str, list[np.ndarray]]
-    """By system; ``model`` is the one under evaluation. Per user, shape (num_candidates,)."""
+    table: OutcomeTable
+    outcomes: dict[str, np.ndarray]
+    """By system, of every user, int32, shape (num_users,). ``model`` is the one under evaluation."""
+    num_candidates: int
+    """Of all users."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelScores:
+    """The model's log-odds of all candidates."""
+
+    scores: np.ndarray
+    """float32, shape (num_candidates,)."""
+    labels: np.ndarray
+    """int8, of the same shape."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,80 +45,73 @@ class ResultSettings:
     """Bootstrap resamples; 0: no intervals."""
     seed: int
     train_negatives: float | None
-    """Negatives per positive that the model was trained with, where known."""
-
-
-def metric_values(systems: ScoredSystems, top_k: Sequence[int]) -> dict[str, np.ndarray]:
-    """Per system, the users' metrics, float64, shape (num_users, num_metrics); ``random`` by its expectation."""
-    values = {"random": np.array([random_metrics(labels, top_k) for labels in systems.labels])}
-    for name, scores in systems.scores.items():
-        pairs = zip(scores, systems.labels, strict=True)
-        values[name] = np.array([user_metrics(score, labels, top_k) for score, labels in pairs])
-    return values
+    """Negatives per positive that the model was trained with; None where unknown, or where the loss gives the
+    log-odds no scale."""
 
 
 def build_results(
-    systems: ScoredSystems,
-    values: Mapping[str, np.ndarray],
-    facts: Sequence[Mapping[str, str]],
-    settings: ResultSettings,
+    systems: RankedSystems, model: ModelScores, facts: UserFacts, settings: ResultSettings
 ) -> dict[str, Any]:
     """All numbers of one evaluation; equal input gives equal bytes.
 
     Args:
-        systems: the scores.
-        values: what ``metric_values`` made of them.
+        systems: on the shards' own candidates.
+        model: its scores of them.
         facts: of each user, for the slices.
         settings: cut-offs, resamples, seed.
     """
-    names = metric_names(settings.top_k)
-    scores, labels = np.concatenate(systems.scores["model"]), np.concatenate(systems.labels)
-    return system_results(systems, values, settings) | {
-        "calibration": calibration(scores, labels, settings.train_negatives),
-        "slices": slice_table(facts, values["model"], values.get("control"), names),
+    names, outcomes = metric_names(settings.top_k), systems.outcomes
+    slices = slice_table(
+        facts, systems.table, outcomes["model"], outcomes.get("control"), names, settings.num_samples, settings.seed
+    )
+    return system_results(systems, settings) | {
+        "calibration": calibration(model.scores, model.labels, settings.train_negatives),
+        "slices": slices,
     }
 
 
-def system_results(
-    systems: ScoredSystems, values: Mapping[str, np.ndarray], settings: ResultSettings
-) -> dict[str, Any]:
+def system_results(systems: RankedSystems, settings: ResultSettings) -> dict[str, Any]:
     """The systems' metrics on one kind of candidate lists, with intervals and paired differences."""
-    names = metric_names(settings.top_k)
-    others = {name: value for name, value in values.items() if name != "model"}
+    outcomes = systems.outcomes
+    others = [name for name in outcomes if name != "model"]
     return {
-        "num_users": len(systems.labels),
-        "num_candidates": sum(map(len, systems.labels)),
-        "metrics": _named(names, average(values["model"])),
-        "confidence": _intervals(names, values["model"], settings),
+        "num_users": len(outcomes["model"]),
+        "num_candidates": systems.num_candidates,
+        "metrics": _means(systems, "model", settings),
+        "confidence": _intervals(systems, "model", settings),
         "tie_rate": _tie_rate(systems, "model"),
-        "baselines": {name: _named(names, average(value)) for name, value in others.items()},
-        "baseline_confidence": {name: _intervals(names, value, settings) for name, value in others.items()},
-        "baseline_tie_rate": {name: _tie_rate(systems, name) for name in systems.scores if name != "model"},
-        "personalization_gain": _differences(names, values, "control", settings) if "control" in values else {},
-        "differences": {name: _differences(names, values, name, settings) for name in others if name != "control"},
+        "baselines": {name: _means(systems, name, settings) for name in others},
+        "baseline_confidence": {name: _intervals(systems, name, settings) for name in others},
+        "baseline_tie_rate": {name: _tie_rate(systems, name) for name in others if name != "random"},
+        "personalization_gain": _differences(systems, "control", settings) if "control" in others else {},
+        "differences": {name: _differences(systems, name, settings) for name in others if name != "control"},
     }
 
 
-def _named(names: Sequence[str], values: Sequence[float]) -> dict[str, float]:
-    return dict(zip(names, values, strict=True))
+def _named(settings: ResultSettings, values: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(metric_names(settings.top_k), values, strict=True))
 
 
-def _intervals(names: Sequence[str], values: np.ndarray, settings: ResultSettings) -> dict[str, list[float]]:
+def _means(systems: RankedSystems, name: str, settings: ResultSettings) -> dict[str, float]:
+    return _named(settings, average(*systems.table.counted(systems.outcomes[name])))
+
+
+def _intervals(systems: RankedSystems, name: str, settings: ResultSettings) -> dict[str, list[float]]:
     if not settings.num_samples:
         return {}
-    return dict(zip(names, bootstrap_interval(values, settings.num_samples, settings.seed).tolist(), strict=True))
+    found = systems.table.counted(systems.outcomes[name])
+    return _named(settings, bootstrap_interval(*found, settings.num_samples, settings.seed).tolist())
 
 
-def _differences(
-    names: Sequence[str], values: Mapping[str, np.ndarray], other: str, settings: ResultSettings
-) -> dict[str, dict[str, float]]:
-    """The model minus another system, paired by user."""
+def _differences(systems: RankedSystems, other: str, settings: ResultSettings) -> dict[str, dict[str, float]]:
+    """The model minus another system, paired by user; without resamples the means alone."""
+    found = systems.table.paired(systems.outcomes["model"], systems.outcomes[other])
     if not settings.num_samples:
-        return {}
-    found = paired_differences(values["model"], values[other], settings.num_samples, settings.seed)
-    return {name: asdict(difference) for name, difference in zip(names, found, strict=True)}
+        return _named(settings, [{"mean": mean} for mean in average(*found)])
+    differences = paired_differences(*found, settings.num_samples, settings.seed)
+    return _named(settings, [asdict(difference) for difference in differences])
 
 
-def _tie_rate(systems: ScoredSystems, name: str) -> float:
-    pairs = zip(systems.scores[name], systems.labels, strict=True)
-    return math.fsum(tie_rate(scores, labels) for scores, labels in pairs) / len(systems.labels)
+def _tie_rate(systems: RankedSystems, name: str) -> float:
+    used, counts = np.unique(systems.outcomes[name], return_counts=True)
+    return average(systems.table.tie_rates[used], counts)[0]

@@ -8,7 +8,7 @@ import numpy as np
 
 from trsr_dist.evaluate.metrics import check_user
 from trsr_dist.evaluate.parts import RowEntry, pack_part
-from trsr_dist.evaluate.scores import UserScores
+from trsr_dist.evaluate.score_files import UserScores
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import Sample, TokenizedUser
 from trsr_dist.rows import PackedRow, pack_row

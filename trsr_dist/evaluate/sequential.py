@@ -12,8 +12,12 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from trsr_dist.log import get_logger
+
 PADDING = 0
 """Embedding row of padding; item row i has embedding row i + 1."""
+
+log = get_logger("evaluate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,7 @@ class Gru4Rec(nn.Module):
     def __init__(self, num_items: int, settings: SequentialSettings) -> None:
         super().__init__()
         size = settings.hidden_size
-        self.items = nn.Embedding(num_items + 1, size, padding_idx=PADDING)
+        self.items = nn.Embedding(num_items + 1, size, padding_idx=PADDING, sparse=True)
         self.dropout = nn.Dropout(settings.dropout)
         self.gru = nn.GRU(size, size, batch_first=True)
         nn.init.normal_(self.items.weight, std=0.02)
@@ -62,7 +66,7 @@ class SasRec(nn.Module):
     def __init__(self, num_items: int, settings: SequentialSettings) -> None:
         super().__init__()
         size = settings.hidden_size
-        self.items = nn.Embedding(num_items + 1, size, padding_idx=PADDING)
+        self.items = nn.Embedding(num_items + 1, size, padding_idx=PADDING, sparse=True)
         self.positions = nn.Embedding(settings.max_length, size)
         self.dropout = nn.Dropout(settings.dropout)
         block = nn.TransformerEncoderLayer(size, 1, size, settings.dropout, batch_first=True, norm_first=True)
@@ -90,19 +94,34 @@ MODELS = {"gru4rec": Gru4Rec, "sasrec": SasRec}
 
 
 class SequentialRanker:
-    """A trained model as a ranker of candidates."""
+    """A trained model as a ranker of candidates.
+
+    Args:
+        model: of ``MODELS``.
+        max_length: latest items that it sees.
+    """
 
     def __init__(self, model: nn.Module, max_length: int) -> None:
-        self._model = model
+        self.model = model
         self._max_length = max_length
 
     @torch.no_grad()
-    def __call__(self, history: Sequence[int], candidates: Sequence[int]) -> np.ndarray:
-        """Item rows of the history and the candidates to scores, float64, shape (num_candidates,)."""
-        self._model.eval()
-        sequence = torch.tensor([[item + 1 for item in history[-self._max_length :]]])
-        state = self._model(sequence)[0, -1]
-        return (self._model.items(torch.tensor(list(candidates)) + 1) @ state).double().numpy()
+    def __call__(self, histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        """Item rows of users' histories and candidates to scores, float64, per user of shape (num_candidates,)."""
+        self.model.eval()
+        with one_thread():
+            seen = [history[-self._max_length :] for history in histories]
+            last = torch.tensor([len(history) - 1 for history in seen])
+            states = self.model(_pad(seen))[torch.arange(len(seen)), last]
+            sizes = [len(items) for items in candidates]
+            rows = torch.tensor([item + 1 for items in candidates for item in items])
+            scores = (self.model.items(rows) * states.repeat_interleave(torch.tensor(sizes), dim=0)).sum(-1)
+        return [part.double().numpy() for part in scores.split(sizes)]
+
+
+def make_ranker(name: str, num_items: int, settings: SequentialSettings) -> SequentialRanker:
+    """A ranker with fresh weights, from torch's global stream."""
+    return SequentialRanker(MODELS[name](num_items, settings), settings.max_length)
 
 
 def train_sequential(
@@ -111,7 +130,7 @@ def train_sequential(
     num_items: int,
     validate: Callable[[SequentialRanker], float],
     seed: int,
-    settings: SequentialSettings | None = None,
+    settings: SequentialSettings,
 ) -> SequentialRanker:
     """Train on the train users' sequences; the epoch with the best validation metric is kept.
 
@@ -121,19 +140,18 @@ def train_sequential(
         num_items: of the catalogue.
         validate: higher is better.
         seed: of weights, order, dropout and negatives.
-        settings: None: the defaults.
+        settings: sizes and training.
     """
-    settings = settings or SequentialSettings()
     with torch.random.fork_rng(devices=[]), one_thread():
         torch.manual_seed(seed)
-        model = MODELS[name](num_items, settings)
-        ranker = SequentialRanker(model, settings.max_length)
-        generator = torch.Generator().manual_seed(seed)
-        optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate, betas=(0.9, 0.98))
+        ranker = make_ranker(name, num_items, settings)
+        model = ranker.model
+        generator, optimizers = torch.Generator().manual_seed(seed), make_optimizers(model, settings.learning_rate)
         best, best_state, waited = -1.0, copy.deepcopy(model.state_dict()), 0
-        for _ in range(settings.max_epochs):
-            _train_epoch(model, optimizer, sequences, generator, settings)
+        for epoch in range(1, settings.max_epochs + 1):
+            loss = _train_epoch(model, optimizers, sequences, generator, settings)
             metric = validate(ranker)
+            log.info("%s: epoch %d  loss %.4f  validation %.4f", name, epoch, loss, metric)
             waited = 0 if metric > best else waited + 1
             waited_steps = waited * -(-len(sequences) // settings.batch_size)
             if metric > best:
@@ -142,6 +160,14 @@ def train_sequential(
                 break
         model.load_state_dict(best_state)
     return ranker
+
+
+def make_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Adam; of the item embeddings a step moves the rows that it met alone, else it would cost the whole catalogue."""
+    items = [model.items.weight]
+    others = [parameter for parameter in model.parameters() if parameter is not model.items.weight]
+    options = {"lr": learning_rate, "betas": (0.9, 0.98)}
+    return [torch.optim.SparseAdam(items, **options), torch.optim.Adam(others, **options)]
 
 
 @contextmanager
@@ -157,19 +183,25 @@ def one_thread() -> Iterator[None]:
 
 def _train_epoch(
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     sequences: Sequence[Sequence[int]],
     generator: torch.Generator,
     settings: SequentialSettings,
-) -> None:
+) -> float:
+    """One pass over the sequences; the mean loss of its steps."""
     model.train()
+    losses = []
     order = torch.randperm(len(sequences), generator=generator).tolist()
     for first in range(0, len(order), settings.batch_size):
         chosen = [sequences[i][-settings.max_length - 1 :] for i in order[first : first + settings.batch_size]]
         batch = _pad(chosen)
-        optimizer.zero_grad()
-        model.loss(model(batch[:, :-1]), batch[:, 1:], generator).backward()
-        optimizer.step()
+        model.zero_grad()
+        loss = model.loss(model(batch[:, :-1]), batch[:, 1:], generator)
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        losses.append(loss.item())
+    return float(np.mean(losses))
 
 
 def _pad(sequences: Sequence[Sequence[int]]) -> torch.Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 
 from trsr_dist.evaluate.control import Change, change_sample, derangement
@@ -45,19 +45,13 @@ class SplitUsers:
         other = self._shards.read(self._other(index)) if change == "control" else None
         return change_sample(sample, change, other)
 
-    def stored(self, protocol: str, user: str) -> StoredUser:
+    def stored(self, protocol: str, index: int) -> StoredUser:
         """A user with the candidates of a protocol, as rows of the history store."""
-        return self._lists[protocol].stored(user)
+        return self._lists[protocol].stored(self._shards.read(index).user)
 
     def cost(self, part: range) -> int:
         """What scoring a part costs, in bytes of text."""
         return int(self._shards.sizes(part.start, part.stop).sum())
-
-    def pairs(self, protocol: str = "") -> Iterator[tuple[str, list[str], list[int]]]:
-        """User, item ids and labels of every sample."""
-        for index in range(self._num_users):
-            sample = self.sample(index, protocol=protocol)
-            yield sample.user, [c.item for c in sample.candidates], [c.label for c in sample.candidates]
 
     def _other(self, index: int) -> int:
         if not self._others:

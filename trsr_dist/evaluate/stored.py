@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -32,7 +33,7 @@ class StoredSplit:
     def __init__(self, store: HistoryStore, split: str) -> None:
         self._store = store
         self._split = split
-        self._places = {store.user(split, i).user: i for i in range(store.num_users(split))}
+        self._places = {user: place for place, user in enumerate(store.names(split))}
 
     def row(self, user: str) -> UserRow:
         """A user's row."""
@@ -52,9 +53,9 @@ class StoredSplit:
         return DataError(f"{self._split}: {what}; run launch/summarize.py anew")
 
 
-def rank_all(ranker: Ranker, users: list[StoredUser]) -> list[np.ndarray]:
+def rank_all(ranker: Ranker, users: Sequence[StoredUser]) -> list[np.ndarray]:
     """Scores of every user's candidates by a ranker without a language model."""
-    return [ranker(user.row.history, user.candidates) for user in users]
+    return ranker([user.row.history for user in users], [user.candidates for user in users])
 
 
 def user_facts(store: HistoryStore, sample: Sample, user: StoredUser, trims: dict[str, int]) -> dict[str, str]:

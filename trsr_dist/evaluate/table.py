@@ -67,10 +67,11 @@ def protocol_rows(results: Mapping[str, Any], metric: str) -> list[dict[str, Any
 def protocol_table(results: Mapping[str, Any], metric: str) -> str:
     """The same for the terminal."""
     rows = protocol_rows(results, metric)
-    columns = [*rows[0]["systems"], *(("gain", "95% low", "95% high") if rows[0]["gain"] else ())]
+    shown = [name for name in ("mean", "low", "high") if name in (rows[0]["gain"] or {})]
+    columns = [*rows[0]["systems"], *("gain", "95% low", "95% high")[: len(shown)]]
     cells = []
     for row in rows:
-        gain = [f"{row['gain'][name]:+.4f}" for name in ("mean", "low", "high")] if row["gain"] else []
+        gain = [f"{row['gain'][name]:+.4f}" for name in shown]
         cells.append((row["protocol"], [*(f"{value:.4f}" for value in row["systems"].values()), *gain]))
     return format_table(f"{column_title(metric)}, negatives", columns, cells)
 
@@ -81,7 +82,10 @@ def ordered(systems: Mapping[str, Any]) -> list[tuple[str, Any]]:
 
 
 def gain_line(gain: Mapping[str, float], metric: str) -> str:
-    """Personalization gain in one sentence, with what it means."""
+    """Personalization gain in one sentence, with what it means where there is an interval."""
+    what = f"personalization gain in {column_title(metric)}: {gain['mean']:+.4f}"
+    if "low" not in gain:
+        return f"{what} (no interval: evaluate.bootstrap_samples is 0)"
     low, high = gain["low"], gain["high"]
     if low > 0:
         reading = "the score depends on whose text it sees"
@@ -89,8 +93,7 @@ def gain_line(gain: Mapping[str, float], metric: str) -> str:
         reading = "another user's text scores better: something is wrong"
     else:
         reading = "0 is inside: no sign that the user's own text matters"
-    interval = f"{gain['mean']:+.4f} (95% {low:+.4f} to {high:+.4f})"
-    return f"personalization gain in {column_title(metric)}: {interval}: {reading}"
+    return f"{what} (95% {low:+.4f} to {high:+.4f}): {reading}"
 
 
 def _line(cells: Sequence[str], widths: Sequence[int]) -> str:

@@ -36,7 +36,7 @@ def check_output(output: Path, inputs: list[Path], force: bool) -> None:
         manifest = output / MANIFEST
         if not manifest.is_file() or read_json(manifest).get("stage") != STAGE:
             raise RunError(
-                f"{output}: holds files that are no earlier merge; --force replaces only those. Empty it first"
+                f"{output}: holds files that are no earlier merge, and only such a one is replaced. Empty it first"
             )
 
 

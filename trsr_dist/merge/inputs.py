@@ -13,8 +13,9 @@ from trsr_dist.files import read_json
 from trsr_dist.log import get_logger
 from trsr_dist.merge.adapter import Adapter, find_changes
 from trsr_dist.merge.guards import check_base, resolve_prompt
-from trsr_dist.merge.plan import MergePlan, check_targets, check_vocabulary, make_plan, tied_tensors
+from trsr_dist.merge.plan import MergePlan, check_targets, check_vocabulary, make_plan
 from trsr_dist.merge.source import Source
+from trsr_dist.merge.structure import read_structure
 from trsr_dist.merge.tensors import folder_entries
 from trsr_dist.model.places import BaseName
 from trsr_dist.prompts.builder import PromptBuilder
@@ -38,6 +39,9 @@ class MergeOptions:
     tolerance: float | None = None
     """Largest log-odds difference; None: by dtype."""
     force: bool = False
+    """Make an earlier merge anew."""
+    update: bool = False
+    """Make it anew if its checkpoint or settings have changed since."""
     dry_run: bool = False
 
 
@@ -69,9 +73,11 @@ def prepare(
         raise ModelError(f"{base}: a quantized model; name its unquantized original with --base")
     by_file = folder_entries(base)
     entries = {entry.name: entry for entries in by_file for entry in entries}
-    tied = tied_tensors(base)
+    structure = read_structure(base)
     changes = find_changes(adapter)
-    check_targets(adapter.config, set(entries) | set(tied), changes, tied)
+    check_targets(adapter.config, structure, set(entries), changes)
+    changes = {structure.stored(name, entries): change for name, change in changes.items()}
+    tied = {structure.stored(one, entries): structure.stored(other, entries) for one, other in structure.tied.items()}
     num_embeddings = check_vocabulary(base, list(entries.values()))
     dtype = DTYPES.get(options.dtype)
     keep_tied = bool(adapter.config.ensure_weight_tying)

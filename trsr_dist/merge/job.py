@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from trsr_dist.errors import RunError
 from trsr_dist.files import atomic_folder, read_json, write_json, writing
 from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger
@@ -38,7 +39,7 @@ def merge(checkpoint: Path, output: Path, options: MergeOptions) -> None:
     base_name = base_of(source, adapter, options.base)
     base = base_folder(base_name, source.run, "name the base's folder with --base")
     fingerprint = base_fingerprint(base)
-    check_output(output, [source.folder, base], options.force)
+    check_output(output, [source.folder, base], options.force or options.update)
     if options.dry_run:
         plan = prepare(source, adapter, base_name, base, fingerprint, options).plan
         logger.info(f"would write {plan.num_bytes / 1e9:.3f} GB in {len(plan.files)} files to {output}")
@@ -47,13 +48,28 @@ def merge(checkpoint: Path, output: Path, options: MergeOptions) -> None:
     hashes = {"adapter": adapter_hash(adapter), "base": fingerprint}
     with folder_lock(output) as lock:
         tidy(output)
-        if is_finished(output, settings, hashes, options.force):
+        if _is_current(output, settings, hashes, options):
             logger.info(f"{output}: merged already, with the same inputs and settings; nothing to do")
             return
         prepared = prepare(source, adapter, base_name, base, fingerprint, options)
         with writing(output):
             _write(output, prepared, options, settings, hashes, lock)
     logger.info(f"wrote {output}")
+
+
+def _is_current(output: Path, settings: dict[str, Any], hashes: dict[str, str], options: MergeOptions) -> bool:
+    """Whether ``output`` is this very merge.
+
+    Raises:
+        RunError: it is another one, and neither ``force`` nor ``update`` is set.
+    """
+    try:
+        return is_finished(output, settings, hashes, options.force)
+    except RunError as error:
+        if options.update:
+            logger.info(f"{output}: of another checkpoint or other settings; made anew")
+            return False
+        raise RunError(f"{error} (--update does so only where something has changed)") from None
 
 
 def _write(

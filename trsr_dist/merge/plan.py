@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from trsr_dist.errors import ModelError
 from trsr_dist.files import read_json
 from trsr_dist.merge.adapter import Change
+from trsr_dist.merge.structure import Structure
 from trsr_dist.merge.tensors import CODES, DTYPES, SINGLE, TensorEntry
 
 EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
@@ -69,21 +69,6 @@ class MergePlan:
         pairs = zip(self.file_names, self.files, strict=True)
         names = {output.name: name for name, file in pairs for output in file}
         return {"metadata": {"total_size": self.num_bytes}, "weight_map": dict(sorted(names.items()))}
-
-
-def tied_tensors(base: Path) -> dict[str, str]:
-    """Names of tensors that share another's weights, with the other's name, such as lm_head and embed_tokens.
-
-    Raises:
-        ModelError: transformers does not know this architecture without code from elsewhere.
-    """
-    try:
-        config = AutoConfig.from_pretrained(base, local_files_only=True)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{base}: transformers cannot build this model ({str(error).splitlines()[0]})") from None
-    return dict(model.all_tied_weights_keys)
 
 
 def make_plan(
@@ -165,29 +150,36 @@ def _check_changes(entries: dict[str, TensorEntry], changes: dict[str, Change]) 
                 raise ModelError(f"the adapter's vector for {name} has {vector.numel()} values, the base {rows} rows")
 
 
-def check_targets(config: LoraConfig, names: set[str], changes: dict[str, Change], tied: dict[str, str]) -> None:
-    """Every module that PEFT would adapt in this base must be adapted, and no other.
+def check_targets(config: LoraConfig, structure: Structure, stored: set[str], changes: dict[str, Change]) -> None:
+    """Every module that PEFT would adapt in this model must be adapted, and no other.
 
     Args:
-        names: tensors of the base, tied ones included.
-        tied: from a tensor to the one whose weights it shares.
+        config: of the adapter.
+        structure: of the model; modules that it does not have, such as heads for further tokens, cannot be adapted.
+        stored: names of the base's tensors; modules that this transformers puts together may have been apart in
+            training.
+        changes: by the model's names.
 
     Raises:
         ModelError: names the first missing or extra module.
     """
     updated = {name.removesuffix(".weight") for name, change in changes.items() if change.left is not None}
-    modules = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
-    expected = {module for module in modules if check_target_module_exists(config, module)}
+    expected = _targets(config, structure.parameters)
     if config.ensure_weight_tying:
-        pairs = [{name.removesuffix(".weight") for name in pair} for pair in tied.items()]
+        pairs = [{name.removesuffix(".weight") for name in pair} for pair in structure.tied.items()]
         expected = expected.union(*(pair for pair in pairs if pair & expected))
     for module in sorted(expected - updated):
         raise ModelError(f"{module}: adapter_config.json targets it, the adapter has no tensors for it: incomplete")
-    for module in sorted(updated - expected):
+    for module in sorted(updated - expected - _targets(config, stored)):
         raise ModelError(
             f"{module}: the adapter has tensors for it, but it is no target of adapter_config.json in this base: "
             "another base (see --base), or files that do not belong together"
         )
+
+
+def _targets(config: LoraConfig, names: Iterable[str]) -> set[str]:
+    modules = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
+    return {module for module in modules if check_target_module_exists(config, module)}
 
 
 def _shard(outputs: list[Output], max_bytes: int) -> list[list[Output]]:

@@ -50,6 +50,21 @@ class ModelPlace:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelPrompts:
+    """What is known of a model without its weights: where it lies, and how its prompts are written."""
+
+    place: ModelPlace
+    tokenizer: Any
+    builder: PromptBuilder
+    trust_remote_code: bool
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Empty where the folder records nothing."""
+        return self.place.provenance
+
+
+@dataclass(frozen=True, slots=True)
 class LoadedModel:
     """A model with the prompts that it was trained on."""
 
@@ -81,6 +96,34 @@ def find_model(name_or_path: str, revision: str = "") -> ModelPlace:
     return ModelPlace(name_or_path, revision, None, name_or_path, {})
 
 
+def find_base(name_or_path: str, own: BaseName, run: Path, remedy: str) -> Path:
+    """Folder of the model before fine-tuning, by what a checkpoint, an adapter or a merged model records of it.
+
+    Args:
+        name_or_path: of the fine-tuned model.
+        own: the config's base: taken where nothing is recorded, and where it is the recorded one in another place.
+        run: the run folder: one that was moved keeps its base.
+        remedy: ends the error.
+
+    Raises:
+        CheckpointError: an incomplete or damaged checkpoint.
+        ModelError: the base is not here, or is another one than in training.
+    """
+    place = find_model(name_or_path)
+    if place.adapter is not None:
+        return Path(place.base)
+    recorded = place.provenance.get("base", {})
+    fingerprint, folder = recorded.get("fingerprint", ""), Path(own.name_or_path)
+    is_here = own.name_or_path and (folder / "config.json").is_file()
+    if not recorded or (is_here and base_fingerprint(folder) == fingerprint):
+        if not own.name_or_path:
+            raise ModelError(f"{name_or_path}: records no base, and model.name_or_path is empty; {remedy}")
+        return base_folder(own, run, remedy)
+    base = base_folder(BaseName(recorded["name_or_path"], recorded.get("revision", ""), fingerprint), run, remedy)
+    _check_base(base, fingerprint)
+    return base
+
+
 def open_model(
     name_or_path: str,
     device: torch.device | str,
@@ -108,20 +151,38 @@ def open_model(
         ConfigError: a model that several ranks cannot divide.
         ModelError: the model cannot be read, or its tokenizer is not that of the training.
     """
+    prompts = open_prompts(name_or_path, prompt, trust_remote_code, revision)
+    model = load_weights(prompts, device, dtype, attention, zero_config)
+    return LoadedModel(model, prompts.tokenizer, prompts.builder, prompts.provenance)
+
+
+def open_prompts(
+    name_or_path: str, prompt: dict[str, Any], trust_remote_code: bool = False, revision: str = ""
+) -> ModelPrompts:
+    """Find a model and open its tokenizer; arguments and errors as of ``open_model``."""
     place = find_model(name_or_path, revision)
-    source = BaseSource(place.base, place.revision, trust_remote_code)
     tokenizer = load_tokenizer(BaseSource(place.tokenizer, place.revision, trust_remote_code))
     builder = PromptBuilder(tokenizer, **(place.provenance.get("prompt") or prompt))
     check_answers(name_or_path, builder, place.provenance)
-    device = torch.device(device)
-    config = load_config(source)
-    backend = shared_backend(config, attention, device, dtype, builder.max_tokens)
+    return ModelPrompts(place, tokenizer, builder, trust_remote_code)
+
+
+def load_weights(
+    prompts: ModelPrompts,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    attention: str = "auto",
+    zero_config: dict[str, Any] | None = None,
+) -> nn.Module:
+    """A ``Recommender``, or DeepSpeed's engine around one; arguments and errors as of ``open_model``."""
+    place, builder, device = prompts.place, prompts.builder, torch.device(device)
+    source = BaseSource(place.base, place.revision, prompts.trust_remote_code)
+    backend = shared_backend(load_config(source), attention, device, dtype, builder.max_tokens)
     if zero_config is not None:
         check_equal_calls(backend, world_size())
     base = load_base(source, dtype, device) if zero_config is None else load_divided_base(source, dtype, zero_config)
     model = Recommender(with_adapter(base, place.adapter), builder.answer_ids, backend).requires_grad_(False).eval()
-    runner = model if zero_config is None else scoring_engine(model, zero_config)
-    return LoadedModel(runner, tokenizer, builder, place.provenance)
+    return model if zero_config is None else scoring_engine(model, zero_config)
 
 
 def load_divided_base(source: BaseSource, dtype: torch.dtype, zero_config: dict[str, Any]) -> nn.Module:
@@ -169,6 +230,6 @@ def _with_base(adapter: Path, provenance: dict[str, Any], run: Path | None) -> M
 def _check_base(folder: Path, recorded: str) -> None:
     if recorded and base_fingerprint(folder) != recorded:
         raise ModelError(
-            f"{folder}: not the base that the adapter was trained on (fingerprint {recorded[:12]}...): another one, or "
-            "its files have changed; restore it"
+            f"{folder}: not the base of the training (fingerprint {recorded[:12]}...): another one, or its files have "
+            "changed; restore it"
         )

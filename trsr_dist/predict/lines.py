@@ -83,7 +83,8 @@ def parse_lines(source: Path) -> Iterator[tuple[Line | None, str]]:
         DataError: there is no such file.
     """
     if not source.is_file():
-        raise DataError(f"{source}: no such file; expected JSON lines with {', '.join(FIELDS)}")
+        what = "not a plain file, which is read twice" if source.exists() else "no such file"
+        raise DataError(f"{source}: {what}; expected a file of JSON lines with {', '.join(FIELDS)}")
     with open(source, "rb") as stream:
         for number, data in enumerate(stream, 1):
             if not data.strip():
@@ -102,7 +103,7 @@ def parse_line(data: bytes, number: int) -> Line:
     """
     try:
         value = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and brackets without end
         raise DataError(f"not valid JSON ({error})") from None
     if b"\\ud" in data.lower() and not is_text(json.dumps(value, ensure_ascii=False)):
         raise DataError("an escape such as \\ud83d stands without its second half and is no character")

@@ -12,7 +12,7 @@ import torch
 from trsr_dist.config.sections import PromptSection
 from trsr_dist.distributed import device_of
 from trsr_dist.environment import detect_ranks
-from trsr_dist.errors import DataError, ModelError
+from trsr_dist.errors import ConfigError, DataError, ModelError
 from trsr_dist.evaluate.scoring import PartScorer
 from trsr_dist.log import get_logger
 from trsr_dist.model.folder import LoadedModel, open_model
@@ -108,10 +108,11 @@ class Ranker:
             trust_remote_code: run model code from the hub.
 
         Raises:
+            ConfigError: there is no such device.
             ModelError: the model cannot be read.
             CheckpointError: an incomplete or damaged checkpoint.
         """
-        place = device_of(detect_ranks()) if device == "auto" else torch.device(device)
+        place = device_of(detect_ranks()) if device == "auto" else find_device(device)
         dtype = getattr(torch, resolve_precision(precision, place))
         prompt = PromptSection().model_dump()
         loaded = open_model(name_or_path, place, dtype, prompt, attention, trust_remote_code)
@@ -174,6 +175,20 @@ class Ranker:
                 self.history.engine,
             )
         return summarize_items(items, self.history, self.domain)
+
+
+def find_device(name: str) -> torch.device:
+    """A device that is here.
+
+    Raises:
+        ConfigError: it is not, or it is none.
+    """
+    try:
+        torch.zeros(1, device=name).cpu()
+        return torch.device(name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r}: not there ({reason}); expected cpu, cuda, cuda:1 or the like") from None
 
 
 def texts_of(request: Request, field: str, texts: Sequence[str]) -> tuple[str, ...]:

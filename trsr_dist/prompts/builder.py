@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from trsr_dist.errors import ModelError
 from trsr_dist.hashing import digest
 from trsr_dist.prompts.text import recommend_text
-from trsr_dist.prompts.trimming import Parts, cap_text, trim
+from trsr_dist.prompts.trimming import Cuts, Parts, cap_text, count_words, trim
 from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.records import Sample, TokenizedUser
 
@@ -99,13 +100,26 @@ class PromptBuilder:
         recent = sample.recent[-self.recent_items :] if self.recent_items else ()
         texts = [candidate.text for candidate in sample.candidates]
         capped = tuple(cap_text(text, self.max_candidate_tokens, self._count) for text in texts)
-        parts = Parts(sample.summary, recent, capped)
+        whole = parts = Parts(sample.summary, recent, capped)
         ids = self._encode_all(sample.instruction, parts)
-        if max(map(len, ids)) > self.max_tokens:
-            parts = trim(parts, lambda tried: self._fits(sample.instruction, tried), sample.user)
+        # What is cut is searched for with the prompts that are too long, and then tried with all: mostly one decides.
+        probes: list[int] = []
+        while max(map(len, ids)) > self.max_tokens:
+            probes.append(max(range(len(ids)), key=lambda place: len(ids[place])))
+            parts = self._cuts(sample, whole, probes).apply(whole)
             ids = self._encode_all(sample.instruction, parts)
-        num_capped = sum(text != cap for text, cap in zip(texts, capped, strict=True))
-        return ids, parts.trims | ({"candidates_capped": num_capped} if num_capped else {})
+        counts = {
+            "candidates_capped": sum(text != cap for text, cap in zip(texts, capped, strict=True)),
+            # Different texts that became the same by cutting: the model cannot tell these candidates apart.
+            "candidates_equal": len(set(texts)) - len(set(parts.candidates)),
+        }
+        return ids, parts.trims | {name: count for name, count in counts.items() if count}
+
+    def _cuts(self, sample: Sample, whole: Parts, probes: list[int]) -> Cuts:
+        """What must be cut for some of the candidates to fit."""
+        chosen = replace(whole, candidates=tuple(whole.candidates[place] for place in probes))
+        longest = max(map(count_words, whole.candidates))
+        return trim(chosen, lambda tried: self._fits(sample.instruction, tried), longest, sample.user)
 
     def _encode_all(self, instruction: str, parts: Parts) -> list[list[int]]:
         prompts = [self.render(instruction, parts.summary, parts.recent, text) for text in parts.candidates]
@@ -144,14 +158,21 @@ class PromptBuilder:
         return ids[-1] if ids[:-1] == base and known else None
 
 
-def chat_text(tokenizer: Any, text: str) -> str:
-    """A user's message through the tokenizer's chat template, up to where the answer begins: the same on any day."""
+def chat_text(tokenizer: Any, text: str, template_kwargs: Mapping[str, Any] | None = None) -> str:
+    """A user's message through the tokenizer's chat template, up to where the answer begins: the same on any day.
+
+    Args:
+        tokenizer: with a chat template.
+        text: the message.
+        template_kwargs: further variables of the template, such as ``enable_thinking``.
+    """
     template = tokenizer.get_chat_template()
     return tokenizer.apply_chat_template(
         [{"role": "user", "content": text}],
         tokenize=False,
         add_generation_prompt=True,
         chat_template=FIXED_DATE + template if "strftime_now" in template else None,
+        **(template_kwargs or {}),
     )
 
 

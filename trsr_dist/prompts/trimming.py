@@ -36,28 +36,61 @@ class Parts:
         return {name: count for name, count in counts.items() if count}
 
 
-def trim(parts: Parts, fits: Callable[[Parts], bool], user: str) -> Parts:
+@dataclass(frozen=True, slots=True)
+class Cuts:
+    """What is cut off a user's prompts, the same for all candidates."""
+
+    recent_dropped: int = 0
+    """Oldest recent items."""
+    summary_words: int | None = None
+    """Words that are kept of the summary; None: all."""
+    item_words: int | None = None
+    """Words that are kept of each item text; None: all."""
+
+    def apply(self, whole: Parts) -> Parts:
+        """The parts without what is cut, which is counted."""
+        parts = replace(whole, recent=whole.recent[self.recent_dropped :], recent_dropped=self.recent_dropped)
+        if self.summary_words is not None:
+            num_cut = count_words(whole.summary) - self.summary_words
+            parts = replace(parts, summary=cut_words(whole.summary, self.summary_words), summary_words_cut=num_cut)
+        if self.item_words is not None:
+            recent, candidates = (_capped(texts, self.item_words) for texts in (parts.recent, parts.candidates))
+            before, after = (_num_words((*p, *q)) for p, q in ((parts.recent, parts.candidates), (recent, candidates)))
+            parts = replace(parts, recent=recent, candidates=candidates, item_words_cut=before - after)
+        return parts
+
+
+def trim(parts: Parts, fits: Callable[[Parts], bool], longest: int, user: str) -> Cuts:
     """Cut until ``fits``: oldest recent items down to one, the summary's tail, then item texts evenly.
 
     Args:
-        parts: untrimmed parts.
-        fits: whether the longest of the user's prompts is within the limit.
+        parts: untrimmed parts, with all candidates or those with the longest prompts.
+        fits: whether the longest of the prompts is within the limit.
+        longest: words of the user's longest candidate.
         user: for the error message.
 
     Raises:
         DataError: instruction and answer cue alone are over the limit.
     """
-    while not fits(parts) and len(parts.recent) > 1:
-        parts = replace(parts, recent=parts.recent[1:], recent_dropped=parts.recent_dropped + 1)
-    if not fits(parts):
-        parts = _cut_summary(parts, fits)
-    if not fits(parts):
-        parts = _cut_items(parts, fits)
-    if not fits(parts):
+    cuts = Cuts()
+
+    def is_fine(tried: Cuts) -> bool:
+        return fits(tried.apply(parts))
+
+    while not is_fine(cuts) and cuts.recent_dropped < len(parts.recent) - 1:
+        cuts = replace(cuts, recent_dropped=cuts.recent_dropped + 1)
+    if not is_fine(cuts):
+        kept = _largest(count_words(parts.summary), lambda kept: is_fine(replace(cuts, summary_words=kept)))
+        cuts = replace(cuts, summary_words=kept)
+    if not is_fine(cuts):
+        # All item texts are capped at the same number of words, so that long descriptions pay first.
+        longest = max([longest, *map(count_words, parts.recent[cuts.recent_dropped :])])
+        cuts = replace(cuts, item_words=_largest(longest, lambda kept: is_fine(replace(cuts, item_words=kept))))
+    if not is_fine(cuts):
         raise DataError(
             f"user {user!r}: instruction and answer cue alone exceed prompt.max_tokens; raise prompt.max_tokens"
         )
-    return parts
+    return cuts
 
 
 def cut_words(text: str, num_words: int) -> str:
@@ -78,27 +111,6 @@ def cap_text(text: str, max_tokens: int, count: Callable[[str], int]) -> str:
     if kept:
         return cut_words(text, kept)
     return text[: _largest(len(text), lambda n: count(text[:n]) <= max_tokens)]
-
-
-def _cut_summary(parts: Parts, fits: Callable[[Parts], bool]) -> Parts:
-    num_words = count_words(parts.summary)
-
-    def cut(kept: int) -> Parts:
-        return replace(parts, summary=cut_words(parts.summary, kept), summary_words_cut=num_words - kept)
-
-    return cut(_largest(num_words, lambda kept: fits(cut(kept))))
-
-
-def _cut_items(parts: Parts, fits: Callable[[Parts], bool]) -> Parts:
-    """Cap all item texts at the same number of words, so that long descriptions pay first."""
-    longest = max(map(count_words, (*parts.recent, *parts.candidates)))
-
-    def cut(kept: int) -> Parts:
-        recent, candidates = _capped(parts.recent, kept), _capped(parts.candidates, kept)
-        before, after = (_num_words((*p, *q)) for p, q in ((parts.recent, parts.candidates), (recent, candidates)))
-        return replace(parts, recent=recent, candidates=candidates, item_words_cut=before - after)
-
-    return cut(_largest(longest, lambda kept: fits(cut(kept))))
 
 
 def _capped(texts: Sequence[str], num_words: int) -> tuple[str, ...]:

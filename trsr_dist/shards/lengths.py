@@ -9,14 +9,14 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from trsr_dist.files import atomic_file, read_json
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.shards.arrays import open_array
+from trsr_dist.shards.arrays import KeptArrays, open_array
 from trsr_dist.shards.reader import ShardSet
 
 TRIMS = ("recent_dropped", "summary_words_cut", "item_words_cut", "candidates_capped")
@@ -27,8 +27,6 @@ NUM_HEADER = 5 + len(TRIMS)
 """int32s before a file's table: CRC-32 of all that follows, samples, part of the tar's hash, damaged samples, tokens of
 the head, users with each kind of trim."""
 INT32 = np.dtype("<i4")
-OPEN_FILES = 256
-"""Kept in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +105,7 @@ class Lengths:
     def __init__(self, shards: ShardSet, folder: Path) -> None:
         self.shards = shards
         self.folder = folder
-        self._open = lru_cache(maxsize=OPEN_FILES)(self._open_shard)
+        self._array = KeptArrays(self._open_shard)
 
     @cached_property
     def facts(self) -> LengthFacts:
@@ -141,13 +139,10 @@ class Lengths:
     def _parts(self, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start, stop in runs:
             for shard, first, last in self.shards.ranges(start, stop):
-                starts, values = self._open(shard)
+                starts, values = _split_file(self._array(shard))
                 yield values[starts[first] : starts[last]], np.diff(starts[first : last + 1])
 
-    def _open_shard(self, shard: int) -> tuple[np.ndarray, np.ndarray]:
-        return _split_file(self._array(shard))
-
-    def _array(self, shard: int) -> np.ndarray:
+    def _open_shard(self, shard: int) -> np.ndarray:
         return open_array(length_path(self.folder, self.shards.facts[shard]), INT32)
 
 

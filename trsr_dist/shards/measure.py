@@ -66,10 +66,10 @@ def measure_lengths(
         measuring = Measuring(shards, builder, folder, tolerate)
         _measure_shards(measuring, list(range(rank, len(shards.facts), world_size)), num_workers)
         if rank == 0:
-            _wait_for(folder, measuring.all_done(deque(range(len(shards.facts)))))
+            wait_for(folder, measuring.all_done(deque(range(len(shards.facts)))))
             write_json(folder / SUMMARY, asdict(_summarize(folder, shards)))
         else:
-            _wait_for(folder, lambda: _is_complete(folder, shards, tolerate))
+            wait_for(folder, lambda: _is_complete(folder, shards, tolerate))
     return Lengths(shards, folder)
 
 
@@ -93,15 +93,19 @@ def _is_complete(folder: Path, shards: ShardSet, tolerate: bool) -> bool:
     return value.keys() == names and value["shards"] == shards.manifest_hash and (tolerate or not value["num_damaged"])
 
 
-def _wait_for(folder: Path, done: Callable[[], bool]) -> None:
-    """Look again and again, ever less often: many ranks wait on one file system."""
+def wait_for(folder: Path, done: Callable[[], bool]) -> None:
+    """Look again and again, ever less often: many ranks wait on one file system.
+
+    Raises:
+        DataError: nothing has come into the folder for long.
+    """
     last_count, last_change, pause = -1, time.monotonic(), 0.05
     while not done():
         count = len(list(folder.iterdir()))
         if count != last_count:
             last_count, last_change = count, time.monotonic()
         elif time.monotonic() - last_change > STALL_SECONDS:
-            raise DataError(f"{folder}: no new token lengths for {STALL_SECONDS:.0f} s; see what another rank says")
+            raise DataError(f"{folder}: no new file for {STALL_SECONDS:.0f} s; see what another rank says")
         time.sleep(pause)
         pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import resource
 import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +16,15 @@ from trsr_dist.files import read_json, sha256_of
 from trsr_dist.log import get_logger
 from trsr_dist.records import Sample
 from trsr_dist.run import MANIFEST, manifest_hash
+from trsr_dist.shards.arrays import KeptArrays
 from trsr_dist.shards.cache import ShardCache
 from trsr_dist.shards.codec import decode_sample
 from trsr_dist.shards.index import index_path, open_index
 
-OPEN_SHARDS = 256
-"""So many tars are kept open; a process may often have 1024 files only."""
+OPEN_SHARDS = 4096
+"""At most so many tars are kept open: file servers keep count of open files too."""
+SHARE_OF_FILES = 4
+"""Only this part of the files that a process may open: often it may have 1024."""
 
 log = get_logger("shards")
 
@@ -142,8 +145,9 @@ class ShardSet:
             raise DataError(f"{self.folder / MANIFEST}: names no shards; give the folder of a split, RUN/shards/train")
         self.facts: list[dict] = self.manifest["shards"]
         self.starts = np.cumsum([0, *(facts["num_samples"] for facts in self.facts)])
-        self.index = lru_cache(maxsize=OPEN_SHARDS)(self._open_index)
+        self.index = KeptArrays(self._open_index)
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
+        self._max_open = min(OPEN_SHARDS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // SHARE_OF_FILES)
         self._cache = cache
         if cache is not None:
             cache.keep(facts["sha256"] for facts in self.facts)
@@ -216,7 +220,7 @@ class ShardSet:
             self._open.move_to_end(shard)
         else:
             self._open[shard] = OpenShard(self.path(shard), self.facts[shard], self.index(shard), self._cache)
-            if len(self._open) > OPEN_SHARDS:
+            if len(self._open) > self._max_open:
                 self._open.popitem(last=False)[1].close()
         return self._open[shard]
 

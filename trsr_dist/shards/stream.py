@@ -79,8 +79,8 @@ class TrainStream:
         self._check_damage(lengths.facts.num_damaged, f"{lengths.folder}: {lengths.facts.damaged} hold damaged samples")
 
     def steps_in_epoch(self, epoch: int) -> int:
-        """Exact number of steps; counted once, see ``epoch_facts``."""
-        return epoch_facts(self.plan, epoch, keep=self._rank == 0).num_steps
+        """Exact number of steps. Every rank calls it: rank 0 counts, once, see ``epoch_facts``."""
+        return epoch_facts(self.plan, epoch, self._rank).num_steps
 
     def __iter__(self) -> Iterator[Step]:
         specs = step_specs(self.plan, self._state, self._rank, self._world_size)

@@ -53,7 +53,9 @@ class PlaceIndex:
             self._merge()
 
     def _merge(self) -> None:
-        new = np.array([(key, *place) for key, place in self._new.items()], ENTRY)
+        new = np.empty(len(self._new), ENTRY)
+        new["key"] = np.fromiter(self._new, np.uint64, len(new))
+        new["file"], new["offset"] = np.array(list(self._new.values()), np.int64).T
         both = np.concatenate([new, self._sorted])
         _, first = np.unique(both["key"], return_index=True)
         self._sorted, self._new = both[first], {}
@@ -74,7 +76,7 @@ class TextCache:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.num_damaged = 0
-        """Damaged records passed over; their texts are made again."""
+        """Damaged records met; their texts are made again."""
         self._own = folder / f"{task}{SUFFIX}"
         self._files: list[Path] = [self._own]
         self._scanned: dict[Path, int] = {}
@@ -101,6 +103,7 @@ class TextCache:
             return None
         number, offset = place
         record = read_at(self._reader(number), offset)
+        self.num_damaged += record is None
         return record if record is not None and record["key"] == key else None
 
     def add(self, record: dict[str, Any]) -> None:
@@ -128,9 +131,9 @@ class TextCache:
 
     def _scan(self, path: Path) -> None:
         number = self._files.index(path)
-        for start, end, record in scan(path, self._scanned[path]):
-            if record is None:
+        for start, end, key in scan(path, self._scanned[path]):
+            if key is None:
                 self.num_damaged += 1
             else:
-                self._index.add(record["key"], number, start)
+                self._index.add(key, number, start)
             self._scanned[path] = end

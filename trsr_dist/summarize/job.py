@@ -28,16 +28,20 @@ from trsr_dist.files import writing
 from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.prompts.wording import WORDING_VERSION
-from trsr_dist.run import RunFolder, is_finished
+from trsr_dist.run import RunFolder, claim, is_finished
 from trsr_dist.summarize.cache import TextCache
-from trsr_dist.summarize.engines.build import build_engine, engine_identity
+from trsr_dist.summarize.engines.build import build_engine, engine_identity, revision_to_load
+from trsr_dist.summarize.engines.lazy import LazyEngine
 from trsr_dist.summarize.leases import LeaseFolder, Owner
 from trsr_dist.summarize.plans import planner
-from trsr_dist.summarize.progress import TaskProgress, beating, task_path, work_name, write_job, write_task
+from trsr_dist.summarize.progress import TaskProgress, beating, task_path, work_name, write_job
 from trsr_dist.summarize.report import Reporter
 from trsr_dist.summarize.scheduler import Scheduler
 from trsr_dist.summarize.units import SplitWork
 from trsr_dist.summarize.worker import Recipe, Worker
+
+GONE_SECONDS = 90.0
+"""NFS clients keep what they know of a folder for 60 seconds by default."""
 
 log = get_logger("summarize")
 
@@ -102,12 +106,15 @@ class Job:
         self.run_folder = run
         self.store = store
         self.task = task
-        self.identity = engine_identity(config.summarize, run.resolve(config.summarize.model), config.run.seed)
+        self.model = run.resolve(config.summarize.model)
+        self.identity = engine_identity(config.summarize, self.model, config.run.seed, run.summaries)
         self.settings = shard_settings(config, self.identity)
         self.inputs = {"histories": store.manifest_hash}
+        self.digest = digest([self.settings, self.inputs])
         self.replace = force
         self.redo = force and task.count == 1
         """Make finished sets anew. Of several tasks, none could tell an old set from what another has just made."""
+        self._gone_since: dict[str, float] = {}
         self.works = {split: self._work(split) for split in SPLITS}
         self.unpublished = {s: work for s, work in self.works.items() if self.redo or not self._is_published(s)}
         if force and not self.redo and not self.unpublished:
@@ -123,10 +130,21 @@ class Job:
             shutil.rmtree(gone, ignore_errors=True)
 
     def run(self) -> None:
-        """Work until every split is published."""
+        """Work until every split is published.
+
+        Raises:
+            RunError: a job of other settings or inputs is at work here.
+        """
+        what = {**self.settings, **self.inputs}
+        with claim(self.run_folder.summaries, self.digest, what):
+            self._run_claimed()
+
+    def _run_claimed(self) -> None:
         if self.task.index == 0:
             self.run_folder.write_config("summarize", dump_config(self.config))
+            self._compare_tasks_and_units()
         summaries = self.run_folder.summaries
+        check_one_file_system(summaries, self.run_folder.shards)
         write_job(self._progress_folder, self.works)
         for work in self.unpublished.values():
             if self.redo:
@@ -142,17 +160,25 @@ class Job:
             leases.close()
             cache.close()
 
+    def _compare_tasks_and_units(self) -> None:
+        num_units = sum(work.num_units for work in self.unpublished.values())
+        if self.task.count > num_units:
+            log.warning(
+                "%d tasks, %d units: the others wait, without a model; lower summarize.users_per_shard, or take fewer "
+                "tasks",
+                self.task.count, num_units,
+            )  # fmt: skip
+
     @property
     def _progress_folder(self) -> Path:
-        return self.run_folder.summaries / "progress" / digest([self.settings, self.inputs])[:12]
+        return self.run_folder.summaries / "progress" / self.digest[:12]
 
     def _with_engine(self, leases: LeaseFolder, cache: TextCache) -> None:
         works, first = list(self.unpublished.values()), self.task.index / self.task.count
         worker = Worker(self.store, works, leases, self._recipe(), self.task.name, first, cache.refresh)
         settings = self.config.summarize
-        own = TaskProgress(self.task.name, self.task.ranks.host)
-        write_task(self._progress_folder, own)
-        engine = build_engine(settings, self.run_folder.resolve(settings.model), self.task.ranks.local_rank)
+        revision = revision_to_load(settings, self.identity)
+        engine = LazyEngine(lambda: build_engine(settings, self.model, revision, self.task.ranks.local_rank))
         scheduler = Scheduler(
             engine,
             self.identity,
@@ -162,23 +188,24 @@ class Job:
             settings.temperature,
             self.config.run.seed,
         )
-        reporter = self._reporter(own, leases, worker, scheduler)
+        reporter = self._reporter(leases, worker, scheduler)
         state, message = "stopped", ""
         try:
             self._work_on(worker, scheduler, leases, reporter)
             state = "done"
-        except TrsrError as error:
-            state, message = "failed", str(error)
+        except Exception as error:
+            kind = "" if isinstance(error, TrsrError) else f"{type(error).__name__}: "
+            state, message = "failed", f"{kind}{error}"
             raise
         finally:
             reporter.close(state, message)
             engine.close()
 
-    def _reporter(self, own: TaskProgress, leases: LeaseFolder, worker: Worker, scheduler: Scheduler) -> Reporter:
+    def _reporter(self, leases: LeaseFolder, worker: Worker, scheduler: Scheduler) -> Reporter:
         return Reporter(
             self.run_folder,
             self._progress_folder,
-            own,
+            TaskProgress(self.task.name, self.task.ranks.host),
             leases,
             worker,
             scheduler,
@@ -208,10 +235,17 @@ class Job:
             if not self.redo and self._is_published(split):
                 work.clear(self.task.name)
             elif gone:
-                raise RunError(f"{work.folder}: removed while this task was at work; run the stage again")
+                self._wait_for_manifest(split, work)
+                continue
             elif not (work.is_complete() and self._publish_alone(split, work, leases)):
                 continue
             del self.unpublished[split]
+
+    def _wait_for_manifest(self, split: str, work: SplitWork) -> None:
+        """A work folder is gone when its set is published; NFS may show the one before the other."""
+        now = time.monotonic()
+        if now - self._gone_since.setdefault(split, now) > GONE_SECONDS:
+            raise RunError(f"{work.folder}: removed while this task was at work; run the stage again")
 
     def _publish_alone(self, split: str, work: SplitWork, leases: LeaseFolder) -> bool:
         with leases.holding(f"{work.folder.name}-publish") as mine:
@@ -229,6 +263,11 @@ class Job:
                 f"summarize.max_failures to publish without them, or remove {work.folder} to try them again"
             )
         num_users = sum(unit["num_users"] for unit in units)
+        if work.num_users and not num_users:
+            raise EngineError(
+                f"{split}: all {len(failed)} users failed, {failed[0]['user']!r} among them: {failed[0]['reason']}; "
+                f"remove the cause and {work.folder}, and run the stage again"
+            )
         facts = {"split": split, "num_users": num_users, "failed": failed, "counts": dict(sorted(counts.items()))}
         target = self.run_folder.split(split)
         if not work.publish(target, self.task.name, self.settings, self.inputs, **facts):
@@ -265,6 +304,20 @@ class Job:
                 "wording": WORDING_VERSION,
                 "seed": self.config.run.seed,
             },
+        )
+
+
+def check_one_file_system(summaries: Path, shards: Path) -> None:
+    """A finished set moves from one to the other by a rename.
+
+    Raises:
+        RunError: they lie on two file systems.
+    """
+    summaries.mkdir(parents=True, exist_ok=True)
+    if shards.exists() and shards.stat().st_dev != summaries.stat().st_dev:
+        raise RunError(
+            f"{shards}: on another file system than {summaries}, from where finished shards are renamed; let both, or "
+            "the whole run folder, be links to one file system"
         )
 
 

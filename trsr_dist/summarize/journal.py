@@ -1,12 +1,14 @@
 """Append-only files of checked records: whatever a kill leaves behind, complete records stay and torn ones are passed.
 
-A record is one line: CRC-32 of the JSON in 8 hex digits, a blank, the JSON. One writer a file, many readers.
+A record is one line: CRC-32 of the JSON in 8 hex digits, a blank, the JSON, which begins with the key. One writer a
+file, many readers.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,13 +16,15 @@ from typing import Any
 
 FRAME = 9
 """Bytes before the JSON."""
+KEY = re.compile(rb'.{9}\{"key":"([0-9a-f]{32})"', re.DOTALL)
+"""How a line begins."""
 PIECE = 4096
 """Bytes of one read: most records are shorter."""
 
 
 def pack(record: dict[str, Any]) -> bytes:
-    """A record as a line."""
-    body = json.dumps(record, ensure_ascii=False, separators=(",", ":")).encode()
+    """A record, with a ``key`` of 32 hex digits, as a line."""
+    body = json.dumps({"key": record["key"], **record}, ensure_ascii=False, separators=(",", ":")).encode()
     return b"%08x %s\n" % (zlib.crc32(body), body)
 
 
@@ -32,17 +36,19 @@ def unpack(line: bytes) -> dict[str, Any] | None:
     return json.loads(body)
 
 
-def scan(path: Path, offset: int = 0) -> Iterator[tuple[int, int, dict[str, Any] | None]]:
-    """Complete lines from ``offset`` on, as (start, end, record); the record of a damaged line is None.
+def scan(path: Path, offset: int = 0) -> Iterator[tuple[int, int, str | None]]:
+    """Complete lines from ``offset`` on, as (start, end, key); None where a line begins with none.
 
-    An unfinished last line is not reported: its writer may be about to finish it.
+    Whether the rest is undamaged shows when the record is read. An unfinished last line is not reported: its writer may
+    be about to finish it.
     """
     with open(path, "rb") as stream:
         stream.seek(offset)
         for line in stream:
             if line[-1:] != b"\n":
                 return
-            yield offset, offset + len(line), unpack(line)
+            found = KEY.match(line)
+            yield offset, offset + len(line), found and found[1].decode()
             offset += len(line)
 
 

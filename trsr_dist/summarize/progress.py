@@ -185,7 +185,7 @@ class ProgressReader:
         failed = self._published_failures(split, work)
         if failed is not None:
             return PUBLISHED, work.num_users, failed
-        units = [unit for unit in range(work.num_units) if work.is_done(unit)] if work.folder.exists() else []
+        units = work.committed() if work.folder.exists() else ()
         users = sum(len(work.users(unit)) for unit in units)
         return f"{len(units)} of {work.num_units} units", users, work.failures()
 

@@ -9,8 +9,11 @@ from trsr_dist.prompts.text import SUMMARY_CUE, SummaryPrompt
 
 TURN_MARKERS = ("[Summaries]", "[Items]", SUMMARY_CUE, "[Candidate]", "\nUser:", "\nHuman:", "\nAssistant:", "<|")
 """Text after one of these belongs to a turn that the model made up."""
-TITLE = re.compile(r"\A[\W_]*(?:[\w'-]+ ){0,5}Summary:[\W_]*")
+TITLE = re.compile(r"^[\W_]*(?:[\w'-]+ ){0,5}(?:Summary:[\W_]*)+", re.MULTILINE)
 """A heading that chat models like to begin with, such as ``**Updated Summary:**``."""
+HEADING = re.compile(r"#.*|\*\*.*\*\*")
+PREAMBLE_WORDS = 12
+"""A line of so many words before the title announces the summary."""
 THOUGHTS = ("<think>", "</think>")
 """What reasoning models write before their answer stands between these."""
 ECHO_WORDS = 8
@@ -28,12 +31,22 @@ def turn_place(text: str) -> int | None:
 
 
 def answer(text: str) -> str:
-    """The text without thoughts and title; thoughts that never end leave nothing."""
+    """The text without thoughts, title and what announces it; thoughts that never end leave nothing."""
     begin, end = THOUGHTS
     _, ended, rest = text.rpartition(end)
     if not ended and text.lstrip().startswith(begin):
         return ""
-    return TITLE.sub("", rest, count=1)
+    title = TITLE.search(rest)
+    return rest[title.end() :] if title and is_preamble(rest[: title.start()].strip()) else rest
+
+
+def is_preamble(text: str) -> bool:
+    """Whether nothing, or a mere announcement, stands before the title: it ends in a colon, or is a heading or one
+    short line."""
+    if turn_place(text) is not None:
+        return False
+    is_short = "\n" not in text and len(text.split()) <= PREAMBLE_WORDS
+    return is_short or text.rstrip("*_ ").endswith(":") or HEADING.fullmatch(text) is not None
 
 
 def clean(text: str) -> tuple[str, bool]:

@@ -7,6 +7,9 @@ from typing import Protocol
 
 from trsr_dist.prompts.text import SummaryPrompt
 
+WHOLE = ("stop", "eos", "length", None)
+"""Why a text ended, in the words of the servers: by itself or at the token limit; any other reason broke it off."""
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -15,6 +18,7 @@ class Request:
     key: str
     """Hash of all that the text depends on."""
     prompt: SummaryPrompt
+    """Untrimmed."""
     max_new_tokens: int
     temperature: float = 0.0
     """0: greedy."""
@@ -32,6 +36,8 @@ class Completion:
     """The token limit ended the text."""
     prompt_tokens: int = 0
     new_tokens: int = 0
+    words_cut: int = 0
+    """Trimmed from the prompt, so that it kept to the token limit."""
     error: str = ""
     """Why there is no text, for good; empty where there is one."""
 
@@ -42,15 +48,8 @@ class Engine(Protocol):
     capacity: int
     """Requests worth having in flight; may shrink."""
 
-    def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
-        """The prompt within the token limit, and how many words were cut.
-
-        Raises:
-            DataError: the instruction alone is over the limit.
-        """
-
     def submit(self, request: Request) -> None:
-        """Take a request; returns at once."""
+        """Take a request; returns at once. Its prompt is trimmed to the token limit, or fails."""
 
     def poll(self) -> list[Completion]:
         """Completions since the last call; waits for one while any request is in flight.

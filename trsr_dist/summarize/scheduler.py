@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.cache import TextCache, prompt_hash, text_key
@@ -68,7 +67,6 @@ class Counts:
     failures: int = 0
     prompt_tokens: int = 0
     new_tokens: int = 0
-    words_cut: int = 0
     flags: dict[str, int] = field(default_factory=dict)
 
 
@@ -90,7 +88,6 @@ class _Pending:
     request: Request
     prompt: str
     """Hash of the prompt."""
-    words_cut: int
     waiting: list[tuple[_User, int]]
     first: dict[str, Any] | None = None
     """The record of the first try, while the second one runs."""
@@ -199,15 +196,9 @@ class Scheduler:
         self._submit(key, hashed, prompt, (user, position))
 
     def _submit(self, key: str, hashed: str, prompt: SummaryPrompt, place: tuple[_User, int]) -> None:
-        try:
-            fitted, words_cut = self.engine.fit(prompt)
-        except DataError as error:
-            self._fail([place], key, str(error))
-            return
-        self.counts.words_cut += words_cut
         self.counts.requests += 1
-        request = Request(key, fitted, self.max_new_tokens, self.temperature, hash64(self.seed, key) >> 1)
-        self._pending[key] = _Pending(request, hashed, words_cut, [place])
+        request = Request(key, prompt, self.max_new_tokens, self.temperature, hash64(self.seed, key) >> 1)
+        self._pending[key] = _Pending(request, hashed, [place])
         self.engine.submit(request)
 
     def _complete(self, completion: Completion) -> None:
@@ -224,7 +215,7 @@ class Scheduler:
         if pending.first is not None and len(pending.first["flags"]) <= len(record["flags"]):
             record = pending.first
         if "empty" in record["flags"]:
-            self._fail(pending.waiting, completion.key, "the engine wrote no text, and none when sampled")
+            self._fail(pending.waiting, completion.key, self._why_empty(record))
             return
         self.cache.add(record)
         for flag in record["flags"]:
@@ -241,18 +232,27 @@ class Scheduler:
             "prompt_tokens": completion.prompt_tokens,
             "new_tokens": completion.new_tokens,
         }
-        if pending.words_cut:
-            record["words_cut"] = pending.words_cut
+        if completion.words_cut:
+            record["words_cut"] = completion.words_cut
         if pending.first is not None:
             record["sampled"] = True
         return record
+
+    def _why_empty(self, record: dict[str, Any]) -> str:
+        reason = "the engine wrote no text, and none when sampled"
+        if "cut" not in record["flags"]:
+            return reason
+        return (
+            f"{reason}: its thoughts took all of summarize.max_new_tokens={self.max_new_tokens}; raise that, or turn "
+            "thoughts off with summarize.chat_template_kwargs"
+        )
 
     def _retry(self, pending: _Pending, record: dict[str, Any]) -> None:
         """Once more, alone and sampled: the same greedy text would come again."""
         self.counts.retries += 1
         old = pending.request
         request = replace(old, temperature=self.temperature or RETRY_TEMPERATURE, seed=hash64("retry", old.key) >> 1)
-        self._pending[old.key] = _Pending(request, pending.prompt, pending.words_cut, pending.waiting, record)
+        self._pending[old.key] = _Pending(request, pending.prompt, pending.waiting, record)
         self.engine.submit(request)
 
     def _deliver(self, record: dict[str, Any], waiting: list[tuple[_User, int]]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cache
 
 from trsr_dist.errors import DataError
 from trsr_dist.prompts.text import SummaryPrompt
@@ -27,6 +28,9 @@ def trim_prompt(prompt: SummaryPrompt, count: Callable[[SummaryPrompt], int], li
     Raises:
         DataError: the instruction alone is over the limit.
     """
+    count = cache(count)
+    if count(prompt) <= limit:
+        return prompt, 0
     fitted = prompt
     for name in ("items", "previous"):
         if count(fitted) > limit:

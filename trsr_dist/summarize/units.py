@@ -9,12 +9,15 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import time
 from collections.abc import Iterable
+from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from trsr_dist.errors import DataError
 from trsr_dist.files import read_json, sync_folder, write_json
 from trsr_dist.records import Sample
 from trsr_dist.run import MANIFEST
@@ -40,6 +43,8 @@ class SplitWork:
         self.users_per_unit = users_per_unit
         self.num_units = -(-num_users // users_per_unit)
         self._done: set[int] = set()
+        self._is_gone = False
+        self._listed = float("-inf")
         self._failed: dict[int, list[dict[str, Any]]] = {}
 
     def open(self) -> None:
@@ -58,8 +63,17 @@ class SplitWork:
             self._done.add(unit)
         return unit in self._done
 
+    def committed(self, max_age_seconds: float = 0.0) -> AbstractSet[int]:
+        """All units known to be committed, by one look into the folder, which is at most so old."""
+        now = time.monotonic()
+        if not self._is_gone and now - self._listed >= max_age_seconds:
+            self._listed = now
+            self._list()
+        return self._done
+
     def is_complete(self) -> bool:
-        return all(self.is_done(unit) for unit in range(self.num_units))
+        missing = next((unit for unit in range(self.num_units) if unit not in self._done), None)
+        return missing is None or (self.is_done(missing) and len(self.committed()) == self.num_units)
 
     def facts(self, unit: int) -> dict[str, Any]:
         """What a committed unit holds: ``shard``, ``num_users``, ``failed`` and ``counts``.
@@ -69,10 +83,11 @@ class SplitWork:
         """
         return read_json(self._unit(unit) / FACTS)
 
-    def failures(self) -> list[dict[str, Any]]:
-        """Users without a summary in all committed units: user, node, key, reason."""
-        for unit in range(self.num_units):
-            if unit not in self._failed and (self._unit(unit) / FACTS).is_file():
+    def failures(self, max_age_seconds: float = 0.0) -> list[dict[str, Any]]:
+        """Users without a summary in all committed units: user, node, key, reason. A unit is read once."""
+        unread = self.committed(max_age_seconds) - self._failed.keys()
+        for unit in () if self._is_gone else unread:
+            with suppress(DataError):  # the set has just been published and the folder removed
                 self._failed[unit] = self.facts(unit)["failed"]
         return [failure for unit in sorted(self._failed) for failure in self._failed[unit]]
 
@@ -87,7 +102,9 @@ class SplitWork:
             attempt.mkdir()
             shard = write_shard(attempt / f"{self.split}-{unit:06d}.tar", samples)
             write_json(attempt / FACTS, {"shard": asdict(shard), **facts})
-            return self._rename(attempt, self._unit(unit))
+            is_first = self._rename(attempt, self._unit(unit))
+            self._done.add(unit)
+            return is_first
         except FileNotFoundError:
             if self.folder.exists():
                 raise
@@ -131,6 +148,16 @@ class SplitWork:
         with suppress(FileNotFoundError):
             os.rename(self.folder, gone)
         shutil.rmtree(gone, ignore_errors=True)
+
+    def _list(self) -> None:
+        """A unit is committed by the renaming of a folder, so its name says it all."""
+        try:
+            with os.scandir(self.folder / "units") as entries:
+                self._done.update(int(entry.name) for entry in entries if entry.name.isdecimal())
+        except FileNotFoundError:
+            if not self.folder.exists():
+                self._is_gone = True
+                self._done.update(range(self.num_units))
 
     def _unit(self, unit: int) -> Path:
         return self.folder / "units" / f"{unit:06d}"

@@ -158,7 +158,8 @@ class Worker:
         now = time.monotonic()
         if now - self._last_scan < self.leases.look_seconds:
             return None
-        self._ring = [(work, unit) for work, unit in self._ring if not work.is_done(unit)]
+        committed = {work.split: work.committed(self.leases.look_seconds) for work in self.works}
+        self._ring = [(work, unit) for work, unit in self._ring if unit not in committed[work.split]]
         mine = {(open_unit.work.split, open_unit.unit) for open_unit in self._open}
         for work, unit in self._ring:
             opened = None if (work.split, unit) in mine else self._take_unit(work, unit)
@@ -187,7 +188,9 @@ class Worker:
                 f"user {user!r}: node {failure.node}: {failure.reason}; set summarize.failed_users to skip or "
                 "recent_only to go on without"
             )
-        num_failed = len(self.uncommitted_failures) + sum(len(work.failures()) for work in self.works)
+        num_failed = len(self.uncommitted_failures) + sum(
+            len(work.failures(self.leases.look_seconds)) for work in self.works
+        )
         if num_failed > self.recipe.max_failures:
             raise EngineError(
                 f"{num_failed} users failed, the last one {user!r}: {failure.reason}; summarize.max_failures allows "

@@ -20,7 +20,7 @@ from trsr_dist.train.heartbeat import Heartbeat, describe_ranks
 from trsr_dist.train.launcher import follow_launcher
 from trsr_dist.train.prepare import prepare
 from trsr_dist.train.resumption import check_base, check_finished, check_settings, newest_for_all
-from trsr_dist.train.stopping import StopReasons, StopSignals, walltime_of
+from trsr_dist.train.stopping import StopReasons, StopSignals, check_stop_file, walltime_of
 from trsr_dist.train.trainer import Control, Ending
 
 STUCK_FACTOR = 2.0
@@ -65,6 +65,7 @@ def train(config: Config, force: bool = False) -> int:
 def _train(
     config: Config, run: RunFolder, ranks: Ranks, control: Control, lock: FolderLock | None, force: bool
 ) -> Ending:
+    distributed.on_rank_zero(lambda: check_stop_file(run.root))
     checkpoints = CheckpointFolder(run.checkpoints, config.train.keep_checkpoints, lock.check if lock else None)
     distributed.on_rank_zero(checkpoints.tidy)
     checkpoint = None if force else newest_for_all(checkpoints)

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import FrameType
 
 from trsr_dist.environment import slurm_end_time
+from trsr_dist.errors import RunError
 
 STOP_FILE = "STOP"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -16,6 +17,16 @@ ONE_EVENT_SECONDS = 10.0
 """One event may come as several signals within so long: from the kernel, the launcher and the scheduler."""
 SAFETY = 1.5
 """A step, a save and a validation are reckoned to take so much longer than the longest seen."""
+
+
+def check_stop_file(run_dir: Path) -> None:
+    """A run that was told to stop must not start: it would make one step at every start.
+
+    Raises:
+        RunError: the run folder holds a file named STOP.
+    """
+    if (run_dir / STOP_FILE).exists():
+        raise RunError(f"{run_dir / STOP_FILE}: the run was told to stop; remove this file to go on")
 
 
 class StopSignals:

@@ -9,6 +9,7 @@ from typing import Any
 from trsr_dist.config.sections import SummarizeSection
 from trsr_dist.environment import show_one_gpu
 from trsr_dist.errors import ConfigError, ModelError
+from trsr_dist.files import read_json, write_json
 from trsr_dist.hashing import digest
 from trsr_dist.summarize.extract import EXTRACT_VERSION
 from trsr_dist.summarize.requests import Engine
@@ -19,8 +20,14 @@ SAMPLES = 16
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
-def engine_identity(settings: SummarizeSection, model: str, seed: int) -> dict[str, Any]:
+def engine_identity(settings: SummarizeSection, model: str, seed: int, records: Path) -> dict[str, Any]:
     """All that a text depends on beside its prompt; part of every key and of the provenance. Loads no model.
+
+    Args:
+        settings: of the summarizer.
+        model: folder, hub id, or the server's name.
+        seed: of the sampling.
+        records: where the run keeps the commit of a hub model, see ``recorded_commit``.
 
     Raises:
         ModelError: a hub model's commit cannot be found out.
@@ -29,14 +36,16 @@ def engine_identity(settings: SummarizeSection, model: str, seed: int) -> dict[s
         return {"engine": "none"}
     if settings.engine == "extractive":
         return {"engine": "extractive", "version": EXTRACT_VERSION, "max_new_words": settings.max_new_tokens}
+    template = {} if settings.prompt_style == "plain" else {"chat_template_kwargs": settings.chat_template_kwargs}
     sampling = {"seed": seed} if settings.temperature else {}
     return {
         "engine": settings.engine,
         "model": settings.model,
         "revision": settings.revision,
-        "fingerprint": model_fingerprint(Path(model)) or hub_commit(settings),
+        "fingerprint": model_fingerprint(Path(model)) or recorded_commit(settings, records),
         "precision": settings.precision,
         "prompt_style": settings.prompt_style,
+        **template,
         "max_prompt_tokens": settings.max_prompt_tokens,
         "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
@@ -53,6 +62,28 @@ def model_fingerprint(folder: Path) -> str:
         return ""
     files = sorted(path for path in folder.glob("*.*") if path.is_file())
     return digest([[path.name, path.stat().st_size, _content(path)] for path in files])[:32]
+
+
+def recorded_commit(settings: SummarizeSection, records: Path) -> str:
+    """The commit of a hub model as the run found it first: a branch that moves on must not change all keys between two
+    starts of one job.
+
+    Raises:
+        ModelError: neither the run, the hub nor its local cache knows it.
+    """
+    path = records / f"commit-{digest([settings.model, settings.revision])[:12]}.json"
+    if path.is_file():
+        return read_json(path)["commit"]
+    commit = hub_commit(settings)
+    if commit:
+        write_json(path, {"model": settings.model, "revision": settings.revision, "commit": commit})
+    return commit
+
+
+def revision_to_load(settings: SummarizeSection, identity: dict[str, Any]) -> str:
+    """The hub model's commit; empty or the setting's for all that is no hub model."""
+    fingerprint = identity.get("fingerprint", "")
+    return fingerprint if COMMIT.fullmatch(fingerprint) else settings.revision
 
 
 def hub_commit(settings: SummarizeSection) -> str:
@@ -89,7 +120,7 @@ def _content(path: Path) -> str:
     return digest(pieces)
 
 
-def build_engine(settings: SummarizeSection, model: str, local_rank: int) -> Engine:
+def build_engine(settings: SummarizeSection, model: str, revision: str, local_rank: int) -> Engine:
     """The engine that the settings ask for.
 
     Raises:
@@ -104,10 +135,11 @@ def build_engine(settings: SummarizeSection, model: str, local_rank: int) -> Eng
         return _client(settings)
     common = (
         model,
-        settings.revision,
+        revision,
         settings.trust_remote_code,
         settings.precision,
         settings.prompt_style,
+        settings.chat_template_kwargs,
         settings.max_prompt_tokens,
         settings.max_in_flight,
     )
@@ -115,7 +147,7 @@ def build_engine(settings: SummarizeSection, model: str, local_rank: int) -> Eng
         show_one_gpu(local_rank)
         from trsr_dist.summarize.engines.vllm import VllmEngine
 
-        return VllmEngine.load(*common)
+        return VllmEngine.load(*common, settings.max_new_tokens)
     from trsr_dist.summarize.engines.transformers import TransformersEngine
 
     return TransformersEngine.load(*common, local_rank)
@@ -130,6 +162,7 @@ def _client(settings: SummarizeSection) -> Engine:
         settings.base_url,
         settings.model,
         settings.prompt_style,
+        settings.chat_template_kwargs,
         settings.max_prompt_tokens,
         settings.max_in_flight,
         settings.timeout_seconds,

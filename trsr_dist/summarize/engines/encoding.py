@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from transformers import AutoTokenizer
@@ -9,6 +11,7 @@ from transformers import AutoTokenizer
 from trsr_dist.errors import ModelError
 from trsr_dist.prompts.builder import chat_text, resolve_style
 from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.summarize.quality import THOUGHTS
 from trsr_dist.summarize.trimming import trim_prompt
 
 
@@ -19,29 +22,35 @@ class PromptEncoder:
         tokenizer: the model's.
         style: ``plain``, ``chat`` or ``auto``.
         max_prompt_tokens: longer prompts are trimmed.
+        template_kwargs: variables of the chat template.
     """
 
-    def __init__(self, tokenizer: Any, style: str, max_prompt_tokens: int) -> None:
+    def __init__(
+        self, tokenizer: Any, style: str, max_prompt_tokens: int, template_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
         self.tokenizer = tokenizer
         self.style = resolve_style(tokenizer, style)
         self.max_prompt_tokens = max_prompt_tokens
+        self.template_kwargs = template_kwargs
+        self.opening = THOUGHTS[0] if self._render("a message").rstrip().endswith(THOUGHTS[0]) else ""
+        """What belongs before every text: the template itself begins the model's thoughts."""
 
     def encode(self, prompt: SummaryPrompt) -> list[int]:
         """Token ids. A chat template writes its own special tokens."""
-        text = prompt.text()
-        if self.style == "chat":
-            text = chat_text(self.tokenizer, text)
-        return self.tokenizer(text, add_special_tokens=self.style == "plain")["input_ids"]
+        return self.tokenizer(self._render(prompt.text()), add_special_tokens=self.style == "plain")["input_ids"]
 
-    def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
-        """Trim by true token count. A token holds at least one byte, so short prompts need no counting.
+    def fit(self, prompt: SummaryPrompt) -> tuple[list[int], int]:
+        """Token ids of the prompt, trimmed by true token count, and the number of words cut.
 
         Raises:
             DataError: the instruction alone is over the limit.
         """
-        if self.style == "plain" and len(prompt.text().encode()) < self.max_prompt_tokens:
-            return prompt, 0
-        return trim_prompt(prompt, lambda tried: len(self.encode(tried)), self.max_prompt_tokens)
+        encode = cache(self.encode)
+        fitted, words_cut = trim_prompt(prompt, lambda tried: len(encode(tried)), self.max_prompt_tokens)
+        return encode(fitted), words_cut
+
+    def _render(self, text: str) -> str:
+        return chat_text(self.tokenizer, text, self.template_kwargs) if self.style == "chat" else text
 
 
 def load_tokenizer(name_or_path: str, revision: str, trust_remote_code: bool) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.extract import extract
 from trsr_dist.summarize.requests import Completion, Request
 
@@ -17,9 +16,6 @@ class ExtractiveEngine:
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self._done: list[Completion] = []
-
-    def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
-        return prompt, 0
 
     def submit(self, request: Request) -> None:
         text = extract(request.prompt, request.max_new_tokens)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +16,9 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
-from trsr_dist.errors import ModelError
+from trsr_dist.errors import DataError, ModelError
 from trsr_dist.log import get_logger
 from trsr_dist.pretrained import UNREADABLE, leave_out_cudnn, load_causal
-from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.engines.encoding import PromptEncoder, load_tokenizer, unreadable
 from trsr_dist.summarize.engines.slots import Slots
 from trsr_dist.summarize.quality import turn_place
@@ -27,6 +27,12 @@ from trsr_dist.summarize.requests import Completion, Request
 PREFILL_ROWS = 8
 PREFILL_WASTE = 1.25
 """Prompts are prefilled together while padding adds at most this factor."""
+OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "HIP out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 STOP_CHECK_TOKENS = 8
 """Between two looks for a stop string."""
 
@@ -39,6 +45,7 @@ class Sequence:
 
     request: Request
     prompt: list[int]
+    words_cut: int = 0
     tokens: list[int] = field(default_factory=list)
     generator: torch.Generator | None = None
 
@@ -79,6 +86,7 @@ class TransformersEngine:
         trust_remote_code: bool,
         precision: str,
         prompt_style: str,
+        template_kwargs: Mapping[str, Any],
         max_prompt_tokens: int,
         num_slots: int,
         local_rank: int = 0,
@@ -103,20 +111,21 @@ class TransformersEngine:
             model = load_causal(name_or_path, dtype=getattr(torch, precision), **options).to(device).eval()
         except UNREADABLE as error:
             raise unreadable(name_or_path, error) from None
-        encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens)
+        encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens, template_kwargs)
         return cls(model, encoder, num_slots)
 
-    def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
-        return self.encoder.fit(prompt)
-
     def submit(self, request: Request) -> None:
-        prompt = self.encoder.encode(request.prompt)
+        try:
+            prompt, words_cut = self.encoder.fit(request.prompt)
+        except DataError as error:
+            self._done.append(Completion(request.key, error=str(error)))
+            return
         needed = len(prompt) + request.max_new_tokens
         if needed > self._context:
             reason = f"{needed} tokens with the answer, {self._context} in the model's context; "
             self._done.append(Completion(request.key, error=reason + "lower summarize.max_prompt_tokens"))
             return
-        self._waiting.append(Sequence(request, prompt))
+        self._waiting.append(Sequence(request, prompt, words_cut))
 
     def poll(self) -> list[Completion]:
         while not self._done and (self._waiting or self._active):
@@ -230,7 +239,8 @@ class TransformersEngine:
         if not (by_token or full or stopped is not None):
             return None
         cut = full and not by_token and stopped is None
-        return Completion(sequence.request.key, text[:stopped], cut, len(sequence.prompt), len(tokens))
+        written = self.encoder.opening + text[:stopped]
+        return Completion(sequence.request.key, written, cut, len(sequence.prompt), len(tokens), sequence.words_cut)
 
     def _stop_place(self, text: str) -> int | None:
         """Where the next turn begins. With a chat template the model ends its turn itself."""
@@ -248,7 +258,7 @@ class TransformersEngine:
             reason = f"out of memory with a prompt of {len(failed.prompt)} tokens alone"
             self._done.append(Completion(failed.request.key, error=reason))
             self._resize(self._given_slots)
-        self._waiting.extendleft(reversed([Sequence(s.request, s.prompt) for s in started]))
+        self._waiting.extendleft(reversed([Sequence(s.request, s.prompt, s.words_cut) for s in started]))
 
     def _resize(self, num_slots: int) -> None:
         self.num_slots, self.capacity = num_slots, 2 * num_slots
@@ -260,8 +270,8 @@ class TransformersEngine:
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed, on a GPU or (an unnamed error of the allocator) on a CPU."""
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    """Whether an allocation failed: on a GPU, within a library of the GPU, or on a CPU (these have no class)."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def sample(logits: torch.Tensor, sequence: Sequence) -> int:

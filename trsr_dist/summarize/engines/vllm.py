@@ -6,11 +6,13 @@ vLLM pins its own torch and transformers, so it needs an environment of its own 
 
 from __future__ import annotations
 
-from trsr_dist.errors import ConfigError
-from trsr_dist.prompts.text import SummaryPrompt
+from collections.abc import Mapping
+from typing import Any
+
+from trsr_dist.errors import ConfigError, DataError, ModelError
 from trsr_dist.summarize.engines.encoding import PromptEncoder, load_tokenizer
 from trsr_dist.summarize.quality import TURN_MARKERS
-from trsr_dist.summarize.requests import Completion, Request
+from trsr_dist.summarize.requests import WHOLE, Completion, Request
 
 try:
     from vllm import EngineArgs, LLMEngine, RequestOutput, SamplingParams, TokensPrompt
@@ -33,6 +35,7 @@ class VllmEngine:
         precision: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
         encoder: the model's tokenizer, with the prompt's style and limit.
         max_in_flight: sequences generated at once.
+        max_new_tokens: of a text; with the prompt's limit the context that vLLM reserves memory for.
     """
 
     def __init__(
@@ -43,10 +46,12 @@ class VllmEngine:
         precision: str,
         encoder: PromptEncoder,
         max_in_flight: int,
+        max_new_tokens: int,
     ) -> None:
         self.capacity = 2 * max_in_flight
         self.encoder = encoder
         self._done: list[Completion] = []
+        self._words_cut: dict[str, int] = {}
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
                 model=model,
@@ -54,6 +59,7 @@ class VllmEngine:
                 trust_remote_code=trust_remote_code,
                 dtype=precision,
                 max_num_seqs=max_in_flight,
+                max_model_len=encoder.max_prompt_tokens + max_new_tokens,
                 enable_prefix_caching=True,
             )
         )
@@ -66,20 +72,26 @@ class VllmEngine:
         trust_remote_code: bool,
         precision: str,
         prompt_style: str,
+        template_kwargs: Mapping[str, Any],
         max_prompt_tokens: int,
         max_in_flight: int,
+        max_new_tokens: int,
     ) -> VllmEngine:
         """Load model and tokenizer.
 
         Raises:
-            ModelError: the tokenizer cannot be loaded.
+            ModelError: the tokenizer cannot be loaded, or vLLM does not start.
         """
         tokenizer = load_tokenizer(name_or_path, revision, trust_remote_code)
-        encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens)
-        return cls(name_or_path, revision, trust_remote_code, precision, encoder, max_in_flight)
-
-    def fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
-        return self.encoder.fit(prompt)
+        encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens, template_kwargs)
+        try:
+            return cls(name_or_path, revision, trust_remote_code, precision, encoder, max_in_flight, max_new_tokens)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ModelError(
+                f"summarize.model={name_or_path!r}: vLLM does not start: {error}; the model's context must hold "
+                f"summarize.max_prompt_tokens={max_prompt_tokens} and max_new_tokens={max_new_tokens}, and the GPU "
+                "both model and cache"
+            ) from error
 
     def submit(self, request: Request) -> None:
         sampling = SamplingParams(
@@ -90,15 +102,17 @@ class VllmEngine:
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         try:
-            self._engine.add_request(
-                request.key, TokensPrompt(prompt_token_ids=self.encoder.encode(request.prompt)), sampling
-            )
-        except (ValueError, VLLMClientError) as error:
+            prompt, self._words_cut[request.key] = self.encoder.fit(request.prompt)
+            self._engine.add_request(request.key, TokensPrompt(prompt_token_ids=prompt), sampling)
+        except (DataError, ValueError, VLLMClientError) as error:
             self._done.append(Completion(request.key, error=str(error)))
 
     def poll(self) -> list[Completion]:
         while not self._done and self._engine.has_unfinished_requests():
-            self._done += [completion_of(output) for output in self._engine.step() if output.finished]
+            finished = [output for output in self._engine.step() if output.finished]
+            for output in finished:
+                words_cut = self._words_cut.pop(output.request_id)
+                self._done.append(completion_of(output, self.encoder.opening, words_cut))
         done, self._done = self._done, []
         return done
 
@@ -106,13 +120,16 @@ class VllmEngine:
         del self._engine
 
 
-def completion_of(output: RequestOutput) -> Completion:
-    """What vLLM wrote, under the request's own key."""
+def completion_of(output: RequestOutput, opening: str, words_cut: int) -> Completion:
+    """What vLLM wrote behind what the template has begun, under the request's own key."""
     written = output.outputs[0]
+    if written.finish_reason not in WHOLE:
+        return Completion(output.request_id, error=f"vLLM broke the text off: finish_reason {written.finish_reason!r}")
     return Completion(
         output.request_id,
-        written.text,
+        opening + written.text,
         cut=written.finish_reason == "length",
         prompt_tokens=len(output.prompt_token_ids),
         new_tokens=len(written.token_ids),
+        words_cut=words_cut,
     )

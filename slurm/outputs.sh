@@ -1,0 +1,52 @@
+# What each stage leaves behind, and whether it is up to date; sourced by common.sh and pipeline.sh.
+# shellcheck shell=bash disable=SC2154
+
+# is_forced: whether --force is among the settings
+is_forced() { [[ " ${settings[*]} " == *' --force '* ]]; }
+
+# outputs_of STAGE: its files, in the array `files`
+outputs_of() {
+  case $1 in
+  prepare) files=("$run/histories/manifest.json") ;;
+  summarize) files=("$run"/shards/{train,valid,test}/manifest.json) ;;
+  base) files=("$run/base/config.json") ;;
+  train) files=("$run/checkpoints/latest") ;;
+  merge) files=("$run/merged/config.json") ;;
+  evaluate) files=("$run/evaluation/$split.json") ;;
+  esac
+}
+
+# checkpoint_pointer: the file that names the checkpoint to merge
+checkpoint_pointer() {
+  if [ -e "$run/checkpoints/best" ]; then echo "$run/checkpoints/best"; else echo "$run/checkpoints/latest"; fi
+}
+
+# finished STAGE: its output is there, made with exactly these settings, and nothing that it was made from has moved on
+finished() {
+  local file files
+  outputs_of "$1"
+  for file in "${files[@]}"; do [ -e "$file" ] || return 1; done
+  if is_forced || is_outdated "$1"; then return 1; fi
+  if has_settings "$run/logs/finished-$1.yaml"; then return; fi
+  [ "$1" != train ] && has_settings "$run/config/$1.yaml" # that of a training is there from its beginning on
+}
+
+has_settings() { [ "$merged_config" = "$(cat "$1" 2>/dev/null)" ]; }
+
+# keep_settings: what a job was asked for, now that it is done: the next chain leaves it out
+keep_settings() {
+  python tools/setting.py "${asked[@]}" >"$logs/settings.yaml"
+  mv "$logs/settings.yaml" "$run/logs/finished-$stage.yaml"
+}
+
+# is_outdated STAGE: the checkpoint has moved on since the merge, or the merged model since the evaluation
+is_outdated() {
+  case $1 in
+  merge) ! grep -qsF "\"checkpoint $(cat "$(checkpoint_pointer)")\"" "$run/merged/provenance.json" ;;
+  evaluate)
+    [ -e "$run/evaluation/$split/manifest.json" ] &&
+      ! grep -qs "$(sha256sum <"$run/merged/manifest.json" | cut -d' ' -f1)" "$run/evaluation/$split/manifest.json"
+    ;;
+  *) return 1 ;;
+  esac
+}

@@ -1,0 +1,159 @@
+"""What the job scripts decide without Slurm: what is progress, what is finished, when --force holds."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.lab import REPOSITORY
+from trsr_dist.config import dump_config, load_config
+
+CONFIG = "configs/quickstart.yaml"
+PROGRESS = "checkpoints/step-000100/state.json"
+NO_PROGRESS = ["logs/train-1/task-0000.log", "config/train.yaml", "shards/.tmp-1/a.tar", ".lock", "heartbeats/rank-0"]
+
+
+def bash(script: str, folder: Path = REPOSITORY, **env: str) -> str:
+    """Output of a script that has the job scripts' functions."""
+    head = f"set -euo pipefail\nsource {REPOSITORY}/slurm/restart.sh\nsource {REPOSITORY}/slurm/outputs.sh\n"
+    done = subprocess.run(
+        ["bash", "-c", head + "say() { echo \"$*\"; }\n" + script],
+        cwd=folder, env=os.environ | env, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert done.returncode in (0, 75), done.stderr
+    return done.stdout.strip()
+
+
+def write(path: Path, text: str = "x") -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("spelled", ["run", "run/", "./run/.", ".hidden/run", "r[5]", "my run", "../{outer}/run"])
+def test_progress_is_seen_however_the_run_folder_is_spelled(tmp_path: Path, spelled: str) -> None:
+    spelled = spelled.format(outer=tmp_path.name)
+    run = tmp_path / spelled
+    mark = lambda: bash("progress_mark", tmp_path, run=spelled)  # noqa: E731
+    run.mkdir(parents=True)
+    before = mark()
+    for name in NO_PROGRESS:
+        write(run / name)
+    assert mark() == before
+    write(run / PROGRESS)
+    assert mark() != before
+
+
+def test_a_cut_off_count_of_idle_restarts_begins_anew(tmp_path: Path) -> None:
+    write(tmp_path / "progress", "")
+    bash("count_idle_restarts", run=str(tmp_path), logs=str(tmp_path), TRSR_IDLE_RESTARTS="3")
+    assert (tmp_path / "progress").read_text().split()[1] == "0"
+
+
+@pytest.mark.parametrize(
+    ("squeue", "said"),
+    [
+        ("echo RUNNING", "stopped; requeued\nrequeue 7_3"),
+        ("[ -e asked ] && echo RUNNING || { touch asked; false; }", "stopped; requeued\nrequeue 7_3"),
+        ("echo COMPLETING", "stopped; Slurm itself ends or requeues this job"),
+    ],
+    ids=["running", "controller away", "ending"],
+)
+def test_a_silent_controller_does_not_end_a_job(tmp_path: Path, squeue: str, said: str) -> None:
+    stubs = f'squeue() {{ {squeue}; }}\nscontrol() {{ echo "$*"; }}\n'
+    values = "ended=0 job_id=7_3 EXIT_REQUEUE=75\n"
+    assert bash(f"{stubs}{values}run_again stopped", tmp_path, run=str(tmp_path)) == said
+
+
+def test_a_stopped_run_is_not_requeued(tmp_path: Path) -> None:
+    write(tmp_path / "STOP")
+    said = bash("EXIT_REQUEUE=75\nrun_again stopped", run=str(tmp_path))
+    assert f"not requeued, since {tmp_path}/STOP is there" in said
+
+
+def test_force_holds_until_it_has_brought_something_new(tmp_path: Path) -> None:
+    """A restart that began anew once more would remove what the job itself has made."""
+    write(tmp_path / PROGRESS)
+    script = f"""
+        source slurm/common.sh
+        scontrol() {{ echo localhost; }}
+        srun() {{ return 75; }}
+        export SLURM_JOB_ID=7 SLURM_JOB_NODELIST=localhost
+        start() {{
+          SLURM_RESTART_COUNT=$1 open_stage train {CONFIG} run.dir={tmp_path} --force >/dev/null
+          is_forced && echo forced || echo not
+        }}
+        start 0
+        start 1
+        run_step python launch/train.py "${{settings[@]}}"
+        start 2
+        touch -d '+1 second' {tmp_path}/{PROGRESS}
+        start 3
+        SLURM_JOB_ID=8
+        start 0
+    """
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    assert bash(script, PATH=path, TRSR_SITE="slurm/site.sh").split() == ["forced", "forced", "forced", "not", "forced"]
+
+
+def test_a_chain_that_is_submitted_inside_a_job_leaves_its_variables_behind(tmp_path: Path) -> None:
+    for name, lines in {"sbatch": f"env >>'{tmp_path}/seen'; echo 1", "squeue": ""}.items():
+        write(tmp_path / name, f"#!/bin/sh\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    job = {"SLURM_JOB_ID": "5", "SLURM_NTASKS": "4", "SLURM_CPUS_PER_TASK": "3", "SLURM_CONF": "/etc/slurm.conf"}
+    bash(f"slurm/pipeline.sh {CONFIG} run.dir={tmp_path}/run", PATH=path, TRSR_SITE="slurm/site.sh", **job)
+    seen = {line for line in (tmp_path / "seen").read_text().splitlines() if line.startswith("SLURM_")}
+    assert seen == {"SLURM_CONF=/etc/slurm.conf"}
+
+
+class Outputs:
+    """A run folder whose chain is finished."""
+
+    def __init__(self, run: Path) -> None:
+        self.run = run
+        self.config = dump_config(load_config(REPOSITORY / CONFIG, [f"run.dir={run}"]))
+        for stage in ("prepare", "summarize", "train", "evaluate"):
+            write(run / "config" / f"{stage}.yaml", self.config)
+        for stage in ("base", "train", "merge"):
+            write(run / "logs" / f"finished-{stage}.yaml", self.config)
+        for name in ("histories", "shards/train", "shards/valid", "shards/test", "merged"):
+            write(run / name / "manifest.json", name)
+        for name in ("base/config.json", "merged/config.json", "evaluation/test.json"):
+            write(run / name)
+        write(run / "checkpoints/latest", "step-000100\n")
+        write(run / "merged/provenance.json", '{"merge": {"source": "checkpoint step-000100"}}')
+        model = hashlib.sha256((run / "merged/manifest.json").read_bytes()).hexdigest()
+        write(run / "evaluation/test/manifest.json", f'{{"inputs": {{"model": "{model}"}}}}')
+
+    def unfinished(self, *arguments: str) -> list[str]:
+        stages = "prepare summarize base train merge evaluate"
+        script = f"settings=({' '.join(arguments)})\nfor s in {stages}; do finished $s || echo $s; done"
+        return bash(script, run=str(self.run), split="test", merged_config=self.config.rstrip()).split()
+
+
+@pytest.fixture
+def outputs(tmp_path: Path) -> Outputs:
+    return Outputs(tmp_path / "my run")
+
+
+def test_a_finished_chain_has_nothing_left(outputs: Outputs) -> None:
+    assert outputs.unfinished() == []
+    assert len(outputs.unfinished("--force")) == 6
+
+
+def test_an_unfinished_training_is_taken_up_although_an_older_one_was_merged(outputs: Outputs) -> None:
+    write(outputs.run / "logs/finished-train.yaml", "train: {num_epochs: 1}")
+    assert outputs.unfinished() == ["train"]
+
+
+def test_a_newer_checkpoint_is_merged_and_a_newer_model_evaluated(outputs: Outputs) -> None:
+    write(outputs.run / "checkpoints/best", "step-000090\n")
+    assert outputs.unfinished() == ["merge"]
+    write(outputs.run / "merged/provenance.json", '{"merge": {"source": "checkpoint step-000090"}}')
+    write(outputs.run / "merged/manifest.json", "another")
+    assert outputs.unfinished() == ["evaluate"]
