@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from trsr_dist.errors import DataError
-from trsr_dist.evaluate.metrics import average, check_user, metric_names, tie_rate, user_metrics
+from trsr_dist.evaluate.metrics import average, check_user, tie_rate, user_metrics
+from trsr_dist.metric_names import metric_names
 
 TOP_K = (1, 3, 5)
 

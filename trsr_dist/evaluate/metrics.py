@@ -12,8 +12,6 @@ from collections.abc import Sequence
 import numpy as np
 
 from trsr_dist.errors import DataError
-from trsr_dist.metric_names import FAMILIES as FAMILIES
-from trsr_dist.metric_names import metric_names as metric_names
 
 
 def user_metrics(scores: np.ndarray, labels: np.ndarray, top_k: Sequence[int]) -> np.ndarray:

@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from trsr_dist.config import dump_config
 from trsr_dist.evaluate.evaluation import Evaluation
 from trsr_dist.evaluate.figures import build_figures
-from trsr_dist.evaluate.metrics import FAMILIES, metric_names
 from trsr_dist.evaluate.reduce import Reduced
 from trsr_dist.evaluate.report import ReportParts, write_report
 from trsr_dist.evaluate.table import gain_line, metric_table, protocol_table
 from trsr_dist.files import write_json
 from trsr_dist.log import MetricLog, read_metrics
+from trsr_dist.metric_names import FAMILIES, metric_names
 from trsr_dist.run import MANIFEST, write_manifest
 
 

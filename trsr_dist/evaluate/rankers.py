@@ -13,13 +13,14 @@ from safetensors.torch import load_file, save
 from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.errors import DataError
 from trsr_dist.evaluate.baselines import Bm25, Ranker, by_count, one_by_one, target_counts
-from trsr_dist.evaluate.metrics import average, metric_names
+from trsr_dist.evaluate.metrics import average
 from trsr_dist.evaluate.outcomes import OutcomeTable
 from trsr_dist.evaluate.protocols import targets_of
 from trsr_dist.evaluate.sequential import MODELS, SequentialRanker, SequentialSettings, make_ranker, train_sequential
 from trsr_dist.files import atomic_file
 from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger
+from trsr_dist.metric_names import metric_names
 
 MAX_VALIDATION_USERS = 5000
 """So many choose the best epoch: more say little more."""

@@ -121,13 +121,25 @@ class Inputs:
             raise ConfigError("model.name_or_path is empty: name a base model's folder or hub id")
         return BaseSource(self.run.resolve(model.name_or_path), model.revision, model.trust_remote_code)
 
+    def require(self, split: str) -> None:
+        """Look for what is to be read, before the hub is asked for anything.
+
+        Raises:
+            RunError: the split has no shards, and there are no histories either.
+        """
+        if not self._has_shards(split):
+            self.store  # noqa: B018
+
+    def _has_shards(self, split: str) -> bool:
+        return (self.run.split(split) / MANIFEST).is_file()
+
     def lengths(self, split: str) -> PromptLengths:
         """Of a split's prompts: from its shards, or, where there are none yet, from its histories.
 
         Raises:
             RunError: there are no histories either, or the split has no users.
         """
-        if (self.run.split(split) / MANIFEST).is_file():
+        if self._has_shards(split):
             found = shard_lengths(self.run.split(split), self.builder)
         else:
             found = history_lengths(
@@ -178,6 +190,7 @@ def summarize_stage(config: Config, inputs: Inputs) -> PlannedStage:
 
 def train_stage(config: Config, inputs: Inputs) -> PlannedStage:
     """The training."""
+    inputs.require("train")
     train, lora = config.train, config.lora
     settings = TrainingSettings(
         num_epochs=train.num_epochs,
@@ -211,6 +224,7 @@ def train_stage(config: Config, inputs: Inputs) -> PlannedStage:
 def evaluate_stage(config: Config, inputs: Inputs) -> PlannedStage:
     """The evaluation of the config's split, all passes of a language model."""
     evaluate = config.evaluate
+    inputs.require(evaluate.split)
     drawn = drawn_protocols(evaluate.protocols, config.data.candidates)
     settings = ScoringSettings(
         passes=tuple(entry.name for entry in plan_passes(evaluate.baselines, drawn)),

@@ -14,8 +14,8 @@ from trsr_dist.config.zero import find_file, read_zero_config
 from trsr_dist.distributed import device_of, on_rank_zero, once_per_node
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import ConfigError
-from trsr_dist.evaluate.metrics import metric_names
 from trsr_dist.log import get_logger
+from trsr_dist.metric_names import metric_names
 from trsr_dist.model.fingerprint import base_fingerprint
 from trsr_dist.model.loading import (
     BaseSource,
