@@ -18,6 +18,8 @@ ROOT = Path(__file__).parents[2]
 NAMES = ("zero1", "zero2", "zero3", "zero3_offload")
 SAVED = "step-000008"
 DEVICES = ("gpu", "cpu")
+QUANTIZED = {"4bit": 0.1, "8bit": 0.05}
+"""How near their losses stay."""
 TRAIN = """
 import sys
 from trsr_dist.environment import detect_ranks, prepare_process
@@ -91,6 +93,25 @@ def second(first: Path, source: Path, tmp_path_factory: pytest.TempPathFactory) 
         make_config(run)
     train_beside({device: [folder / device] for device in DEVICES})
     return folder
+
+
+@pytest.fixture(scope="module")
+def quantized(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on each quantized base, in bfloat16."""
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path_factory.mktemp("quantized")
+    for kind in QUANTIZED:
+        model = {"name_or_path": "RUN/base", "quantization": kind}
+        make_config(link_run(folder / kind, source), model=model, train={"precision": "bfloat16"})
+    train_beside({"gpu": [folder / kind for kind in QUANTIZED]})
+    return folder
+
+
+@pytest.mark.parametrize("kind", QUANTIZED)
+def test_losses_on_a_quantized_base_stay_near(quantized: Path, plain: list[float], kind: str) -> None:
+    losses = losses_of(quantized / kind)
+    found = [losses[step] for step in range(1, NUM_STEPS + 1)]
+    assert found == pytest.approx(plain, rel=QUANTIZED[kind]) and found != pytest.approx(plain, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", NAMES)
