@@ -70,7 +70,7 @@ wheels: env  ## what gpu-check needs beside torch, transformers and peft on a ma
 	  --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 -c constraints.txt -d $(WHEELS) $(CARRIED)
 
 gpu-check:  ## every check and benchmark that needs a GPU, in the current environment
-	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) tools/gpu_check.py
+	PYTHONPATH="$(CURDIR):$$PYTHONPATH" $(PYTHON) tools/gpu_check.py --note "$(NOTE)"
 
 clean:  ## remove the environment and all runs
 	rm -rf $(VENV) runs

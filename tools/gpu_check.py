@@ -18,8 +18,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tools/gpu_check.py")
     parser.add_argument("--output", type=Path, default=Path("docs"), metavar="DIR", help="default: docs")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the rows' length (default: 1)")
+    parser.add_argument(
+        "--note", default="", metavar="TEXT", help="stands in the report, such as how a package was built"
+    )
     args = parser.parse_args()
-    return check_gpu(args.output, args.scale)
+    return check_gpu(args.output, args.scale, args.note)
 
 
 if __name__ == "__main__":

@@ -58,13 +58,19 @@ def test_a_failure_costs_no_other_measurement(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_results_are_whole_files_at_any_time(tmp_path: Path) -> None:
-    facts = {"date": "today", "device": "a card", "versions": {"torch": "2"}, "tests": {"status": 0, "output": "3 ok"}}
+    facts = {
+        "date": "today",
+        "device": "a card",
+        "versions": {"torch": "2"},
+        "note": "of sand",
+        "tests": {"status": 0, "output": "3 ok"},
+    }
     write_results(tmp_path, facts, [])
     write_results(tmp_path, facts, [FINE, Row("gpu", "late", "-", math.nan, "", gpu.LATE)])
     found = json.loads((tmp_path / "gpu_results.json").read_text())
     assert [row["value"] for row in found["rows"]] == [2.0, None]
     page = (tmp_path / "gpu_results.md").read_text()
-    assert "today, a card" in page and "3 ok" in page and gpu.LATE in page
+    assert "today, a card" in page and "3 ok" in page and "of sand" in page and gpu.LATE in page
 
 
 def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path: Path) -> None:

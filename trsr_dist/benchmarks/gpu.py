@@ -17,7 +17,8 @@ import torch
 
 from trsr_dist.benchmarks import summarize
 from trsr_dist.benchmarks.common import Row
-from trsr_dist.benchmarks.gpu_model import SUFFIX, Bench, Setting, matrix_rate, times_of
+from trsr_dist.benchmarks.decoding import by_in_flight
+from trsr_dist.benchmarks.gpu_model import SUFFIX, Bench, Setting, copy_rate, matrix_rate, times_of
 from trsr_dist.benchmarks.ways import INSTRUCTION
 from trsr_dist.errors import ConfigError
 from trsr_dist.model.attention.backends import build_backend, choose_backend
@@ -28,6 +29,7 @@ BACKENDS = ("flash_attn", "torch", "flex", "dense")
 WRITER = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16}
 """The summarizer's shape, 1.2 billion weights."""
 NUM_PROMPTS = 8
+IN_FLIGHT = (1, 8, 32, 128)
 FAILED, LATE = "failed: ", "not run: the time was up"
 
 Measure = Callable[[], list[Row]]
@@ -53,6 +55,7 @@ def run(scale: float, until: float = math.inf, keep: Callable[[list[Row]], None]
 def measurements(setting: Setting) -> list[tuple[str, Measure]]:
     """Name and measurement, the most telling first."""
     rate = cache(lambda: matrix_rate(setting))
+    bandwidth = cache(lambda: copy_rate(setting))
     bench = cache(lambda: Bench(setting, rate()))
     product = f"matrix product of {setting.matrix}"
     training = [(f"train 1+{count - 1}", partial(lambda n: bench().training(n), count)) for count in CANDIDATES]
@@ -63,6 +66,7 @@ def measurements(setting: Setting) -> list[tuple[str, Measure]]:
     ]
     return [
         (product, lambda: [Row("gpu", product, "rate", rate() / 1e12, "TFLOP/s")]),
+        ("copy", lambda: [Row("gpu", "copy on the device", "rate", bandwidth() / 1e9, "GB/s", "read and written")]),
         *training,
         ("train 1+1, recomputed", lambda: bench().training(2, recompute=True)),
         ("train 1+1, the alternatives", lambda: bench().alternatives(2)),
@@ -70,7 +74,7 @@ def measurements(setting: Setting) -> list[tuple[str, Measure]]:
         ("score 1+20", lambda: bench().scoring(21)),
         ("train 1+4, profiled", lambda: bench().kernels(5)),
         ("train 1+4, further savings", lambda: bench().savings(5)),
-        ("summarizing", lambda: generation(setting, rate())),
+        ("summarizing", lambda: generation(setting, rate(), bandwidth())),
         *kernels,
     ]
 
@@ -120,14 +124,15 @@ def attention(name: str, count: int, setting: Setting) -> list[Row]:
     return [Row("gpu", f"attention, {users} users, 1+{count - 1}", name, value, "ms", "", low, high)]
 
 
-def generation(setting: Setting, rate: float) -> list[Row]:
-    """The summarizer's engine against one ``generate`` call a prompt."""
+def generation(setting: Setting, rate: float, bandwidth: float) -> list[Row]:
+    """The summarizer's engine against one ``generate`` call a prompt, and by the number of texts in flight."""
     on_gpu = setting.device.type == "cuda"
     tokenizer = summarize.make_tokenizer()
     with setting.device:
         model = summarize.make_model(tokenizer, WRITER if on_gpu else summarize.TINY).to(setting.dtype)
     requests = summarize.ragged(tokenizer, NUM_PROMPTS if on_gpu else 4)
-    return summarize.against_generate(model, tokenizer, requests, rate, "gpu", repeats=2)
+    rows = summarize.against_generate(model, tokenizer, requests, rate, "gpu", repeats=2)
+    return rows + by_in_flight(model, tokenizer, IN_FLIGHT if on_gpu else IN_FLIGHT[:2], rate, bandwidth)
 
 
 def _missing(case: str, reason: str) -> Row:

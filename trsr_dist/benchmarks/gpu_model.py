@@ -54,6 +54,7 @@ REPEATS = 5
 MATRIX = 8192
 PRODUCTS, WARM_UPS = 20, 20
 """Matrix products that are timed at once, and how often before they are timed: half a second on an H100."""
+COPIED_BYTES = 4 * 2**30
 TOP_KERNELS = 8
 
 
@@ -90,6 +91,13 @@ def matrix_rate(setting: Setting) -> float:
     for _ in range(WARM_UPS):  # an idle device runs at a fraction of its clock
         products()
     return PRODUCTS * 2 * size**3 / median(times_of(products, setting.device))
+
+
+def copy_rate(setting: Setting) -> float:
+    """Bytes read and written a second by a large copy on the device."""
+    size = COPIED_BYTES if setting.device.type == "cuda" else COPIED_BYTES // 64
+    a, b = (torch.ones(size, dtype=torch.uint8, device=setting.device) for _ in range(2))
+    return 2 * size / median(times_of(lambda: b.copy_(a), setting.device))
 
 
 class Bench:

@@ -25,8 +25,13 @@ ONE_TEST_SECONDS, TEST_SECONDS, ALL_SECONDS = 160, 280, 480
 NAME, TEST_LOG = "gpu_results", "gpu_tests.log"
 
 
-def check_gpu(output: Path, scale: float) -> int:
+def check_gpu(output: Path, scale: float, note: str = "") -> int:
     """Run all that needs a GPU. The files are written anew after each part, so that an end before time costs little.
+
+    Args:
+        output: folder of the files.
+        scale: multiplies the rows' length.
+        note: stands in the report.
 
     Returns:
         0 when every test passed and every measurement was made that can be made here.
@@ -41,6 +46,7 @@ def check_gpu(output: Path, scale: float) -> int:
         "date": time.strftime("%Y-%m-%d"),
         "device": torch.cuda.get_device_name(),
         "versions": {name: installed(name) for name in PACKAGES},
+        "note": note,
         "tests": run_tests(output / TEST_LOG),
     }
     write_results(output, facts, [])
@@ -95,6 +101,7 @@ def page(facts: dict[str, Any], table: str) -> str:
         "",
         f"{facts['date']}, {facts['device']}. {versions}. Repeat with `make gpu-check`.",
         "",
+        *([facts["note"], ""] if facts["note"] else []),
         "## Tests",
         "",
         "```",

@@ -31,6 +31,8 @@ class Slots(Cache):
         """Columns allocated."""
         self.positions = torch.empty(0, dtype=torch.long, device=device)
         """Column that each active row writes next, int64 [active]."""
+        self.rows = self.positions
+        """0, 1, .. int64 [active]; not made anew in every layer."""
 
     def admit(self, prefilled: DynamicCache, lengths: list[int], room: int) -> None:
         """Copy the rows of a prefilled, right-padded batch behind the active ones.
@@ -81,6 +83,7 @@ class Slots(Cache):
 
     def _set_positions(self) -> None:
         self.positions = torch.tensor(self.lengths, dtype=torch.long, device=self.device)
+        self.rows = torch.arange(len(self.lengths), device=self.device)
 
 
 class SlotLayer(CacheLayerMixin):
@@ -100,8 +103,7 @@ class SlotLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write one token a row, hand out the active rows up to the longest."""
-        positions = self._slots.positions
-        rows = torch.arange(len(positions), device=positions.device)
+        rows, positions = self._slots.rows, self._slots.positions
         self.keys[rows, :, positions] = key_states[:, :, 0]
         self.values[rows, :, positions] = value_states[:, :, 0]
         longest = self.get_seq_length() + 1
