@@ -11,7 +11,7 @@ from transformers import AttentionInterface
 
 from trsr_dist.errors import ConfigError
 from trsr_dist.model.attention import cpu
-from trsr_dist.model.attention.cascade import Cascade, Kernel
+from trsr_dist.model.attention.cascade import Cascade, HeadCopies, Kernel
 from trsr_dist.model.attention.dense import dense_attention
 from trsr_dist.model.attention.flash import FlashAttnKernel, TorchFlashKernel
 from trsr_dist.model.attention.layout import Layout
@@ -49,13 +49,23 @@ def build_backend(name: str) -> Attend:
     return _BUILDERS[name]()
 
 
-def cascade(kernel: Kernel) -> Attend:
-    """A back end of a flash kernel."""
+def cascade(kernel: Kernel, copies_head: bool = True) -> Attend:
+    """A back end of a flash kernel.
+
+    Args:
+        kernel: see there.
+        copies_head: whether it takes causal segments with more keys than queries.
+    """
 
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, answers_only: bool, scale: float
     ) -> torch.Tensor:
-        return Cascade.apply(q, k, v, layout.answer_calls if answers_only else layout.calls, kernel, scale)
+        if answers_only:
+            return Cascade.apply(q, k, v, layout.answer_calls, kernel, scale)
+        if not (copies_head and layout.head):
+            return Cascade.apply(q, k, v, layout.calls, kernel, scale)
+        k, v = HeadCopies.apply(k, layout), HeadCopies.apply(v, layout)
+        return Cascade.apply(q, k, v, layout.copied_calls, kernel, scale)
 
     return attend
 
@@ -108,7 +118,7 @@ def _hindrance(name: str, device: torch.device, dtype: torch.dtype, head_dim: in
 _BUILDERS: dict[str, Callable[[], Attend]] = {
     "flash_attn": lambda: cascade(FlashAttnKernel()),
     "torch": lambda: cascade(TorchFlashKernel()),
-    "cpu": lambda: cascade(cpu.CpuKernel()),
+    "cpu": lambda: cascade(cpu.CpuKernel(), copies_head=False),
     "flex": lambda: _flex(),
     "dense": lambda: dense_attention,
 }

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from trsr_dist.model.attention.layout import Call
+from trsr_dist.model.attention.layout import Call, Layout
 
 
 class Kernel(Protocol):
@@ -69,6 +69,28 @@ class Cascade(torch.autograd.Function):
             ):
                 total[place] += part
         return dq, dk, dv, None, None, None
+
+
+class HeadCopies(torch.autograd.Function):
+    """Keys or values with a copy of the head before each prefix: a prefix then reads all it may in one call.
+
+    Copying a few tokens costs less than another call of all queries with its merge. The backward pass gathers and sums
+    instead of adding by index, whose order is not fixed on a GPU.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layout: Layout) -> torch.Tensor:
+        """From (num_tokens, num_kv_heads, head_dim) to (places of ``layout.copies``, num_kv_heads, head_dim)."""
+        ctx.layout = layout
+        return x.index_select(0, layout.copies)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        layout = ctx.layout
+        own, heads = layout.copied_places
+        total = grad.index_select(0, own)
+        total[: layout.head] += grad.index_select(0, heads).unflatten(0, (-1, layout.head)).sum(0)
+        return total, None
 
 
 def merge_into(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: torch.Tensor) -> None:

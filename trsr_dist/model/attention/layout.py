@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 
 import torch
 
@@ -24,7 +24,7 @@ class Call:
     query_lengths: tuple[int, ...]
     key_lengths: tuple[int, ...]
     causal: bool
-    """Then both lengths are equal."""
+    """A query reads no key behind its own place; segments of unequal lengths are aligned at their ends."""
     device: torch.device
 
     @cached_property
@@ -96,6 +96,39 @@ class Layout:
             calls.append(Call(slice(head, end), slice(0, head), (end - head,), (head,), False, self.device))
         calls.append(Call(slice(start, end), slice(head, start), self.suffix_totals, self.prefixes, False, self.device))
         return tuple(calls)
+
+    @cached_property
+    def copied_calls(self) -> tuple[Call, ...]:
+        """The same attention over keys with a copy of the head before each prefix (``copies``), in fewer calls."""
+        head, start, end = self.head, self.suffix_start, self.num_tokens
+        read = tuple(head + length for length in self.prefixes)
+        queries, keys = (head, *self.prefixes, *self._suffix_lengths), (head, *read, *self._suffix_lengths)
+        own = Call(slice(0, end), slice(0, sum(keys)), queries, keys, True, self.device)
+        above = Call(slice(start, end), slice(head, head + sum(read)), self.suffix_totals, read, False, self.device)
+        return own, above
+
+    @cached_property
+    def copies(self) -> torch.Tensor:
+        """int64: the token at each place of ``[H | H P_1 | ... H P_U | C_11 ...]``."""
+        ends = list(accumulate(self.prefixes, initial=self.head))
+        prefixes = [[*range(self.head), *range(*ends[user : user + 2])] for user in range(len(self.prefixes))]
+        places = [*range(self.head), *chain.from_iterable(prefixes), *range(self.suffix_start, self.num_tokens)]
+        return send(torch.tensor(places, dtype=torch.int64), self.device)
+
+    @cached_property
+    def copied_places(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """int64: where each token stands in ``copies`` (of the head the first time), and the head's places before each
+        prefix, user by user."""
+        copied = torch.tensor([self.head + length for length in self.prefixes])
+        begins = self.head + copied.cumsum(0) - copied
+        heads = (begins[:, None] + torch.arange(self.head)).flatten()
+        shift = self.head * torch.arange(1, len(self.prefixes) + 1)
+        shifts = torch.cat((shift, shift[-1:])).repeat_interleave(
+            torch.tensor([*self.prefixes, self.num_tokens - self.suffix_start])
+        )
+        own = torch.arange(self.num_tokens)
+        own[self.head :] += shifts
+        return send(own, self.device), send(heads, self.device)
 
     @cached_property
     def answer_calls(self) -> tuple[Call, ...]:
