@@ -60,15 +60,18 @@ class Cascade(torch.autograd.Function):
         q, k, v, out, lse = ctx.saved_tensors
         calls, kernel, scale = ctx.how
         grad = grad.contiguous()
-        dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+        totals: tuple[torch.Tensor, ...] = ()
         for call in calls:
             rows, columns = call.queries, call.keys
             tensors = (q[rows], k[columns], v[columns], out[rows], lse[:, rows].contiguous())
-            for total, place, part in zip(
-                (dq, dk, dv), (rows, columns, columns), kernel.backward(grad[rows], tensors, call, scale), strict=True
-            ):
+            parts = kernel.backward(grad[rows], tensors, call, scale)
+            if not totals and len(parts[0]) == len(q) and len(parts[1]) == len(k):
+                totals = parts  # the first call's are whole, so nothing has to be set to zero and added to
+                continue
+            totals = totals or tuple(map(torch.zeros_like, (q, k, v)))
+            for total, place, part in zip(totals, (rows, columns, columns), parts, strict=True):
                 total[place] += part
-        return dq, dk, dv, None, None, None
+        return *totals, None, None, None
 
 
 class HeadCopies(torch.autograd.Function):
