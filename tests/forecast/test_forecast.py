@@ -25,7 +25,7 @@ from trsr_dist.forecast.stages import (
     forecast_scoring,
     forecast_training,
 )
-from trsr_dist.forecast.summaries import SummarySettings, forecast_summaries, summary_work
+from trsr_dist.forecast.summaries import LAYER_SECONDS, SummarySettings, forecast_summaries, summary_work
 from trsr_dist.forecast.workload import shard_lengths, split_work
 from trsr_dist.planning.cost import Cluster
 from trsr_dist.planning.hardware import hardware, recognize
@@ -224,7 +224,7 @@ def test_prompts_of_summaries_are_those_that_the_job_sends(config: Path) -> None
     manifests = [json.loads((config.parent / f"run/shards/{s}/manifest.json").read_text()) for s in ("train", "valid")]
     nodes = sum(manifest["counts"]["nodes"] for manifest in manifests)
     store = HistoryStore(config.parent / "run" / "histories")
-    settings = SummarySettings("hierarchical", 5, 8, 120, 40, 8, "news", 16)
+    settings = SummarySettings("hierarchical", 5, 8, 120, 40, 8, "news", 16, "vllm")
     work = summary_work(store, settings)
     test = json.loads((config.parent / "run/shards/test/manifest.json").read_text())["counts"]["nodes"]
     assert work.num_prompts == nodes + test
@@ -238,6 +238,9 @@ def test_prompts_of_summaries_are_those_that_the_job_sends(config: Path) -> None
     found = forecast_summaries(LLAMA_70B, work, settings, cluster(1))
     assert found.weight_bytes == 2 * LLAMA_70B.num_parameters
     assert found.key_value_bytes == 16 * 160 * 2 * 80 * 8 * 128 * 2
+    launched = forecast_summaries(LLAMA_70B, work, replace(settings, engine="transformers"), cluster(1))
+    least = work.new_tokens / 16 * 80 * LAYER_SECONDS["transformers"] / 8
+    assert launched.cost.seconds > max(least, found.cost.seconds)
 
 
 def test_a_quantized_base_cannot_be_divided(tmp_path: Path) -> None:

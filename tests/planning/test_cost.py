@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from trsr_dist.planning.cost import Cluster, Generation, generation_cost, scoring_cost, training_cost
@@ -52,6 +54,12 @@ def test_a_text_reads_its_own_keys_and_values() -> None:
     one = cluster(1, 1)
     without, long = (generation_cost(one, generation(8, context)).seconds for context in (0.0, WEIGHTS / 8))
     assert long == pytest.approx(2 * without)
+
+
+def test_a_step_is_launched_once_for_all_texts_in_flight() -> None:
+    one = cluster(1, 1)
+    launched = [generation_cost(one, replace(generation(flight), step_seconds=0.1)).seconds for flight in (8, 16)]
+    assert launched == pytest.approx([TOKENS * 0.1 / 8, TOKENS * 0.1 / 16])
 
 
 def test_the_sweep_goes_on_until_nothing_pays() -> None:

@@ -42,7 +42,8 @@ class Stopwatch(TransformersEngine):
 def by_in_flight(
     model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, numbers: tuple[int, ...], rate: float, bandwidth: float
 ) -> list[Row]:
-    """New tokens a second and milliseconds of a decoding step, by the clock.
+    """New tokens a second and milliseconds of a decoding step, by the clock; the bound is that of the device, without
+    the host's time.
 
     Args:
         model: on its device.

@@ -176,6 +176,7 @@ def summarize_stage(config: Config, inputs: Inputs) -> PlannedStage:
         users_per_unit=s.users_per_shard,
         domain=config.domain,
         num_in_flight=s.max_in_flight,
+        engine=s.engine,
     )
     work = summary_work(inputs.store, settings)
     shape = None

@@ -22,6 +22,9 @@ BYTES_PER_TOKEN = 4.0
 LOOKED_AT = 300
 """Users of a split that stand for all."""
 PRECISION = "bfloat16"
+LAYER_SECONDS = {"transformers": 1e-3}
+"""By engine: host's time of a layer in a decoding step, as measured beside an H200 (docs/gpu_results.md). Servers
+replay graphs of kernels, which costs the host next to nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,7 @@ class SummarySettings:
     users_per_unit: int
     domain: str
     num_in_flight: int
+    engine: str
 
     @property
     def most_tokens(self) -> int:
@@ -106,12 +110,19 @@ def forecast_summaries(
     """Memory and cost, in bfloat16."""
     weights = weight_bytes(shape, PRECISION)
     most = key_value_bytes(shape, settings.num_in_flight * settings.most_tokens, PRECISION)
-    cost = generation_cost(cluster, generation(shape, work, settings.num_in_flight))
+    cost = generation_cost(cluster, generation(shape, work, settings.num_in_flight, settings.engine))
     return SummaryForecast(work, weights, most, cost)
 
 
-def generation(shape: ModelShape, work: SummaryWork, num_in_flight: int) -> Generation:
-    """The work in operations and bytes. A new token reads its prompt and, on average, half of the answer."""
+def generation(shape: ModelShape, work: SummaryWork, num_in_flight: int, engine: str = "") -> Generation:
+    """The work in operations and bytes. A new token reads its prompt and, on average, half of the answer.
+
+    Args:
+        shape: of the model.
+        work: its prompts.
+        num_in_flight: texts that are decoded at once.
+        engine: of ``summarize.engine``; without one the host's time counts for nothing.
+    """
     prompts = Workload(work.prompt_tokens, work.pairs, work.num_prompts, work.num_users)
     context = (work.prompt_tokens + work.new_tokens / 2) / max(1, work.num_prompts)
     token = Workload(tokens=1, pairs=round(context))
@@ -123,4 +134,5 @@ def generation(shape: ModelShape, work: SummaryWork, num_in_flight: int) -> Gene
         context_bytes=key_value_bytes(shape, round(context), PRECISION),
         num_in_flight=num_in_flight,
         num_units=work.num_units,
+        step_seconds=shape.num_layers * LAYER_SECONDS.get(engine, 0.0),
     )

@@ -63,7 +63,8 @@ TRAINING_FORMULA = "steps * (ceil(rows / devices) / rows * FLOPs / rate + bytes 
 SCORING_FORMULA = "ceil(parts / devices) / parts * FLOPs / rate"
 GENERATION_FORMULA = (
     "ceil(units / devices) / units * (prompts' FLOPs / rate + "
-    "new tokens * max((weights / in flight + keys and values) / bandwidth, FLOPs of a token / rate))"
+    "new tokens * max((weights / in flight + keys and values) / bandwidth, FLOPs of a token / rate, "
+    "host's time of a step / in flight))"
 )
 
 
@@ -99,16 +100,20 @@ class Generation:
     """Texts that are decoded at once."""
     num_units: int
     """That are worked on by one device each."""
+    step_seconds: float = 0.0
+    """Time that the host takes to launch a decoding step, of however many texts."""
 
 
 def generation_cost(cluster: Cluster, work: Generation) -> Cost:
     """``GENERATION_FORMULA``.
 
     Prompts are limited by products. Decoding is limited by reading: the weights once for a token of each text in
-    flight, each text's own keys and values; with many texts in flight, by products.
+    flight, each text's own keys and values; with many texts in flight, by products; and by the host, which launches a
+    step's kernels one by one.
     """
     reading = (work.weight_bytes / work.num_in_flight + work.context_bytes) / cluster.hardware.memory_bytes_per_second
-    decode = work.num_new_tokens * max(reading, work.flops_per_token / cluster.flops_per_second)
+    launching = work.step_seconds / work.num_in_flight
+    decode = work.num_new_tokens * max(reading, work.flops_per_token / cluster.flops_per_second, launching)
     seconds = work.prefill_flops / cluster.flops_per_second + decode
     return _cost(cluster, _slowest(work.num_units, cluster.world_size) * seconds, seconds)
 
