@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
@@ -61,28 +61,64 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: object) -> l
                     rank.join()
 
 
+class Script:
+    """A script of the repository in a process of its own; used as a ``subprocess.Popen``.
+
+    Args:
+        command: the script and its arguments.
+        stdout: file that is appended to.
+        stderr: likewise.
+        environment: all variables.
+    """
+
+    def __init__(self, command: Sequence[str], stdout: Path, stderr: Path, environment: dict[str, str]) -> None:
+        self.args = list(command)
+        self._process = _server().Process(target=_script_main, args=(self.args, (stdout, stderr), environment))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout_seconds: float = TIMEOUT_SECONDS) -> int:
+        """Exit status.
+
+        Raises:
+            AssertionError: it still runs after this time.
+        """
+        self._process.join(timeout_seconds)
+        assert self.returncode is not None, f"{self.args} has not ended in {timeout_seconds:.0f} s"
+        return self.returncode
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
 def run_script(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    """A script of the repository with its arguments, to its end, as ``subprocess.run`` with captured text."""
+    """A script with its arguments, to its end, as ``subprocess.run`` with captured text."""
     command = [script, *map(str, arguments)]
     with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder, name) for name in ("stdout", "stderr")]
-        args = (command, outputs, os.environ | {"OMP_NUM_THREADS": "1"} | environment)
-        process = _server().Process(target=_script_main, args=args)
-        process.start()
-        process.join(TIMEOUT_SECONDS)
-        process.kill()
-        process.join()
-        return subprocess.CompletedProcess(command, process.exitcode, *(path.read_text() for path in outputs))
+        stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
+        process = Script(command, stdout, stderr, os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+        try:
+            return subprocess.CompletedProcess(command, process.wait(), stdout.read_text(), stderr.read_text())
+        finally:
+            process.kill()
 
 
-def _script_main(command: list[str], outputs: list[Path], environment: dict[str, str]) -> None:
+def _script_main(command: list[str], outputs: tuple[Path, Path], environment: dict[str, str]) -> None:
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
     for number, path in enumerate(outputs, 1):
         os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
     sys.argv = command
-    sys.path.insert(0, str(ROOT / command[0]).rpartition("/")[0])
+    sys.path.insert(0, str(Path(command[0]).resolve().parent))
     runpy.run_path(command[0], run_name="__main__")
 
 
