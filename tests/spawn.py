@@ -1,18 +1,27 @@
-"""Run a function as real gloo ranks, each in a process of its own."""
+"""Run a function as real gloo ranks, or a script, in processes of their own.
+
+They are forked from a server that has imported the libraries: importing takes longer than what most of them do.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import runpy
 import socket
+import subprocess
+import sys
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 240.0
+LIBRARIES = ("torch", "deepspeed", "trsr_dist.train.job", "trsr_dist.evaluate.job")
 
 
 def free_port() -> int:
@@ -30,12 +39,13 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: object) -> l
     Raises:
         AssertionError: a rank failed or did not answer in time; holds its traceback.
     """
-    context = multiprocessing.get_context("spawn")
+    context = _server()
+    environment = os.environ | {"WORLD_SIZE": str(world_size), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
         ranks = [
             context.Process(
-                target=_rank_main, args=(sender, Path(folder), function, rank, world_size, args), daemon=False
+                target=_rank_main, args=(sender, Path(folder), function, rank, world_size, args, environment)
             )
             for rank, (_, sender) in enumerate(pipes)
         ]
@@ -51,6 +61,73 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: object) -> l
                     rank.join()
 
 
+class Script:
+    """A script of the repository in a process of its own; used as a ``subprocess.Popen``.
+
+    Args:
+        command: the script and its arguments.
+        stdout: file that is appended to.
+        stderr: likewise.
+        environment: all variables.
+    """
+
+    def __init__(self, command: Sequence[str], stdout: Path, stderr: Path, environment: dict[str, str]) -> None:
+        self.args = list(command)
+        self._process = _server().Process(target=_script_main, args=(self.args, (stdout, stderr), environment))
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self.returncode
+
+    def wait(self, timeout_seconds: float = TIMEOUT_SECONDS) -> int:
+        """Exit status.
+
+        Raises:
+            AssertionError: it still runs after this time.
+        """
+        self._process.join(timeout_seconds)
+        assert self.returncode is not None, f"{self.args} has not ended in {timeout_seconds:.0f} s"
+        return self.returncode
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
+
+
+def run_script(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    """A script with its arguments, to its end, as ``subprocess.run`` with captured text."""
+    command = [script, *map(str, arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
+        process = Script(command, stdout, stderr, os.environ | {"OMP_NUM_THREADS": "1"} | environment)
+        try:
+            return subprocess.CompletedProcess(command, process.wait(), stdout.read_text(), stderr.read_text())
+        finally:
+            process.kill()
+
+
+def _script_main(command: list[str], outputs: tuple[Path, Path], environment: dict[str, str]) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(ROOT)
+    for number, path in enumerate(outputs, 1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    sys.argv = command
+    sys.path.insert(0, str(Path(command[0]).resolve().parent))
+    runpy.run_path(command[0], run_name="__main__")
+
+
+def _server() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(list(LIBRARIES))
+    return context
+
+
 def _receive(rank: int, receiver: Connection) -> object:
     assert receiver.poll(TIMEOUT_SECONDS), f"rank {rank} gave no answer in {TIMEOUT_SECONDS:.0f} s"
     fine, value = receiver.recv()
@@ -59,9 +136,16 @@ def _receive(rank: int, receiver: Connection) -> object:
 
 
 def _rank_main(
-    sender: Connection, folder: Path, function: Callable[..., Any], rank: int, world_size: int, args: tuple
+    sender: Connection,
+    folder: Path,
+    function: Callable[..., Any],
+    rank: int,
+    world_size: int,
+    args: tuple,
+    environment: dict[str, str],
 ) -> None:
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), OMP_NUM_THREADS="1")
+    os.environ.clear()  # the server's is that of the first test
+    os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     import torch
     import torch.distributed as dist
 

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from tests.merge.models import make_base, make_checkpoint, seal
-from tests.spawn import free_port
+from tests.spawn import free_port, run_script
 from tests.tokenizers import byte_level
 from trsr_dist.config import Config, load_config
 from trsr_dist.data.prepare import prepare
@@ -72,37 +72,40 @@ def write_config(folder: Path, name: str = "config.yaml", **changes: dict[str, A
     return load_config(path)
 
 
-def start(run: Path, output: Path, *arguments: str, ranks: int = 0, **environment: str) -> subprocess.Popen:
+def start(run: Path, output: Path, ranks: int = 0) -> subprocess.Popen:
     """tools/evaluate.py, as a user starts it.
 
     Args:
         run: with config and models.
         output: of the evaluation.
-        arguments: further ones; ``--model`` is there already.
         ranks: under torchrun; 0: one process.
-        environment: further variables.
     """
     launcher = [sys.executable]
     if ranks:
         launcher = [str(BIN / "torchrun"), "--nproc_per_node", str(ranks), "--master_port", str(free_port())]
-    command = [*launcher, "tools/evaluate.py", "--config", str(run / "config.yaml")]
-    if "--model" not in arguments:
-        command += ["--model", "RUN/merged"]
-    command += ["--output", str(output), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    command = [*launcher, "tools/evaluate.py", *map(str, arguments_of(run, output))]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
 
 
-def run_command(run: Path, output: Path, *arguments: str, ranks: int = 0, **environment: str) -> tuple[int, str]:
+def run_command(run: Path, output: Path, ranks: int = 0, **environment: str) -> tuple[int, str]:
     """Exit status and output of the finished command."""
-    process = start(run, output, *arguments, ranks=ranks, **environment)
+    if not ranks:
+        done = run_script("tools/evaluate.py", *arguments_of(run, output), **environment)
+        return done.returncode, done.stdout + done.stderr
+    process = start(run, output, ranks)
     try:
         text, _ = process.communicate(timeout=240)
     finally:
         process.kill()
     return process.returncode, text
+
+
+def arguments_of(run: Path, output: Path) -> list[object]:
+    """Of tools/evaluate.py."""
+    return ["--config", run / "config.yaml", "--model", "RUN/merged", "--output", output]
 
 
 def parts_of(output: Path, name: str = "model") -> dict[str, bytes]:

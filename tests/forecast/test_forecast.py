@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.shards.world import make_builder, make_sample, make_split, write_split
+from tests.spawn import run_script
 from tests.summarize.world import run_here, tree_hash, write_config, write_histories
 from tests.tokenizers import byte_level
 from trsr_dist.config import load_config
@@ -35,7 +34,6 @@ from trsr_dist.shards.plan import PackingSettings, TrainPlan
 
 LLAMA_70B = ModelShape(8192, 80, 64, 8, 128, 28672, 32000)
 SETTINGS = TrainingSettings(2, 0, 16, 8192, 8, ("q_proj", "v_proj"), "bfloat16", True, False, False)
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("measured", [False, True])
@@ -109,10 +107,9 @@ def test_a_dry_run_reads_sizes_only_and_writes_nothing(tmp_path: Path) -> None:
     }
     (model / "config.json").write_text(json.dumps(sizes))
     before = sorted(path for path in tmp_path.rglob("*"))
-    command = [sys.executable, "launch/train.py", "--config", "configs/quickstart.yaml", f"run.dir={run}"]
-    command += [f"model.name_or_path={model}", "train.rows_per_step=16"]
-    command += ["--dry-run", "--nodes", "2", "--hardware", "a100-80gb"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    settings = (f"run.dir={run}", f"model.name_or_path={model}", "train.rows_per_step=16")
+    options = ("--config", "configs/quickstart.yaml", "--dry-run", "--nodes", "2", "--hardware", "a100-80gb")
+    done = run_script("launch/train.py", *settings, *options)
     assert done.returncode == 0, done.stderr
     assert "68.98G parameters" in done.stdout
     assert "ds_configs/zero3.json is the first that fits" in done.stdout
@@ -182,9 +179,8 @@ def test_the_whole_plan_in_words_and_numbers(config: Path) -> None:
 @pytest.mark.parametrize(("script", "stage"), [("launch/summarize.py", "summarize"), ("tools/evaluate.py", "evaluate")])
 def test_a_dry_run_is_the_stages_plan(config: Path, script: str, stage: str) -> None:
     before = tree_hash(config.parent)
-    command = [sys.executable, script, "--config", str(config), "--dry-run", "--nodes", "2"]
-    command += ["--model", "RUN/merged"] if stage == "evaluate" else []
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    model = ("--model", "RUN/merged") if stage == "evaluate" else ()
+    done = run_script(script, "--config", config, "--dry-run", "--nodes", "2", *model)
     assert done.returncode == 0, done.stderr
     assert "# plan\ncluster    2 x 8 h100" in done.stdout and f"\n{stage}" in done.stdout
     assert tree_hash(config.parent) == before

@@ -1,35 +1,28 @@
-"""One rank that trains an adapter for two steps at every ZeRO stage and saves DeepSpeed's own checkpoints.
-
-Run as ``python -m tests.merge.engine_ranks BASE OUTPUT`` with the ranks' variables set.
-"""
+"""One rank that trains an adapter for two steps at every ZeRO stage and saves DeepSpeed's own checkpoints."""
 
 from __future__ import annotations
 
 import sys
 from pathlib import Path
 
-from trsr_dist.environment import prepare_process
+import deepspeed
+import torch
+from deepspeed.utils import safe_get_full_fp32_param
+from safetensors.torch import save_file
 
-prepare_process(1)
-
-import deepspeed  # noqa: E402
-import torch  # noqa: E402
-from deepspeed.utils import safe_get_full_fp32_param  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-
-from tests.merge.models import random_peft_model  # noqa: E402
+from tests.merge.models import random_peft_model
 
 STAGES = (0, 1, 2, 3)
 
 
-def main(base: Path, output: Path) -> None:
+def train_stages(rank: int, world_size: int, base: Path, output: Path) -> None:
+    """One after the other, in the process group that there is."""
     # Compiling this operator takes a minute, and training does not use it.
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     for stage in STAGES:
         train(base, output / f"zero{stage}", stage)
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
 
 
 def train(base: Path, folder: Path, stage: int) -> None:
@@ -58,7 +51,3 @@ def train(base: Path, folder: Path, stage: int) -> None:
 def full_value(parameter: torch.nn.Parameter, stage: int) -> torch.Tensor:
     value = parameter.detach() if stage == 0 else safe_get_full_fp32_param(parameter)
     return value.clone().contiguous()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))

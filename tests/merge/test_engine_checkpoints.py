@@ -2,9 +2,6 @@
 
 import os
 import shutil
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +9,9 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 
+from tests.merge.engine_ranks import train_stages
 from tests.merge.models import load, make_base, random_peft_model
+from tests.spawn import run_ranks
 from trsr_dist.errors import CheckpointError
 from trsr_dist.merge.adapter import read_adapter
 from trsr_dist.merge.engine_checkpoint import peft_name
@@ -20,35 +19,12 @@ from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
 from trsr_dist.merge.source import find_source
 
-ROOT = Path(__file__).parents[2]
-SECONDS = 240
-
-
-def run_ranks(base: Path, output: Path, world_size: int) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(world_size):
-        own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        environment = os.environ | {name: str(value) for name, value in own.items()}
-        command = [sys.executable, "-m", "tests.merge.engine_ranks", str(base), str(output)]
-        with open(output.with_name(f"rank{rank}.log"), "w") as log:
-            processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log))
-    try:
-        codes = [process.wait(SECONDS) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert codes == [0] * world_size, output.with_name("rank0.log").read_text()[-3000:]
-
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base and one engine checkpoint a ZeRO stage, trained by this number of ranks."""
     folder = tmp_path_factory.mktemp(f"ranks{request.param}")
-    run_ranks(make_base(folder / "base"), folder / "out", request.param)
+    run_ranks(train_stages, request.param, make_base(folder / "base"), folder / "out")
     return folder
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 
 from tests.merge.models import load, make_adapter, make_base, make_checkpoint, tensors_of
+from tests.spawn import run_script
 from tests.tokenizers import byte_level
 from trsr_dist.files import read_json, write_json
 from trsr_dist.merge.inputs import MergeOptions
@@ -120,16 +121,15 @@ def command(*arguments: object) -> list[str]:
 def test_command_line(checkpoint: Path, tmp_path: Path) -> None:
     merged = tmp_path / "run" / "merged"
     before = sorted(tmp_path.rglob("*"))
-    dry = command("--checkpoint", checkpoint, "--output", merged, "--dry-run")
-    assert "would write" in subprocess.run(dry, capture_output=True, text=True, check=True).stdout
+    common = "tools/merge_lora.py", "--checkpoint", checkpoint, "--output", merged
+    dry = run_script(*common, "--dry-run")
+    assert dry.returncode == 0 and "would write" in dry.stdout
     assert sorted(tmp_path.rglob("*")) == before
-    strict = command("--checkpoint", checkpoint, "--output", merged, "--tolerance", "-1")
-    failed = subprocess.run(strict, capture_output=True, text=True, check=False)
+    failed = run_script(*common, "--tolerance", "-1")
     assert failed.returncode == 1 and failed.stderr.startswith("error: scores of base + adapter")
     assert sorted(tmp_path.rglob("*")) == before
-    plain = command("--checkpoint", checkpoint, "--output", merged, "--max-shard-size", "0.02MB")
-    done = subprocess.run(plain, capture_output=True, text=True, check=True)
-    assert "largest difference" in done.stdout and "pairs change order" in done.stdout
+    done = run_script(*common, "--max-shard-size", "0.02MB")
+    assert done.returncode == 0 and "largest difference" in done.stdout and "pairs change order" in done.stdout
     assert AutoTokenizer.from_pretrained(merged).chat_template
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.evaluate.world import ROOT, scores_of
+from tests.evaluate.world import scores_of
+from tests.spawn import run_script
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import ConfigError, DataError, ModelError
 from trsr_dist.predict import Ranker, Request
@@ -116,10 +117,8 @@ def test_unusable_requests_are_named(ranker: Ranker) -> None:
 
 
 def predict(run: Path, source: Path, target: Path, *more: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "tools/predict.py", "--model", str(run / "merged"), "--input", str(source)]
-    return subprocess.run(
-        [*command, "--output", str(target), *more], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
+    options = ("--model", run / "merged", "--input", source, "--output", target)
+    return run_script("tools/predict.py", *options, *more)
 
 
 def test_the_command_ranks_lines_and_names_bad_ones(

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.spawn import free_port
+from tests.spawn import Script, free_port
 from tests.train.world import losses_of
 from trsr_dist.train.heartbeat import read_heartbeats
 
@@ -28,13 +28,15 @@ class Job:
         for old in (run / "heartbeats").iterdir():
             old.unlink()
         self._log = open(run / "job.log", "a+")  # noqa: SIM115
-        self.process = subprocess.Popen(
-            [*_launch(launcher, num_ranks), "launch/train.py", "--config", str(run / "config.yaml")],
-            cwd=ROOT,
-            env=os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"},
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-        )
+        command = ["launch/train.py", "--config", str(run / "config.yaml")]
+        environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        if launcher == "alone":
+            log = run / "job.log"
+            self.process: Script | subprocess.Popen = Script(command, log, log, environment)
+        else:
+            pipes = {"stdout": self._log, "stderr": subprocess.STDOUT}
+            command = [*_launch(launcher, num_ranks), *command]
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
 
     @property
     def output(self) -> str:
@@ -83,6 +85,4 @@ def _launch(launcher: str, num_ranks: int) -> list[str]:
     port = str(free_port())
     if launcher == "deepspeed":
         return [str(BIN / "deepspeed"), "--quiet", "--num_gpus", str(num_ranks), "--master_port", port]
-    if launcher == "torchrun":
-        return [str(BIN / "torchrun"), "--nproc_per_node", str(num_ranks), "--master_port", port]
-    return [sys.executable]
+    return [str(BIN / "torchrun"), "--nproc_per_node", str(num_ranks), "--master_port", port]

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.disks import FULL, mounted_disk
-from tests.train.jobs import ROOT, Job, is_alive, wait_until
+from tests.spawn import run_script
+from tests.train.jobs import Job, is_alive, wait_until
 from tests.train.world import link_run, losses_of, make_config, make_run
 from trsr_dist.cli import EXIT_REQUEUE
 from trsr_dist.train.checkpoints import CheckpointFolder
@@ -155,7 +155,7 @@ def damage_the_newest_checkpoint(run: Path, start: Start, step: int) -> None:
 
 def refuse_a_second_training(first: Job) -> None:
     os.kill(first.process.pid, signal.SIGSTOP)  # it would finish meanwhile
-    second = subprocess.run(first.process.args, cwd=ROOT, capture_output=True, text=True, timeout=90)
+    second = run_script(*first.process.args)
     os.kill(first.process.pid, signal.SIGCONT)
     assert second.returncode == 1, second.stderr
     assert f"checkpoints.lock: held by pid {first.process.pid}" in second.stderr

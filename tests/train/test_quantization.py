@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.train.jobs import ROOT
+from tests.spawn import run_script
 from tests.train.world import link_run, losses_of, make_run, write_config
 from trsr_dist.errors import ConfigError
 from trsr_dist.merge.inputs import MergeOptions
@@ -30,8 +29,7 @@ def train(run: Path, source: Path, kind: str) -> dict[int, float]:
     link_run(run, source)
     model = {"name_or_path": "RUN/base", "quantization": kind}
     config = write_config(run, model=model, train={"max_steps": STEPS, "precision": "bfloat16"})
-    command = [sys.executable, "launch/train.py", "--config", str(config)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    done = run_script("launch/train.py", "--config", config)
     assert done.returncode == 0, done.stderr
     return losses_of(run)
 
