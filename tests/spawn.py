@@ -99,6 +99,32 @@ class Script:
         self._process.join()
 
 
+class Scripts:
+    """A script as several ranks, each with its variables set as a scheduler does it; nobody watches over them."""
+
+    def __init__(self, command: Sequence[str], output: Path, environment: dict[str, str], num_ranks: int) -> None:
+        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_ranks)}
+        common |= environment | {"LOCAL_WORLD_SIZE": str(num_ranks)}
+        variables = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
+        self._ranks = [Script(command, output, output, own) for own in variables]
+        self.pid = self._ranks[0].pid
+
+    def poll(self) -> int | None:
+        """None while one runs; else the largest status."""
+        codes = [rank.poll() for rank in self._ranks]
+        return None if None in codes else max(codes, key=abs)
+
+    def wait(self, timeout_seconds: float = TIMEOUT_SECONDS) -> int:
+        """The largest exit status."""
+        for rank in self._ranks:
+            rank.wait(timeout_seconds)
+        return self.poll()
+
+    def kill(self) -> None:
+        for rank in self._ranks:
+            rank.kill()
+
+
 def run_script(script: str, *arguments: object, **environment: str) -> subprocess.CompletedProcess:
     """A script with its arguments, to its end, as ``subprocess.run`` with captured text."""
     command = [script, *map(str, arguments)]

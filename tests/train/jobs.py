@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.spawn import Script, free_port
+from tests.spawn import Script, Scripts, free_port
 from tests.train.world import losses_of
 from trsr_dist.train.heartbeat import read_heartbeats
 
@@ -30,9 +30,11 @@ class Job:
         self._log = open(run / "job.log", "a+")  # noqa: SIM115
         command = ["launch/train.py", "--config", str(run / "config.yaml")]
         environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+        log = run / "job.log"
         if launcher == "alone":
-            log = run / "job.log"
-            self.process: Script | subprocess.Popen = Script(command, log, log, environment)
+            self.process: Script | Scripts | subprocess.Popen = Script(command, log, log, environment)
+        elif launcher == "srun":
+            self.process = Scripts(command, log, environment, num_ranks)
         else:
             pipes = {"stdout": self._log, "stderr": subprocess.STDOUT}
             command = [*_launch(launcher, num_ranks), *command]

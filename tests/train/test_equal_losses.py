@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.spawn import run_ranks
-from tests.train.world import link_run, losses_of, make_config, make_run, plain_losses
+from tests.train.world import NUM_STEPS, link_run, losses_of, make_config, make_run, plain_losses
 from trsr_dist.config import load_config
 
 OFFLOAD = {"device": "cpu"}
@@ -21,7 +21,6 @@ STAGES = {
     "zero3_offload": {"stage": 3, "offload_optimizer": OFFLOAD, "offload_param": OFFLOAD},
 }
 WORLD_SIZES = (1, 2, 4)
-NUM_STEPS = 10
 
 
 def train_all(rank: int, world_size: int, folder: Path) -> None:
@@ -39,7 +38,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def plain(source: Path) -> list[float]:
-    return plain_losses(make_config(source, train={"max_steps": NUM_STEPS}), NUM_STEPS)
+    return plain_losses(make_config(source))
 
 
 @pytest.fixture(scope="module", params=WORLD_SIZES)
@@ -49,7 +48,7 @@ def runs(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.
     for name, zero in STAGES.items():
         run = link_run(folder / name, source)
         (run / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
-        make_config(run, train={"deepspeed_config": str(run / "ds.json"), "max_steps": NUM_STEPS})
+        make_config(run, train={"deepspeed_config": str(run / "ds.json")})
     run_ranks(train_all, request.param, folder)
     return folder
 

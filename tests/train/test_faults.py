@@ -129,7 +129,7 @@ def kill_a_rank(run: Path, start: Start, step: int) -> None:
 
 def stop_a_rank(run: Path, start: Start, step: int) -> None:
     """A stuck rank: the other one ends by itself within the collectives' time limit."""
-    job = start("torchrun")
+    job = start("srun")
     job.wait_for_step(step)
     ranks = job.pids()
     os.kill(ranks[1], signal.SIGSTOP)
@@ -194,7 +194,7 @@ def test_signals_of_one_event_save_once(run: Path, start: Start) -> None:
 
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(run: Path, start: Start) -> None:
     with mounted_disk(run / "checkpoints", "192k") as disk:
-        job = start("torchrun")
+        job = start("srun")
         assert job.end() != 0
         assert job.output.count(f"error: {run}/checkpoints") == 2 and FULL in job.output, "both ranks say why"
         assert newest_step(run) % SAVE_EVERY == 0

@@ -13,8 +13,8 @@ from tests.train.world import link_run, losses_of, make_config, make_run
 from trsr_dist.config import load_config
 from trsr_dist.train.checkpoints import ADAPTER_WEIGHTS, OPTIMIZER, read_checkpoint
 
-SAVED_STEP = 8
-LAST = "step-000020"
+SAVED_STEP, NUM_STEPS = 5, 12
+LAST = f"step-{NUM_STEPS:06d}"
 DROPOUT = {"dropout": 0.1}
 
 
@@ -30,7 +30,8 @@ def prepare(run: Path, source: Path, stage: int, start: Path | None = None) -> P
     link_run(run, source)
     zero = {"stage": stage, "stage3_param_persistence_threshold": 0}
     (run / "ds.json").write_text(json.dumps({"zero_optimization": zero}))
-    train = {"deepspeed_config": str(run / "ds.json"), "save_every_steps": SAVED_STEP, "keep_checkpoints": 9}
+    saving = {"save_every_steps": SAVED_STEP, "keep_checkpoints": 9}
+    train = {"deepspeed_config": str(run / "ds.json"), "max_steps": NUM_STEPS} | saving
     make_config(run, train=train, lora={"r": 4, "alpha": 8} | DROPOUT)
     if start is not None:
         name = f"step-{SAVED_STEP:06d}"
@@ -56,7 +57,7 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, P
 def resumed(
     source: Path, whole: dict[int, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[tuple[int, int, int], Path]:
-    """Runs that go on from step 8, by (stage before, stage after, number of ranks)."""
+    """Runs that go on from the saved step, by (stage before, stage after, number of ranks)."""
     folder = tmp_path_factory.mktemp("resumed")
     cases = {1: [(2, 0), (2, 3)], 2: [(2, 2), (3, 3)], 3: [(3, 1), (2, 3)]}
     runs = {}
@@ -74,7 +75,7 @@ CASES = [(2, 0, 1), (2, 3, 1), (2, 2, 2), (3, 3, 2), (3, 1, 3), (2, 3, 3)]
 @pytest.mark.parametrize("case", CASES)
 def test_losses_go_on_as_if_nothing_had_happened(resumed: dict, whole: dict[int, Path], case: tuple) -> None:
     expected, found = losses_of(whole[case[0]]), losses_of(resumed[case])
-    assert sorted(found) == list(range(SAVED_STEP + 1, 21)), "no step is repeated and none is left out"
+    assert sorted(found) == list(range(SAVED_STEP + 1, NUM_STEPS + 1)), "no step is repeated and none is left out"
     assert [found[step] for step in sorted(found)] == pytest.approx(
         [expected[step] for step in sorted(found)], abs=1e-5
     )
@@ -97,7 +98,7 @@ def test_a_checkpoint_is_small_and_knows_its_origin(whole: dict[int, Path]) -> N
     total = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     assert total < 3 * lora_bytes + 60_000, "weights and two moments, nothing of the base"
     provenance = json.loads((folder / "provenance.json").read_text())
-    assert provenance["train"]["step"] == 20
+    assert provenance["train"]["step"] == NUM_STEPS
     assert len(provenance["answer_ids"]) == 2
     assert provenance["base"]["fingerprint"]
 

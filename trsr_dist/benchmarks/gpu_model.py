@@ -267,19 +267,17 @@ class Bench:
         return torch.cuda.max_memory_allocated() if self._setting.device.type == "cuda" else 0
 
 
-def times_of(step: Callable[[], object], device: torch.device, repeats: int = REPEATS) -> list[float]:
+def times_of(step: Callable[[], object], device: torch.device) -> list[float]:
     """Seconds of each call, after one that is not counted."""
-    return times_in_turns((step,), device, repeats)[0]
+    return times_in_turns((step,), device)[0]
 
 
-def times_in_turns(
-    steps: Sequence[Callable[[], object]], device: torch.device, repeats: int = REPEATS
-) -> list[list[float]]:
+def times_in_turns(steps: Sequence[Callable[[], object]], device: torch.device) -> list[list[float]]:
     """Seconds of each call of each step, the steps in turns, after one call of each that is not counted."""
     times: list[list[float]] = [[] for _ in steps]
     for step in steps:
         step()
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         for step, seconds in zip(steps, times, strict=True):
             _wait(device)
             began = time.perf_counter()
