@@ -103,8 +103,8 @@ class Scripts:
     """A script as several ranks, each with its variables set as a scheduler does it; nobody watches over them."""
 
     def __init__(self, command: Sequence[str], output: Path, environment: dict[str, str], num_ranks: int) -> None:
-        common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(num_ranks)}
-        common |= environment | {"LOCAL_WORLD_SIZE": str(num_ranks)}
+        common = environment | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        common |= {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
         variables = [common | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(num_ranks)]
         self._ranks = [Script(command, output, output, own) for own in variables]
         self.pid = self._ranks[0].pid

@@ -118,7 +118,7 @@ def kill_the_launcher(run: Path, start: Start, step: int) -> None:
 
 
 def kill_a_rank(run: Path, start: Start, step: int) -> None:
-    job = start("torchrun")
+    job = start("srun")
     job.wait_for_step(step)
     ranks = job.pids()
     os.kill(ranks[1], signal.SIGKILL)

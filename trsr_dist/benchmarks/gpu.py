@@ -132,7 +132,7 @@ def generation(setting: Setting, rate: float, bandwidth: float) -> list[Row]:
         model = summarize.make_model(tokenizer, WRITER if on_gpu else summarize.TINY).to(setting.dtype)
     requests = summarize.ragged(tokenizer, NUM_PROMPTS if on_gpu else 4)
     rows = summarize.against_generate(model, tokenizer, requests, rate, "gpu", repeats=2)
-    return rows + by_in_flight(model, tokenizer, IN_FLIGHT if on_gpu else IN_FLIGHT[:2], rate, bandwidth)
+    return rows + by_in_flight(model, tokenizer, IN_FLIGHT if on_gpu else IN_FLIGHT[:1], rate, bandwidth)
 
 
 def _missing(case: str, reason: str) -> Row:
