@@ -107,22 +107,7 @@ def test_bfloat16_stays_near_float32(by_loss: dict) -> None:
 def test_what_a_run_shows(by_loss: dict) -> None:
     rows = [row for row in read_metrics(by_loss["answer", 2]) if "train/loss" in row]
     assert {row["stage"] for row in rows} == {"train"}
-    for name in [
-        "loss",
-        "auc",
-        "yes_rate",
-        "learning_rate",
-        "grad_norm",
-        "tokens_per_second",
-        "users_per_second",
-        "flops_per_second",
-        "row_fill",
-        "sharing_gain",
-        "data_wait_share",
-        "memory_gb",
-        "eta_seconds",
-        "epoch",
-    ]:  # noqa: SIM905
+    for name in NAMES:
         assert f"train/{name}" in rows[-1]
     assert rows[-1]["train/sharing_gain"] > 1.5
     assert 0 < rows[-1]["train/row_fill"] <= 1
