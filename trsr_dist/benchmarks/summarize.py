@@ -34,7 +34,7 @@ from trsr_dist.summarize.scheduler import Scheduler, Work
 
 REPEATS = 3
 """Each way is run so often, in turns; medians count."""
-NUM_RAGGED = 32
+NUM_RAGGED = 16
 TOKENS_IN, TOKENS_OUT = (50, 800), (10, 150)
 NUM_CHAINS, NODES_PER_CHAIN, BLOCK_SIZE = 40, 5, 2
 IN_FLIGHT = (1, 8, 32)
