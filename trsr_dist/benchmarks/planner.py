@@ -75,7 +75,7 @@ class Trial:
 
 
 CALIBRATED = Trial("640 x 5 layers", sizes(640, 5, 10, 10, 1728, 16384), 4, 512, 48, 5)
-"""In the middle of the widths: the wider a model, the larger the share of its time in matrix products, and their rate."""
+"""In the middle of the widths: the wider a model, the larger the share of its time in matrix products."""
 PREDICTED = (
     Trial("384 x 8 layers", sizes(384, 8, 6, 6, 1024, 4096), 4, 512, 48, 5),
     Trial("1024 x 3 layers, 1+1", sizes(1024, 3, 16, 4, 2816, 2048), 5, 300, 32, 2),
