@@ -44,7 +44,7 @@ quickstart: env  ## the whole method on built-in data, on 2 CPU cores (SEED=1 fo
 	@$(BIN)/python tools/merge_lora.py --checkpoint $(RUN)/checkpoints/latest --output $(RUN)/merged
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 tools/evaluate.py $(QUICKSTART) --model $(RUN)/merged
 
-test: env  ## all tests that need neither a GPU nor Slurm, under 10 minutes
+test: env  ## all tests that need neither a GPU nor Slurm, about 10 minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm and not soak"
 
 test-slurm: env  ## the tests on a real Slurm cluster of this machine (Linux, root)

@@ -27,10 +27,10 @@ class Job:
         (run / "heartbeats").mkdir(exist_ok=True)
         for old in (run / "heartbeats").iterdir():
             old.unlink()
-        self._log = open(run / "job.log", "a+")  # noqa: SIM115
+        log = run / "job.log"
+        self._log = open(log, "a+")  # noqa: SIM115
         command = ["launch/train.py", "--config", str(run / "config.yaml")]
         environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-        log = run / "job.log"
         if launcher == "alone":
             self.process: Script | Scripts | subprocess.Popen = Script(command, log, log, environment)
         elif launcher == "srun":

@@ -64,17 +64,8 @@ def write_results(output: Path, facts: dict[str, Any], rows: list[Row]) -> None:
 
 def run_tests(log: Path) -> dict[str, Any]:
     """The tests of ``tests/gpu``; their last lines say what was skipped, and why. All they print goes to ``log``."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "tests/gpu",
-        "-v",
-        "-rsf",
-        "--no-header",
-        "-o",
-        f"timeout={ONE_TEST_SECONDS}",
-    ]
+    options = ["-v", "-rsf", "--no-header", "-o", f"timeout={ONE_TEST_SECONDS}"]
+    command = [sys.executable, "-m", "pytest", "tests/gpu", *options]
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w", encoding="utf-8") as stream:
         status = run_group(command, stream, TEST_SECONDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate, chain, pairwise
 
 import torch
 
@@ -110,25 +110,24 @@ class Layout:
     @cached_property
     def copies(self) -> torch.Tensor:
         """int64: the token at each place of ``[H | H P_1 | ... H P_U | C_11 ...]``."""
-        ends = list(accumulate(self.prefixes, initial=self.head))
-        prefixes = [[*range(self.head), *range(*ends[user : user + 2])] for user in range(len(self.prefixes))]
-        places = [*range(self.head), *chain.from_iterable(prefixes), *range(self.suffix_start, self.num_tokens)]
-        return send(torch.tensor(places, dtype=torch.int64), self.device)
+        return send(self._copies, self.device)
 
     @cached_property
     def copied_places(self) -> tuple[torch.Tensor, torch.Tensor]:
         """int64: where each token stands in ``copies`` (of the head the first time), and the head's places before each
         prefix, user by user."""
-        copied = torch.tensor([self.head + length for length in self.prefixes])
-        begins = self.head + copied.cumsum(0) - copied
-        heads = (begins[:, None] + torch.arange(self.head)).flatten()
-        shift = self.head * torch.arange(1, len(self.prefixes) + 1)
-        shifts = torch.cat((shift, shift[-1:])).repeat_interleave(
-            torch.tensor([*self.prefixes, self.num_tokens - self.suffix_start])
-        )
-        own = torch.arange(self.num_tokens)
-        own[self.head :] += shifts
+        own = torch.empty(self.num_tokens, dtype=torch.int64)
+        own[self._copies] = torch.arange(len(self._copies))
+        own[: self.head] = torch.arange(self.head)
+        heads = (self._copies < self.head).nonzero().flatten()[self.head :]
         return send(own, self.device), send(heads, self.device)
+
+    @cached_property
+    def _copies(self) -> torch.Tensor:
+        """Not on the device, where asking for the head's places would wait for it."""
+        head, ends = [*range(self.head)], [*accumulate(self.prefixes, initial=self.head)]
+        prefixes = [[*head, *range(start, end)] for start, end in pairwise(ends)]
+        return torch.tensor([*head, *chain.from_iterable(prefixes), *range(ends[-1], self.num_tokens)])
 
     @cached_property
     def answer_calls(self) -> tuple[Call, ...]:
