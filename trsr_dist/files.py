@@ -157,8 +157,8 @@ def read_text(path: Path) -> str:
     """
     for _ in range(STALE_READS):
         try:
-            with open(path, encoding="utf-8", opener=plain) as stream:
-                return stream.read()
+            os.close(plain(path, os.O_RDONLY))
+            return path.read_text(encoding="utf-8")
         except OSError as error:
             if error.errno != errno.ESTALE:
                 raise
