@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from pydantic import TypeAdapter, ValidationError
-from pydantic_core import from_json
+from pydantic_core import ValidationError, from_json
 
 from trsr_dist.errors import DataError
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 SHOWN_CHARACTERS = 60
 """Of a wrong value, in messages."""
@@ -51,4 +53,6 @@ def describe_form(error: ValidationError) -> str:
 
 @lru_cache
 def _adapter(form: Any) -> TypeAdapter:
+    from pydantic import TypeAdapter  # takes its time, and locks need none
+
     return TypeAdapter(form)

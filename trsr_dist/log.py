@@ -12,7 +12,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import ConfigDict
 from tqdm import tqdm
 from typing_extensions import TypedDict
 
@@ -48,7 +47,7 @@ def setup_logging(rank: int = 0, stage: str = "") -> None:
 class MetricRow(TypedDict):
     """What every row of ``metrics.jsonl`` has, beside its scalars."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")
+    __pydantic_config__ = {"extra": "allow"}
     stage: str
     step: int
     time: float

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from trsr_dist import __version__
@@ -106,7 +105,7 @@ def write_manifest(folder: Path, stage: str, settings: dict[str, Any], inputs: d
 class Manifest(TypedDict, total=False):
     """What every stage's manifest may hold, beside facts of its own."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")
+    __pydantic_config__ = {"extra": "allow"}
     stage: str
     settings: dict[str, Any]
     inputs: dict[str, str]

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from trsr_dist.errors import DataError
@@ -31,7 +30,7 @@ PIECE = 4096
 class Record(TypedDict):
     """What every record has; the scheduler's have more."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")
+    __pydantic_config__ = {"extra": "allow"}
     key: str
 
 

@@ -15,7 +15,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import ConfigDict
 from typing_extensions import TypedDict
 
 from trsr_dist.environment import Ranks
@@ -33,7 +32,7 @@ EXIT_STUCK = 74
 class Beat(TypedDict):
     """What a rank tells of itself."""
 
-    __pydantic_config__ = ConfigDict(extra="allow")
+    __pydantic_config__ = {"extra": "allow"}
     rank: int
     world_size: int
     host: str
