@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from trsr_dist.environment import detect_ranks, process_start
+from trsr_dist.errors import DataError
+from trsr_dist.json_text import parse_json
 
 STALE_READS = 5
 MAX_SIGN_BYTES = 2**20
@@ -124,18 +126,13 @@ def read_sign(path: Path) -> Sign | None:
 def _read_sign(path: Path) -> Sign:
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     try:
-        content = os.read(descriptor, MAX_SIGN_BYTES)
-        return Sign(_parse(content), os.fstat(descriptor).st_mtime_ns)
+        try:
+            record = parse_json(os.read(descriptor, MAX_SIGN_BYTES))
+        except DataError:
+            record = {}
+        return Sign(record, os.fstat(descriptor).st_mtime_ns)
     finally:
         os.close(descriptor)
-
-
-def _parse(content: bytes) -> dict[str, Any]:
-    try:
-        record = json.loads(content)
-    except (ValueError, RecursionError):
-        return {}
-    return record if isinstance(record, dict) else {}
 
 
 def server_time_ns(folder: Path) -> int:

@@ -122,7 +122,7 @@ def test_foreign_files_are_not_overwritten(tmp_path: Path) -> None:
 
 def test_a_file_replaced_while_it_is_read_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As NFS does it, which no test machine has: the first reads find a handle that has gone stale."""
-    write_json(tmp_path / "a.json", 1)
+    write_json(tmp_path / "a.json", {"a": 1})
     stale, whole = [OSError(errno.ESTALE, "Stale file handle")] * 2, Path.read_text
 
     def read(path: Path, **options: object) -> str:
@@ -131,7 +131,7 @@ def test_a_file_replaced_while_it_is_read_is_read_anew(tmp_path: Path, monkeypat
         return whole(path, **options)
 
     monkeypatch.setattr(Path, "read_text", read)
-    assert read_json(tmp_path / "a.json") == 1
+    assert read_json(tmp_path / "a.json") == {"a": 1}
     stale += [OSError(errno.ESTALE, "Stale file handle")] * 50
     with pytest.raises(DataError, match="missing"):
         read_json(tmp_path / "a.json")

@@ -14,6 +14,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import DataError
 from trsr_dist.files import read_json, write_json
@@ -25,7 +27,20 @@ WARNING_SHARE = 0.45
 """Of the time without progress after which a rank ends itself: shortly before the collectives' timeout."""
 EXIT_STUCK = 74
 """EX_IOERR: this rank made no progress and has ended itself."""
-NEEDED = {"rank": int, "world_size": int, "host": str, "pid": int, "step": int, "phase": str, "idle_seconds": float}
+
+
+class RankFile(TypedDict):
+    """What a rank tells of itself, beside what ``Owner`` holds."""
+
+    __pydantic_config__ = {"extra": "allow"}
+    rank: int
+    world_size: int
+    host: str
+    pid: int
+    step: int
+    phase: str
+    idle_seconds: float
+    """For which it is in this phase, at the time of writing."""
 
 
 class Heartbeat:
@@ -100,9 +115,7 @@ def read_heartbeats(folder: Path) -> list[dict[str, Any]]:
     beats = []
     for path in folder.glob("rank-*.json"):
         with suppress(DataError, OSError):
-            beat, stamp = read_json(path), path.stat().st_mtime
-            if isinstance(beat, dict) and all(isinstance(beat.get(key), kind) for key, kind in NEEDED.items()):
-                beats.append(beat | {"time": stamp})
+            beats.append(read_json(path, RankFile) | {"time": path.stat().st_mtime})
     beats.sort(key=lambda beat: beat["rank"])
     newest = max(beats, key=lambda beat: beat["time"], default=None)
     return [beat for beat in beats if beat["rank"] < newest["world_size"]] if newest else []
