@@ -9,12 +9,14 @@ import json
 import os
 import shutil
 import socket
+import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
 from trsr_dist.errors import DataError, RunError
+from trsr_dist.json_text import parse_json
 
 MOVED = "old"
 """Kind of the temporary name of a folder that is being replaced."""
@@ -115,6 +117,21 @@ def temporary_name(path: Path, kind: str = "tmp") -> Path:
     return path.with_name(f".{path.name}.{kind}-{socket.gethostname()}-{os.getpid()}")
 
 
+def plain(path: str | Path, flags: int) -> int:
+    """An opener of plain files: a pipe would wait for a writer, and a device never ends.
+
+    Raises:
+        DataError: it is something else.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise DataError(f"{path}: {kind}, expected a plain file")
+    return descriptor
+
+
 def sync_path(path: Path) -> None:
     """Force a file's or folder's content to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -136,9 +153,11 @@ def read_text(path: Path) -> str:
 
     Raises:
         FileNotFoundError: it is not there.
+        DataError: it is no plain file.
     """
     for _ in range(STALE_READS):
         try:
+            os.close(plain(path, os.O_RDONLY))
             return path.read_text(encoding="utf-8")
         except OSError as error:
             if error.errno != errno.ESTALE:
@@ -153,22 +172,27 @@ def write_json(path: str | Path, value: Any) -> None:
         stream.write("\n")
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, form: Any = dict[str, Any], finite: bool = True) -> Any:
     """Read JSON.
 
+    Args:
+        path: of the file.
+        form: type of the value, see ``parse_json``.
+        finite: refuse NaN and Infinity, which some models' configs hold.
+
     Raises:
-        DataError: the file is missing or not JSON.
+        DataError: the file is missing, no plain file, not JSON or of another form.
     """
     path = Path(path)
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path), form, finite)
     except FileNotFoundError:
         raise DataError(f"{path}: missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); write it anew or restore it") from None
+    except (DataError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {str(error).removeprefix(f'{path}: ')}; restore it, or write it again") from None
 
 
 def sha256_of(path: str | Path) -> str:
     """Hex SHA-256 of a file."""
-    with open(path, "rb") as stream:
+    with open(path, "rb", opener=plain) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

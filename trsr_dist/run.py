@@ -13,10 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from trsr_dist import __version__
 from trsr_dist.environment import detect_ranks, process_start
-from trsr_dist.errors import RunError
+from trsr_dist.errors import DataError, RunError
 from trsr_dist.files import atomic_file, read_json, read_text, sha256_of, write_json
+from trsr_dist.json_text import parse_json
 
 MANIFEST = "manifest.json"
 RUN = "RUN/"
@@ -99,6 +102,28 @@ def write_manifest(folder: Path, stage: str, settings: dict[str, Any], inputs: d
     write_json(folder / MANIFEST, json.loads(json.dumps(value)))
 
 
+class Manifest(TypedDict, total=False):
+    """What every stage's manifest may hold, beside facts of its own."""
+
+    __pydantic_config__ = {"extra": "allow"}
+    stage: str
+    settings: dict[str, Any]
+    inputs: dict[str, str]
+
+
+def read_manifest(folder: Path, form: type = Manifest) -> dict[str, Any]:
+    """The manifest of a folder.
+
+    Args:
+        folder: that a stage wrote.
+        form: of a stage that keeps more in it.
+
+    Raises:
+        DataError: missing, damaged or of another form.
+    """
+    return read_json(folder / MANIFEST, form)
+
+
 def is_finished(folder: Path, settings: dict[str, Any], inputs: dict[str, str], force: bool = False) -> bool:
     """Whether ``folder`` already holds this stage's output for these settings and inputs.
 
@@ -111,7 +136,7 @@ def is_finished(folder: Path, settings: dict[str, Any], inputs: dict[str, str], 
         raise RunError(
             f"{folder}: holds files but no {MANIFEST}, so it is not this run's; use another run.dir or --force"
         )
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_manifest(folder)
     _compare(folder, "settings", manifest.get("settings", {}), json.loads(json.dumps(settings)))
     _compare(folder, "inputs", manifest.get("inputs", {}), inputs)
     return True
@@ -123,7 +148,7 @@ def check_inputs(folder: Path, inputs: dict[str, str], remedy: str = ANEW) -> No
     Raises:
         RunError: names the input and both hashes; ``remedy`` ends the message.
     """
-    _compare(folder, "inputs", read_json(folder / MANIFEST).get("inputs", {}), inputs, remedy)
+    _compare(folder, "inputs", read_manifest(folder).get("inputs", {}), inputs, remedy)
 
 
 def _compare(folder: Path, kind: str, recorded: dict[str, Any], current: dict[str, Any], remedy: str = ANEW) -> None:
@@ -203,8 +228,8 @@ def _myself() -> dict[str, Any]:
 
 def _holder(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(read_text(path) or "{}")
-    except (FileNotFoundError, json.JSONDecodeError):
+        return parse_json(read_text(path))
+    except (FileNotFoundError, UnicodeDecodeError, DataError):  # an empty one: it is being written
         return {}
 
 

@@ -210,7 +210,7 @@ except RunError:
 def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
     gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
     (tmp_path / ".shards.lock").write_text(json.dumps({"host": os.uname().nodename, "pid": int(gone.stdout)}))
-    command = [sys.executable, "-c", RACER, str(tmp_path / "shards"), str(time.time() + 1.0)]
+    command = [sys.executable, "-c", RACER, str(tmp_path / "shards"), str(time.time() + 2.0)]
     racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(6)]
     said = [racer.communicate()[0].strip() for racer in racers]
     assert sorted(said) == ["held"] + ["refused"] * 5
@@ -219,7 +219,7 @@ def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
 
 def test_a_file_replaced_while_it_is_read_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As NFS does it, which no test machine has: the first reads find a handle that has gone stale."""
-    write_json(tmp_path / "a.json", 1)
+    write_json(tmp_path / "a.json", {"a": 1})
     stale, whole = [OSError(errno.ESTALE, "Stale file handle")] * 2, Path.read_text
 
     def read(path: Path, **options: object) -> str:
@@ -228,7 +228,7 @@ def test_a_file_replaced_while_it_is_read_is_read_anew(tmp_path: Path, monkeypat
         return whole(path, **options)
 
     monkeypatch.setattr(Path, "read_text", read)
-    assert read_json(tmp_path / "a.json") == 1
+    assert read_json(tmp_path / "a.json") == {"a": 1}
     stale += [OSError(errno.ESTALE, "Stale file handle")] * 50
     with pytest.raises(DataError, match="missing"):
         read_json(tmp_path / "a.json")

@@ -11,8 +11,7 @@ from trsr_dist.config import Config
 from trsr_dist.evaluate.identity import model_identity
 from trsr_dist.evaluate.passes import ScoringPass, drawn_protocols, plan_passes
 from trsr_dist.evaluate.scores import IDENTITY, ScoreFolder
-from trsr_dist.files import read_json
-from trsr_dist.run import MANIFEST, RunFolder, check_inputs, manifest_hash
+from trsr_dist.run import MANIFEST, RunFolder, check_inputs, manifest_hash, read_manifest
 
 REMEDY = "use another --output, or --force to score anew"
 
@@ -129,7 +128,7 @@ class Evaluation:
         if force or not (self.folder / MANIFEST).is_file():
             return False
         check_inputs(self.folder, self.inputs(), REMEDY)
-        is_same = read_json(self.folder / MANIFEST).get("settings") == json.loads(json.dumps(self.settings()))
+        is_same = read_manifest(self.folder).get("settings") == json.loads(json.dumps(self.settings()))
         is_reported = self.report.is_file() and f" {self.split} users," in self.report.read_text(encoding="utf-8")
         return is_same and self.results.is_file() and is_reported
 

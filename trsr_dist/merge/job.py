@@ -111,7 +111,7 @@ def make_provenance(inputs: Inputs, options: MergeOptions) -> dict[str, Any]:
         "dtype": str(inputs.dtype).removeprefix("torch."),
         "untied_embeddings": inputs.plan.unties,
         "changed_tensors": sum(output.change is not None for output in inputs.plan.outputs),
-        "config_hash": digest(read_json(inputs.base / "config.json")),
+        "config_hash": digest(read_json(inputs.base / "config.json", finite=False)),
         "adapter": adapter_facts(inputs.adapter),
     }
     return {**recorded, "base": base, **prompt, "merge": facts}

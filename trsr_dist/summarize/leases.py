@@ -18,7 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from trsr_dist.environment import process_start
+from trsr_dist.errors import DataError
 from trsr_dist.files import read_text
+from trsr_dist.json_text import parse_json
 
 BEATS_PER_LEASE = 4
 LOOKS_PER_LEASE = 20
@@ -147,8 +149,8 @@ class LeaseFolder:
 
     def _holder(self, path: Path) -> Owner | None:
         try:
-            return Owner(**json.loads(read_text(path)))
-        except (FileNotFoundError, json.JSONDecodeError, TypeError):
+            return parse_json(read_text(path), Owner)
+        except (FileNotFoundError, UnicodeDecodeError, DataError):
             return None
 
     def _remove_if_stale(self, path: Path) -> bool:

@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+from typing_extensions import TypedDict
 
 from trsr_dist.errors import DataError
 from trsr_dist.files import read_json, write_json
 from trsr_dist.hashing import digest
-from trsr_dist.run import MANIFEST, RunFolder
-from trsr_dist.summarize.units import SplitWork
+from trsr_dist.run import MANIFEST, Manifest, RunFolder, read_manifest
+from trsr_dist.summarize.units import Failed, SplitWork
 
 JOB = "job.json"
 PUBLISHED = "published"
@@ -59,6 +62,27 @@ class TaskProgress:
     """Read and written."""
     time: float = 0.0
     """Unix seconds of this writing."""
+
+
+class SplitFile(TypedDict):
+    """A split of the job."""
+
+    work: Annotated[str, Field(pattern=r"^[^/\x00]+$")]
+    """Name of its work folder."""
+    num_users: NonNegativeInt
+    users_per_unit: PositiveInt
+
+
+class JobFile(TypedDict):
+    """What the job consists of."""
+
+    splits: dict[str, SplitFile]
+
+
+class PublishedManifest(Manifest, total=False):
+    """What the manifest of a published set says of its job."""
+
+    failed: list[Failed]
 
 
 class Rates:
@@ -147,7 +171,7 @@ class ProgressReader:
     def __init__(self, run: RunFolder, folder: Path) -> None:
         self.run = run
         self.folder = folder
-        splits = read_json(folder / JOB)["splits"]
+        splits = read_json(folder / JOB, JobFile)["splits"]
         self._works = {
             split: SplitWork(run.summaries / "work" / facts["work"], split, facts["num_users"], facts["users_per_unit"])
             for split, facts in splits.items()
@@ -194,9 +218,9 @@ class ProgressReader:
         path = self.run.split(split) / MANIFEST
         if not path.is_file():
             return None
-        manifest = read_json(path)
-        own = work.folder.name == work_name(split, manifest["settings"], manifest["inputs"])
-        return manifest["failed"] if own else None
+        manifest = read_manifest(path.parent, PublishedManifest)
+        own = work.folder.name == work_name(split, manifest.get("settings", {}), manifest.get("inputs", {}))
+        return manifest.get("failed", []) if own else None
 
 
 def work_name(split: str, settings: dict[str, Any], inputs: dict[str, str]) -> str:
@@ -211,8 +235,8 @@ def read_tasks(folder: Path) -> list[TaskProgress]:
         if path.name == JOB:
             continue
         try:
-            task = TaskProgress(**read_json(path))
-        except (DataError, TypeError):
+            task = read_json(path, TaskProgress)
+        except DataError:
             continue
         if task.state == "running" and time.time() - path.stat().st_mtime > SILENT_SECONDS:
             task.state = "killed"

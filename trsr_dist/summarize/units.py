@@ -17,13 +17,35 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from trsr_dist.errors import DataError
 from trsr_dist.files import read_json, sync_folder, write_json
 from trsr_dist.records import Sample
 from trsr_dist.run import MANIFEST
-from trsr_dist.shards.writer import ShardFacts, write_shard, write_split_manifest
+from trsr_dist.shards.manifest import ShardFacts, write_split_manifest
+from trsr_dist.shards.writer import write_shard
 
 FACTS = "facts.json"
+
+
+class Failed(TypedDict):
+    """A user without a summary."""
+
+    user: str
+    node: int
+    """Position of the failed request in the user's plan."""
+    key: str
+    reason: str
+
+
+class UnitFacts(TypedDict):
+    """What a committed unit holds."""
+
+    shard: ShardFacts
+    num_users: int
+    failed: list[Failed]
+    counts: dict[str, int]
 
 
 class SplitWork:
@@ -75,13 +97,13 @@ class SplitWork:
         missing = next((unit for unit in range(self.num_units) if unit not in self._done), None)
         return missing is None or (self.is_done(missing) and len(self.committed()) == self.num_units)
 
-    def facts(self, unit: int) -> dict[str, Any]:
-        """What a committed unit holds: ``shard``, ``num_users``, ``failed`` and ``counts``.
+    def facts(self, unit: int) -> UnitFacts:
+        """What a committed unit holds.
 
         Raises:
-            DataError: it is gone: the set has been published and the work folder removed.
+            DataError: it is damaged, or gone: the set has been published and the work folder removed.
         """
-        return read_json(self._unit(unit) / FACTS)
+        return read_json(self._unit(unit) / FACTS, UnitFacts)
 
     def failures(self, max_age_seconds: float = 0.0) -> list[dict[str, Any]]:
         """Users without a summary in all committed units: user, node, key, reason. A unit is read once."""
@@ -132,7 +154,7 @@ class SplitWork:
             whole.mkdir()
             for unit in range(self.num_units):
                 self._link_files(self._unit(unit), whole)
-            shards = [ShardFacts(**self.facts(unit)["shard"]) for unit in range(self.num_units)]
+            shards = [self.facts(unit)["shard"] for unit in range(self.num_units)]
             write_split_manifest(whole, shards, settings, inputs, **facts)
             return self._take_name(whole, target, task)
         except FileNotFoundError:

@@ -31,9 +31,9 @@ from trsr_dist.files import (
 )
 from trsr_dist.log import get_logger
 from trsr_dist.model.lora import adapter_name, parameter_name
-from trsr_dist.model.places import ADAPTER_CONFIG, POINTERS, PROVENANCE
+from trsr_dist.model.places import ADAPTER_CONFIG, POINTERS, PROVENANCE, CheckpointManifest
 from trsr_dist.model.tensor_file import write_tensors
-from trsr_dist.run import MANIFEST
+from trsr_dist.run import MANIFEST, read_manifest
 
 ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
 OPTIMIZER = "optimizer.safetensors"
@@ -221,7 +221,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         CheckpointError: incomplete, damaged, or with tensors that are empty or not finite.
     """
     try:
-        files = read_json(folder / MANIFEST)["files"]
+        files = read_manifest(folder, CheckpointManifest)["files"]
         for name, recorded in files.items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != recorded["size"] or sha256_of(path) != recorded["sha256"]:
@@ -229,7 +229,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         adapter = load_file(folder / ADAPTER_WEIGHTS)
         tensors = {f"weight/{parameter_name(name)}": tensor for name, tensor in adapter.items()}
         tensors |= load_file(folder / OPTIMIZER)
-        state = TrainerState(**read_json(folder / STATE))
+        state = read_json(folder / STATE, TrainerState)
         provenance, digest = read_json(folder / PROVENANCE), sha256_of(folder / MANIFEST)
     except (DataError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint ({error})") from None

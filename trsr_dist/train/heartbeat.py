@@ -15,6 +15,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import DataError
 from trsr_dist.files import read_json, temporary_name
@@ -25,6 +27,24 @@ WARNING_SHARE = 0.45
 """Of the time without progress after which a rank ends itself: shortly before the collectives' timeout."""
 EXIT_STUCK = 74
 """EX_IOERR: this rank made no progress and has ended itself."""
+
+
+class Beat(TypedDict):
+    """What a rank tells of itself."""
+
+    __pydantic_config__ = {"extra": "allow"}
+    rank: int
+    world_size: int
+    host: str
+    pid: int
+    job: str
+    restart: int
+    step: int
+    phase: str
+    since: float
+    """Unix seconds since when it is in this phase."""
+    time: float
+    """Unix seconds of this writing."""
 
 
 class Heartbeat:
@@ -100,7 +120,7 @@ class Heartbeat:
     def _is_superseded(self) -> bool:
         """Whether a later start of this Slurm job beats here: this process was cut off and its job runs elsewhere."""
         try:
-            there = read_json(self._path)
+            there = read_json(self._path, Beat)
         except DataError:
             return False
         return there.get("job") == self._ranks.job_id and there.get("restart", 0) > self._ranks.restart
@@ -111,7 +131,7 @@ def read_heartbeats(folder: Path) -> list[dict[str, Any]]:
     beats = []
     for path in folder.glob("rank-*.json"):
         with suppress(DataError, OSError):
-            beats.append(read_json(path))
+            beats.append(read_json(path, Beat))
     beats.sort(key=lambda beat: beat["rank"])
     newest = max(beats, key=lambda beat: beat["time"], default=None)
     return [beat for beat in beats if beat["rank"] < newest["world_size"]] if newest else []
