@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from trsr_dist.log import get_logger
 
@@ -43,6 +44,23 @@ def load_causal(name_or_path: str, **options: Any) -> PreTrainedModel:
             name_or_path,
         )
     return model
+
+
+def max_positions(config: PretrainedConfig) -> int:
+    """Tokens of the longest text that a model has positions for, its rotary scaling included; ``sys.maxsize`` where the
+    config names no limit, or the positions are linear biases (ALiBi)."""
+    text = config.get_text_config()
+    limit = getattr(text, "max_position_embeddings", None)
+    if not limit or getattr(text, "alibi", False):
+        return sys.maxsize
+    rope = getattr(text, "rope_parameters", None) or {}
+    # One set of parameters, or one for each kind of layer.
+    scalings = [rope] if "rope_type" in rope else [part for part in rope.values() if isinstance(part, dict)]
+    # Some configs name the length before scaling, some the length after it.
+    scaled = [
+        (part.get("original_max_position_embeddings") or limit) * (part.get("factor") or 1.0) for part in scalings
+    ]
+    return max(limit, *map(int, scaled), 0)
 
 
 def leave_out_cudnn() -> None:

@@ -16,7 +16,7 @@ from trsr_dist.log import get_logger
 from trsr_dist.model.architecture import sharing_hindrance
 from trsr_dist.model.attention.backends import choose_backend
 from trsr_dist.model.zero3 import load_divided
-from trsr_dist.pretrained import UNREADABLE, load_causal
+from trsr_dist.pretrained import UNREADABLE, load_causal, max_positions
 
 log = get_logger("model")
 
@@ -169,8 +169,9 @@ def shared_backend(
         max_tokens: of the longest prompt.
 
     Raises:
-        ConfigError: the asked back end cannot run here.
+        ConfigError: the asked back end cannot run here, or the model has no positions for such prompts.
     """
+    check_positions(config, max_tokens)
     hindrance = sharing_hindrance(config, max_tokens)
     if hindrance:
         if name != "auto":
@@ -180,6 +181,20 @@ def shared_backend(
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return choose_backend(name, device, dtype, head_dim)
+
+
+def check_positions(config: PretrainedConfig, max_tokens: int) -> None:
+    """Prompts must not be longer than the texts that the model has positions for.
+
+    Raises:
+        ConfigError: they may be: rotary positions would go on without a word, learned ones end in an index error.
+    """
+    limit = max_positions(config)
+    if max_tokens > limit:
+        raise ConfigError(
+            f"prompt.max_tokens={max_tokens}: model {config.name_or_path!r} has positions for {limit} tokens "
+            f"(max_position_embeddings in its config.json); set prompt.max_tokens={limit} or less"
+        )
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicCache
 
 from trsr_dist.errors import DataError, ModelError
 from trsr_dist.log import get_logger
-from trsr_dist.pretrained import UNREADABLE, leave_out_cudnn, load_causal
+from trsr_dist.pretrained import UNREADABLE, leave_out_cudnn, load_causal, max_positions
 from trsr_dist.summarize.engines.encoding import PromptEncoder, load_tokenizer, unreadable
 from trsr_dist.summarize.engines.slots import Slots
 from trsr_dist.summarize.quality import turn_place
@@ -294,11 +294,7 @@ def context_tokens(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     slides = "sliding_attention" in kinds if kinds else True
-    limits = (
-        getattr(config, "max_position_embeddings", None),
-        getattr(config, "sliding_window", None) if slides else None,
-    )
-    return min((limit for limit in limits if limit), default=sys.maxsize)
+    return min(max_positions(config), (getattr(config, "sliding_window", None) if slides else None) or sys.maxsize)
 
 
 def check_attention(model: PreTrainedModel, max_prompt_tokens: int) -> None:
