@@ -17,9 +17,8 @@ import pyarrow as pa
 
 from trsr_dist.data.splits import SPLITS
 from trsr_dist.errors import DataError
-from trsr_dist.files import read_json
 from trsr_dist.records import Item
-from trsr_dist.run import MANIFEST, manifest_hash
+from trsr_dist.run import manifest_hash, read_manifest
 
 ROWS_PER_BATCH = 4096
 POOLS = "pools"
@@ -178,7 +177,7 @@ class HistoryStore:
     def __init__(self, folder: str | Path) -> None:
         folder = Path(folder)
         self.manifest_hash = manifest_hash(folder)
-        self.within_category = POOLS in read_json(folder / MANIFEST).get("settings", {})
+        self.within_category = POOLS in read_manifest(folder).get("settings", {})
         """Negatives of every strategy have the target's category."""
         self.catalogue = Catalogue(folder / "items.arrow")
         self._users = {split: ArrowRows(folder / f"{split}.arrow") for split in SPLITS}

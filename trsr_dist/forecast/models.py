@@ -27,12 +27,12 @@ def read_config(name_or_path: str, revision: str) -> dict[str, Any]:
     """
     path = Path(name_or_path) / "config.json"
     if path.is_file():
-        return read_json(path)
+        return read_json(path, finite=False)
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return read_json(hf_hub_download(name_or_path, "config.json", revision=revision or None))
+        return read_json(hf_hub_download(name_or_path, "config.json", revision=revision or None), finite=False)
     except (HFValidationError, OSError, ValueError) as error:
         raise ModelError(
             f"model {name_or_path!r}: no {path}, and not from the hub either ({str(error).splitlines()[0]})"

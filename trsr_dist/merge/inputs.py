@@ -69,7 +69,7 @@ def prepare(
 ) -> Inputs:
     """Check that adapter, base and tokenizer fit together, and plan the output."""
     check_base(base, base_name.fingerprint, fingerprint)
-    if read_json(base / "config.json").get("quantization_config"):
+    if read_json(base / "config.json", finite=False).get("quantization_config"):
         raise ModelError(f"{base}: a quantized model; name its unquantized original with --base")
     by_file = folder_entries(base)
     entries = {entry.name: entry for entries in by_file for entry in entries}

@@ -201,7 +201,7 @@ def check_vocabulary(base: Path, entries: Sequence[TensorEntry]) -> int:
     Raises:
         ModelError: the embedding has another number of rows.
     """
-    config = read_json(base / "config.json")
+    config = read_json(base / "config.json", finite=False)
     expected = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     for entry in entries:
         if entry.name.endswith(EMBEDDINGS) and entry.num_rows != expected:

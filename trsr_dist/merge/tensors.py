@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt
+from typing_extensions import TypedDict
 
-from trsr_dist.errors import ModelError
+from trsr_dist.errors import DataError, ModelError
 from trsr_dist.files import read_json
+from trsr_dist.json_text import parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,6 +38,20 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class TensorFacts(TypedDict):
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: list[NonNegativeInt]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+
+
+class WeightIndex(TypedDict):
+    """Files of a folder's tensors."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +95,10 @@ def read_header(path: Path) -> tuple[dict[str, Any], int]:
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(size, MAX_HEADER_BYTES):
                 raise ModelError(f"{path}: header of {length} bytes in a file of {size}: truncated; copy it anew")
-            return json.loads(stream.read(length)), 8 + length
+            return parse_json(stream.read(length), dict[str, TensorFacts | dict[str, str]]), 8 + length
     except FileNotFoundError:
         raise ModelError(f"{path}: missing; the model folder is incomplete, copy it anew") from None
-    except (struct.error, json.JSONDecodeError, UnicodeDecodeError):
+    except (struct.error, DataError):
         raise ModelError(f"{path}: not a safetensors file, or truncated; copy it anew") from None
 
 
@@ -118,7 +135,7 @@ def folder_files(folder: Path) -> list[Path]:
         ModelError: the folder has no safetensors weights.
     """
     if (folder / INDEX).is_file():
-        return [folder / name for name in sorted(set(read_json(folder / INDEX)["weight_map"].values()))]
+        return [folder / name for name in sorted(set(read_json(folder / INDEX, WeightIndex)["weight_map"].values()))]
     if (folder / SINGLE).is_file():
         return [folder / SINGLE]
     raise ModelError(
@@ -138,7 +155,7 @@ def folder_entries(folder: Path) -> list[list[TensorEntry]]:
     if sum(map(len, by_file)) != len(found):
         raise ModelError(f"{folder}: a tensor is in two files; copy the model anew")
     if (folder / INDEX).is_file():
-        promised = read_json(folder / INDEX)["weight_map"]
+        promised = read_json(folder / INDEX, WeightIndex)["weight_map"]
         for name in sorted(promised.keys() ^ found.keys()):
             raise ModelError(f"{folder}: {name} is in {INDEX} or in the files, not in both; copy the model anew")
     return by_file

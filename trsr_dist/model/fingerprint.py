@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 from trsr_dist.errors import ModelError
+from trsr_dist.files import read_json
 
 SAMPLE_BYTES = 4096
 NUM_SAMPLES = 16
@@ -24,7 +25,7 @@ def base_fingerprint(folder: str | Path, revision: str = "") -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not (folder / "config.json").is_file() or not files:
         raise ModelError(f"{folder}: no config.json or no safetensors; name a complete model folder")
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_json(folder / "config.json", finite=False)
     stable = {key: value for key, value in config.items() if key not in VOLATILE}
     state = hashlib.sha256(json.dumps(stable, sort_keys=True).encode())
     for path in files:

@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from trsr_dist.errors import CheckpointError, ModelError
 from trsr_dist.files import read_json, sha256_of
-from trsr_dist.run import MANIFEST
+from trsr_dist.run import MANIFEST, Manifest, read_manifest
 
 PROVENANCE = "provenance.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -17,6 +19,19 @@ BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tikto
 CODE_FILES = ["*.py"]
 SECOND_COPIES = ["consolidated*", "original/*"]
 """The weights once more, in the form of the model's authors."""
+
+
+class FileFacts(TypedDict):
+    """What a checkpoint's manifest says of a file."""
+
+    size: int
+    sha256: str
+
+
+class CheckpointManifest(Manifest):
+    """Files by their paths in the checkpoint."""
+
+    files: dict[str, FileFacts]
 
 
 def follow(path: Path) -> Path:
@@ -54,7 +69,7 @@ def check_checkpoint(folder: Path) -> None:
     """
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder}: no {MANIFEST}: it was not written to its end; choose an earlier checkpoint")
-    files = read_json(folder / MANIFEST).get("files", {})
+    files = read_manifest(folder, CheckpointManifest)["files"]
     for name, recorded in files.items():
         if not name.startswith("adapter/") and name != PROVENANCE:
             continue

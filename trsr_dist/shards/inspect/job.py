@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from trsr_dist.errors import DataError, TrsrError
-from trsr_dist.files import read_json
-from trsr_dist.run import MANIFEST
+from trsr_dist.run import MANIFEST, read_manifest
 from trsr_dist.shards.inspect.adopt import index_split
 from trsr_dist.shards.inspect.content import SplitContent, judge_content, read_content
 from trsr_dist.shards.inspect.findings import Findings
@@ -80,7 +79,7 @@ def split_folders(folder: Path) -> list[Path]:
 
 
 def _is_split(folder: Path) -> bool:
-    has_shards = any(folder.glob("*.tar")) or (folder / MANIFEST).is_file() and "shards" in read_json(folder / MANIFEST)
+    has_shards = any(folder.glob("*.tar")) or (folder / MANIFEST).is_file() and "shards" in read_manifest(folder)
     return has_shards and not folder.name.startswith(".")
 
 
