@@ -104,11 +104,11 @@ class TestFolders:
             CheckpointFolder(tmp_path, 3, fence).clear()
         assert (tmp_path / "step-000001").is_dir() and (tmp_path / "latest").is_file()
 
-    @pytest.mark.parametrize("change", ["size", "sha256"])
-    def test_a_file_that_is_not_the_listed_one(self, tmp_path: Path, change: str) -> None:
+    @pytest.mark.parametrize("change", [{"size": 1}, {"sha256": "0" * 64}], ids=["size", "sha256"])
+    def test_a_file_that_is_not_the_listed_one(self, tmp_path: Path, change: dict) -> None:
         path = save(CheckpointFolder(tmp_path, 3), 1)
         listed = read_json(path / "manifest.json")
-        listed["files"]["state.json"][change] = 1
+        listed["files"]["state.json"] |= change
         write_json(path / "manifest.json", listed)
         with pytest.raises(CheckpointError, match=r"state\.json: missing, truncated or changed"):
             read_checkpoint(path)
