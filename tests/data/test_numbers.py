@@ -118,7 +118,7 @@ ROWS = {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4, "blank": REMOVED}
 
 
 def admitted(history: str, targets: str, shown: str = "", **changes: object) -> tuple[KnownUser | None, dict[str, int]]:
-    """Of a user whose items have names of one letter; and the counts."""
+    """Of a user whose items have names of one letter; and the counts but the number of ids, which is compared here."""
     rules = {
         "min_history": 1,
         "max_history": 0,
@@ -129,6 +129,7 @@ def admitted(history: str, targets: str, shown: str = "", **changes: object) -> 
     counts: Counter[str] = Counter()
     log = UserLog("u", tuple(history.split()), tuple(targets.split()), 9, tuple(shown.split()), "f:3")
     user = admit(log, ROWS, HistoryRules(**(rules | changes)), counts)
+    assert counts.pop("item_ids_read", 0) == (len(f"{history} {targets} {shown}".split()) if history else 0)
     return user, dict(counts)
 
 
