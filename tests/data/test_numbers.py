@@ -65,12 +65,18 @@ class Fixed(random.Random):
 class TestDraws:
     def test_draws_are_those_of_an_earlier_version(self) -> None:
         """Others would give every data set other candidates. The last case looks at all items after its rounds."""
-        weights, seen = np.arange(1, 41) ** 2, np.arange(40) // 20
-        for pool in (ItemPool(np.arange(40), weights), ItemPool(np.arange(40), weights, seen)):
-            drawn = [pool.draw(4, {39}, random_stream("old", i), before=2) for i in range(3)]
-            assert drawn == [[27, 38, 24, 25], [33, 11, 31, 12], [31, 23, 18, 37]]
+        pool = ItemPool(np.arange(40), np.arange(1, 41) ** 2)
+        drawn = [pool.draw(4, {39}, random_stream("old", i)) for i in range(3)]
+        assert drawn == [[27, 38, 24, 25], [33, 11, 31, 12], [31, 23, 18, 37]]
         heavy = ItemPool(np.arange(6), np.array([10**15, 1, 2, 3, 4, 5]))
         assert heavy.draw(4, {0}, random_stream("old")) == [2, 4, 5, 3]
+
+    def test_items_seen_at_one_time_and_of_one_category_keep_their_order(self) -> None:
+        weights, order = np.arange(1, 201), np.r_[0:200:2, 1:200:2]
+        expected = ItemPool(order, weights[order]).draw(9, set(), random_stream(0))
+        assert ItemPool(np.arange(200), weights, np.arange(200) % 2).draw(9, set(), random_stream(0), 2) == expected
+        expected = ItemPool(order[:100], weights[::2]).draw(9, set(), random_stream(0))
+        assert category_pools(["even", "odd"] * 100, weights)["even"].draw(9, set(), random_stream(0)) == expected
 
     def test_a_point_on_a_border_is_the_next_items(self) -> None:
         """Weights 1, 2 and 1 cover [0, 0.25), [0.25, 0.75) and [0.75, 1)."""
