@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
 from trsr_dist.config import Config, load_config
 from trsr_dist.errors import TrsrError
+from trsr_dist.printable import printable
 
 EXIT_ERROR = 1
 EXIT_REQUEUE = 75
@@ -53,12 +55,24 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None)
 
 
 def run_command(command: Callable[[], int | None]) -> None:
-    """Run a command and leave with its status; an error that a user can mend is printed without a traceback."""
+    """Run a command and leave with its status; an error that a user can fix is printed without a traceback."""
     try:
         status = command() or 0
-    except TrsrError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_ERROR
+    except TrsrError as error:
+        status = _fail(str(error))
+    except OSError as error:
+        if not error.filename:
+            raise
+        status = _fail(f"{error.filename}: {error.strerror}; see that it is there and may be read and written")
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)
+
+
+def _fail(message: str) -> int:
+    print(printable(f"error: {message}", sys.stderr.encoding), file=sys.stderr, flush=True)
+    return EXIT_ERROR
