@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from trsr_dist.config import Config, load_config
 from trsr_dist.errors import TrsrError
+from trsr_dist.files import explain
 
 EXIT_ERROR = 1
 EXIT_REQUEUE = 75
@@ -53,11 +54,17 @@ def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None)
 
 
 def run_command(command: Callable[[], int | None]) -> None:
-    """Run a command and leave with its status; an error that a user can mend is printed without a traceback."""
+    """Run a command and leave with its status; an error that a user can fix is printed without a traceback.
+
+    So is whatever the system says of a file; other exceptions are faults of the program and stay visible.
+    """
     try:
         status = command() or 0
-    except TrsrError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    except (TrsrError, OSError) as error:
+        message = explain(error) if isinstance(error, OSError) else error
+        if not isinstance(message, TrsrError):
+            raise
+        print(f"error: {message}", file=sys.stderr, flush=True)
         status = EXIT_ERROR
     except KeyboardInterrupt:
         status = 130

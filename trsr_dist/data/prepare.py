@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.spool import Spool, spool_items, spool_users
 from trsr_dist.data.store import ITEMS, POOLS, ArrowRows, check_files, checksums
 from trsr_dist.errors import DataError
-from trsr_dist.files import atomic_folder, sha256_of, writing
+from trsr_dist.files import atomic_folder, recover_folder, sha256_of, writing
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.run import RunFolder, folder_lock, is_finished, write_manifest
 
@@ -46,12 +45,13 @@ def prepare(config: Config, *, force: bool = False, dry_run: bool = False) -> in
         print(dump_config(config) + _plan(config, run, reader))
         return 0
     with writing(run.root), folder_lock(run.histories) as lock:
-        _remove_leftovers(run.raw, run.histories)
+        recover_folder(run.raw, lock.lease.former)
         if config.data.format == "demo":
             _make_demo(config, run, force)
         settings, inputs = _settings(config), _inputs(reader)
         if is_finished(run.histories, settings, inputs, force):
             check_files(run.histories)
+            run.write_config("prepare", dump_config(config), only_missing=True)
             log.info("%s: already prepared with these settings; nothing to do (--force redoes it)", run.histories)
             return 0
         with atomic_folder(run.histories, lock.check) as folder:
@@ -154,13 +154,6 @@ def _make_demo(config: Config, run: RunFolder, force: bool) -> None:
         "demo: wrote %d users and %d news to %s (%s)",
         config.demo.num_users, config.demo.num_items, run.raw, ", ".join(DEMO_FILES),
     )  # fmt: skip
-
-
-def _remove_leftovers(*folders: Path) -> None:
-    """Temporary folders of earlier jobs that were killed; the lock is held, so nobody is writing them."""
-    for folder in folders:
-        for old in [*folder.parent.glob(f".{folder.name}.tmp-*"), *folder.parent.glob(f".{folder.name}.old-*")]:
-            shutil.rmtree(old)
 
 
 def _plan(config: Config, run: RunFolder, reader: Reader) -> str:

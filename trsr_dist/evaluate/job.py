@@ -70,6 +70,7 @@ def _evaluate(job: Evaluation, ranks: Ranks, force: bool, stack: ExitStack) -> N
         entry = distributed.on_rank_zero(lambda: stack.enter_context(claim_folder(job)))
         # Rank 0 decides for all: another task of an array may finish between two looks.
         if distributed.on_rank_zero(lambda: job.is_done(force)):
+            distributed.on_rank_zero(lambda: job.write_config(only_missing=True))
             log.info("%s: already evaluated with these settings; nothing to do (--force redoes it)", job.folder)
             return
         distributed.on_rank_zero(lambda: check_files(job.run.histories))
