@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from trsr_dist.errors import DataError, RunError
 from trsr_dist.evaluate.parts import split_parts
 from trsr_dist.evaluate.scores import IDENTITY, ScoreFolder
 from trsr_dist.files import read_json
+from trsr_dist.liveness import reader_time
 from trsr_dist.log import MetricRow, read_metrics
 from trsr_dist.model.places import PROVENANCE
 from trsr_dist.printable import in_one_line
@@ -33,7 +33,7 @@ def describe_run(root: Path) -> str:
     """
     if not root.is_dir():
         raise RunError(f"{root}: no such run folder; give the run.dir of a config")
-    run, now = RunFolder(root), time.time()
+    run, now = RunFolder(root), reader_time(root)
     parts = [_prepared(run), _summarized(run, now), _trained(run, now), _merged(run), _evaluated(run)]
     return "\n".join(line for part in parts for line in part)
 

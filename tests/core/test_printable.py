@@ -40,7 +40,7 @@ def test_log_lines_errors_and_what_commands_show_are_escaped(capsys: pytest.Capt
 def test_a_file_that_cannot_be_read_is_no_traceback(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="1"):
         run_command(lambda: int((tmp_path / "missing").read_text()))
-    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/missing: No such file")
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/missing: ")
     with pytest.raises(ZeroDivisionError):
         run_command(lambda: 1 // 0)
 

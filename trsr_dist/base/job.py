@@ -42,6 +42,7 @@ def make_base(config: Config, *, force: bool = False, dry_run: bool = False) -> 
     settings = base_settings(config)
     with writing(run.root), folder_lock(run.base) as lock:
         if is_finished(run.base, settings, texts.inputs, force):
+            run.write_config("base", dump_config(config), only_missing=True)
             log.info("%s: made already with these settings; nothing to do (--force redoes it)", run.base)
             return 0
         with atomic_folder(run.base, lock.check) as folder:

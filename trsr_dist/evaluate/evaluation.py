@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trsr_dist.config import Config
+from trsr_dist.config import Config, dump_config
 from trsr_dist.evaluate.identity import model_identity
 from trsr_dist.evaluate.passes import ScoringPass, drawn_protocols, plan_passes
 from trsr_dist.evaluate.scores import IDENTITY, ScoreFolder
@@ -52,6 +52,10 @@ class Evaluation:
     def records(self) -> RunFolder:
         """Holds metrics.jsonl, tensorboard/ and config/: the run, or the output where that lies elsewhere."""
         return self.run if self.output.resolve() == self.run.evaluation.resolve() else RunFolder(self.output)
+
+    def write_config(self, only_missing: bool = False) -> None:
+        """Keep the resolved config beside the results."""
+        self.records.write_config("evaluate", dump_config(self.config), only_missing)
 
     @property
     def protocols(self) -> list[str]:

@@ -30,7 +30,7 @@ def publish(job: Evaluation, reduced: Reduced) -> None:
     shards = job.run.split(job.split)
     write_report(job.report, ReportParts(results, figures, reduced.examples, config, metric, job.folder, shards))
     write_tensorboard(job, results, figures)
-    job.records.write_config("evaluate", config)
+    job.write_config()
     write_manifest(job.folder, "evaluate", job.settings(), job.inputs())
     show(summary_text(job, results))
 

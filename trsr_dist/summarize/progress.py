@@ -6,12 +6,9 @@ RUN/summaries/progress/{settings}/{task}.json      what a task has done, rewritt
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,6 +19,7 @@ from typing_extensions import TypedDict
 from trsr_dist.errors import DataError
 from trsr_dist.files import read_json, write_json
 from trsr_dist.hashing import digest
+from trsr_dist.liveness import reader_time
 from trsr_dist.run import MANIFEST, Manifest, RunFolder, read_manifest
 from trsr_dist.summarize.units import Failed, SplitWork
 
@@ -61,7 +59,7 @@ class TaskProgress:
     tokens_per_second: float = 0.0
     """Read and written."""
     time: float = 0.0
-    """Unix seconds of this writing."""
+    """Unix seconds of the last sign of life, by the file server's clock; of the writing by the task's own."""
 
 
 class SplitFile(TypedDict):
@@ -230,15 +228,16 @@ def work_name(split: str, settings: dict[str, Any], inputs: dict[str, str]) -> s
 
 def read_tasks(folder: Path) -> list[TaskProgress]:
     """Files of all tasks; one that stopped writing without a word is taken for ``killed``."""
-    tasks = []
+    tasks, now = [], reader_time(folder)
     for path in sorted(folder.glob("*.json")):
         if path.name == JOB:
             continue
         try:
             task = read_json(path, TaskProgress)
-        except DataError:
+            task.time = path.stat().st_mtime
+        except (DataError, FileNotFoundError):
             continue
-        if task.state == "running" and time.time() - path.stat().st_mtime > SILENT_SECONDS:
+        if task.state == "running" and now - task.time > SILENT_SECONDS:
             task.state = "killed"
         tasks.append(task)
     return tasks
@@ -253,22 +252,3 @@ def write_task(folder: Path, progress: TaskProgress) -> None:
 def task_path(folder: Path, task: str) -> Path:
     """Where a task tells of itself."""
     return folder / f"{task}.json"
-
-
-@contextmanager
-def beating(path: Path) -> Iterator[None]:
-    """Touch a task's file every few seconds, also while a model loads or no user finishes for long."""
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(WRITE_SECONDS):
-            with suppress(OSError):
-                os.utime(path)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()

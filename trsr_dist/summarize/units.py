@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,7 +20,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from trsr_dist.errors import DataError
-from trsr_dist.files import read_json, sync_folder, write_json
+from trsr_dist.files import read_json, remove_folder, replace_folder, sync_folder, write_json
 from trsr_dist.records import Sample
 from trsr_dist.run import MANIFEST
 from trsr_dist.shards.manifest import ShardFacts, write_split_manifest
@@ -124,7 +124,8 @@ class SplitWork:
             attempt.mkdir()
             shard = write_shard(attempt / f"{self.split}-{unit:06d}.tar", samples)
             write_json(attempt / FACTS, {"shard": asdict(shard), **facts})
-            is_first = self._rename(attempt, self._unit(unit))
+            is_first = _is_first(lambda: os.rename(attempt, self._unit(unit)))
+            sync_folder(self._unit(unit).parent)
             self._done.add(unit)
             return is_first
         except FileNotFoundError:
@@ -156,7 +157,8 @@ class SplitWork:
                 self._link_files(self._unit(unit), whole)
             shards = [self.facts(unit)["shard"] for unit in range(self.num_units)]
             write_split_manifest(whole, shards, settings, inputs, **facts)
-            return self._take_name(whole, target, task)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            return _is_first(lambda: replace_folder(whole, target))
         except FileNotFoundError:
             if (target / MANIFEST).is_file():
                 return False
@@ -164,12 +166,10 @@ class SplitWork:
         finally:
             shutil.rmtree(whole, ignore_errors=True)
 
-    def clear(self, task: str) -> None:
+    def clear(self) -> None:
         """After publishing: remove the work folder, in one step, so that no half of it is ever taken up again."""
-        gone = self.folder.with_name(f".gone-{self.folder.name}-{task}")
         with suppress(FileNotFoundError):
-            os.rename(self.folder, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+            remove_folder(self.folder)
 
     def _list(self) -> None:
         """A unit is committed by the renaming of a folder, so its name says it all."""
@@ -184,30 +184,21 @@ class SplitWork:
     def _unit(self, unit: int) -> Path:
         return self.folder / "units" / f"{unit:06d}"
 
-    def _rename(self, attempt: Path, unit: Path) -> bool:
-        try:
-            os.rename(attempt, unit)
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                return False
-            raise
-        sync_folder(unit.parent)
-        return True
-
-    def _take_name(self, whole: Path, target: Path, task: str) -> bool:
-        """Put the set in place; an older one is moved aside first and removed last."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        old = self.folder / f"old-{task}"
-        if target.exists():
-            os.rename(target, old)
-        published = self._rename(whole, target)
-        shutil.rmtree(old, ignore_errors=True)
-        return published
-
     def _link_files(self, unit: Path, whole: Path) -> None:
         for path in sorted(unit.iterdir()):
             if path.name != FACTS:
                 link_or_copy(path, whole / path.name)
+
+
+def _is_first(rename: Callable[[], None]) -> bool:
+    """Whether the new name was free; a folder that others have put there stays."""
+    try:
+        rename()
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.errors import EngineError
+from trsr_dist.liveness import Lease, LeaseFolder
 from trsr_dist.log import get_logger
 from trsr_dist.printable import in_one_line
 from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Item, Sample
-from trsr_dist.summarize.leases import Lease, LeaseFolder
 from trsr_dist.summarize.plans.graph import Plan
 from trsr_dist.summarize.samples import SampleFacts, check_leaks, make_sample, node_provenance
 from trsr_dist.summarize.scheduler import Failure, Result, Work
