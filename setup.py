@@ -37,6 +37,7 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "hypothesis>=6",
+        "mutmut>=3.8,<3.9",
         "ruff>=0.14",
     ],
 }

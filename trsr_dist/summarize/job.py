@@ -27,6 +27,7 @@ from trsr_dist.files import recover_folder, sweep, writing
 from trsr_dist.hashing import digest
 from trsr_dist.liveness import LeaseFolder, Owner, touching
 from trsr_dist.log import get_logger, setup_logging
+from trsr_dist.printable import strike_addresses
 from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.run import RunFolder, claim, is_finished
 from trsr_dist.summarize.cache import TextCache
@@ -200,7 +201,7 @@ class Job:
             state = "done"
         except Exception as error:
             kind = "" if isinstance(error, TrsrError) else f"{type(error).__name__}: "
-            state, message = "failed", f"{kind}{error}"
+            state, message = "failed", strike_addresses(f"{kind}{error}")
             raise
         finally:
             reporter.close(state, message)
