@@ -237,7 +237,10 @@ BAD: dict[str, tuple[Edit, str]] = {
     "ZIP": (write("items.jsonl", b"PK\x03\x04\x14\x00"), r"items\.jsonl: a ZIP archive"),
     "no items": (write("items.jsonl", "\n"), r"items\.jsonl: holds no item"),
     "blank id": (append("items.jsonl", record(id=" ", text="x")), r"items\.jsonl:61: id holds ' ', expected an id"),
-    "pipe": (lambda raw: _make_pipe(raw / "items.jsonl"), r"items\.jsonl: not a regular file"),
+    "pipe": (
+        lambda raw: _make_pipe(raw / "items.jsonl"),
+        r"items\.jsonl: a pipe, socket or device, expected a plain file",
+    ),
 }
 
 

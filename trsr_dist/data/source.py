@@ -6,7 +6,6 @@ import bz2
 import gzip
 import io
 import lzma
-import stat
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from typing import BinaryIO, Protocol
 import pyarrow as pa
 
 from trsr_dist.errors import DataError
+from trsr_dist.files import plain
 from trsr_dist.records import UserLog
 
 Counts = Counter[str]
@@ -122,16 +122,14 @@ def open_raw(path: Path) -> BinaryIO:
         DataError: it is missing (names what the folder holds), may not be read, or is no text at all.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
-            raise DataError(f"{path}: not a regular file but a pipe or device; write the data into a file")
-        with open(path, "rb") as stream:
+        with open(path, "rb", opener=plain) as stream:
             head = stream.read(16)
         opener = next((opener for magic, opener in COMPRESSED.values() if head.startswith(magic)), None)
         foreign = next((what for magic, what in FOREIGN.items() if head.startswith(magic)), "")
         if foreign:
             raise DataError(f"{path}: {foreign}")
         return opener(path) if opener else open(path, "rb")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):
         there = ", ".join(sorted(p.name for p in path.parent.iterdir())[:8]) if path.parent.is_dir() else "no folder"
         raise DataError(
             f"{path}: missing (found there: {there or 'nothing'}); set data.path, or give the file this name "
