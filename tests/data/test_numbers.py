@@ -6,17 +6,21 @@ import random
 from collections import Counter
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from trsr_dist.data.candidates import ItemPool, category_pools, draw_negatives, draw_shown, pools_of
 from trsr_dist.data.histories import REMOVED, HistoryRules, KnownUser, admit, latest
+from trsr_dist.data.items import CatalogueRules
+from trsr_dist.data.source import RawItem
 from trsr_dist.data.splits import SPLITS, split_by_time, split_by_user
-from trsr_dist.data.spool import Spool, spool_users
-from trsr_dist.data.store import ROWS_PER_BATCH
+from trsr_dist.data.spool import SPOOL_ITEM_SCHEMA, SPOOL_USER_SCHEMA, Spool, spool_items, spool_users
+from trsr_dist.data.store import ROWS_PER_BATCH, ArrowRows
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64, random_stream
 from trsr_dist.records import UserLog
 
+ROW_LIST = pa.list_(pa.int32())
 NEVER = np.iinfo(np.int64).max
 
 
@@ -281,3 +285,17 @@ class TestSpool:
         assert spool.user(0) == KnownUser("u0", [0, 1], [2], 100, [3])
         assert list(spool.keys()) == [f"u{i}" for i in range(len(spool))]
         assert np.flatnonzero(spool.times).tolist() == list(self.own)
+
+    def test_items(self, tmp_path: Path) -> None:
+        raw = [RawItem("b", {"text": "a  lamp"}, 1, "home"), RawItem("a", {}, 2), RawItem("c", {"text": "tea"}, 3)]
+        rules = CatalogueRules(tmp_path / "raw", (), "skip", "fail", Counter())
+        spool_items(tmp_path / "items.arrow", SimpleNamespace(items=lambda: iter(raw)), rules)
+        rows = ArrowRows(tmp_path / "items.arrow")
+        assert [[rows.value(column, row) for column in range(3)] for row in range(len(rows))] == [
+            ["b", "a lamp", "home"],
+            ["c", "tea", ""],
+        ]
+        assert rules.rows == {"b": 0, "a": REMOVED, "c": 1}
+        assert SPOOL_ITEM_SCHEMA.names == ["id", "text", "category"]
+        assert str(SPOOL_USER_SCHEMA.types) == str([pa.string(), ROW_LIST, ROW_LIST, pa.int64(), ROW_LIST])
+        assert SPOOL_USER_SCHEMA.names == ["user", "history", "targets", "time", "shown"]
