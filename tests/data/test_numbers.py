@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -115,7 +117,7 @@ class TestDraws:
         assert (
             pool.draw(1, set(), random_stream(0))
             == []
-            == draw_negatives(lambda _: pool, [0], set(), 1, random_stream(0))
+            == draw_negatives(lambda _: pool, [1], set(), 1, random_stream(0))
         )
 
     def test_nothing_wanted_draws_nothing(self) -> None:
@@ -137,8 +139,10 @@ class TestDraws:
         assert sorted(pools["a"].draw(3, set(), random_stream(0), before=10)) == [2, 4]
         of = pools_of(weights, categories=categories)
         assert (of(1), sorted(of(2).draw(9, set(), random_stream(0)))) == (None, [2, 4])
-        whole = pools_of(weights, np.array([1, 2, 3, 4, 5]))
+        whole = pools_of(weights * 7, np.array([1, 2, 3, 4, 5]))
         assert sorted(whole(1).draw(9, set(), random_stream(0), before=4)) == [0, 1, 2]
+        timed = pools_of(weights, np.array([5, 5, 5, 5, 9]), categories)
+        assert timed(4).draw(9, set(), random_stream(0), before=6) == [2]
 
     def test_negatives_are_dealt_over_the_targets(self) -> None:
         """Target 9 has no pool; what it cannot take goes to the next."""
