@@ -181,6 +181,10 @@ def admitted(history: str, targets: str, shown: str = "", **changes: object) -> 
     counts: Counter[str] = Counter()
     log = UserLog("u", tuple(history.split()), tuple(targets.split()), 9, tuple(shown.split()), "f:3")
     user = admit(log, ROWS, HistoryRules(**(rules | changes)), counts)
+    once = dict(counts)
+    admit(log, ROWS, HistoryRules(**(rules | changes)), counts)
+    assert counts == {name: 2 * number for name, number in once.items()}, "counts are added up over users"
+    counts = Counter(once)
     assert counts.pop("item_ids_read", 0) == (len(f"{history} {targets} {shown}".split()) if history else 0)
     return user, dict(counts)
 
@@ -225,8 +229,9 @@ class TestHistories:
         assert admitted("a", "x")[1] == {"users_read": 1, "clicks_on_unknown_items": 1, "users_without_target": 1}
 
     def test_an_unknown_item_is_named(self) -> None:
-        with pytest.raises(DataError, match=r"f:3: user 'u' has item 'x'"):
-            admitted("a x", "c", unknown_items="fail")
+        for clicks in (("a x", "c"), ("a", "c x"), ("a", "c", "x")):
+            with pytest.raises(DataError, match=r"f:3: user 'u' has item 'x'"):
+                admitted(*clicks, unknown_items="fail")
         assert admitted("a blank", "c", unknown_items="fail")[0].history == [0]
 
     def test_equal_targets_are_one(self) -> None:

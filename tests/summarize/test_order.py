@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trsr_dist.hashing import hash64
-from trsr_dist.summarize.cache import TextCache
+from trsr_dist.summarize.cache import TextCache, prompt_hash, text_key
 from trsr_dist.summarize.plans.graph import Node, Plan
 from trsr_dist.summarize.requests import Completion, Request
 from trsr_dist.summarize.scheduler import Counts, Failure, Result, Scheduler, Work
@@ -137,7 +137,9 @@ class TestRecords:
         assert result.tag == "a" and result.failure is None
         assert [record["text"] for record in result.records] == ["Likes a0.", "Likes a1."]
         first = result.records[0]
-        assert first["key"] == engine.log[0].key and len(first["prompt"]) == 32
+        assert first["prompt"] == prompt_hash(engine.log[0].prompt)
+        assert first["key"] == engine.log[0].key == text_key({"engine": "first"}, first["prompt"])
+        assert engine.log[0].prompt.instruction == "Say what news readers like."
         rest = {name: first[name] for name in first.keys() - {"key", "prompt", "text"}}
         assert rest == {"flags": [], "prompt_tokens": 7, "new_tokens": 3, "words_cut": 2}
         assert counts == Counts(nodes=2, requests=2, prompt_tokens=14, new_tokens=6)
@@ -166,6 +168,9 @@ class TestRecords:
         run(tmp_path / "other", again, [work("a", chain(2))], seed=6)
         assert [request.temperature for request in again.log] == [0.0, 0.0]
         assert again.log[0].seed != engine.log[0].seed
+        plain = FirstFirst()
+        run(tmp_path / "plain", plain, [work("a", chain(1))])
+        assert plain.log[0].seed == hash64(0, plain.log[0].key) // 2
 
 
 def answers(first: Completion, second: Completion) -> Callable[[Request], Completion]:
