@@ -77,6 +77,11 @@ class TestOrder:
         run(tmp_path, engine, [work("a", chain(2)), work("b", (node(0), node(1), node(2, 0, 1)))])
         assert engine.items == ["a0", "b0", "b1", "a1", "b2"]
 
+    def test_the_rest_of_an_earlier_user_goes_first(self, tmp_path: Path) -> None:
+        engine = FirstFirst(2)
+        run(tmp_path, engine, [work("a", chain(2)), work("b", (node(0), node(1), node(2)))])
+        assert engine.items == ["a0", "b0", "a1", "b1", "b2"]
+
     def test_nodes_at_hand_go_before_new_users(self, tmp_path: Path) -> None:
         engine = FirstFirst()
         run(tmp_path, engine, [work("a", (node(0), node(1), node(2))), work("b", chain(1))])
@@ -121,7 +126,9 @@ class TestAdmission:
             return Work(asked, (), []) if asked <= 10 else None
 
         job = Scheduler(FirstFirst(4), {}, TextCache(tmp_path, "t"), "news", 50)
-        seen = [(result.tag, asked) for result in job.run(next_work)]
+        results = [(result, asked) for result in job.run(next_work)]
+        assert {(result.records, result.failure) for result, _ in results} == {((), None)}
+        seen = [(result.tag, number) for result, number in results]
         assert seen[:4] == [(i, 4) for i in (1, 2, 3, 4)] and seen[4] == (5, 8)
         assert [tag for tag, _ in seen] == list(range(1, 11)) and job.num_users == 0
 
