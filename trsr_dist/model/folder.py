@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from trsr_dist.bases import ADAPTER_CONFIG, BaseName, base_folder, check_base
+from trsr_dist.bases import ADAPTER_CONFIG, BaseName, base_folder, read_model_config
 from trsr_dist.distributed import world_size
 from trsr_dist.errors import ModelError
 from trsr_dist.model.adapters import adapter_file, attach, read_adapter, read_adapter_config
@@ -79,7 +79,7 @@ def find_model(name_or_path: str, revision: str = "") -> ModelPlace:
     if (folder / ADAPTER_CONFIG).is_file():
         return _with_base(folder, read_provenance(folder), None)
     if folder.is_dir():
-        check_base(folder)
+        read_model_config(folder)  # weights are looked at where they are needed
         return ModelPlace(str(folder), "", None, str(folder), read_provenance(folder))
     return ModelPlace(name_or_path, revision, None, name_or_path, {})
 
