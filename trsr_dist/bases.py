@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trsr_dist.errors import DataError, ModelError
-from trsr_dist.files import read_json
+from trsr_dist.files import explain, read_json
 from trsr_dist.weights import folder_entries
 
 CONFIG = "config.json"
@@ -105,11 +105,10 @@ def read_model_config(folder: Path) -> dict[str, Any]:
                 "move its files to a folder of their own"
             )
         try:
-            config = read_json(folder / CONFIG)
+            config = read_json(folder / CONFIG, finite=False)
         except DataError as error:
             raise ModelError(f"{error}: a model's config is needed; name a complete model folder") from None
-    has_code = isinstance(config, dict) and isinstance(config.get("auto_map"), dict)
-    if not isinstance(config, dict) or not (has_code or isinstance(config.get("model_type"), str)):
+    if not isinstance(config.get("model_type"), str) and not isinstance(config.get("auto_map"), dict):
         raise ModelError(f"{folder / CONFIG}: names no model_type, so it is no model's config; restore it")
     return config
 
@@ -124,6 +123,4 @@ def readable(place: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ModelError(
-            f"{error.filename or place}: {error.strerror or error}; name a model that this user may read"
-        ) from None
+        raise ModelError(str(explain(error, place))) from None

@@ -177,10 +177,10 @@ def die_with_parent(number: int = signal.SIGTERM) -> None:
 
 
 def process_start(pid: int) -> str:
-    """Start time of a process of this machine in clock ticks; empty where there is none."""
+    """Start time of a process of this machine in clock ticks; empty where there is none, or it is hidden."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError):
+    except (FileNotFoundError, ProcessLookupError, PermissionError):
         return ""
     after_name = text.rpartition(")")[2].split()
     is_dead = after_name[0] in "ZX"

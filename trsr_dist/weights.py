@@ -7,6 +7,7 @@ Nothing is mapped into memory. Format: 8 bytes little-endian header length, a JS
 from __future__ import annotations
 
 import json
+import os
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt
+from typing_extensions import TypedDict
 
-from trsr_dist.errors import ModelError
-from trsr_dist.files import read_json
+from trsr_dist.errors import DataError, ModelError
+from trsr_dist.files import explain, plain, read_json
+from trsr_dist.json_text import SHOWN_CHARACTERS, parse_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -37,6 +41,20 @@ DTYPES = {
 PICKLES = ("*.bin", "*.pt", "*.pth")
 COMPARED_ELEMENTS = 2**20
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class TensorFacts(TypedDict):
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: list[NonNegativeInt]
+    data_offsets: tuple[NonNegativeInt, NonNegativeInt]
+
+
+class WeightIndex(TypedDict):
+    """Files of a folder's tensors."""
+
+    weight_map: dict[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,12 +102,12 @@ def file_entries(path: Path) -> list[TensorEntry]:
         ModelError: the file is missing, unreadable, truncated or not in this format, or sizes and shapes disagree.
     """
     header, data, size = _read_header(path)
-    described = {name: _described(path, name, value) for name, value in header.items() if name != "__metadata__"}
     entries, end = [], data
-    for name, (code, shape, first, last) in sorted(described.items(), key=lambda pair: pair[1][2:]):
-        entry = TensorEntry(name, path, code, shape, data + first)
-        if entry.start != end or (code in DTYPES and entry.num_bytes != last - first):
-            raise ModelError(f"{path}: {name} of shape {list(shape)} has bytes {first} to {last}: damaged header")
+    for name, facts in sorted(header.items(), key=lambda pair: pair[1]["data_offsets"]):
+        first, last = facts["data_offsets"]
+        entry = TensorEntry(name, path, facts["dtype"], tuple(facts["shape"]), data + first)
+        if entry.start != end or (entry.code in DTYPES and entry.num_bytes != last - first):
+            raise ModelError(f"{path}: {name} of shape {facts['shape']} has bytes {first} to {last}: damaged header")
         entries.append(entry)
         end = data + last
     if size != end:
@@ -97,35 +115,26 @@ def file_entries(path: Path) -> list[TensorEntry]:
     return entries
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+def _read_header(path: Path) -> tuple[dict[str, TensorFacts], int, int]:
     """A file's header, the offset at which its data begins, and the file's size."""
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as stream:
+        with open(path, "rb", opener=plain) as stream:
+            size = os.fstat(stream.fileno()).st_size
             (length,) = struct.unpack("<Q", stream.read(8))
             if length > min(size, MAX_HEADER_BYTES):
                 raise ModelError(f"{path}: header of {length} bytes in a file of {size}: truncated; copy it again")
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length), dict[str, TensorFacts | dict[str, str]])
+            header.pop("__metadata__", None)
+            for name, facts in header.items():
+                if not isinstance(facts.get("data_offsets"), tuple):
+                    raise DataError(f"{name} is {str(facts)[:SHOWN_CHARACTERS]}")
     except FileNotFoundError:
         raise ModelError(f"{path}: missing; the model folder is incomplete, copy it again") from None
     except OSError as error:
-        raise ModelError(f"{path}: {error.strerror}; it must be a file that can be read") from None
-    except (struct.error, ValueError, RecursionError):
-        raise ModelError(f"{path}: not a safetensors file, or truncated; copy it again") from None
-    if not isinstance(header, dict):
-        raise ModelError(f"{path}: its header is no JSON object: not a safetensors file; copy it again")
+        raise ModelError(str(explain(error, path))) from None
+    except (struct.error, DataError) as error:
+        raise ModelError(f"{path}: not a safetensors file, or truncated; copy it again ({error})") from None
     return header, 8 + length, size
-
-
-def _described(path: Path, name: str, value: Any) -> tuple[str, tuple[int, ...], int, int]:
-    """dtype code, shape, first and last byte of a tensor."""
-    try:
-        code, shape, (first, last) = value["dtype"], tuple(value["shape"]), value["data_offsets"]
-    except (TypeError, KeyError, ValueError):
-        code, shape, first, last = None, (), -1, -1
-    if not isinstance(code, str) or not all(type(number) is int and number >= 0 for number in (*shape, first, last)):
-        raise ModelError(f"{path}: {name} is described by {str(value)[:100]}: damaged header; copy the file again")
-    return code, shape, first, last
 
 
 def folder_files(folder: Path) -> list[Path]:
@@ -141,19 +150,19 @@ def folder_files(folder: Path) -> list[Path]:
     pickles = sorted(path.name for pattern in PICKLES for path in folder.glob(pattern))
     found = f"{pickles[0]}, a pickle, which can run code when it is read; " if pickles else ""
     raise ModelError(
-        f"{folder}: no weights ({SINGLE} or {INDEX}); {found}name a complete model folder. Convert other formats where "
-        "you trust them: load the model with transformers, then save_pretrained"
+        f"{folder}: no weights ({SINGLE} or {INDEX}); {found}only safetensors weights are read: name a complete model "
+        "folder. Convert other formats where you trust them: load the model with transformers, then save_pretrained"
     )
 
 
 def _weight_map(folder: Path) -> dict[str, str]:
     """File name by tensor name, as the index tells it."""
-    index = read_json(folder / INDEX)
-    files = index.get("weight_map") if isinstance(index, dict) else None
-    if not isinstance(files, dict) or not all(
-        isinstance(name, str) and Path(name).name == name for name in files.values()
-    ):
-        raise ModelError(f"{folder / INDEX}: no weight_map from tensors to files of this folder; copy the model again")
+    try:
+        files = read_json(folder / INDEX, WeightIndex)["weight_map"]
+    except DataError as error:
+        raise ModelError(str(error)) from None
+    if any(Path(name).name != name for name in files.values()):
+        raise ModelError(f"{folder / INDEX}: names files outside its folder; copy the model again")
     return files
 
 

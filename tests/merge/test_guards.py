@@ -259,13 +259,15 @@ def test_failed_redo_keeps_the_old_output(base: Path, checkpoint: Path, tmp_path
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
-def test_leftovers_of_a_killed_merge_are_tidied(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / ".merged.tmp-host-1").mkdir()
-    old = tmp_path / ".merged.old-host-1"
-    merge(checkpoint, old, WEIGHTS_ONLY)
-    merge(checkpoint, tmp_path / "merged", WEIGHTS_ONLY)
-    assert (tmp_path / "merged" / "manifest.json").is_file()
-    assert not list(tmp_path.glob(".merged.*"))
+@pytest.mark.parametrize("name", ["merged", "merged[v2]"])
+def test_what_a_killed_merge_left_is_put_right(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / f".{name}.tmp-host-1").mkdir()
+    os.utime(tmp_path / f".{name}.tmp-host-1", (1, 1))
+    merge(checkpoint, tmp_path / f".{name}.old-host-1", WEIGHTS_ONLY)
+    number = (tmp_path / f".{name}.old-host-1").stat().st_ino
+    merge(checkpoint, tmp_path / name, WEIGHTS_ONLY)
+    assert (tmp_path / name).stat().st_ino == number, "found again, not made again"
+    assert [path.name for path in tmp_path.iterdir() if "merged" in path.name] == [name]
 
 
 def test_values_beyond_float16(base: Path, tmp_path: Path) -> None:

@@ -162,7 +162,7 @@ def test_what_cannot_be_read_or_written_is_named(run: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"items": ["a"], "candidates": ["bad \\ud83d"]}', "in.jsonl:1: an escape such as"),
+        ('{"items": ["a"], "candidates": ["bad \\ud83d"]}', "in.jsonl:1: .*an escape such as"),
         ('{"id": ' + "9" * 5000 + ', "items": ["a"], "candidates": ["b"]}', "in.jsonl:1: not valid JSON"),
         ("[" * 200_000, "in.jsonl:1: not valid JSON"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -167,8 +168,13 @@ def test_other_settings_are_refused_and_forced(tmp_path: Path) -> None:
 def test_what_a_kill_right_after_publishing_left_is_cleared(tmp_path: Path) -> None:
     run, config = prepared(tmp_path)
     run_here(config)
-    for name in (".gone-old", read_json(next(run.glob("summaries/progress/*/job.json")))["splits"]["train"]["work"]):
+    for name in (
+        ".train-abc.tmp-host-1",
+        read_json(next(run.glob("summaries/progress/*/job.json")))["splits"]["train"]["work"],
+    ):
         (run / "summaries/work" / name / "units").mkdir(parents=True)
+    for path in (run / "summaries/work").rglob("*"):
+        os.utime(path, (1, 1))
     run_here(config)
     assert list((run / "summaries/work").iterdir()) == []
 

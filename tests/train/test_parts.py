@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -187,6 +188,10 @@ class TestCheckpoints:
         left.mkdir()
         save_file({}, left / "optimizer.safetensors")
         assert folder.newest().state.step == 1
+        folder.tidy()
+        assert left.exists(), "another host may be writing it"
+        for path in (left, *left.iterdir()):
+            os.utime(path, (1, 1))
         folder.tidy()
         assert not left.exists()
 

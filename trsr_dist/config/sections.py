@@ -55,6 +55,9 @@ class DataSection(Section):
     """Amazon-M2: name of the sessions file."""
     locale: str = ""
     """Amazon-M2: keep only this locale (the paper: UK); empty keeps all, with negatives of the target's locale."""
+    time_format: str = ""
+    """JSON lines: form of times that are text, as Python's strptime reads it ('%d.%m.%Y %H:%M'; UTC where no %z stands
+    in it); empty: numbers, ISO 8601, and what C, mail and Goodreads write."""
     item_fields: tuple[str, ...] = ()
     """Fields that make an item's text, in order; empty: the format's default (MIND: category, subcategory, title)."""
     target: Literal["last", "impression"] = "last"
@@ -69,6 +72,9 @@ class DataSection(Section):
     """A user whose target was consumed before: dropped or kept; counted either way."""
     unknown_items: Literal["fail", "skip"] = "fail"
     """An id in a history that the catalogue lacks: an error, or removed and counted."""
+    duplicate_items: Literal["fail", "first"] = "fail"
+    """An id that stands in the item file with several texts: an error, or the first text counts and the
+    others are counted."""
     empty_items: Literal["fail", "skip"] = "fail"
     """An item without text: an error, or removed (with its clicks) and counted."""
     too_few_negatives: Literal["fail", "skip"] = "fail"

@@ -52,7 +52,7 @@ def is_tokenizer_file(path: Path) -> bool:
 def adapt_config(output: Path, unties: bool, dtype: torch.dtype | None) -> None:
     """Write into config.json what the merge changed; left byte for byte where it changed nothing."""
     path = output / "config.json"
-    config = read_json(path)
+    config = read_json(path, finite=False)
     before = json.dumps(config)
     for section in _sections(config):
         if unties and (section is config or "tie_word_embeddings" in section):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -87,17 +86,3 @@ def _default_prompt(tokenizer: Any) -> PromptBuilder | None:
         return PromptBuilder(tokenizer)
     except TrsrError:
         return None
-
-
-def tidy(output: Path) -> None:
-    """Remove what killed merges left beside ``output``, and bring back an old output that one had moved aside.
-
-    Call while holding the output's lock.
-    """
-    for old in sorted(output.parent.glob(f".{output.name}.old-*")):
-        if not output.exists():
-            os.rename(old, output)
-        else:
-            shutil.rmtree(old, ignore_errors=True)
-    for left in output.parent.glob(f".{output.name}.tmp-*"):
-        shutil.rmtree(left, ignore_errors=True)

@@ -13,7 +13,7 @@ from trsr_dist.log import get_logger
 from trsr_dist.merge.adapter import adapter_facts, adapter_hash, write_adapter
 from trsr_dist.merge.card import model_card
 from trsr_dist.merge.companions import adapt_config, copy_companions
-from trsr_dist.merge.guards import STAGE, check_output, check_space, tidy
+from trsr_dist.merge.guards import STAGE, check_output, check_space
 from trsr_dist.merge.inputs import DTYPES, Inputs, MergeOptions, prepare
 from trsr_dist.merge.proof import verify
 from trsr_dist.merge.source import Source, base_of, find_source
@@ -47,14 +47,12 @@ def merge(checkpoint: Path, output: Path, options: MergeOptions) -> None:
         return
     settings = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_bytes, "only": options.adapter_only}
     hashes = {"adapter": adapter_hash(adapter), "base": fingerprint}
-    with folder_lock(output) as lock:
-        tidy(output)
+    with writing(output), folder_lock(output) as lock:
         if _is_current(output, settings, hashes, options):
             logger.info(f"{output}: merged already, with the same inputs and settings; nothing to do")
             return
         prepared = prepare(source, adapter, base_name, base, fingerprint, options)
-        with writing(output):
-            _write(output, prepared, options, settings, hashes, lock)
+        _write(output, prepared, options, settings, hashes, lock)
     logger.info(f"wrote {output}")
 
 
@@ -112,7 +110,7 @@ def make_provenance(inputs: Inputs, options: MergeOptions) -> dict[str, Any]:
         "dtype": str(inputs.dtype).removeprefix("torch."),
         "untied_embeddings": inputs.plan.unties,
         "changed_tensors": sum(output.change is not None for output in inputs.plan.outputs),
-        "config_hash": digest(read_json(inputs.base / "config.json")),
+        "config_hash": digest(read_json(inputs.base / "config.json", finite=False)),
         "adapter": adapter_facts(inputs.adapter),
     }
     return {**recorded, "base": base, **prompt, "merge": facts}

@@ -124,7 +124,7 @@ def read_adapter_config(path: Path) -> PeftConfig:
     except DataError as error:
         raise ModelError(str(error)) from None
     kinds = {kind.value: make for kind, make in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    kind = values.get("peft_type") if isinstance(values, dict) else None
+    kind = values.get("peft_type")
     if not isinstance(kind, str) or kind not in kinds:
         raise ModelError(f"{path}: peft_type is {kind!r}, which this PEFT does not know; restore the file")
     known = kinds[kind].__dataclass_fields__

@@ -5,13 +5,28 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from trsr_dist.bases import ADAPTER_CONFIG
 from trsr_dist.errors import CheckpointError
 from trsr_dist.files import read_json, sha256_of
-from trsr_dist.run import MANIFEST
+from trsr_dist.run import MANIFEST, Manifest, read_manifest
 
 PROVENANCE = "provenance.json"
 POINTERS = ("latest", "best")
+
+
+class FileFacts(TypedDict):
+    """What a checkpoint's manifest says of a file."""
+
+    size: int
+    sha256: str
+
+
+class CheckpointManifest(Manifest):
+    """Files by their paths in the checkpoint."""
+
+    files: dict[str, FileFacts]
 
 
 def follow(path: Path) -> Path:
@@ -49,7 +64,7 @@ def check_checkpoint(folder: Path) -> None:
     """
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder}: no {MANIFEST}: it was not written to its end; choose an earlier checkpoint")
-    files = read_json(folder / MANIFEST).get("files", {})
+    files = read_manifest(folder, CheckpointManifest)["files"]
     for name, recorded in files.items():
         if not name.startswith("adapter/") and name != PROVENANCE:
             continue

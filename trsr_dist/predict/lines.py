@@ -16,6 +16,7 @@ from typing import Any
 
 from trsr_dist.errors import DataError
 from trsr_dist.files import atomic_file
+from trsr_dist.json_text import parse_json
 from trsr_dist.log import get_logger, progress
 from trsr_dist.predict.ranker import Ranked, Ranker, Ranking, Request
 
@@ -62,7 +63,7 @@ def check_lines(source: Path) -> None:
     problems = [problem for _, problem in parse_lines(source) if problem]
     if problems:
         more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise DataError(f"{'; '.join(problems[:SHOWN])}{more}; mend them, or leave them out with --skip-bad-lines")
+        raise DataError(f"{'; '.join(problems[:SHOWN])}{more}; correct them, or leave them out with --skip-bad-lines")
 
 
 def read_lines(source: Path, skip_bad: bool) -> Iterator[Line]:
@@ -101,12 +102,7 @@ def parse_line(data: bytes, number: int) -> Line:
     Raises:
         DataError: what was found and what was expected; the caller adds where.
     """
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and brackets without end
-        raise DataError(f"not valid JSON ({error})") from None
-    if b"\\ud" in data.lower() and not is_text(json.dumps(value, ensure_ascii=False)):
-        raise DataError("an escape such as \\ud83d stands without its second half and is no character")
+    value = parse_json(data, object)
     if not isinstance(value, dict):
         raise DataError(f"found a JSON {type(value).__name__}, expected an object with {', '.join(FIELDS)}")
     unknown = sorted(value.keys() - set(FIELDS))
@@ -124,15 +120,6 @@ def parse_line(data: bytes, number: int) -> Line:
     texts, ids = zip(*entries, strict=True)
     name = value.get("id", number)
     return Line(Request(texts, items, summary, str(name)), name, ids)
-
-
-def is_text(text: str) -> bool:
-    """Whether it can be written: half of an escaped pair is valid JSON and no character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def as_list(value: dict[str, Any], field: str) -> list[Any]:

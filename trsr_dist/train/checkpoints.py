@@ -6,9 +6,7 @@ latest, best  text files that name a complete folder
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,20 +19,20 @@ from safetensors.torch import load_file
 from trsr_dist.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from trsr_dist.errors import CheckpointError, DataError
 from trsr_dist.files import (
-    MOVED,
     atomic_file,
     atomic_folder,
     read_json,
     recover_folder,
+    remove_folder,
     sha256_of,
-    temporary_name,
     write_json,
 )
+from trsr_dist.liveness import Owner
 from trsr_dist.log import get_logger
 from trsr_dist.model.lora import adapter_name, parameter_name
-from trsr_dist.model.places import POINTERS, PROVENANCE
+from trsr_dist.model.places import POINTERS, PROVENANCE, CheckpointManifest
 from trsr_dist.model.tensor_file import write_tensors
-from trsr_dist.run import MANIFEST
+from trsr_dist.run import MANIFEST, read_manifest
 
 WEIGHTS = f"adapter/{ADAPTER_WEIGHTS}"
 OPTIMIZER = "optimizer.safetensors"
@@ -188,16 +186,17 @@ class CheckpointFolder:
         for name in POINTERS:
             (self.root / name).unlink(missing_ok=True)
         for folder in self._folders():
-            os.rename(folder, temporary_name(folder))
-        self.tidy()
+            remove_folder(folder)
 
-    def tidy(self) -> None:
-        """Make the folder, without what killed processes left half-done. Call while holding its lock."""
+    def tidy(self, dead: Owner | None = None) -> None:
+        """Make the folder, and put right what killed processes have left in it. Call while holding its lock.
+
+        Args:
+            dead: the owner that the lock was taken from.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
-        for left in self.root.glob(f".step-*.{MOVED}-*"):
-            recover_folder(self.root / left.name[1:].partition(".")[0])
-        for left in self.root.glob(".step-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for name in {left.name[1:].partition(".")[0] for left in self.root.glob(".step-*")}:
+            recover_folder(self.root / name, dead)
 
     def _folder(self, step: int) -> Path:
         return self.root / f"step-{step:06d}"
@@ -207,7 +206,7 @@ class CheckpointFolder:
         kept = best.read_text(encoding="utf-8").strip() if best.is_file() else ""
         for folder in self._folders()[: -self._keep]:
             if folder.name != kept:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_folder(folder)
 
     def _folders(self) -> list[Path]:
         """By their step, which may have more digits than the names are padded to."""
@@ -222,7 +221,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         CheckpointError: incomplete, damaged, or with tensors that are empty or not finite.
     """
     try:
-        files = read_json(folder / MANIFEST)["files"]
+        files = read_manifest(folder, CheckpointManifest)["files"]
         for name, recorded in files.items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != recorded["size"] or sha256_of(path) != recorded["sha256"]:
@@ -230,7 +229,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         adapter = load_file(folder / WEIGHTS)
         tensors = {f"weight/{parameter_name(name)}": tensor for name, tensor in adapter.items()}
         tensors |= load_file(folder / OPTIMIZER)
-        state = TrainerState(**read_json(folder / STATE))
+        state = read_json(folder / STATE, TrainerState)
         provenance, digest = read_json(folder / PROVENANCE), sha256_of(folder / MANIFEST)
     except (DataError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint ({error})") from None

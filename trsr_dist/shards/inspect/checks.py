@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.shards.inspect.similar import normal
+from trsr_dist.words import split_words
 
 TARGET_IN_HISTORY = "the target stands in the history"
 TARGET_IN_SOURCES = "the target is among the items that the summary was made from"
@@ -79,5 +80,5 @@ def _text_faults(sample: Sample, positives: list[Candidate]) -> Iterator[str]:
     if set(texts) & {normal(text) for text in sample.recent}:
         yield TARGET_IN_RECENT
     summary = normal(sample.summary)
-    if any(text in summary for text in texts if text.count(" ") >= LEAST_WORDS - 1):
+    if any(text in summary for text in texts if len(split_words(text)) >= LEAST_WORDS):
         yield TARGET_IN_SUMMARY
