@@ -129,7 +129,7 @@ def _read_header(path: Path) -> tuple[dict[str, TensorFacts], int, int]:
                 if not isinstance(facts.get("data_offsets"), tuple):
                     raise DataError(f"{name} is {str(facts)[:SHOWN_CHARACTERS]}")
     except FileNotFoundError:
-        raise ModelError(f"{path}: missing; the model folder is incomplete, copy it again") from None
+        raise ModelError(f"{path}: missing; the model's weights are incomplete, copy the folder again") from None
     except OSError as error:
         raise ModelError(str(explain(error, path))) from None
     except (struct.error, DataError) as error:
