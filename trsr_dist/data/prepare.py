@@ -18,7 +18,7 @@ from trsr_dist.data.spool import Spool, spool_items, spool_users
 from trsr_dist.data.store import ITEMS, POOLS, ArrowRows, check_files, checksums
 from trsr_dist.errors import DataError
 from trsr_dist.files import atomic_folder, recover_folder, sha256_of, writing
-from trsr_dist.log import get_logger, setup_logging
+from trsr_dist.log import get_logger, setup_logging, show
 from trsr_dist.run import RunFolder, folder_lock, is_finished, write_manifest
 
 ITEM_SPOOL, USER_SPOOL = "items.spool", "users.spool"
@@ -42,7 +42,7 @@ def prepare(config: Config, *, force: bool = False, dry_run: bool = False) -> in
     reader = build_reader(config, run.raw, LineReader(config.data.encoding_errors, counts))
     fields = item_fields(config, reader)
     if dry_run:
-        print(dump_config(config) + _plan(config, run, reader))
+        show(dump_config(config) + _plan(config, run, reader))
         return 0
     with writing(run.root), folder_lock(run.histories) as lock:
         recover_folder(run.raw, lock.lease.former)
