@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
 from trsr_dist.config import Config, load_config
 from trsr_dist.errors import TrsrError
 from trsr_dist.files import explain
+from trsr_dist.printable import printable
 
 EXIT_ERROR = 1
 EXIT_REQUEUE = 75
@@ -60,12 +62,20 @@ def run_command(command: Callable[[], int | None]) -> None:
     """
     try:
         status = command() or 0
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = EXIT_ERROR
     except (TrsrError, OSError) as error:
         message = explain(error) if isinstance(error, OSError) else error
         if not isinstance(message, TrsrError):
             raise
-        print(f"error: {message}", file=sys.stderr, flush=True)
-        status = EXIT_ERROR
+        status = _fail(str(message))
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)
+
+
+def _fail(message: str) -> int:
+    print(printable(f"error: {message}", sys.stderr.encoding), file=sys.stderr, flush=True)
+    return EXIT_ERROR

@@ -18,6 +18,7 @@ from typing_extensions import TypedDict
 from trsr_dist.errors import DataError
 from trsr_dist.files import atomic_file, plain
 from trsr_dist.json_text import parse_json
+from trsr_dist.printable import printable
 
 T = TypeVar("T")
 
@@ -62,8 +63,13 @@ class _BarSafeHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stdout if self._to_stdout else sys.stderr
-        tqdm.write(self.format(record), file=stream)
+        tqdm.write(printable(self.format(record), stream.encoding), file=stream)
         stream.flush()
+
+
+def show(text: str) -> None:
+    """Print what a command was asked for; whatever others have written in it steers no terminal."""
+    print(printable(text, sys.stdout.encoding), flush=True)
 
 
 def progress(items: Iterable[T] | None = None, *, total: int | None = None, description: str, unit: str = "it") -> tqdm:

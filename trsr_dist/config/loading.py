@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 from trsr_dist.config.sections import Config
 from trsr_dist.config.zero import find_file, read_zero_config
 from trsr_dist.errors import ConfigError
+from trsr_dist.printable import strike_addresses
 
 
 class _Loader(yaml.SafeLoader):
@@ -30,8 +31,16 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value has a wrong type, two settings
-            contradict each other, or a DeepSpeed file that one names is missing or wrong.
+            contradict each other, or a DeepSpeed file that one names is missing or wrong. No message repeats a
+            password of an address.
     """
+    try:
+        return _load(path, overrides)
+    except ConfigError as error:
+        raise ConfigError(strike_addresses(str(error))) from None
+
+
+def _load(path: str | Path, overrides: list[str] | tuple[str, ...]) -> Config:
     settings = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(settings, override)

@@ -15,10 +15,10 @@ from trsr_dist.data.readers import build_reader, check_data_settings, holds_loca
 from trsr_dist.data.source import Counts, LineReader, Reader, open_raw
 from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.spool import Spool, spool_items, spool_users
-from trsr_dist.data.store import POOLS, ArrowRows
+from trsr_dist.data.store import ITEMS, POOLS, ArrowRows, check_files, checksums
 from trsr_dist.errors import DataError
 from trsr_dist.files import atomic_folder, recover_folder, sha256_of, writing
-from trsr_dist.log import get_logger, setup_logging
+from trsr_dist.log import get_logger, setup_logging, show
 from trsr_dist.run import RunFolder, folder_lock, is_finished, write_manifest
 
 ITEM_SPOOL, USER_SPOOL = "items.spool", "users.spool"
@@ -42,7 +42,7 @@ def prepare(config: Config, *, force: bool = False, dry_run: bool = False) -> in
     reader = build_reader(config, run.raw, LineReader(config.data.encoding_errors, counts))
     fields = item_fields(config, reader)
     if dry_run:
-        print(dump_config(config) + _plan(config, run, reader))
+        show(dump_config(config) + _plan(config, run, reader))
         return 0
     with writing(run.root), folder_lock(run.histories) as lock:
         recover_folder(run.raw, lock.lease.former)
@@ -50,6 +50,7 @@ def prepare(config: Config, *, force: bool = False, dry_run: bool = False) -> in
             _make_demo(config, run, force)
         settings, inputs = _settings(config), _inputs(reader)
         if is_finished(run.histories, settings, inputs, force):
+            check_files(run.histories)
             run.write_config("prepare", dump_config(config), only_missing=True)
             log.info("%s: already prepared with these settings; nothing to do (--force redoes it)", run.histories)
             return 0
@@ -95,10 +96,10 @@ def _assemble(config: Config, reader: Reader, folder: Path, counts: Counts) -> d
     popularity = sum(spool.count(column, train, len(items)) for column in ("history", "targets"))
     first_seen = spool.first_seen(users.mask(len(spool), *SPLITS), len(items))
     known = np.where(first_seen == np.iinfo(np.int64).max, 0, np.maximum(first_seen, 0))
-    write_items(folder / "items.arrow", items, popularity, known)
+    write_items(folder / ITEMS, items, popularity, known)
     maker = CandidateMaker(_candidate_rules(config), spool, users, items, first_seen)
     splits = {split: write_split(folder, split, users, spool, maker, data.max_history, counts) for split in SPLITS}
-    return {"num_items": len(items), "splits": splits}
+    return {"num_items": len(items), "splits": splits, "files": checksums(folder)}
 
 
 def _history_rules(config: Config) -> HistoryRules:

@@ -6,10 +6,9 @@ import bz2
 import gzip
 import io
 import lzma
-import stat
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -17,8 +16,10 @@ from typing import BinaryIO, Protocol
 import pyarrow as pa
 
 from trsr_dist.errors import DataError
+from trsr_dist.files import plain
 from trsr_dist.records import UserLog
 
+MOST_CHARACTERS = 300
 Counts = Counter[str]
 """How often each policy or filter applied; printed and kept in the manifest."""
 
@@ -122,16 +123,14 @@ def open_raw(path: Path) -> BinaryIO:
         DataError: it is missing (names what the folder holds), may not be read, or is no text at all.
     """
     try:
-        if not stat.S_ISREG(path.stat().st_mode) and not path.is_dir():
-            raise DataError(f"{path}: not a regular file but a pipe or device; write the data into a file")
-        with open(path, "rb") as stream:
+        with open(path, "rb", opener=plain) as stream:
             head = stream.read(16)
         opener = next((opener for magic, opener in COMPRESSED.values() if head.startswith(magic)), None)
         foreign = next((what for magic, what in FOREIGN.items() if head.startswith(magic)), "")
         if foreign:
             raise DataError(f"{path}: {foreign}")
         return opener(path) if opener else open(path, "rb")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+    except (FileNotFoundError, NotADirectoryError):
         there = ", ".join(sorted(p.name for p in path.parent.iterdir())[:8]) if path.parent.is_dir() else "no folder"
         raise DataError(
             f"{path}: missing (found there: {there or 'nothing'}); set data.path, or give the file this name "
@@ -139,6 +138,12 @@ def open_raw(path: Path) -> BinaryIO:
         ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); ask its owner for permission to read it") from None
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of fields or columns for a message: control characters escaped, and not without end."""
+    text = ", ".join(name if name.isprintable() else repr(name) for name in names)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
 def check_columns(path: Path, row: int, found: int, expected: tuple[str, ...]) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -28,14 +28,6 @@ def by_count(counts: np.ndarray) -> Scorer:
     """Rank by a count per item: of train users' clicks (popularity), or of the clicks that were their latest
     (recency, since a target is a user's latest click; needs no times)."""
     return lambda history, candidates: counts[list(candidates)].astype(np.float64)
-
-
-def target_counts(targets: Iterable[Sequence[int]], num_items: int) -> np.ndarray:
-    """How often each item is a train user's target, int64, shape (num_items,)."""
-    counts = np.zeros(num_items, dtype=np.int64)
-    for items in targets:
-        np.add.at(counts, list(items), 1)
-    return counts
 
 
 class Bm25:

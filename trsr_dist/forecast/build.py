@@ -91,7 +91,7 @@ class Inputs:
 
     @cached_property
     def store(self) -> HistoryStore:
-        return HistoryStore(self.run.histories)
+        return HistoryStore(self.run.histories, check=False)
 
     @cached_property
     def shape(self) -> ModelShape:

@@ -27,6 +27,7 @@ from trsr_dist.files import recover_folder, sweep, writing
 from trsr_dist.hashing import digest
 from trsr_dist.liveness import LeaseFolder, Owner, touching
 from trsr_dist.log import get_logger, setup_logging
+from trsr_dist.printable import strike_addresses
 from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.run import RunFolder, claim, is_finished
 from trsr_dist.summarize.cache import TextCache
@@ -128,7 +129,8 @@ class Job:
         """Remove what a task left behind that was killed right after publishing."""
         for split in self.works.keys() - self.unpublished.keys():
             self.works[split].clear()
-        sweep(self.run_folder.summaries / "work", GONE_SECONDS)
+        for folder in ("work", "leases"):
+            sweep(self.run_folder.summaries / folder, GONE_SECONDS)
 
     def write_config(self, only_missing: bool = False) -> None:
         if self.task.index == 0:
@@ -199,7 +201,7 @@ class Job:
             state = "done"
         except Exception as error:
             kind = "" if isinstance(error, TrsrError) else f"{type(error).__name__}: "
-            state, message = "failed", f"{kind}{error}"
+            state, message = "failed", strike_addresses(f"{kind}{error}")
             raise
         finally:
             reporter.close(state, message)
