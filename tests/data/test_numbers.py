@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 
 from trsr_dist.data.candidates import ItemPool, category_pools, draw_negatives, draw_shown, pools_of
 from trsr_dist.data.histories import REMOVED, HistoryRules, KnownUser, admit, latest
-from trsr_dist.data.splits import split_by_time, split_by_user
+from trsr_dist.data.splits import SPLITS, split_by_time, split_by_user
 from trsr_dist.data.spool import Spool, spool_users
 from trsr_dist.data.store import ROWS_PER_BATCH
 from trsr_dist.errors import DataError
@@ -20,6 +21,9 @@ NEVER = np.iinfo(np.int64).max
 
 
 class TestSplits:
+    def test_names_by_index(self) -> None:
+        assert SPLITS == ("train", "valid", "test")
+
     def test_every_point_has_its_split(self) -> None:
         """Of 12 points 0 to 8 are train, 9 and 10 valid, 11 test."""
         found = {hash64("split", user) % 12: split_by_user(user, (9, 2, 1)) for user in map(str, range(300))}
@@ -47,7 +51,39 @@ def shares(pool: ItemPool, excluded: set[int], before: int = 0, number: int = 10
     return {row: count / number for row, count in drawn.items()}
 
 
+class Fixed(random.Random):
+    """Gives these numbers."""
+
+    def __init__(self, *numbers: float) -> None:
+        super().__init__()
+        self._numbers = iter(numbers)
+
+    def random(self) -> float:
+        return next(self._numbers)
+
+
 class TestDraws:
+    def test_draws_are_those_of_an_earlier_version(self) -> None:
+        """Others would give every data set other candidates. The last case looks at all items after its rounds."""
+        pool = ItemPool(np.arange(40), np.arange(1, 41) ** 2)
+        drawn = [pool.draw(4, {39}, random_stream("old", i)) for i in range(3)]
+        assert drawn == [[27, 38, 24, 25], [33, 11, 31, 12], [31, 23, 18, 37]]
+        heavy = ItemPool(np.arange(6), np.array([10**15, 1, 2, 3, 4, 5]))
+        assert heavy.draw(4, {0}, random_stream("old")) == [2, 4, 5, 3]
+
+    def test_items_seen_at_one_time_and_of_one_category_keep_their_order(self) -> None:
+        weights, order = np.arange(1, 201), np.r_[0:200:2, 1:200:2]
+        expected = ItemPool(order, weights[order]).draw(9, set(), random_stream(0))
+        assert ItemPool(np.arange(200), weights, np.arange(200) % 2).draw(9, set(), random_stream(0), 2) == expected
+        expected = ItemPool(order[:100], weights[::2]).draw(9, set(), random_stream(0))
+        assert category_pools(["even", "odd"] * 100, weights)["even"].draw(9, set(), random_stream(0)) == expected
+
+    def test_a_point_on_a_border_is_the_next_items(self) -> None:
+        """Weights 1, 2 and 1 cover [0, 0.25), [0.25, 0.75) and [0.75, 1)."""
+        pool = ItemPool(np.arange(3), np.array([1, 2, 1]))
+        for point, row in ((0.0, 0), (0.2, 0), (0.25, 1), (0.7, 1), (0.75, 2), (1 - 2**-53, 2)):
+            assert pool.draw(1, set(), Fixed(point, 0.0)) == [row]
+
     def test_items_seen_later_take_no_weight_from_the_others(self) -> None:
         """Rows 0 to 2 are old; row 3, seen later, has almost all the weight."""
         pool = ItemPool(np.arange(4), np.array([1, 2, 1, 10**6]), first_seen=np.array([1, 2, 3, 50]))
@@ -69,6 +105,14 @@ class TestDraws:
         pool = ItemPool(np.array([7, 8, 9]), np.array([1, 0, 1]))
         assert sorted(pool.draw(3, set(), random_stream(0))) == [7, 9]
         assert ItemPool(np.arange(2), np.zeros(2)).draw(1, set(), random_stream(0)) == []
+
+    def test_without_a_time_nothing_was_seen(self) -> None:
+        pool = ItemPool(np.arange(3), np.ones(3), np.array([0, 1, 2]))
+        assert (
+            pool.draw(1, set(), random_stream(0))
+            == []
+            == draw_negatives(lambda _: pool, [0], set(), 1, random_stream(0))
+        )
 
     def test_nothing_wanted_draws_nothing(self) -> None:
         stream = random_stream(0)

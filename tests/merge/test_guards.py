@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.disks import FULL, mounted_disk
+from tests.kills import check_stage
 from tests.merge.models import make_adapter, make_base, make_checkpoint, seal, tensors_of
 from trsr_dist.errors import TrsrError
 from trsr_dist.files import read_json, write_json
@@ -268,6 +269,16 @@ def test_what_a_killed_merge_left_is_put_right(checkpoint: Path, tmp_path: Path,
     merge(checkpoint, tmp_path / name, WEIGHTS_ONLY)
     assert (tmp_path / name).stat().st_ino == number, "found again, not made again"
     assert [path.name for path in tmp_path.iterdir() if "merged" in path.name] == [name]
+
+
+def test_killed_at_every_change_while_it_is_redone(checkpoint: Path, tmp_path: Path) -> None:
+    output, other = tmp_path / "merged[v2]", MergeOptions(dtype="bfloat16", verify="weights", force=True)
+    check_stage(
+        output,
+        lambda: merge(checkpoint, output, WEIGHTS_ONLY),
+        lambda: merge(checkpoint, output, other),
+        lambda: merge(checkpoint, output, MergeOptions(verify="weights", force=True)),
+    )
 
 
 def test_values_beyond_float16(base: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from trsr_dist.hashing import hash64
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.plans.graph import Node, Plan
 from trsr_dist.summarize.requests import Completion, Request
-from trsr_dist.summarize.scheduler import RETRY_TEMPERATURE, Counts, Failure, Result, Scheduler, Work
+from trsr_dist.summarize.scheduler import Counts, Failure, Result, Scheduler, Work
 
 FAULTY = "likes the sea " * 10
 
@@ -190,7 +190,7 @@ class TestRetries:
         result, counts, log = self.run(tmp_path, first, second)
         assert result.records[0]["text"] == "Likes tea." and result.records[0]["sampled"] is True
         assert counts == Counts(nodes=1, requests=1, retries=1, new_tokens=33)
-        assert (log[1].temperature, log[1].seed) == (RETRY_TEMPERATURE, hash64("retry", log[0].key) // 2)
+        assert (log[1].temperature, log[1].seed) == (0.7, hash64("retry", log[0].key) // 2)
         assert (log[1].key, log[1].prompt, log[1].max_new_tokens) == (log[0].key, log[0].prompt, 50)
 
     def test_of_equally_bad_texts_the_first_is_kept(self, tmp_path: Path) -> None:
