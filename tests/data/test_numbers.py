@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from trsr_dist.data import spool as spool_module
 from trsr_dist.data.candidates import ItemPool, category_pools, draw_negatives, draw_shown, pools_of
 from trsr_dist.data.histories import REMOVED, HistoryRules, KnownUser, admit, latest
 from trsr_dist.data.items import CatalogueRules
@@ -295,7 +296,9 @@ class TestSpool:
         assert list(spool.keys()) == [f"u{i}" for i in range(len(spool))]
         assert np.flatnonzero(spool.times).tolist() == list(self.own)
 
-    def test_items(self, tmp_path: Path) -> None:
+    def test_items(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        bars = []
+        monkeypatch.setattr(spool_module, "progress", lambda items, **words: bars.append(words) or items)
         raw = [RawItem("b", {"text": "a  lamp"}, 1, "home"), RawItem("a", {}, 2), RawItem("c", {"text": "tea"}, 3)]
         rules = CatalogueRules(tmp_path / "raw", (), "skip", "fail", Counter())
         spool_items(tmp_path / "items.arrow", SimpleNamespace(items=lambda: iter(raw)), rules)
@@ -305,6 +308,8 @@ class TestSpool:
             ["c", "tea", ""],
         ]
         assert rules.rows == {"b": 0, "a": REMOVED, "c": 1}
+        spool_users(tmp_path / "users.arrow", [], {}, HistoryRules(1, 0, "cut", "keep", "skip"), Counter())
+        assert bars == [{"description": name, "unit": f" {name}"} for name in ("items", "users")]
         assert SPOOL_ITEM_SCHEMA.names == ["id", "text", "category"]
         assert str(SPOOL_USER_SCHEMA.types) == str([pa.string(), ROW_LIST, ROW_LIST, pa.int64(), ROW_LIST])
         assert SPOOL_USER_SCHEMA.names == ["user", "history", "targets", "time", "shown"]

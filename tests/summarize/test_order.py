@@ -229,8 +229,14 @@ class TestRetries:
 
     def test_an_empty_text_fails_its_user(self, tmp_path: Path) -> None:
         result, counts, log = self.run(tmp_path, Completion("", " .", cut=True), Completion("", ""))
-        assert result == Result("a", (), Failure(0, log[0].key, result.failure.reason))
+        reason = "the engine wrote no text, and none when sampled"
+        assert result == Result("a", (), Failure(0, log[0].key, reason))
         assert counts == Counts(failures=1, requests=1, retries=1)
+        result, _, _ = self.run(tmp_path, *[Completion("", "", cut=True)] * 2)
+        assert result.failure.reason == (
+            f"{reason}: its thoughts took all of summarize.max_new_tokens=50; raise that, or turn thoughts off with "
+            "summarize.chat_template_kwargs"
+        )
 
     def test_an_empty_text_is_not_kept(self, tmp_path: Path) -> None:
         self.run(tmp_path, Completion("", ""), Completion("", ""))
@@ -238,10 +244,9 @@ class TestRetries:
         assert result.failure is None and len(log) == 1
 
     def test_a_failed_retry_leaves_the_first_text(self, tmp_path: Path) -> None:
-        result, counts, _ = self.run(tmp_path, Completion("", FAULTY), Completion("", error="gone"))
-        assert result.records[0]["flags"] == ["repetition"] and counts == Counts(
-            nodes=1, requests=1, retries=1, flags={"repetition": 1}
-        )
+        result, counts, _ = self.run(tmp_path, Completion("", FAULTY, cut=True), Completion("", error="gone"))
+        assert result.records[0]["flags"] == ["repetition", "cut"]
+        assert counts == Counts(nodes=1, requests=1, retries=1, flags={"repetition": 1, "cut": 1})
 
 
 class TestFailures:
