@@ -15,7 +15,7 @@ from typing_extensions import TypedDict
 
 from trsr_dist import __version__
 from trsr_dist.errors import RunError
-from trsr_dist.files import atomic_file, read_json, real_folder, recover_folder, sha256_of, write_json
+from trsr_dist.files import atomic_file, read_json, real_folder, recover_folder, sha256_of, sweep, write_json
 from trsr_dist.liveness import BEATS_PER_TERM, Lease, LeaseFolder, Owner, read_sign, touching
 
 MANIFEST = "manifest.json"
@@ -201,6 +201,7 @@ def folder_lock(folder: Path) -> Iterator[FolderLock]:
         lease = leases.acquire(f".{folder.name}.lock")
         if lease is None:
             raise RunError(_refusal(leases, folder.with_name(f".{folder.name}.lock")))
+        sweep(folder.parent)
         recover_folder(folder, lease.former)
         yield FolderLock(leases, lease)
     finally:

@@ -83,6 +83,17 @@ def test_a_dead_lock_passes_on_at_its_term_whatever_the_clocks_say(tmp_path: Pat
     assert take(folder, offset) == "held\n" and not path.exists()
 
 
+def test_the_term_is_two_minutes(tmp_path: Path) -> None:
+    """As the documents say: what restarts after a node's death waits for no more, what hangs for less loses nothing."""
+    folder = tmp_path / "shards"
+    write_lock(folder, 115)
+    with pytest.raises(RunError, match="after 120 s of silence"), folder_lock(folder):
+        pass
+    write_lock(folder, 121)
+    with folder_lock(folder) as lock:
+        lock.check()
+
+
 def test_a_stamp_in_the_future_counts_from_now_on(tmp_path: Path) -> None:
     folder = tmp_path / "shards"
     path = write_lock(folder, -3600)

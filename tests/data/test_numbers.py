@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from trsr_dist.data import spool as spool_module
 from trsr_dist.data.candidates import ItemPool, category_pools, draw_negatives, draw_shown, pools_of
 from trsr_dist.data.histories import REMOVED, HistoryRules, KnownUser, admit, latest
-from trsr_dist.data.splits import split_by_time, split_by_user
-from trsr_dist.data.spool import Spool, spool_users
-from trsr_dist.data.store import ROWS_PER_BATCH
+from trsr_dist.data.items import CatalogueRules
+from trsr_dist.data.source import RawItem
+from trsr_dist.data.splits import SPLITS, split_by_time, split_by_user
+from trsr_dist.data.spool import SPOOL_ITEM_SCHEMA, SPOOL_USER_SCHEMA, Spool, spool_items, spool_users
+from trsr_dist.data.store import ROWS_PER_BATCH, ArrowRows
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64, random_stream
 from trsr_dist.records import UserLog
 
+ROW_LIST = pa.list_(pa.int32())
 NEVER = np.iinfo(np.int64).max
 
 
 class TestSplits:
+    def test_names_by_index(self) -> None:
+        assert SPLITS == ("train", "valid", "test")
+
     def test_every_point_has_its_split(self) -> None:
         """Of 12 points 0 to 8 are train, 9 and 10 valid, 11 test."""
         found = {hash64("split", user) % 12: split_by_user(user, (9, 2, 1)) for user in map(str, range(300))}
@@ -47,7 +58,39 @@ def shares(pool: ItemPool, excluded: set[int], before: int = 0, number: int = 10
     return {row: count / number for row, count in drawn.items()}
 
 
+class Fixed(random.Random):
+    """Gives these numbers."""
+
+    def __init__(self, *numbers: float) -> None:
+        super().__init__()
+        self._numbers = iter(numbers)
+
+    def random(self) -> float:
+        return next(self._numbers)
+
+
 class TestDraws:
+    def test_draws_are_those_of_an_earlier_version(self) -> None:
+        """Others would give every data set other candidates. The last case looks at all items after its rounds."""
+        pool = ItemPool(np.arange(40), np.arange(1, 41) ** 2)
+        drawn = [pool.draw(4, {39}, random_stream("old", i)) for i in range(3)]
+        assert drawn == [[27, 38, 24, 25], [33, 11, 31, 12], [31, 23, 18, 37]]
+        heavy = ItemPool(np.arange(6), np.array([10**15, 1, 2, 3, 4, 5]))
+        assert heavy.draw(4, {0}, random_stream("old")) == [2, 4, 5, 3]
+
+    def test_items_seen_at_one_time_and_of_one_category_keep_their_order(self) -> None:
+        weights, order = np.arange(1, 201), np.r_[0:200:2, 1:200:2]
+        expected = ItemPool(order, weights[order]).draw(9, set(), random_stream(0))
+        assert ItemPool(np.arange(200), weights, np.arange(200) % 2).draw(9, set(), random_stream(0), 2) == expected
+        expected = ItemPool(order[:100], weights[::2]).draw(9, set(), random_stream(0))
+        assert category_pools(["even", "odd"] * 100, weights)["even"].draw(9, set(), random_stream(0)) == expected
+
+    def test_a_point_on_a_border_is_the_next_items(self) -> None:
+        """Weights 1, 2 and 1 cover [0, 0.25), [0.25, 0.75) and [0.75, 1)."""
+        pool = ItemPool(np.arange(3), np.array([1, 2, 1]))
+        for point, row in ((0.0, 0), (0.2, 0), (0.25, 1), (0.7, 1), (0.75, 2), (1 - 2**-53, 2)):
+            assert pool.draw(1, set(), Fixed(point, 0.0)) == [row]
+
     def test_items_seen_later_take_no_weight_from_the_others(self) -> None:
         """Rows 0 to 2 are old; row 3, seen later, has almost all the weight."""
         pool = ItemPool(np.arange(4), np.array([1, 2, 1, 10**6]), first_seen=np.array([1, 2, 3, 50]))
@@ -70,6 +113,14 @@ class TestDraws:
         assert sorted(pool.draw(3, set(), random_stream(0))) == [7, 9]
         assert ItemPool(np.arange(2), np.zeros(2)).draw(1, set(), random_stream(0)) == []
 
+    def test_without_a_time_nothing_was_seen(self) -> None:
+        pool = ItemPool(np.arange(3), np.ones(3), np.array([0, 1, 2]))
+        assert (
+            pool.draw(1, set(), random_stream(0))
+            == []
+            == draw_negatives(lambda _: pool, [1], set(), 1, random_stream(0))
+        )
+
     def test_nothing_wanted_draws_nothing(self) -> None:
         stream = random_stream(0)
         assert ItemPool(np.arange(2), np.ones(2)).draw(0, set(), stream) == []
@@ -89,8 +140,10 @@ class TestDraws:
         assert sorted(pools["a"].draw(3, set(), random_stream(0), before=10)) == [2, 4]
         of = pools_of(weights, categories=categories)
         assert (of(1), sorted(of(2).draw(9, set(), random_stream(0)))) == (None, [2, 4])
-        whole = pools_of(weights, np.array([1, 2, 3, 4, 5]))
+        whole = pools_of(weights * 7, np.array([1, 2, 3, 4, 5]))
         assert sorted(whole(1).draw(9, set(), random_stream(0), before=4)) == [0, 1, 2]
+        timed = pools_of(weights, np.array([5, 5, 5, 5, 9]), categories)
+        assert timed(4).draw(9, set(), random_stream(0), before=6) == [2]
 
     def test_negatives_are_dealt_over_the_targets(self) -> None:
         """Target 9 has no pool; what it cannot take goes to the next."""
@@ -129,6 +182,10 @@ def admitted(history: str, targets: str, shown: str = "", **changes: object) -> 
     counts: Counter[str] = Counter()
     log = UserLog("u", tuple(history.split()), tuple(targets.split()), 9, tuple(shown.split()), "f:3")
     user = admit(log, ROWS, HistoryRules(**(rules | changes)), counts)
+    once = dict(counts)
+    admit(log, ROWS, HistoryRules(**(rules | changes)), counts)
+    assert counts == {name: 2 * number for name, number in once.items()}, "counts are added up over users"
+    counts = Counter(once)
     assert counts.pop("item_ids_read", 0) == (len(f"{history} {targets} {shown}".split()) if history else 0)
     return user, dict(counts)
 
@@ -173,8 +230,9 @@ class TestHistories:
         assert admitted("a", "x")[1] == {"users_read": 1, "clicks_on_unknown_items": 1, "users_without_target": 1}
 
     def test_an_unknown_item_is_named(self) -> None:
-        with pytest.raises(DataError, match=r"f:3: user 'u' has item 'x'"):
-            admitted("a x", "c", unknown_items="fail")
+        for clicks in (("a x", "c"), ("a", "c x"), ("a", "c", "x")):
+            with pytest.raises(DataError, match=r"f:3: user 'u' has item 'x'"):
+                admitted(*clicks, unknown_items="fail")
         assert admitted("a blank", "c", unknown_items="fail")[0].history == [0]
 
     def test_equal_targets_are_one(self) -> None:
@@ -237,3 +295,21 @@ class TestSpool:
         assert spool.user(0) == KnownUser("u0", [0, 1], [2], 100, [3])
         assert list(spool.keys()) == [f"u{i}" for i in range(len(spool))]
         assert np.flatnonzero(spool.times).tolist() == list(self.own)
+
+    def test_items(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        bars = []
+        monkeypatch.setattr(spool_module, "progress", lambda items, **words: bars.append(words) or items)
+        raw = [RawItem("b", {"text": "a  lamp"}, 1, "home"), RawItem("a", {}, 2), RawItem("c", {"text": "tea"}, 3)]
+        rules = CatalogueRules(tmp_path / "raw", (), "skip", "fail", Counter())
+        spool_items(tmp_path / "items.arrow", SimpleNamespace(items=lambda: iter(raw)), rules)
+        rows = ArrowRows(tmp_path / "items.arrow")
+        assert [[rows.value(column, row) for column in range(3)] for row in range(len(rows))] == [
+            ["b", "a lamp", "home"],
+            ["c", "tea", ""],
+        ]
+        assert rules.rows == {"b": 0, "a": REMOVED, "c": 1}
+        spool_users(tmp_path / "users.arrow", [], {}, HistoryRules(1, 0, "cut", "keep", "skip"), Counter())
+        assert bars == [{"description": name, "unit": f" {name}"} for name in ("items", "users")]
+        assert SPOOL_ITEM_SCHEMA.names == ["id", "text", "category"]
+        assert str(SPOOL_USER_SCHEMA.types) == str([pa.string(), ROW_LIST, ROW_LIST, pa.int64(), ROW_LIST])
+        assert SPOOL_USER_SCHEMA.names == ["user", "history", "targets", "time", "shown"]

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.kills import check_stage
 from tests.summarize.server import Answer, Handler, Server, good, prompt_of, serving
 from tests.summarize.world import run_here, tree_hash, write_config, write_histories
 from trsr_dist.cli import config_parser, parse_config
@@ -251,3 +252,17 @@ def test_a_set_whose_manifest_is_not_visible_yet_is_waited_for(tmp_path: Path, m
     monkeypatch.setattr("trsr_dist.summarize.job.GONE_SECONDS", -1.0)
     with pytest.raises(RunError, match="removed while this task was at work"):
         job._publish(None)
+
+
+def test_killed_at_every_change_while_a_set_is_redone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_histories(run, {"train": 3, "valid": 1, "test": 1}, max_history=9)
+    config = write_config(run)
+    check_stage(
+        run / "shards" / "train",
+        lambda: run_here(config),
+        lambda: run_here(config, "run.seed=1", force=True),
+        lambda: run_here(config, force=True),
+    )
+    assert sorted(path.name for path in (run / "shards").iterdir()) == ["test", "train", "valid"]
+    assert not list((run / "summaries" / "work").iterdir())

@@ -129,7 +129,8 @@ class Job:
         """Remove what a task left behind that was killed right after publishing."""
         for split in self.works.keys() - self.unpublished.keys():
             self.works[split].clear()
-        sweep(self.run_folder.summaries / "work", GONE_SECONDS)
+        for folder in ("work", "leases"):
+            sweep(self.run_folder.summaries / folder, GONE_SECONDS)
 
     def write_config(self, only_missing: bool = False) -> None:
         if self.task.index == 0:
