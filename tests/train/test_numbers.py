@@ -110,6 +110,7 @@ def test_sums_add_up_field_by_field() -> None:
     one.add(two)
     assert one.to_list() == [101.0 + 2 * i for i in range(len(names))]
     assert Sums.from_list(one.to_list()) == one
+    assert Sums().to_list() == [0.0] * len(names)
 
 
 def test_scalars_by_hand() -> None:
