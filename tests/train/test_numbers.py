@@ -44,16 +44,16 @@ class TestSchedule:
 
 
 def scores_of(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-odds with ties, labels and users of 12 answers; users 0 to 3 in a mixed order, one may lack positives."""
+    """Log-odds with ties, labels and users of 12 answers; users 0 to 4 in a mixed order, one may lack positives."""
     draw = random.Random(seed)
     log_odds = torch.tensor([draw.choice([-1.5, -0.5, 0.0, 0.5, 2.0]) for _ in range(12)])
-    return log_odds, torch.tensor([draw.randrange(2) for _ in range(12)]), torch.tensor([i % 4 for i in range(12)])
+    return log_odds, torch.tensor([draw.randrange(2) for _ in range(12)]), torch.tensor([i % 5 for i in range(12)])
 
 
 def users_of(log_odds: torch.Tensor, labels: torch.Tensor, group: torch.Tensor) -> list[tuple[list, list]]:
     """Scores of the positives and of the negatives, by user."""
     rows = list(zip(log_odds.tolist(), labels.tolist(), group.tolist(), strict=True))
-    return [tuple([s for s, y, g in rows if (g, y) == (user, label)] for label in (1, 0)) for user in range(4)]
+    return [tuple([s for s, y, g in rows if (g, y) == (user, label)] for label in (1, 0)) for user in range(5)]
 
 
 @pytest.mark.parametrize("seed", range(5))
