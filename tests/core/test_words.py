@@ -8,7 +8,7 @@ import pytest
 from trsr_dist.evaluate.baselines import Bm25
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.records import Candidate, Item, Sample
-from trsr_dist.shards.inspect.checks import TARGET_IN_SUMMARY, sample_faults
+from trsr_dist.shards.inspect.checks import NO_TEXT, TARGET_IN_SUMMARY, sample_faults
 from trsr_dist.shards.inspect.similar import near_duplicates
 from trsr_dist.summarize.extract import extract, informative_words, split_fields
 from trsr_dist.summarize.quality import flags_of, is_echo, is_preamble, is_repetitive
@@ -113,6 +113,8 @@ def test_texts_of_symbols_alone_are_used_as_they_are() -> None:
 def test_zero_width_characters_are_no_text() -> None:
     assert not has_text("\u200b \ufeff\u2060\x00")
     assert has_text("★")
+    sample = Sample("u", "", "", (), (Candidate("a", "tea", 1), Candidate("b", "\u200b", 0)))
+    assert NO_TEXT in set(sample_faults(sample))
     assert split_words("\u200b a \u200b") == ["a"]
     assert (count_words("\u200b"), cut_words("\u200ba b", 1).strip("\u200b")) == (0, "a")
     assert search_terms("soft\u00adware a\u200bb") == ["software", "a", "b"]
