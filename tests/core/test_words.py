@@ -1,10 +1,13 @@
 """Texts in scripts without blanks count as their twins in scripts with blanks do, wherever words are counted."""
 
 import random
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
+import trsr_dist
 from trsr_dist.evaluate.baselines import Bm25
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.records import Candidate, Item, Sample
@@ -118,6 +121,13 @@ def test_zero_width_characters_are_no_text() -> None:
     assert split_words("\u200b a \u200b") == ["a"]
     assert (count_words("\u200b"), cut_words("\u200ba b", 1).strip("\u200b")) == (0, "a")
     assert search_terms("soft\u00adware a\u200bb") == ["software", "a", "b"]
+
+
+def test_one_module_counts_words() -> None:
+    counting = re.compile(r"len\([^()]*\.split\(\)\)|\\w\+\"\)")
+    assert counting.search("n = len(text.split())") and counting.search(r're.compile(r"\w+")')
+    for path in Path(trsr_dist.__file__).parent.rglob("*.py"):
+        assert path.name == "words.py" or not counting.search(path.read_text()), path
 
 
 def test_terms_are_words_and_bigrams_in_one_form() -> None:
