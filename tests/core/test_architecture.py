@@ -15,6 +15,7 @@ PURE = [
     "trsr_dist.errors",
     "trsr_dist.hashing",
     "trsr_dist.rows",
+    "trsr_dist.words",
     "trsr_dist.config",
     "trsr_dist.environment",
     "trsr_dist.prompts.builder",
