@@ -99,6 +99,7 @@ def test_what_a_row_adds() -> None:
     head, first, second = 6, 4 * 3 + 10, 2 * 3 + 3
     suffixes = (7 * 2 + 3) + (7 * 4 + 10) + (5 * 3 + 6)
     assert count_pairs(row) == head + first + second + suffixes
+    assert isinstance(count_pairs(row), int)
     assert (sums.answers, sums.users, sums.tokens, sums.places) == (4.0, 3.0, 118.0, 51.0)
     assert sums.separate_tokens == 1 + 28
     assert sums.attended_pairs == 1 + count_pairs(row)
