@@ -303,7 +303,7 @@ class LeaseFolder:
 
         Without hard links a reader may find it empty for a moment, and judges it by its age.
         """
-        draft = self._draft()
+        draft = self._draft(path)
         try:
             os.link(draft, path)
         except FileExistsError:
@@ -316,13 +316,13 @@ class LeaseFolder:
             draft.unlink(missing_ok=True)
         return True
 
-    def _draft(self) -> Path:
-        draft = self._hidden("draft")
+    def _draft(self, path: Path) -> Path:
+        draft = self._hidden(path)
         _write_new(draft, json.dumps(asdict(self.owner)).encode())
         return draft
 
-    def _hidden(self, kind: str) -> Path:
-        return self.folder / f".{kind}.tmp-{signature()}-{secrets.token_hex(8)}"
+    def _hidden(self, path: Path) -> Path:
+        return path.with_name(f".{path.name.lstrip('.')}.tmp-{signature()}-{secrets.token_hex(8)}")
 
     def _take_over(self, path: Path, sign: Sign) -> bool:
         """Put this process's lock in the place of a dead one, which only one at a time may do."""
@@ -336,7 +336,7 @@ class LeaseFolder:
             found = read_sign(path)
             if found is None or found.record != sign.record or not self.is_dead(path, found):
                 return False
-            os.rename(self._draft(), path)
+            os.rename(self._draft(path), path)
             return True
         finally:
             self._remove(guard, asdict(self.owner))
@@ -347,7 +347,7 @@ class LeaseFolder:
 
     def _remove(self, path: Path, record: dict[str, Any]) -> None:
         """Remove the file that holds this record, and no other: what another process has put there goes back."""
-        tomb = self._hidden("removed")
+        tomb = self._hidden(path)
         with suppress(FileNotFoundError):
             os.rename(path, tomb)
             sign = read_sign(tomb)
