@@ -57,7 +57,7 @@ def make_tokens(args: argparse.Namespace, config: Config) -> Tokens | None:
     name = args.tokenizer or (args.config and RunFolder(Path(config.run.dir)).resolve(config.model.name_or_path))
     if not name:
         return None
-    from trsr_dist.model.loading import BaseSource, load_tokenizer
+    from trsr_dist.pretrained import BaseSource, load_tokenizer
 
     tokenizer = load_tokenizer(BaseSource(name, config.model.revision, config.model.trust_remote_code))
     train = config.train

@@ -25,6 +25,8 @@ from tests.data.test_bad_input import Edit, append, record, refused, replace
 from tests.data.test_prepare import ids, manifest, run, users_of
 from trsr_dist.data.prepare import prepare
 from trsr_dist.errors import ConfigError, DataError
+from trsr_dist.shards.reader import ShardSet
+from trsr_dist.summarize.job import summarize
 
 START = 1600000000
 """2020-09-13 12:26:40 UTC."""
@@ -99,8 +101,10 @@ def test_exact_repeats_count_once_and_are_counted(tmp_path: Path) -> None:
 def test_fields_that_are_not_chosen_are_not_read(tmp_path: Path) -> None:
     extra = {"images": [{"thumb": "t"}], "details": {"Brand": "Acme"}, "category": {"name": "c"}}
     items = [{"id": f"N{i}", "title": f"thing {i}", **extra} for i in range(NUM_ITEMS)]
+    items[5]["category"] = ["a", "b"]
     write_jsonl(tmp_path, user_records(), items)
-    assert run(tmp_path, "jsonl", "data.item_fields=[title]").catalogue.text(3) == "title: thing 3"
+    catalogue = run(tmp_path, "jsonl", "data.item_fields=[title]").catalogue
+    assert (catalogue.text(3), catalogue.category(3), catalogue.category(5)) == ("title: thing 3", "", "a, b")
     with pytest.raises(DataError, match="holds an object.*data.item_fields"):
         prepare(make_config(tmp_path, "jsonl"), force=True)
 
@@ -191,9 +195,14 @@ def test_two_texts_of_an_item_by_policy(tmp_path: Path) -> None:
 
 
 def test_zero_width_characters_are_no_text_and_symbols_are(tmp_path: Path) -> None:
-    items = [{"id": f"N{i}", "title": "★★★"} for i in range(NUM_ITEMS)]
+    items = [{"id": f"N{i}", "text": ("?", "!!!", "★★★", "…")[i % 4]} for i in range(NUM_ITEMS)]
     raw = write_jsonl(tmp_path, user_records(), items)
-    assert run(tmp_path, "jsonl").catalogue.text(0) == "title: ★★★"
+    assert run(tmp_path, "jsonl").catalogue.text(2) == "★★★"
+    assert summarize(make_config(tmp_path, "jsonl")) == 0
+    shards = ShardSet(tmp_path / "run" / "shards" / "train")
+    summaries = [shards.read(i).summary for i in range(len(shards))]
+    assert len(summaries) > 5
+    assert all(set(summary) & set("?!★…") for summary in summaries)
     append("items.jsonl", record(id="empty", title="\u200b\ufeff"))(raw)
     with pytest.raises(DataError, match="item 'empty' has no text"):
         prepare(make_config(tmp_path, "jsonl"), force=True)
@@ -262,6 +271,14 @@ def test_empty_news_are_named(tmp_path: Path) -> None:
 def test_doubled_columns_are_refused(tmp_path: Path) -> None:
     edit = replace("products_train.csv", b"title,price", b"title,title")
     refused(tmp_path, write_amazon(tmp_path), edit, "amazon_m2", r"products_train\.csv:1: column 'title' stands twice")
+
+
+def test_escapes_in_columns_are_printed_escaped(tmp_path: Path) -> None:
+    replace("sessions_train.csv", b"next_item", b"\x1b[2J" + b"x" * 1000)(write_amazon(tmp_path))
+    with pytest.raises(DataError) as caught:
+        prepare(make_config(tmp_path, "amazon_m2"))
+    assert r"found prev_items, '\x1b[2Jxxx" in str(caught.value)
+    assert str(caught.value).isprintable() and len(str(caught.value)) < 800
 
 
 def test_escapes_in_bad_values_are_printed_escaped(tmp_path: Path) -> None:

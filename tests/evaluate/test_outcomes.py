@@ -14,8 +14,8 @@ LISTS = st.lists(st.tuples(st.integers(0, 4), st.integers(0, 1)), min_size=2, ma
 )
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.lists(LISTS, min_size=1, max_size=8))
+@settings(max_examples=50, deadline=None)
+@given(st.lists(LISTS, min_size=1, max_size=4))
 def test_metrics_of_outcomes_are_those_of_the_users(lists: list[list[tuple[int, int]]]) -> None:
     scores = [np.array([score for score, _ in pairs], dtype=np.float32) for pairs in lists]
     labels = [np.array([label for _, label in pairs]) for pairs in lists]

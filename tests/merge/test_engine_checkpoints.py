@@ -13,11 +13,11 @@ from tests.merge.engine_ranks import train_stages
 from tests.merge.models import load, make_base, random_peft_model
 from tests.spawn import run_ranks
 from trsr_dist.errors import CheckpointError
-from trsr_dist.merge.adapter import read_adapter
 from trsr_dist.merge.engine_checkpoint import peft_name
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
 from trsr_dist.merge.source import find_source
+from trsr_dist.model.adapters import read_adapter
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
 
+from trsr_dist import weights as tensors_module
 from trsr_dist.errors import ModelError
 from trsr_dist.files import write_json
-from trsr_dist.merge import tensors as tensors_module
-from trsr_dist.merge.tensors import (
+from trsr_dist.weights import (
     CODES,
     TensorEntry,
     file_entries,
@@ -124,7 +124,10 @@ def test_entries_stand_in_the_order_of_their_bytes(tmp_path: Path) -> None:
         ({"a": described(last=20)}, 20, r"a of shape \[2, 3\] has bytes 0 to 20: damaged"),
         ({"a": described(), "b": described(first=25, last=49)}, 49, r"b of shape .* has bytes 25 to 49: damaged"),
         ({"a": described(), "b": described(first=20, last=44)}, 44, "damaged"),
-        ({"a": described("F8_E4M3", last=6)}, 6, "a has dtype F8_E4M3"),
+        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, 4, "not a safetensors file"),
+        ({"a": {"dtype": "F32", "shape": "2", "data_offsets": "0"}}, 4, "a is {'dtype'"),
+        ([], 0, "not a safetensors file"),
+        (b"[" * 100_000, 0, "not a safetensors file"),
         (b"not json", 0, "not a safetensors file"),
         (b"\xff{}", 0, "not a safetensors file"),
     ],

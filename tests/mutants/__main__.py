@@ -78,8 +78,8 @@ def read_tables() -> list[Module]:
 
 def run_module(module: Module, jobs: int) -> None:
     """Find the fate of every mutant of the module; all of it in a process of its own."""
-    mutants = mutants_of(module.path.read_text())
-    todo = [mutant for mutant in mutants if mutant.name not in known(module)]
+    mutants, found = mutants_of(module.path.read_text()), known(module)
+    todo = [mutant for mutant in mutants if mutant.name not in found]
     if todo and os.waitpid(in_fork(lambda: serve(module, todo, jobs)), 0)[1]:
         raise SystemExit(f"{module.name}: not run to its end")
     found = known(module)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trsr_dist.data.source import LineReader, RawItem, check_columns
+from trsr_dist.data.source import LineReader, RawItem, check_columns, listed
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
 from trsr_dist.records import UserLog
@@ -80,7 +80,7 @@ class AmazonReader:
             missing = [name for name in required if name not in header]
             if missing:
                 raise DataError(
-                    f"{path}:1: no column {missing[0]!r}; found {', '.join(header) or 'nothing'}, expected at least "
+                    f"{path}:1: no column {missing[0]!r}; found {listed(header) or 'nothing'}, expected at least "
                     f"{', '.join(required)}; give the file its header"
                 )
             _check_names(path, header)

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trsr_dist.data.source import LineReader, RawItem
+from trsr_dist.data.source import LineReader, RawItem, listed
 from trsr_dist.data.times import Times
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
@@ -87,13 +87,14 @@ class JsonlReader:
     def items(self) -> Iterator[RawItem]:
         for record, place in self._records(self.item_file):
             item = _id(record, "id", place)
-            names = [name for name in self.chosen_fields or record if name != "id" and name in record]
             try:
-                fields = {name: _text(record[name], name, place) for name in names}
+                yield RawItem(item, self._fields(record, place), place.row, _category(record, place))
             except RecursionError:
                 raise DataError(f"{place}: a list lies too deep within lists; repair the row") from None
-            category = record.get("category", "")
-            yield RawItem(item, fields, place.row, "" if isinstance(category, dict | list) else str(category or ""))
+
+    def _fields(self, record: dict[str, Any], place: Place) -> dict[str, str]:
+        names = (name for name in self.chosen_fields or record if name != "id" and name in record)
+        return {name: _text(record[name], name, place) for name in names}
 
     def logs(self) -> Iterator[UserLog]:
         records = self._records(self.log_file)
@@ -105,7 +106,9 @@ class JsonlReader:
             return self._user_logs(records)
         if "item" in first[0]:
             return self._grouped_logs(records)
-        raise DataError(f"{first[1]}: fields {_names(first[0])}; expected user, item, time or user, history, target")
+        raise DataError(
+            f"{first[1]}: fields {listed(first[0]) or 'none'}; expected user, item, time or user, history, target"
+        )
 
     def _user_logs(self, records: Iterator[Row]) -> Iterator[UserLog]:
         seen: set[int] = set()
@@ -227,13 +230,9 @@ def repeated_rows(order: np.ndarray, users: np.ndarray, times: np.ndarray, items
     return second[is_equal]
 
 
-def _names(record: dict[str, Any]) -> str:
-    return ", ".join(name if name.isprintable() else repr(name) for name in record) or "none"
-
-
 def _field(record: dict[str, Any], name: str, place: Place) -> Any:  # noqa: ANN401 (any JSON value)
     if name not in record:
-        raise DataError(f"{place}: no field {name!r}; found {_names(record)}; add it")
+        raise DataError(f"{place}: no field {name!r}; found {listed(record) or 'none'}; add it")
     return record[name]
 
 
@@ -253,6 +252,14 @@ def _checked_id(value: Any, name: str, place: Place) -> str:  # noqa: ANN401 (an
         if text:
             return text
     raise DataError(f"{place}: {name} holds {_short.repr(value)}, expected an id (text or an integer); repair the row")
+
+
+def _category(record: dict[str, Any], place: Place) -> str:
+    """Empty where it is no text: it may be a field that nobody chose."""
+    try:
+        return _text(record.get("category"), "category", place)
+    except DataError:
+        return ""
 
 
 def _text(value: Any, name: str, place: Place) -> str:  # noqa: ANN401 (any JSON value)

@@ -8,7 +8,7 @@ import io
 import lzma
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -19,6 +19,7 @@ from trsr_dist.errors import DataError
 from trsr_dist.files import plain
 from trsr_dist.records import UserLog
 
+MOST_CHARACTERS = 300
 Counts = Counter[str]
 """How often each policy or filter applied; printed and kept in the manifest."""
 
@@ -137,6 +138,12 @@ def open_raw(path: Path) -> BinaryIO:
         ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error.strerror}); ask its owner for permission to read it") from None
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of fields or columns for a message: control characters escaped, and not without end."""
+    text = ", ".join(name if name.isprintable() else repr(name) for name in names)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
 def check_columns(path: Path, row: int, found: int, expected: tuple[str, ...]) -> None:

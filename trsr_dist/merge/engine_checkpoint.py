@@ -13,8 +13,10 @@ from pickle import UnpicklingError
 
 import torch
 
+from trsr_dist.bases import ADAPTER_CONFIG
 from trsr_dist.errors import CheckpointError
-from trsr_dist.merge.adapter import CONFIG, Adapter, make_adapter, read_config
+from trsr_dist.merge.adapter import check_mergeable
+from trsr_dist.model.adapters import Adapter, make_adapter, read_adapter_config
 
 NAMED_PART = re.compile(r"\.(lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)\.([^.]+)(?=\.|$)")
 SAVED_MODULE = re.compile(r"\.modules_to_save\.([^.]+)(?=\.)")
@@ -33,17 +35,19 @@ def read_engine_adapter(folder: Path) -> Adapter:
     Raises:
         CheckpointError: adapter_config.json is neither in the folder nor above it, or a rank's file is missing.
     """
-    config = next((path for path in (folder / CONFIG, folder.parent / CONFIG) if path.is_file()), None)
+    config = next((path for path in (folder / ADAPTER_CONFIG, folder.parent / ADAPTER_CONFIG) if path.is_file()), None)
     if config is None:
         raise CheckpointError(
-            f"{folder}: a DeepSpeed checkpoint does not record the LoRA settings; put the training's {CONFIG} into "
-            f"it or into {folder.parent}"
+            f"{folder}: a DeepSpeed checkpoint does not record the LoRA settings; put the training's "
+            f"{ADAPTER_CONFIG} into it or into {folder.parent}"
         )
+    settings = read_adapter_config(config)
+    check_mergeable(config, settings)
     tensors = _zero_tensors(folder) if any(folder.glob("*_optim_states.pt")) else _plain_tensors(folder)
     named = {peft_name(name): tensor for name, tensor in tensors.items() if is_trained(name)}
     if not named:
         raise CheckpointError(f"{folder}: no LoRA tensors in this DeepSpeed checkpoint; is it of another training?")
-    return make_adapter(folder, read_config(config), named)
+    return make_adapter(folder, settings, named)
 
 
 def _zero_tensors(folder: Path) -> dict[str, torch.Tensor]:

@@ -1,24 +1,19 @@
-"""What a path to a model stands for: pointers, checkpoints, provenance, and the base that an adapter belongs to."""
+"""What a path to a model stands for: pointers, checkpoints, provenance."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from typing_extensions import TypedDict
 
-from trsr_dist.errors import CheckpointError, ModelError
+from trsr_dist.bases import ADAPTER_CONFIG
+from trsr_dist.errors import CheckpointError
 from trsr_dist.files import read_json, sha256_of
 from trsr_dist.run import MANIFEST, Manifest, read_manifest
 
 PROVENANCE = "provenance.json"
-ADAPTER_CONFIG = "adapter_config.json"
 POINTERS = ("latest", "best")
-BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*"]
-CODE_FILES = ["*.py"]
-SECOND_COPIES = ["consolidated*", "original/*"]
-"""The weights once more, in the form of the model's authors."""
 
 
 class FileFacts(TypedDict):
@@ -88,52 +83,3 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 def run_of(checkpoint: Path) -> Path | None:
     """The run folder around a checkpoint."""
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
-
-
-@dataclass(frozen=True, slots=True)
-class BaseName:
-    """Where the base comes from and what it was in training."""
-
-    name_or_path: str
-    revision: str
-    fingerprint: str
-    """Empty where the source records none."""
-
-
-def base_folder(base: BaseName, run: Path | None, remedy: str, with_code: bool = False) -> Path:
-    """The base's local folder; a hub model is fetched (weights, config, tokenizer) into the hub cache first.
-
-    Args:
-        base: which.
-        run: the run folder of a checkpoint that names it.
-        remedy: how this command is told another base; ends the error.
-        with_code: fetch the model's own code too (``model.trust_remote_code``).
-
-    Raises:
-        ModelError: it is neither here nor on the hub.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    candidates = [Path(base.name_or_path)]
-    if run is not None:
-        # A run folder that was moved keeps its own base beside its checkpoints.
-        candidates.append(run / Path(base.name_or_path).name)
-    for folder in candidates:
-        if (folder / "config.json").is_file():
-            return folder
-    if Path(base.name_or_path).is_absolute():
-        raise ModelError(f"base {base.name_or_path!r}: no such model folder; {remedy}")
-    try:
-        wanted = BASE_FILES + CODE_FILES if with_code else BASE_FILES
-        revision = base.revision or None
-        return Path(
-            snapshot_download(
-                base.name_or_path, revision=revision, allow_patterns=wanted, ignore_patterns=SECOND_COPIES
-            )
-        )
-    except (HFValidationError, OSError, ValueError) as error:
-        raise ModelError(
-            f"base {base.name_or_path!r}: no such folder, and not from the hub either ({str(error).splitlines()[0]}); "
-            f"{remedy}"
-        ) from None

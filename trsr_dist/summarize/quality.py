@@ -14,11 +14,11 @@ TITLE = re.compile(r"^[\W_]*(?:[\w'-]+ ){0,5}(?:Summary:[\W_]*)+", re.MULTILINE)
 """A heading that chat models like to begin with, such as ``**Updated Summary:**``."""
 HEADING = re.compile(r"#.*|\*\*.*\*\*")
 PREAMBLE_WORDS = 12
-"""A line of so many words before the title announces the summary."""
+"""A line of at most as many words before the title announces the summary."""
 THOUGHTS = ("<think>", "</think>")
 """What reasoning models write before their answer stands between these."""
 ECHO_WORDS = 8
-"""So many words in a row taken from the instruction count as its echo."""
+"""Words in a row taken from the instruction that count as its echo."""
 REPEAT_WORDS = 3
 REPEAT_SHARE = 0.5
 """A text whose most common or repeated word triples make up this share of it is a repetition."""

@@ -57,7 +57,7 @@ def _words(text: str) -> Words:
 
 
 def _rarest(words: Words, counts: Counter[str]) -> list[str]:
-    """So many of the rarest words that a similar set must share one of them."""
+    """The rarest words, as many as it takes for a similar set to share one of them."""
     kept = len(words) - math.ceil(LEAST_SIMILARITY * len(words)) + 1
     return sorted(words, key=lambda word: (counts[word], word))[:kept]
 

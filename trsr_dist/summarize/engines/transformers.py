@@ -18,8 +18,8 @@ from transformers.cache_utils import DynamicCache
 
 from trsr_dist.errors import DataError, ModelError
 from trsr_dist.log import get_logger
-from trsr_dist.pretrained import UNREADABLE, leave_out_cudnn, load_causal, max_positions
-from trsr_dist.summarize.engines.encoding import PromptEncoder, load_tokenizer, unreadable
+from trsr_dist.pretrained import BaseSource, leave_out_cudnn, load_causal, max_positions
+from trsr_dist.summarize.engines.encoding import PromptEncoder, load_tokenizer, naming_setting
 from trsr_dist.summarize.engines.slots import Slots
 from trsr_dist.summarize.quality import turn_place
 from trsr_dist.summarize.requests import Completion, Request
@@ -106,11 +106,9 @@ class TransformersEngine:
         if precision == "auto":
             precision = "bfloat16" if num_gpus else "float32"
         tokenizer = load_tokenizer(name_or_path, revision, trust_remote_code)
-        options = {"revision": revision or None, "trust_remote_code": trust_remote_code}
-        try:
-            model = load_causal(name_or_path, dtype=getattr(torch, precision), **options).to(device).eval()
-        except UNREADABLE as error:
-            raise unreadable(name_or_path, error) from None
+        source = BaseSource(name_or_path, revision, trust_remote_code)
+        with naming_setting(name_or_path):
+            model = load_causal(source, getattr(torch, precision)).to(device).eval()
         encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens, template_kwargs)
         return cls(model, encoder, num_slots)
 
