@@ -78,6 +78,11 @@ def explain(error: OSError, path: str | Path = "") -> OSError | RunError:
     return RunError(f"{path}: {error.strerror}; {_remedy(error.errno, path)}")
 
 
+def remedy_of(error: OSError, path: Path, otherwise: str) -> str:
+    """How to make a file readable, where permission is what is missing; otherwise what the caller knows."""
+    return _remedy(error.errno, path) if isinstance(error, PermissionError) else otherwise
+
+
 def _remedy(number: int, path: Path) -> str:
     for part in (path, *path.parents):
         if os.path.islink(part) and not os.path.exists(part):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.disks import FULL, mounted_disk, remount
+from tests.disks import FULL, closed_to_others, mounted_disk, remount
 from tests.evaluate.world import ROOT, numbers_of, parts_of, run_command, scores_of, write_config
 from tests.kills import killed_at_every_change
 from trsr_dist.config import load_config
@@ -137,6 +137,13 @@ def test_a_full_disk_keeps_the_parts_that_are_whole(run: Path, alone: Path, tmp_
         assert run_command(run, disk)[0] == 0
         assert kept.items() <= parts_of(disk).items() == parts_of(alone).items()
         assert numbers_of(disk)["metrics"] == numbers_of(alone)["metrics"]
+
+
+def test_colleagues_may_read_all_outputs(run: Path, alone: Path) -> None:
+    """Those of prepare, summarize, merge and evaluate; base and checkpoint of this run are not the stages' own."""
+    parts = [run / name for name in ("histories", "shards", "summaries", "merged", "config", "metrics.jsonl")]
+    files = [path for part in [*parts, alone] for path in (part, *part.rglob("*"))]
+    assert len(files) > 40 and closed_to_others(files) == []
 
 
 def test_killed_at_every_change_of_what_is_published(
