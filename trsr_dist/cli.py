@@ -61,8 +61,12 @@ def path(text: str) -> Path:
 
 def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     """Arguments and merged config; the overrides may stand before or after the options."""
+    from trsr_dist.summarize.plans import planner
+
     args = parser.parse_intermixed_args(argv)
-    return args, load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides)
+    planner(config.summarize.scheme)  # a wrong one is told before the first stage is paid for
+    return args, config
 
 
 def run_command(command: Callable[[], int | None]) -> None:

@@ -76,6 +76,11 @@ def test_stages_import_only_what_stands_before_them(layer: str) -> None:
         assert not above, f"{path.relative_to(ROOT)} imports {above}"
 
 
+def test_the_config_knows_no_stage() -> None:
+    for path in (PACKAGE / "config").glob("*.py"):
+        assert not {name.split(".")[1] for name in imports_of(path) if name.startswith("trsr_dist.")} & set(LAYERS)
+
+
 def test_one_module_reads_the_environment() -> None:
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
         if path.name != "environment.py":

@@ -78,12 +78,18 @@ def read_tables() -> list[Module]:
 
 def run_module(module: Module, jobs: int) -> None:
     """Find the fate of every mutant of the module; all of it in a process of its own."""
-    mutants, found = mutants_of(module.path.read_text()), known(module)
-    todo = [mutant for mutant in mutants if mutant.name not in found]
-    if todo and os.waitpid(in_fork(lambda: serve(module, todo, jobs)), 0)[1]:
-        raise SystemExit(f"{module.name}: not run to its end")
+    mutants = mutants_of(module.path.read_text())
+    # Again where the tests were edited meanwhile: survivors of other tests do not count.
+    while todo := _unknown(module, mutants):
+        if os.waitpid(in_fork(lambda todo=todo: serve(module, todo, jobs)), 0)[1]:
+            raise SystemExit(f"{module.name}: not run to its end")
     found = known(module)
     module.fates = {mutant.name: found[mutant.name] for mutant in mutants}
+
+
+def _unknown(module: Module, mutants: list[Mutant]) -> list[Mutant]:
+    found = known(module)
+    return [mutant for mutant in mutants if mutant.name not in found]
 
 
 def known(module: Module) -> dict[str, str]:
@@ -154,7 +160,7 @@ def in_fork(function: Callable[[], None]) -> int:
 
 
 def report(modules: list[Module]) -> None:
-    """Print a row for each module, in Markdown, and below them the survivors without a reason."""
+    """Print in Markdown a row for each module and the reasons, and below them the survivors without one."""
     print("\n| module | mutants | killed | timeouts | survivors | explained |\n|---|--:|--:|--:|--:|--:|")
     total: Counter[str] = Counter()
     for module in modules:
@@ -163,6 +169,11 @@ def report(modules: list[Module]) -> None:
         print(_row(module.name, counts))
         total += counts
     print(_row("all", total))
+    print("\nWhy the others may survive:\n")
+    for module in modules:
+        reasons = Counter(module.reasons[name] for name in module.survivors if name in module.reasons)
+        for reason, count in reasons.items():
+            print(f"- {module.name} ({count}): {reason}")
     for module in modules:
         for title, names in (("no reason is given for", module.unexplained), ("no longer survives", module.stale)):
             if names:

@@ -3,11 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil
 
 import pytest
 
 from trsr_dist.errors import ConfigError
-from trsr_dist.planning.cost import Cluster, Cost, Generation, generation_cost, scoring_cost, training_cost
+from trsr_dist.planning.cost import (
+    GENERATION_FORMULA,
+    SCORING_FORMULA,
+    TRAINING_FORMULA,
+    Cluster,
+    Cost,
+    Generation,
+    generation_cost,
+    scoring_cost,
+    training_cost,
+)
 from trsr_dist.planning.hardware import Hardware, hardware
 from trsr_dist.planning.scaling import ScaledStage, ScalePoint, pays_up_to, sweep
 
@@ -95,8 +106,7 @@ def test_costs_by_hand() -> None:
     assert fields(training_cost(SIX, 1e6, 4, 9, 30)) == fields_of(2 / 9 * 2000 + 4 * 30 / 10, 2000)
     assert fields(training_cost(SIX.of_nodes(1), 1e6, 4, 9, 30))[0] == pytest.approx(3 / 9 * 2000 + 4 * 30 / 20)
     assert fields(scoring_cost(SIX, 1e6, 13)) == fields_of(3 / 13 * 2000, 2000)
-    nothing = scoring_cost(SIX, 0, 0)
-    assert nothing == Cost(0.0, 0.0, 0.0, 1.0)
+    assert scoring_cost(SIX, 1e6, 0) == Cost(0.0, 0.0, 0.0, 1.0)
 
 
 def fields(cost: Cost) -> tuple[float, ...]:
@@ -118,6 +128,29 @@ def test_generation_by_hand() -> None:
     ):
         alone = 1000 / 500 + decoding
         assert fields(generation_cost(SIX, replace(work, **changed))) == fields_of(2 / 7 * alone, alone)
+
+
+PHRASES = {
+    "FLOPs of a token": "7.0",
+    "prompts' FLOPs": "1000.0",
+    "new tokens": "100",
+    "in flight": "4",
+    "keys and values": "5.0",
+    "host's time of a step": "0.0",
+}
+
+
+def test_the_printed_formulas_are_what_is_computed() -> None:
+    sizes = {"rows": 9, "parts": 9, "units": 7, "devices": 6, "steps": 4, "FLOPs": 1e6, "rate": 500.0, "ceil": ceil}
+    sizes |= {"bytes": 30, "link": 10, "weights": 400, "bandwidth": 50.0}
+    assert eval(TRAINING_FORMULA, sizes) == pytest.approx(training_cost(SIX, 4e6, 4, 9, 30).seconds)
+    assert eval(SCORING_FORMULA, sizes) == pytest.approx(scoring_cost(SIX, 1e6, 9).seconds)
+    formula = GENERATION_FORMULA
+    for phrase, number in PHRASES.items():
+        assert phrase in formula
+        formula = formula.replace(phrase, number)
+    work = Generation(1000.0, 100, 7.0, 400, 5.0, num_in_flight=4, num_units=7)
+    assert eval(formula, sizes) == pytest.approx(generation_cost(SIX, work).seconds)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,8 @@ def test_forward_flops_by_hand() -> None:
     assert forward_flops(SHAPE, WORK) == 2 * 3420 * 100 + attention + 2 * 10 * 10
     assert forward_flops(SHAPE, WORK, 696) == 2 * 4116 * 100 + attention + 2 * 10 * 10
     assert forward_flops(SHAPE, WORK, full_head=True) == 2 * 3420 * 100 + attention + 2 * 10 * 5000
-    assert last_layer_savings(SHAPE, WORK, 90) == 2 * (1140 - 240) * 95 + 4 * 4 * 6 * 610
+    saved = last_layer_savings(SHAPE, WORK, 90)
+    assert (saved, type(saved)) == (2 * (1140 - 240) * 95 + 4 * 4 * 6 * 610, int)
 
 
 def test_training_flops_by_hand() -> None:
@@ -223,6 +224,7 @@ def test_bytes_sent_by_hand() -> None:
     assert bytes_sent_per_step(SHAPE, 1001, 4, 3) == (2 * 1001 + 2 * 4490) * 2 * 3 / 4
     assert bytes_sent_per_step(SHAPE, 1001, 4, 3, rows_per_rank=3) == (2 * 1001 + 2 * 3 * 4490) * 2 * 3 / 4
     assert bytes_sent_per_step(SHAPE, 1001, 3, 1) == 2669, "rounded"
+    assert bytes_sent_per_step(SHAPE, 1001, 2, 1) == 2 * 1001
     assert bytes_sent_per_step(SHAPE, 1001, 1, 3) == 0
 
 
@@ -292,6 +294,7 @@ def test_a_described_device() -> None:
     for value, message in (
         ("0", "above 0"),
         ("-1", "above 0"),
+        ("1=2", "could not convert .*'1=2'"),
         ("fast", "could not convert .*'fast'; expected numbers"),
     ):
         with pytest.raises(ConfigError, match=message):
