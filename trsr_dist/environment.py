@@ -166,13 +166,11 @@ def expand_home(path: str) -> str:
     """A path as a user writes it in a setting; a leading ``~`` or ``~name`` is a home folder, as in a shell.
 
     Raises:
-        ValueError: there is no such user, or no file can have this name.
+        ValueError: there is no such user.
     """
     expanded = os.path.expanduser(path)
     if expanded.startswith("~"):
         raise ValueError(f"no home folder of {expanded.split('/')[0]!r} is known; for a folder of that name write ./~")
-    if b"\0" in os.fsencode(expanded):
-        raise ValueError("holds a NUL byte, which no file's name may")
     return expanded
 
 
