@@ -71,6 +71,12 @@ def test_the_blocks_borders_move_with_the_epoch() -> None:
     assert len(set.union(*borders)) > 1
 
 
+def test_a_run_that_ends_with_the_set_is_one() -> None:
+    runs = [Order(5, 1, seed).runs(0, 0) for seed in range(20)]
+    assert [(0, 5)] in runs
+    assert all(start < stop for found in runs for start, stop in found)
+
+
 def plain_draw(key: int, labels: Sequence[bool], negatives: int, seed: int) -> list[bool]:
     """One user's candidates: the positives, and the negatives of the lowest hash."""
     base = plain_mix(key ^ seed)
