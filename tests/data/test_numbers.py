@@ -266,8 +266,11 @@ class TestSpool:
         plain = (("a",), ("b",), 0, ())
         logs = (UserLog(f"u{i}", *cls.own.get(i, plain)) for i in range(2 * ROWS_PER_BATCH + 3))
         rules = HistoryRules(1, 0, "cut", "keep", "skip")
-        spool_users(path, logs, ROWS, rules, counts)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(path.parent)
+            spool_users(path, logs, ROWS, rules, counts)
         assert counts["users_read"] == 2 * ROWS_PER_BATCH + 3
+        assert [left.name for left in path.parent.iterdir()] == [path.name]
         return Spool(path)
 
     def everyone(self, spool: Spool, *but: int) -> np.ndarray:
@@ -285,6 +288,7 @@ class TestSpool:
 
     def test_counts(self, spool: Spool) -> None:
         plain = len(spool) - len(self.own)
+        assert spool.count("history", self.everyone(spool), 6).dtype == np.int64
         assert spool.count("history", self.everyone(spool), 6).tolist() == [plain + 1, 2, 1, 1, 1, 0]
         assert spool.count("targets", self.everyone(spool, ROWS_PER_BATCH), 6).tolist() == [1, plain, 1, 1, 1, 0]
         assert spool.count("shown", self.everyone(spool), 6).tolist() == [0, 1, 1, 1, 0, 0]
@@ -297,6 +301,7 @@ class TestSpool:
         assert np.flatnonzero(spool.times).tolist() == list(self.own)
 
     def test_items(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)  # a path that is lost becomes a file "None" of the current folder
         bars = []
         monkeypatch.setattr(spool_module, "progress", lambda items, **words: bars.append(words) or items)
         raw = [RawItem("b", {"text": "a  lamp"}, 1, "home"), RawItem("a", {}, 2), RawItem("c", {"text": "tea"}, 3)]

@@ -201,6 +201,7 @@ class TestRetries:
         first, second = Completion("", FAULTY, new_tokens=30), Completion("", "Likes tea.", new_tokens=3)
         result, counts, log = self.run(tmp_path, first, second)
         assert result.records[0]["text"] == "Likes tea." and result.records[0]["sampled"] is True
+        assert result.records[0]["prompt"] == prompt_hash(log[0].prompt)
         assert counts == Counts(nodes=1, requests=1, retries=1, new_tokens=33)
         assert (log[1].temperature, log[1].seed) == (0.7, hash64("retry", log[0].key) // 2)
         assert (log[1].key, log[1].prompt, log[1].max_new_tokens) == (log[0].key, log[0].prompt, 50)
@@ -215,6 +216,10 @@ class TestRetries:
             tmp_path, Completion("", "Likes tea and", cut=True), Completion("", FAULTY, cut=True)
         )
         assert result.records[0]["flags"] == ["cut"] and counts.flags == {"cut": 1}
+
+    def test_a_text_that_runs_on_is_cut_and_flagged(self, tmp_path: Path) -> None:
+        result, counts, _ = self.run(tmp_path, *[Completion("", "Likes tea.\nUser: And coffee?")] * 2)
+        assert (result.records[0]["text"], counts.flags) == ("Likes tea.", {"run_on": 1})
 
     def test_flags_are_counted_over_texts(self, tmp_path: Path) -> None:
         engine = FirstFirst(answer=answers(*[Completion("", FAULTY, cut=True)] * 2))

@@ -235,8 +235,10 @@ class ShardSet:
         return open_index(self.path(shard), facts["sha256"], facts["num_samples"])
 
     def _check_present(self) -> None:
-        present = {entry.name for entry in os.scandir(self.folder)}
+        present = {entry.name: entry.is_file() for entry in os.scandir(self.folder)}
         for facts in self.facts:
             for needed in (facts["name"], index_path(Path(facts["name"])).name):
                 if needed not in present:
                     raise DataError(f"{self.folder / needed}: missing, the manifest names it; restore the split")
+                if not present[needed]:
+                    raise DataError(f"{self.folder / needed}: a pipe, device or folder; restore the split")

@@ -60,6 +60,9 @@ def verify_shard(path: Path, facts: dict) -> Iterator[str]:
     """What is wrong with one shard."""
     try:
         is_as_written = sha256_of(path) == facts["sha256"]
+    except DataError as error:
+        yield str(error)
+        return
     except OSError as error:
         yield f"{path}: {error.strerror}; {remedy_of(error, path, 'restore the shard or make the split again')}"
         return
