@@ -22,7 +22,7 @@ from trsr_dist.shards.steps import StreamState, step_specs
 
 TABLE = Table(
     samples=np.array([40, 41, 7, 8, 9, 10]),
-    prefixes=np.array([30, 25, 20, 30, 10, 10]),
+    prefixes=np.array([30, 25, 20, 70, 43, 10]),
     trimmed=np.array([False, True, False, False, True, False]),
     starts=np.array([0, 3, 5, 11, 12, 13, 14]),
     suffixes=np.array([5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]),
@@ -30,14 +30,14 @@ TABLE = Table(
 )
 CHOSEN = np.array([1, 0, 1, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0], dtype=bool)
 """The third user's 20 + 75 tokens do not fit 60 and are cut in (10, 11, 12), (13, 14), (15); the fourth
-and the last have none."""
+and the last have none, though the fourth's prefix is too long; the fifth's 60 tokens fit."""
 UNITS = {
     Unit(40, 30, False, (0, 2), (5, 7)),
     Unit(41, 25, True, (1,), (9,)),
     Unit(7, 20, False, (0, 1, 2), (10, 11, 12)),
     Unit(7, 20, False, (3, 4), (13, 14)),
     Unit(7, 20, False, (5,), (15,)),
-    Unit(9, 10, True, (0,), (17,)),
+    Unit(9, 43, True, (0,), (17,)),
 }
 
 
