@@ -139,5 +139,6 @@ def test_terms_are_words_and_bigrams_in_one_form() -> None:
 
 
 def test_items_that_differ_in_vowel_signs_alone_are_no_near_duplicates() -> None:
-    pair = Item("a", "ข่าว"), Item("b", "ขาว")
+    # News and rice.
+    pair = Item("a", "ข่าว"), Item("b", "ข้าว")
     assert check_leaks("u", pair[:1], pair[1:], False).near_duplicates == 0
