@@ -10,7 +10,8 @@ import os
 import signal
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,6 +112,20 @@ def export_ranks(ranks: Ranks) -> None:
     os.environ.setdefault("MASTER_PORT", str(20000 + own % 20000))
 
 
+@contextmanager
+def restricted_pickles() -> Iterator[None]:
+    """Within this context ``torch.load`` runs no code, even where a library asks for the unrestricted loader."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
+
+
 def prepare_process(num_threads: int | None = None) -> None:
     """Set what the libraries need before they are imported. Call first in an entry point.
 
@@ -160,6 +175,18 @@ def show_one_gpu(local_rank: int) -> None:
     gpus = shown.split(",") if shown else [str(number) for number in range(torch.cuda.device_count())]
     if len(gpus) > 1:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[local_rank % len(gpus)]
+
+
+def expand_home(path: str) -> str:
+    """A path as a user writes it in a setting; a leading ``~`` or ``~name`` is a home folder, as in a shell.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"no home folder of {expanded.split('/')[0]!r} is known; for a folder of that name write ./~")
+    return expanded
 
 
 def die_with_parent(number: int = signal.SIGTERM) -> None:

@@ -10,6 +10,8 @@ from urllib.parse import quote, unquote
 
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters but tabulator and line feed, marks that turn the direction of writing, halves of characters."""
+HALVES = re.compile("[\ud800-\udfff]")
+"""Of characters: no text in UTF-8 holds them."""
 USER_INFO = re.compile(r"(\w://)[^\s'\"]*@")
 QUERY = re.compile(r"(\w://[^\s'\"?]*\?)[^\s'\"]+")
 STRUCK = "***"

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
+from trsr_dist.data import spool as spool_module
 from trsr_dist.data.candidates import ItemPool, category_pools, draw_negatives, draw_shown, pools_of
 from trsr_dist.data.histories import REMOVED, HistoryRules, KnownUser, admit, latest
+from trsr_dist.data.items import CatalogueRules
+from trsr_dist.data.source import RawItem
 from trsr_dist.data.splits import SPLITS, split_by_time, split_by_user
-from trsr_dist.data.spool import Spool, spool_users
-from trsr_dist.data.store import ROWS_PER_BATCH
+from trsr_dist.data.spool import SPOOL_ITEM_SCHEMA, SPOOL_USER_SCHEMA, Spool, spool_items, spool_users
+from trsr_dist.data.store import ROWS_PER_BATCH, ArrowRows
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64, random_stream
 from trsr_dist.records import UserLog
 
+ROW_LIST = pa.list_(pa.int32())
 NEVER = np.iinfo(np.int64).max
 
 
@@ -111,7 +118,7 @@ class TestDraws:
         assert (
             pool.draw(1, set(), random_stream(0))
             == []
-            == draw_negatives(lambda _: pool, [0], set(), 1, random_stream(0))
+            == draw_negatives(lambda _: pool, [1], set(), 1, random_stream(0))
         )
 
     def test_nothing_wanted_draws_nothing(self) -> None:
@@ -133,8 +140,10 @@ class TestDraws:
         assert sorted(pools["a"].draw(3, set(), random_stream(0), before=10)) == [2, 4]
         of = pools_of(weights, categories=categories)
         assert (of(1), sorted(of(2).draw(9, set(), random_stream(0)))) == (None, [2, 4])
-        whole = pools_of(weights, np.array([1, 2, 3, 4, 5]))
+        whole = pools_of(weights * 7, np.array([1, 2, 3, 4, 5]))
         assert sorted(whole(1).draw(9, set(), random_stream(0), before=4)) == [0, 1, 2]
+        timed = pools_of(weights, np.array([5, 5, 5, 5, 9]), categories)
+        assert timed(4).draw(9, set(), random_stream(0), before=6) == [2]
 
     def test_negatives_are_dealt_over_the_targets(self) -> None:
         """Target 9 has no pool; what it cannot take goes to the next."""
@@ -173,6 +182,10 @@ def admitted(history: str, targets: str, shown: str = "", **changes: object) -> 
     counts: Counter[str] = Counter()
     log = UserLog("u", tuple(history.split()), tuple(targets.split()), 9, tuple(shown.split()), "f:3")
     user = admit(log, ROWS, HistoryRules(**(rules | changes)), counts)
+    once = dict(counts)
+    admit(log, ROWS, HistoryRules(**(rules | changes)), counts)
+    assert counts == {name: 2 * number for name, number in once.items()}, "counts are added up over users"
+    counts = Counter(once)
     assert counts.pop("item_ids_read", 0) == (len(f"{history} {targets} {shown}".split()) if history else 0)
     return user, dict(counts)
 
@@ -217,8 +230,9 @@ class TestHistories:
         assert admitted("a", "x")[1] == {"users_read": 1, "clicks_on_unknown_items": 1, "users_without_target": 1}
 
     def test_an_unknown_item_is_named(self) -> None:
-        with pytest.raises(DataError, match=r"f:3: user 'u' has item 'x'"):
-            admitted("a x", "c", unknown_items="fail")
+        for clicks in (("a x", "c"), ("a", "c x"), ("a", "c", "x")):
+            with pytest.raises(DataError, match=r"f:3: user 'u' has item 'x'"):
+                admitted(*clicks, unknown_items="fail")
         assert admitted("a blank", "c", unknown_items="fail")[0].history == [0]
 
     def test_equal_targets_are_one(self) -> None:
@@ -252,8 +266,11 @@ class TestSpool:
         plain = (("a",), ("b",), 0, ())
         logs = (UserLog(f"u{i}", *cls.own.get(i, plain)) for i in range(2 * ROWS_PER_BATCH + 3))
         rules = HistoryRules(1, 0, "cut", "keep", "skip")
-        spool_users(path, logs, ROWS, rules, counts)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(path.parent)
+            spool_users(path, logs, ROWS, rules, counts)
         assert counts["users_read"] == 2 * ROWS_PER_BATCH + 3
+        assert [left.name for left in path.parent.iterdir()] == [path.name]
         return Spool(path)
 
     def everyone(self, spool: Spool, *but: int) -> np.ndarray:
@@ -271,6 +288,7 @@ class TestSpool:
 
     def test_counts(self, spool: Spool) -> None:
         plain = len(spool) - len(self.own)
+        assert spool.count("history", self.everyone(spool), 6).dtype == np.int64
         assert spool.count("history", self.everyone(spool), 6).tolist() == [plain + 1, 2, 1, 1, 1, 0]
         assert spool.count("targets", self.everyone(spool, ROWS_PER_BATCH), 6).tolist() == [1, plain, 1, 1, 1, 0]
         assert spool.count("shown", self.everyone(spool), 6).tolist() == [0, 1, 1, 1, 0, 0]
@@ -281,3 +299,22 @@ class TestSpool:
         assert spool.user(0) == KnownUser("u0", [0, 1], [2], 100, [3])
         assert list(spool.keys()) == [f"u{i}" for i in range(len(spool))]
         assert np.flatnonzero(spool.times).tolist() == list(self.own)
+
+    def test_items(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)  # a path that is lost becomes a file "None" of the current folder
+        bars = []
+        monkeypatch.setattr(spool_module, "progress", lambda items, **words: bars.append(words) or items)
+        raw = [RawItem("b", {"text": "a  lamp"}, 1, "home"), RawItem("a", {}, 2), RawItem("c", {"text": "tea"}, 3)]
+        rules = CatalogueRules(tmp_path / "raw", (), "skip", "fail", Counter())
+        spool_items(tmp_path / "items.arrow", SimpleNamespace(items=lambda: iter(raw)), rules)
+        rows = ArrowRows(tmp_path / "items.arrow")
+        assert [[rows.value(column, row) for column in range(3)] for row in range(len(rows))] == [
+            ["b", "a lamp", "home"],
+            ["c", "tea", ""],
+        ]
+        assert rules.rows == {"b": 0, "a": REMOVED, "c": 1}
+        spool_users(tmp_path / "users.arrow", [], {}, HistoryRules(1, 0, "cut", "keep", "skip"), Counter())
+        assert bars == [{"description": name, "unit": f" {name}"} for name in ("items", "users")]
+        assert SPOOL_ITEM_SCHEMA.names == ["id", "text", "category"]
+        assert str(SPOOL_USER_SCHEMA.types) == str([pa.string(), ROW_LIST, ROW_LIST, pa.int64(), ROW_LIST])
+        assert SPOOL_USER_SCHEMA.names == ["user", "history", "targets", "time", "shown"]

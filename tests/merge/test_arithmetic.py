@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from trsr_dist.errors import ModelError
 from trsr_dist.merge.adapter import Change
 from trsr_dist.merge.plan import Output
-from trsr_dist.merge.tensors import file_entries
 from trsr_dist.merge.verify import WeightCheck, _check_tensor
+from trsr_dist.weights import file_entries
 
 BASE = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
 LEFT, RIGHT = torch.tensor([[1.0], [10.0], [100.0]]), torch.tensor([[0.5, -0.5]])

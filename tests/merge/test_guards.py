@@ -92,8 +92,8 @@ def other_rank(tensors: dict[str, torch.Tensor]) -> None:
         (empty, "is empty"),
         (clear, "every LoRA B is zero"),
         (half, "has no lora_A"),
-        (lose, "layers.1.self_attn.q_proj: adapter_config.json targets it"),
-        (add, "layers.1.mlp.up_proj: the adapter has tensors for it"),
+        (lose, "layers.1.self_attn.q_proj.lora_A.weight is missing"),
+        (add, "layers.1.mlp.up_proj.lora_A.weight has no place in the model"),
         (other_rank, "has rank 2, adapter_config.json says 4"),
     ],
 )
@@ -107,7 +107,8 @@ def test_damaged_adapter_tensors(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"peft_type": "LOHA"}, "unknown settings"),
+        ({"peft_type": "NEW"}, "peft_type is 'NEW'"),
         ({"bias": "all"}, "bias='all'"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base itself"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
@@ -155,7 +156,7 @@ def test_another_vocabulary(base: Path, tmp_path: Path) -> None:
     name = first(tensors, "embed_tokens")
     tensors[name] = torch.cat([tensors[name], tensors[name][:3]])
     save_file(tensors, adapter / "adapter_model.safetensors")
-    refuses(adapter, tmp_path / "merged", "another vocabulary")
+    refuses(adapter, tmp_path / "merged", "size mismatch for model.embed_tokens")
 
 
 def test_another_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_another_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
 def test_base_without_a_tokenizer(base: Path, checkpoint: Path, tmp_path: Path) -> None:
     for path in base.glob("*token*"):
         path.unlink()
-    refuses(checkpoint / "adapter", tmp_path / "merged", "no tokenizer")
+    refuses(checkpoint / "adapter", tmp_path / "merged", "its tokenizer cannot be read")
 
 
 def test_bases_that_cannot_be_streamed(base: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -177,9 +178,9 @@ def test_bases_that_cannot_be_streamed(base: Path, checkpoint: Path, tmp_path: P
     write_json(base / "config.json", config | {"quantization_config": {"quant_method": "awq"}})
     refuses(checkpoint / "adapter", tmp_path / "merged", "unquantized original")
     write_json(base / "config.json", config | {"model_type": "unheard_of", "auto_map": {"AutoConfig": "x.Y"}})
-    refuses(checkpoint / "adapter", tmp_path / "merged", "transformers cannot build this model")
+    refuses(checkpoint / "adapter", tmp_path / "merged", "code of its own")
     write_json(base / "config.json", config | {"vocab_size": 7})
-    refuses(checkpoint / "adapter", tmp_path / "merged", "vocab_size=7")
+    refuses(checkpoint / "adapter", tmp_path / "merged", "config.json says (7, 32)")
     write_json(base / "config.json", config)
     sorted(base.glob("*.safetensors"))[0].unlink()
     refuses(checkpoint / "adapter", tmp_path / "merged", "missing")

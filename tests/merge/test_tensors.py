@@ -10,16 +10,19 @@ import pytest
 import torch
 from safetensors.torch import load, load_file, save_file
 
+from trsr_dist import weights as tensors_module
 from trsr_dist.errors import ModelError
 from trsr_dist.files import write_json
-from trsr_dist.merge import tensors as tensors_module
-from trsr_dist.merge.tensors import (
+from trsr_dist.weights import (
     CODES,
     TensorEntry,
     file_entries,
     folder_entries,
     folder_files,
+    has_weights,
     header_bytes,
+    is_equal,
+    named_entries,
     read_rows,
 )
 
@@ -124,7 +127,10 @@ def test_entries_stand_in_the_order_of_their_bytes(tmp_path: Path) -> None:
         ({"a": described(last=20)}, 20, r"a of shape \[2, 3\] has bytes 0 to 20: damaged"),
         ({"a": described(), "b": described(first=25, last=49)}, 49, r"b of shape .* has bytes 25 to 49: damaged"),
         ({"a": described(), "b": described(first=20, last=44)}, 44, "damaged"),
-        ({"a": described("F8_E4M3", last=6)}, 6, "a has dtype F8_E4M3"),
+        ({"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]}}, 4, "not a safetensors file"),
+        ({"a": {"dtype": "F32", "shape": "2", "data_offsets": "0"}}, 4, "a is {'dtype'"),
+        ([], 0, "not a safetensors file"),
+        (b"[" * 100_000, 0, "not a safetensors file"),
         (b"not json", 0, "not a safetensors file"),
         (b"\xff{}", 0, "not a safetensors file"),
     ],
@@ -187,3 +193,44 @@ class TestFolders:
             ModelError, match=r"[az] is in model\.safetensors\.index\.json or in the files, not in both"
         ):
             folder_entries(tmp_path)
+
+    def test_one_file_counts_before_an_index(self, tmp_path: Path) -> None:
+        """As transformers reads them."""
+        assert not has_weights(tmp_path)
+        self.save(tmp_path, "a", index={"a": "model-1.safetensors"})
+        assert has_weights(tmp_path) and named_entries(tmp_path).keys() == {"a"}
+        save_file({"b": torch.zeros(2)}, tmp_path / "model.safetensors")
+        assert has_weights(tmp_path) and named_entries(tmp_path)["b"].file == tmp_path / "model.safetensors"
+        (tmp_path / "model.safetensors.index.json").unlink()
+        assert has_weights(tmp_path)
+
+    def test_an_index_that_leads_out_of_the_folder(self, tmp_path: Path) -> None:
+        self.save(tmp_path, "a", index={"a": "model-1.safetensors", "b": "../model-2.safetensors"})
+        with pytest.raises(ModelError, match="names files outside its folder"):
+            folder_files(tmp_path)
+
+    @pytest.mark.parametrize("name", ["b.bin", "c.pt", "c.pth"])
+    def test_a_pickle_is_named_and_not_read(self, tmp_path: Path, name: str) -> None:
+        (tmp_path / name).touch()
+        (tmp_path / "z.bin").touch()
+        with pytest.raises(ModelError, match=rf"index\.json\); {name.replace('.', '[.]')}, a pickle"):
+            folder_files(tmp_path)
+
+
+def test_equal_values_in_blocks_and_in_other_dtypes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensors_module, "COMPARED_ELEMENTS", 4)
+    first = torch.arange(12.0).view(6, 2)
+    last = first.clone()
+    last[5, 1] += 1
+    tensors = {"a": first, "b": first.bfloat16(), "c": last, "d": first.view(2, 6).clone(), "e": first[:5].clone()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    entries = named_entries(tmp_path)
+    assert [is_equal(entries["a"], entries[name]) for name in "abcde"] == [True, True, False, False, False]
+
+
+def test_a_quantized_dtype_is_refused_where_its_values_are_wanted(tmp_path: Path) -> None:
+    header = {"a": described("F8_E4M3", last=6), "b": described(first=6, last=30)}
+    quantized, plain = file_entries(write_raw(tmp_path / "m.safetensors", header, bytes(30)))
+    assert (quantized.code, plain.num_bytes) == ("F8_E4M3", 24)
+    with pytest.raises(ModelError, match=r"m\.safetensors: a has dtype F8_E4M3.*unquantized"):
+        list(read_rows(quantized, 10))

@@ -21,12 +21,12 @@ ZERO3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
 def load_share(rank: int, world_size: int, folder: Path, dtype: str) -> dict[str, Any]:
     import deepspeed
 
-    from trsr_dist.model.loading import BaseSource, load_config
     from trsr_dist.model.zero3 import load_divided
+    from trsr_dist.pretrained import BaseSource, load_config
 
-    config = load_config(BaseSource(str(folder)))
+    source = BaseSource(str(folder))
     precision = {"bf16": {"enabled": dtype == "bfloat16"}}
-    found = load_divided(folder, config, getattr(torch, dtype), ZERO3 | precision, {})
+    found = load_divided(source, load_config(source), getattr(torch, dtype), ZERO3 | precision)
     held = sum(parameter.ds_tensor.nbytes for parameter in found.model.parameters())
     with deepspeed.zero.GatheredParameters(list(found.model.parameters())):
         whole = {name: parameter.detach().float().numpy() for name, parameter in found.model.named_parameters()}

@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from tests.mutants.mutate import Mutant, mutants_of
 from tests.mutants.nursery import FACTOR, LEAST_SECONDS, Target, baseline, forget_project, run, warm_up
@@ -38,6 +39,8 @@ class Module:
     """By mutant: why it may survive."""
     fates: dict[str, str] = field(default_factory=dict)
     """By mutant: killed, survived or timeout."""
+    seconds: float = 0.0
+    """CPU time of all its mutants."""
 
     @property
     def path(self) -> Path:
@@ -79,19 +82,26 @@ def read_tables() -> list[Module]:
 def run_module(module: Module, jobs: int) -> None:
     """Find the fate of every mutant of the module; all of it in a process of its own."""
     mutants = mutants_of(module.path.read_text())
-    todo = [mutant for mutant in mutants if mutant.name not in known(module)]
-    if todo and os.waitpid(in_fork(lambda: serve(module, todo, jobs)), 0)[1]:
-        raise SystemExit(f"{module.name}: not run to its end")
+    # Again where the tests were edited meanwhile: survivors of other tests do not count.
+    while todo := _unknown(module, mutants):
+        if os.waitpid(in_fork(lambda todo=todo: serve(module, todo, jobs)), 0)[1]:
+            raise SystemExit(f"{module.name}: not run to its end")
     found = known(module)
-    module.fates = {mutant.name: found[mutant.name] for mutant in mutants}
+    module.fates = {mutant.name: found[mutant.name]["fate"] for mutant in mutants}
+    module.seconds = sum(found[mutant.name]["seconds"] for mutant in mutants)
 
 
-def known(module: Module) -> dict[str, str]:
-    """Fates by mutant, as far as they hold for the module and its tests as they are now."""
+def _unknown(module: Module, mutants: list[Mutant]) -> list[Mutant]:
+    found = known(module)
+    return [mutant for mutant in mutants if mutant.name not in found]
+
+
+def known(module: Module) -> dict[str, dict[str, Any]]:
+    """Results by mutant, as far as they hold for the module and its tests as they are now."""
     source, tests = hashes(module)
     lines = module.results.read_text().splitlines() if module.results.exists() else []
     entries = [entry for entry in map(json.loads, lines) if entry["source"] == source]
-    return {e["mutant"]: e["fate"] for e in entries if e["fate"] != "survived" or e["tests"] == tests}
+    return {e["mutant"]: e for e in entries if e["fate"] != "survived" or e["tests"] == tests}
 
 
 def hashes(module: Module) -> tuple[str, str]:
@@ -154,25 +164,31 @@ def in_fork(function: Callable[[], None]) -> int:
 
 
 def report(modules: list[Module]) -> None:
-    """Print a row for each module, in Markdown, and below them the survivors without a reason."""
-    print("\n| module | mutants | killed | timeouts | survivors | explained |\n|---|--:|--:|--:|--:|--:|")
+    """Print in Markdown a row for each module and the reasons, and below them the survivors without one."""
+    print("\n| module | mutants | killed | timeouts | survivors | explained | CPU-s |\n|---|--:|--:|--:|--:|--:|--:|")
     total: Counter[str] = Counter()
     for module in modules:
         counts = Counter(module.fates.values())
         counts["explained"] = len(module.survivors) - len(module.unexplained)
-        print(_row(module.name, counts))
+        print(_row(module.name, counts, module.seconds))
         total += counts
-    print(_row("all", total))
+    print(_row("all", total, sum(module.seconds for module in modules)))
+    print("\nWhy the others may survive:\n")
+    for module in modules:
+        reasons = Counter(module.reasons[name] for name in module.survivors if name in module.reasons)
+        for reason, count in reasons.items():
+            print(f"- {module.name} ({count}): {reason}")
     for module in modules:
         for title, names in (("no reason is given for", module.unexplained), ("no longer survives", module.stale)):
             if names:
                 print(f"\n{module.name}: {title}", *names, sep="\n  ")
 
 
-def _row(name: str, counts: Counter[str]) -> str:
+def _row(name: str, counts: Counter[str], seconds: float) -> str:
     num = sum(counts[fate] for fate in ("killed", "survived", "timeout"))
     share = f"{counts['survived']} ({counts['survived'] / max(1, num):.1%})"
-    return f"| {name} | {num} | {counts['killed']} | {counts['timeout']} | {share} | {counts['explained']} |"
+    cells = (name, num, counts["killed"], counts["timeout"], share, counts["explained"], round(seconds))
+    return f"| {' | '.join(map(str, cells))} |"
 
 
 def main() -> None:

@@ -22,6 +22,8 @@ SWAPS = SWAPPED | {other: one for one, other in SWAPPED.items() if other != "lis
 """Calls that mutmut does not know of."""
 NOT_MUTATED = (cst.Annotation, cst.Decorator, cst.Raise, cst.Assert, cst.Import, cst.ImportFrom)
 """Types, flags of dataclasses and the texts of errors decide no number."""
+EQUAL = "[[False -> None]]"
+"""Both are false; that False is needed, its change to True says."""
 CHECKS = ("strict",)
 """Arguments that only check."""
 
@@ -49,6 +51,8 @@ def mutants_of(source: str) -> list[Mutant]:
             continue
         seen.add(code)
         name = f"{function}: {_change(source, mutated)}"
+        if EQUAL in name:
+            continue
         names[name] += 1
         found.append(Mutant(name if names[name] == 1 else f"{name} #{names[name]}", mutated))
     return found

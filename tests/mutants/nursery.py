@@ -28,7 +28,7 @@ import pytest
 OWN = ("trsr_dist", "tests", "conftest")
 MEMORY_BYTES = 4 * 2**30
 """That a fork may take beyond what the nursery has."""
-LEAST_SECONDS, FACTOR, WALL_FACTOR = 10, 5, 12
+LEAST_SECONDS, FACTOR, WALL_FACTOR = 3, 5, 20
 """CPU seconds of a fork: at least so many, or so many times what the true module needs. Time by the clock: so many
 times as much, for machines that are shared."""
 

@@ -14,6 +14,7 @@ import pytest
 from tests.kills import check_stage
 from tests.summarize.server import Answer, Handler, Server, good, prompt_of, serving
 from tests.summarize.world import run_here, tree_hash, write_config, write_histories
+from trsr_dist.cli import config_parser, parse_config
 from trsr_dist.config import load_config
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import ConfigError, ModelError, RunError
@@ -119,7 +120,7 @@ def both(domain: str) -> str:
 def test_an_unknown_scheme_is_named_with_those_there_are(tmp_path: Path) -> None:
     _, config = prepared(tmp_path)
     with pytest.raises(ConfigError, match="summarize.scheme='treelike'.*hierarchical, none, recurrent"):
-        load_config(config, ["summarize.scheme=treelike"])
+        parse_config(config_parser("", ""), ["--config", str(config), "summarize.scheme=treelike"])
 
 
 def test_a_base_url_with_a_password_is_refused(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from trsr_dist.hashing import hash64
-from trsr_dist.summarize.cache import TextCache
+from trsr_dist.summarize.cache import TextCache, prompt_hash, text_key
 from trsr_dist.summarize.plans.graph import Node, Plan
 from trsr_dist.summarize.requests import Completion, Request
 from trsr_dist.summarize.scheduler import Counts, Failure, Result, Scheduler, Work
@@ -77,6 +77,11 @@ class TestOrder:
         run(tmp_path, engine, [work("a", chain(2)), work("b", (node(0), node(1), node(2, 0, 1)))])
         assert engine.items == ["a0", "b0", "b1", "a1", "b2"]
 
+    def test_the_rest_of_an_earlier_user_goes_first(self, tmp_path: Path) -> None:
+        engine = FirstFirst(2)
+        run(tmp_path, engine, [work("a", chain(2)), work("b", (node(0), node(1), node(2)))])
+        assert engine.items == ["a0", "b0", "a1", "b1", "b2"]
+
     def test_nodes_at_hand_go_before_new_users(self, tmp_path: Path) -> None:
         engine = FirstFirst()
         run(tmp_path, engine, [work("a", (node(0), node(1), node(2))), work("b", chain(1))])
@@ -121,7 +126,9 @@ class TestAdmission:
             return Work(asked, (), []) if asked <= 10 else None
 
         job = Scheduler(FirstFirst(4), {}, TextCache(tmp_path, "t"), "news", 50)
-        seen = [(result.tag, asked) for result in job.run(next_work)]
+        results = [(result, asked) for result in job.run(next_work)]
+        assert {(result.records, result.failure) for result, _ in results} == {((), None)}
+        seen = [(result.tag, number) for result, number in results]
         assert seen[:4] == [(i, 4) for i in (1, 2, 3, 4)] and seen[4] == (5, 8)
         assert [tag for tag, _ in seen] == list(range(1, 11)) and job.num_users == 0
 
@@ -137,7 +144,9 @@ class TestRecords:
         assert result.tag == "a" and result.failure is None
         assert [record["text"] for record in result.records] == ["Likes a0.", "Likes a1."]
         first = result.records[0]
-        assert first["key"] == engine.log[0].key and len(first["prompt"]) == 32
+        assert first["prompt"] == prompt_hash(engine.log[0].prompt)
+        assert first["key"] == engine.log[0].key == text_key({"engine": "first"}, first["prompt"])
+        assert engine.log[0].prompt.instruction == "Say what news readers like."
         rest = {name: first[name] for name in first.keys() - {"key", "prompt", "text"}}
         assert rest == {"flags": [], "prompt_tokens": 7, "new_tokens": 3, "words_cut": 2}
         assert counts == Counts(nodes=2, requests=2, prompt_tokens=14, new_tokens=6)
@@ -166,6 +175,9 @@ class TestRecords:
         run(tmp_path / "other", again, [work("a", chain(2))], seed=6)
         assert [request.temperature for request in again.log] == [0.0, 0.0]
         assert again.log[0].seed != engine.log[0].seed
+        plain = FirstFirst()
+        run(tmp_path / "plain", plain, [work("a", chain(1))])
+        assert plain.log[0].seed == hash64(0, plain.log[0].key) // 2
 
 
 def answers(first: Completion, second: Completion) -> Callable[[Request], Completion]:
@@ -189,6 +201,7 @@ class TestRetries:
         first, second = Completion("", FAULTY, new_tokens=30), Completion("", "Likes tea.", new_tokens=3)
         result, counts, log = self.run(tmp_path, first, second)
         assert result.records[0]["text"] == "Likes tea." and result.records[0]["sampled"] is True
+        assert result.records[0]["prompt"] == prompt_hash(log[0].prompt)
         assert counts == Counts(nodes=1, requests=1, retries=1, new_tokens=33)
         assert (log[1].temperature, log[1].seed) == (0.7, hash64("retry", log[0].key) // 2)
         assert (log[1].key, log[1].prompt, log[1].max_new_tokens) == (log[0].key, log[0].prompt, 50)
@@ -204,6 +217,10 @@ class TestRetries:
         )
         assert result.records[0]["flags"] == ["cut"] and counts.flags == {"cut": 1}
 
+    def test_a_text_that_runs_on_is_cut_and_flagged(self, tmp_path: Path) -> None:
+        result, counts, _ = self.run(tmp_path, *[Completion("", "Likes tea.\nUser: And coffee?")] * 2)
+        assert (result.records[0]["text"], counts.flags) == ("Likes tea.", {"run_on": 1})
+
     def test_flags_are_counted_over_texts(self, tmp_path: Path) -> None:
         engine = FirstFirst(answer=answers(*[Completion("", FAULTY, cut=True)] * 2))
         _, counts = run(tmp_path, engine, [work("a", chain(2))])
@@ -217,8 +234,14 @@ class TestRetries:
 
     def test_an_empty_text_fails_its_user(self, tmp_path: Path) -> None:
         result, counts, log = self.run(tmp_path, Completion("", " .", cut=True), Completion("", ""))
-        assert result == Result("a", (), Failure(0, log[0].key, result.failure.reason))
+        reason = "the engine wrote no text, and none when sampled"
+        assert result == Result("a", (), Failure(0, log[0].key, reason))
         assert counts == Counts(failures=1, requests=1, retries=1)
+        result, _, _ = self.run(tmp_path, *[Completion("", "", cut=True)] * 2)
+        assert result.failure.reason == (
+            f"{reason}: its thoughts took all of summarize.max_new_tokens=50; raise that, or turn thoughts off with "
+            "summarize.chat_template_kwargs"
+        )
 
     def test_an_empty_text_is_not_kept(self, tmp_path: Path) -> None:
         self.run(tmp_path, Completion("", ""), Completion("", ""))
@@ -226,10 +249,9 @@ class TestRetries:
         assert result.failure is None and len(log) == 1
 
     def test_a_failed_retry_leaves_the_first_text(self, tmp_path: Path) -> None:
-        result, counts, _ = self.run(tmp_path, Completion("", FAULTY), Completion("", error="gone"))
-        assert result.records[0]["flags"] == ["repetition"] and counts == Counts(
-            nodes=1, requests=1, retries=1, flags={"repetition": 1}
-        )
+        result, counts, _ = self.run(tmp_path, Completion("", FAULTY, cut=True), Completion("", error="gone"))
+        assert result.records[0]["flags"] == ["repetition", "cut"]
+        assert counts == Counts(nodes=1, requests=1, retries=1, flags={"repetition": 1, "cut": 1})
 
 
 class TestFailures:

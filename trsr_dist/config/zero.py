@@ -64,6 +64,6 @@ def read_zero_config(path: str | Path, key: str = "train.deepspeed_config") -> d
             expected = 'an object such as {"device": "cpu"}' if name in OFFLOADS else "a value"
             raise ConfigError(f"{path}: zero_optimization.{name} is {value!r}, expected {expected}; or leave it out")
     stage = settings.get("zero_optimization", {}).get("stage")
-    if stage not in (0, 1, 2, 3):
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
     return settings

@@ -221,13 +221,19 @@ def repeated_rows(order: np.ndarray, users: np.ndarray, times: np.ndarray, items
     Returns:
         int64, indices of the later rows of each set of equal ones.
     """
-    first, second = order[:-1], order[1:]
-    is_tied = (users[first] == users[second]) & (times[first] == times[second])
-    tied = order[np.concatenate([[False], is_tied]) | np.concatenate([is_tied, [False]])] if len(order) else order
+    before = np.flatnonzero(_equals_next(order, users, times))
+    tied = order[np.union1d(before, before + 1)]
     tied = tied[np.lexsort((tied, items[tied], times[tied], users[tied]))]
-    first, second = tied[:-1], tied[1:]
-    is_equal = (users[first] == users[second]) & (times[first] == times[second]) & (items[first] == items[second])
-    return second[is_equal]
+    return tied[1:][_equals_next(tied, users, times, items)]
+
+
+def _equals_next(rows: np.ndarray, *columns: np.ndarray) -> np.ndarray:
+    """bool [rows - 1]: whether a row has the values of the next one; a column at a time, to save memory."""
+    is_equal = np.ones(max(0, len(rows) - 1), bool)
+    for column in columns:
+        values = column[rows]
+        is_equal &= values[1:] == values[:-1]
+    return is_equal
 
 
 def _field(record: dict[str, Any], name: str, place: Place) -> Any:  # noqa: ANN401 (any JSON value)

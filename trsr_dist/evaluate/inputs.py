@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trsr_dist.bases import BaseName
 from trsr_dist.distributed import device_of, on_rank_zero
 from trsr_dist.environment import detect_ranks
 from trsr_dist.errors import ConfigError, DataError, ModelError, RunError
@@ -14,7 +15,6 @@ from trsr_dist.evaluate.passes import ALWAYS
 from trsr_dist.log import get_logger
 from trsr_dist.model.folder import find_base
 from trsr_dist.model.loading import resolve_precision
-from trsr_dist.model.places import BaseName
 from trsr_dist.run import MANIFEST, manifest_hash, read_manifest
 from trsr_dist.shards.reader import ShardSet
 

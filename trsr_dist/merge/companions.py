@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from trsr_dist.bases import ADAPTER_CONFIG
 from trsr_dist.files import read_json
 from trsr_dist.model.places import PROVENANCE
 from trsr_dist.run import MANIFEST
 
 SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 LEGAL = ("LICENSE", "NOTICE", "USE_POLICY", "COPYING")
-LEFT_OUT = {MANIFEST, PROVENANCE, "adapter_config.json", "trainer_state.json", "README.md"}
+LEFT_OUT = {MANIFEST, PROVENANCE, ADAPTER_CONFIG, "trainer_state.json", "README.md"}
 TOKENIZER = ("token", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece", "sentencepiece")
 TEMPLATES = "additional_chat_templates"
 """Folder in which transformers keeps further chat templates."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from trsr_dist.bases import base_folder
 from trsr_dist.errors import RunError
 from trsr_dist.files import atomic_folder, read_json, write_json, writing
 from trsr_dist.hashing import digest
@@ -18,7 +19,7 @@ from trsr_dist.merge.proof import verify
 from trsr_dist.merge.source import Source, base_of, find_source
 from trsr_dist.merge.stream import write_weights
 from trsr_dist.model.fingerprint import base_fingerprint
-from trsr_dist.model.places import PROVENANCE, base_folder
+from trsr_dist.model.places import PROVENANCE
 from trsr_dist.run import FolderLock, folder_lock, is_finished, write_manifest
 
 logger = get_logger("merge")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from trsr_dist.errors import DataError
-from trsr_dist.files import plain, sha256_of
+from trsr_dist.files import plain, remedy_of, sha256_of
 from trsr_dist.log import get_logger
 from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.records import Sample
@@ -105,7 +105,8 @@ class OpenShard:
         try:
             descriptor = plain(self.path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(f"{self.path}: {error.strerror}; restore the shard or make the split again") from None
+            remedy = remedy_of(error, self.path, "restore the shard or make the split again")
+            raise DataError(f"{self.path}: {error.strerror}; {remedy}") from None
         try:
             self._check_source(os.fstat(descriptor))
         except DataError:
@@ -248,8 +249,10 @@ class ShardSet:
             )
 
     def _check_present(self) -> None:
-        present = {entry.name for entry in os.scandir(self.folder)}
+        present = {entry.name: entry.is_file() for entry in os.scandir(self.folder)}
         for facts in self.facts:
             for needed in (facts["name"], index_path(Path(facts["name"])).name):
                 if needed not in present:
                     raise DataError(f"{self.folder / needed}: missing, the manifest names it; restore the split")
+                if not present[needed]:
+                    raise DataError(f"{self.folder / needed}: a pipe, device or folder; restore the split")

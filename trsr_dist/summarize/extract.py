@@ -119,26 +119,26 @@ def _is_short(value: str) -> bool:
 
 
 def informative_words(text: str) -> list[str]:
-    """Words of some length that are no function words, in lower case."""
-    words = (part for word in _WORD.findall(text) for part in _parts(word.lower()))
+    """Words of some length that are no function words, in lower case; parts and n-grams in scripts without blanks."""
+    words = [word.lower() for word in _WORD.findall(text)]
+    if not text.isascii():
+        words = [part for word in words for part in _parts(word)]
     return [word for word in words if len(word) >= _least_length(word) and word not in STOP_WORDS]
 
 
 def _parts(word: str) -> Iterator[str]:
-    """The word itself; of a script without blanks, its parts, and the n-grams of those too long to be words."""
-    for match in () if word.isascii() else _PART.finditer(word):
+    """Parts of a run of letters by script; n-grams of those without blanks that are too long to be words."""
+    for match in _PART.finditer(word):
         part, size = match[0], _GRAMS.get(match.lastgroup or "", 0)
         if not size or len(part) <= 2 * size:
             yield part
         else:
             grams = (part[i : i + size] for i in range(len(part) - size + 1))
             yield from (gram for gram in grams if gram[0] not in MARKS)
-    if word.isascii():
-        yield word
 
 
 def _least_length(word: str) -> int:
-    return MIN_DENSE_LETTERS if _DENSE.match(word) else MIN_LETTERS
+    return MIN_LETTERS if word.isascii() or not _DENSE.match(word) else MIN_DENSE_LETTERS
 
 
 def read_summary(terms: Terms, text: str) -> None:
@@ -163,9 +163,10 @@ def write_summary(terms: Terms, max_words: int) -> str:
 
 
 def _within(terms: Iterable[str], max_words: int) -> list[str]:
-    kept: list[str] = []
+    kept, room = [], max_words
     for term in terms:
-        if _num_words([*kept, term]) > max_words:
+        room -= len(split_words(term))
+        if room < 0:
             break
         kept.append(term)
     return kept

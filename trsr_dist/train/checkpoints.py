@@ -16,10 +16,12 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from trsr_dist.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from trsr_dist.errors import CheckpointError, DataError
 from trsr_dist.files import (
     atomic_file,
     atomic_folder,
+    explain,
     read_json,
     recover_folder,
     remove_folder,
@@ -29,11 +31,11 @@ from trsr_dist.files import (
 from trsr_dist.liveness import Owner
 from trsr_dist.log import get_logger
 from trsr_dist.model.lora import adapter_name, parameter_name
-from trsr_dist.model.places import ADAPTER_CONFIG, POINTERS, PROVENANCE, CheckpointManifest
+from trsr_dist.model.places import POINTERS, PROVENANCE, CheckpointManifest
 from trsr_dist.model.tensor_file import write_tensors
 from trsr_dist.run import MANIFEST, read_manifest
 
-ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
+WEIGHTS = f"adapter/{ADAPTER_WEIGHTS}"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 NAME = re.compile(r"step-(\d{6,})$")
@@ -130,7 +132,7 @@ class CheckpointFolder:
             (target / "adapter").mkdir()
             weights = {k.removeprefix("weight/"): v for k, v in tensors.items() if k.startswith("weight/")}
             adapter = {adapter_name(name): tensor.contiguous() for name, tensor in weights.items()}
-            write_tensors(adapter, target / ADAPTER_WEIGHTS)
+            write_tensors(adapter, target / WEIGHTS)
             moments = {k: v.contiguous() for k, v in tensors.items() if not k.startswith("weight/")}
             write_tensors(moments, target / OPTIMIZER)
             write_json(target / "adapter" / ADAPTER_CONFIG, adapter_config)
@@ -218,6 +220,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: incomplete, damaged, or with tensors that are empty or not finite.
+        RunError: a file may not be read.
     """
     try:
         files = read_manifest(folder, CheckpointManifest)["files"]
@@ -225,11 +228,13 @@ def read_checkpoint(folder: Path) -> Checkpoint:
             path = folder / name
             if not path.is_file() or path.stat().st_size != recorded["size"] or sha256_of(path) != recorded["sha256"]:
                 raise CheckpointError(f"{path}: missing, truncated or changed since it was written")
-        adapter = load_file(folder / ADAPTER_WEIGHTS)
+        adapter = load_file(folder / WEIGHTS)
         tensors = {f"weight/{parameter_name(name)}": tensor for name, tensor in adapter.items()}
         tensors |= load_file(folder / OPTIMIZER)
         state = read_json(folder / STATE, TrainerState)
         provenance, digest = read_json(folder / PROVENANCE), sha256_of(folder / MANIFEST)
+    except PermissionError as error:
+        raise explain(error, folder) from None  # going on from an older one would throw work away
     except (DataError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint ({error})") from None
     for name, tensor in tensors.items():

@@ -180,10 +180,10 @@ def server_encoder(model: str, revision: str) -> Encoder | None:
     folder = Path(model) if Path(model).is_dir() else _cached_folder(model, revision)
     if folder is None or not (folder / "tokenizer_config.json").is_file():
         return None
-    from trsr_dist.summarize.engines.encoding import load_tokenizer
+    from trsr_dist.pretrained import BaseSource, load_tokenizer
 
     try:
-        return Encoder(load_tokenizer(str(folder), "", trust_remote_code=False), "plain")
+        return Encoder(load_tokenizer(BaseSource(str(folder))), "plain")
     except ModelError as error:
         log.warning("%s; what reads like a control token is taken apart in the texts that the server gets", error)
         return None

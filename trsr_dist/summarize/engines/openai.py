@@ -7,7 +7,6 @@ reply that is no valid or no whole answer, is retried here.
 from __future__ import annotations
 
 import queue
-import re
 import threading
 import time
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ import openai
 from trsr_dist.environment import secret, server_address
 from trsr_dist.errors import ConfigError, DataError, EngineError
 from trsr_dist.log import get_logger
-from trsr_dist.printable import in_one_line
+from trsr_dist.printable import HALVES, in_one_line
 from trsr_dist.prompts.encoder import Encoder, for_any_tokenizer
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.engines.connection import KEY_VARIABLE, Connection
@@ -48,7 +47,6 @@ SETTINGS = {
 """What to do where a server refuses an option that has no other way."""
 WORDS = 300
 """Characters of a server's words that are kept."""
-HALVES = re.compile("[\ud800-\udfff]")
 UNAVAILABLE = (429, 502, 503, 504)
 """A rate limit, or a proxy whose server is gone: never the prompt's fault."""
 
