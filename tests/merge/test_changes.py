@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -134,14 +135,23 @@ class TestMergeable:
         check_mergeable(self.path, adapter().config)
 
     @pytest.mark.parametrize(
-        "key",
-        ["layer_replication", "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora",
-         "arrow_config", "kasa_config", "velora_config", "monteclora_config"],
-    )  # fmt: skip
-    def test_methods_that_cannot_be_merged(self, key: str) -> None:
+        ("key", "meaning"),
+        [
+            ("layer_replication", "layers used more than once"),
+            ("target_parameters", "LoRA on bare parameters (mixture-of-experts weights)"),
+            ("trainable_token_indices", "trainable tokens"),
+            ("use_qalora", "QALoRA"),
+            ("use_bdlora", "block-diagonal LoRA"),
+            ("arrow_config", "Arrow routing"),
+            ("kasa_config", "KaSA"),
+            ("velora_config", "VeLoRA"),
+            ("monteclora_config", "MonteCLoRA"),
+        ],
+    )
+    def test_methods_that_cannot_be_merged(self, key: str, meaning: str) -> None:
         config = adapter().config
         setattr(config, key, True)
-        with pytest.raises(ModelError, match=f"{key} is set"):
+        with pytest.raises(ModelError, match=re.escape(f"{key} is set ({meaning});")):
             check_mergeable(self.path, config)
 
     def test_biases_and_other_kinds(self) -> None:
