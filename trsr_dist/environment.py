@@ -10,7 +10,8 @@ import os
 import signal
 import socket
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +110,20 @@ def export_ranks(ranks: Ranks) -> None:
     # Steps of one job may run on one node at the same time.
     own = hash64(ranks.job_id or os.getpid(), os.environ.get("SLURM_STEP_ID", ""))
     os.environ.setdefault("MASTER_PORT", str(20000 + own % 20000))
+
+
+@contextmanager
+def restricted_pickles() -> Iterator[None]:
+    """Within this context ``torch.load`` runs no code, even where a library asks for the unrestricted loader."""
+    name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        del os.environ[name]
+        if before is not None:
+            os.environ[name] = before
 
 
 def prepare_process(num_threads: int | None = None) -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -39,6 +41,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 PICKLES = ("*.bin", "*.pt", "*.pth")
+PICKLE_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OSError, RuntimeError, EOFError, UnpicklingError)
+"""What damaged pickles raise."""
 COMPARED_ELEMENTS = 2**20
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 
@@ -198,6 +202,13 @@ def is_equal(one: TensorEntry, other: TensorEntry) -> bool:
         return False
     pairs = zip(read_rows(one, COMPARED_ELEMENTS), read_rows(other, COMPARED_ELEMENTS), strict=True)
     return all(torch.equal(rows.double(), others.double()) for (_, rows), (_, others) in pairs)
+
+
+def pickle_fault(error: Exception) -> str:
+    """Why a pickle of tensors cannot be read, in one line."""
+    if isinstance(error, UnpicklingError) and re.search("GLOBAL|Unsupported", str(error)):
+        return "it holds code, which is not run"
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def read_rows(entry: TensorEntry, max_elements: int) -> Iterator[tuple[int, torch.Tensor]]:

@@ -1,14 +1,17 @@
 """Texts in scripts without blanks count as their twins in scripts with blanks do, wherever words are counted."""
 
 import random
+import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
+import trsr_dist
 from trsr_dist.evaluate.baselines import Bm25
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.records import Candidate, Item, Sample
-from trsr_dist.shards.inspect.checks import TARGET_IN_SUMMARY, sample_faults
+from trsr_dist.shards.inspect.checks import NO_TEXT, TARGET_IN_SUMMARY, sample_faults
 from trsr_dist.shards.inspect.similar import near_duplicates
 from trsr_dist.summarize.extract import extract, informative_words, split_fields
 from trsr_dist.summarize.quality import flags_of, is_echo, is_preamble, is_repetitive
@@ -113,9 +116,18 @@ def test_texts_of_symbols_alone_are_used_as_they_are() -> None:
 def test_zero_width_characters_are_no_text() -> None:
     assert not has_text("\u200b \ufeff\u2060\x00")
     assert has_text("★")
+    sample = Sample("u", "", "", (), (Candidate("a", "tea", 1), Candidate("b", "\u200b", 0)))
+    assert NO_TEXT in set(sample_faults(sample))
     assert split_words("\u200b a \u200b") == ["a"]
     assert (count_words("\u200b"), cut_words("\u200ba b", 1).strip("\u200b")) == (0, "a")
     assert search_terms("soft\u00adware a\u200bb") == ["software", "a", "b"]
+
+
+def test_one_module_counts_words() -> None:
+    counting = re.compile(r"len\([^()]*\.split\(\)\)|\\w\+\"\)")
+    assert counting.search("n = len(text.split())") and counting.search(r're.compile(r"\w+")')
+    for path in Path(trsr_dist.__file__).parent.rglob("*.py"):
+        assert path.name == "words.py" or not counting.search(path.read_text()), path
 
 
 def test_terms_are_words_and_bigrams_in_one_form() -> None:
@@ -127,5 +139,6 @@ def test_terms_are_words_and_bigrams_in_one_form() -> None:
 
 
 def test_items_that_differ_in_vowel_signs_alone_are_no_near_duplicates() -> None:
-    pair = Item("a", "ข่าว"), Item("b", "ขาว")
+    # News and rice.
+    pair = Item("a", "ข่าว"), Item("b", "ข้าว")
     assert check_leaks("u", pair[:1], pair[1:], False).near_duplicates == 0

@@ -24,6 +24,8 @@ from tests.data.raw import (
 from tests.data.test_bad_input import Edit, append, record, refused, replace
 from tests.data.test_prepare import ids, manifest, run, users_of
 from trsr_dist.data.prepare import prepare
+from trsr_dist.data.readers import build_reader
+from trsr_dist.data.source import Counts, LineReader, find_raw, open_raw
 from trsr_dist.errors import ConfigError, DataError
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.summarize.job import summarize
@@ -262,6 +264,28 @@ def _make_pipe(path: Path) -> None:
 def test_bad_json_lines(tmp_path: Path, case: str) -> None:
     edit, message = BAD[case]
     refused(tmp_path, write_jsonl(tmp_path, user_records()), edit, "jsonl", message)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="changes its user")
+def test_files_that_may_not_be_read_are_named(tmp_path: Path) -> None:
+    raw = write_jsonl(tmp_path, user_records())
+    reader = build_reader(make_config(tmp_path, "jsonl"), tmp_path, LineReader("fail", Counts()))
+    raw.chmod(0)
+    os.seteuid(65534)
+    try:
+        with pytest.raises(DataError, match=r"items\.jsonl: may not be read; ask its owner for permission"):
+            next(reader.items())
+        assert find_raw(raw, "items.jsonl").name == "items.jsonl"
+    finally:
+        os.seteuid(0)
+
+
+def test_names_that_no_file_can_have(tmp_path: Path) -> None:
+    for name in ("a\0b", "x" * 300):
+        with pytest.raises(DataError, match="cannot be read"):
+            open_raw(tmp_path / name)
+    with pytest.raises(DataError, match="missing .found there: no folder that can be read"):
+        open_raw(tmp_path / "nowhere" / "items.jsonl")
 
 
 def test_empty_news_are_named(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ def test_equal_outcomes_have_equal_keys() -> None:
     assert outcomes._key(np.array([0.0, 3.0, 3.0, 1.0, 9.0]), np.array([0, 1, 0, 1, 0])) == (5, 1, 2, 1, 3, 1, 1)
     scores, labels = outcomes._example((5, 1, 2, 1, 3, 1, 1))
     assert (scores.tolist(), labels.tolist()) == ([0.0, -1.0, -1.0, -3.0, -4.0], [0, 1, 0, 1, 0])
+    assert (scores.dtype, labels.dtype) == (np.float64, np.int64)
 
 
 @settings(max_examples=50, deadline=None)

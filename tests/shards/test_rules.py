@@ -10,7 +10,16 @@ import pytest
 
 from trsr_dist.hashing import hash64, random_stream
 from trsr_dist.shards.order import Order, mix, permute
-from trsr_dist.shards.packing import _best_fit, _best_sums, choose_candidates, deal, pack, row_cost, split_unit
+from trsr_dist.shards.packing import (
+    _best_fit,
+    _best_sums,
+    attended_pairs,
+    choose_candidates,
+    deal,
+    pack,
+    row_cost,
+    split_unit,
+)
 
 BITS = (1 << 64) - 1
 
@@ -87,14 +96,36 @@ def plain_draw(key: int, labels: Sequence[bool], negatives: int, seed: int) -> l
 
 
 def test_draws_by_a_plain_restatement() -> None:
-    users = [[0, 1, 0, 0, 0, 0, 0], [1], [1, 0, 1, 0, 0, 0, 0, 0, 0], [0] * 6, [0], [0, 0, 1, 1], [0] * 9 + [1]]
+    users = [
+        [0, 1, 0, 0, 0, 0, 0],
+        [1],
+        [1, 0, 1, 0, 0, 0, 0, 0, 0],
+        [0] * 6,
+        [0],
+        [0, 0, 1, 1],
+        [0] * 9 + [1],
+        [0] * 4,
+    ]
     labels = np.array([label for user in users for label in user], dtype=bool)
     starts = np.concatenate([[0], np.cumsum([len(user) for user in users])])
     keys = mix(np.arange(len(users), dtype=np.uint64))
     for seed, negatives in ((0, 1), (2**63 + 5, 2), (77, 4)):
         found = choose_candidates(keys, starts, labels, negatives, seed)
         plain = [plain_draw(int(key), user, negatives, seed) for key, user in zip(keys, users, strict=True)]
+        assert found.dtype == bool
         assert found.tolist() == [chosen for user in plain for chosen in user]
+
+
+def test_pairs_are_those_of_causal_attention() -> None:
+    units = [(5, [2, 3]), (4, [1]), (0, [6, 2])]
+    expected = [
+        sum(range(1, prefix + 1)) + sum(prefix + place + 1 for size in suffixes for place in range(size))
+        for prefix, suffixes in units
+    ]
+    prefixes, sums = np.array([prefix for prefix, _ in units]), np.array([sum(suffixes) for _, suffixes in units])
+    squares = np.array([sum(size**2 for size in suffixes) for _, suffixes in units])
+    found = attended_pairs(prefixes, sums, squares)
+    assert (found.tolist(), found.dtype) == (expected, np.int64)
 
 
 def test_an_attended_pair_costs_its_share_of_a_token() -> None:
@@ -152,6 +183,13 @@ def test_best_fit_gives_way_where_it_leaves_room() -> None:
     assert pack(np.array([6, 6]), 10, ties[:2]) == [[0], [1]]
 
 
+def test_rows_that_are_full_are_not_packed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("trsr_dist.shards.packing._best_sums")
+    assert pack(np.array([99]), 100, np.zeros(1, np.uint64)) == [[0]]
+    with pytest.raises(NameError):
+        pack(np.array([98]), 100, np.zeros(1, np.uint64))
+
+
 def test_units_of_equal_length_are_ordered_by_their_ties() -> None:
     assert pack(np.array([2, 5, 2, 5]), 5, np.array([3, 2, 1, 0], np.uint64)) == [[3], [1], [2, 0]]
 
@@ -166,4 +204,5 @@ def test_rows_are_dealt_by_hand() -> None:
     assert deal([5, 4, 3, 2, 1], 2) == [[0, 3, 4], [1, 2]]
     assert deal([1, 2, 3, 4, 5], 2) == [[4, 1, 0], [3, 2]]
     assert deal([1, 1, 1], 2) == [[0, 2], [1]], "equal costs in the order of rows and ranks"
+    assert deal([9, 5, 4, 3, 3, 1], 2) == [[0, 3, 5], [1, 2, 4]], "the sums count, not the last rows"
     assert deal([2.0], 3) == [[0], [], []]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -163,7 +164,7 @@ def _plan(config: Config, run: RunFolder, reader: Reader) -> str:
         if config.data.format == "demo":
             lines.append(f"# write and read {path}")
         else:
-            size = f"{path.stat().st_size:,} bytes" if path.is_file() else "MISSING"
+            size = f"{os.path.getsize(path):,} bytes" if os.path.isfile(path) else "MISSING"
             lines.append(f"# read {path} ({size})")
     state = "exists" if (run.histories / "manifest.json").is_file() else "new"
     lines.append(f"# write {run.histories} ({state})")

@@ -6,6 +6,7 @@ import bz2
 import gzip
 import io
 import lzma
+import os
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -112,8 +113,8 @@ FOREIGN = {
 def find_raw(folder: Path, name: str) -> Path:
     """The raw file of this name, or where it is missing a compressed one that lies there in its place."""
     path = folder / name
-    others = (path.with_name(path.name + ending) for ending in COMPRESSED)
-    return path if path.exists() else next((other for other in others if other.exists()), path)
+    others = (folder / (name + ending) for ending in COMPRESSED)
+    return path if os.path.exists(path) else next((other for other in others if os.path.exists(other)), path)
 
 
 def open_raw(path: Path) -> BinaryIO:
@@ -131,13 +132,21 @@ def open_raw(path: Path) -> BinaryIO:
             raise DataError(f"{path}: {foreign}")
         return opener(path) if opener else open(path, "rb")
     except (FileNotFoundError, NotADirectoryError):
-        there = ", ".join(sorted(p.name for p in path.parent.iterdir())[:8]) if path.parent.is_dir() else "no folder"
         raise DataError(
-            f"{path}: missing (found there: {there or 'nothing'}); set data.path, or give the file this name "
+            f"{path}: missing (found there: {_listing(path.parent)}); set data.path, or give the file this name "
             "(data.items_file, data.behaviors_file and data.sessions_file name others)"
         ) from None
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); ask its owner for permission to read it") from None
+    except PermissionError:
+        raise DataError(f"{path}: may not be read; ask its owner for permission to read file and folders") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); correct data.path") from None
+
+
+def _listing(folder: Path) -> str:
+    try:
+        return listed(sorted(os.listdir(folder))[:8]) or "nothing"
+    except OSError:
+        return "no folder that can be read"
 
 
 def listed(names: Iterable[str]) -> str:

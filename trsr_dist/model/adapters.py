@@ -6,7 +6,6 @@ import re
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from trsr_dist.bases import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, rea
 from trsr_dist.errors import CheckpointError, DataError, ModelError
 from trsr_dist.files import read_json
 from trsr_dist.model.lora import ADAPTER, PREFIX
-from trsr_dist.weights import has_weights
+from trsr_dist.weights import PICKLE_ERRORS, has_weights, pickle_fault
 
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 UNSUPPORTED = {
@@ -79,9 +78,8 @@ def read_adapter(folder: Path) -> Adapter:
                 tensors = torch.load(path, map_location="cpu", weights_only=True)  # runs no code
             else:
                 tensors = load_file(path)
-    except (SafetensorError, UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [""])[0][:SHOWN] or type(error).__name__
-        raise ModelError(f"{path}: damaged, truncated or no adapter ({reason}); copy it again") from None
+    except (SafetensorError, *PICKLE_ERRORS) as error:
+        raise ModelError(f"{path}: damaged, truncated or no adapter ({pickle_fault(error)}); copy it again") from None
     return make_adapter(folder, config, tensors)
 
 
@@ -92,14 +90,15 @@ def make_adapter(folder: Path, config: PeftConfig, tensors: Any) -> Adapter:
         CheckpointError: a tensor is empty or not finite, or all LoRA B are zero.
         ModelError: these are no tensors.
     """
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
-        raise ModelError(f"{folder}: its file holds no tensors by name; copy the adapter again")
-    for name, tensor in tensors.items():
+    pairs = tensors.items() if isinstance(tensors, dict) else [("", None)]
+    for name, tensor in pairs:
+        if not isinstance(name, str) or not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise ModelError(f"{folder}: {name!r} is no tensor of floating type; restore the adapter's file")
         if tensor.numel() == 0:
             raise CheckpointError(
                 f"{folder}: {name} is empty; the adapter was saved under ZeRO-3 without gathering its parts"
             )
-        if not torch.isfinite(tensor).all():
+        if not torch.isfinite(tensor.float()).all():
             raise CheckpointError(f"{folder}: {name} holds NaN or infinity; choose an earlier checkpoint")
     named = {name.removeprefix(PREFIX): tensor.float() for name, tensor in tensors.items()}
     outputs = [tensor for name, tensor in named.items() if re.search(r"\.lora_(embedding_)?B", name)]

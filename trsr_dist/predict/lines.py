@@ -19,6 +19,7 @@ from trsr_dist.files import atomic_file
 from trsr_dist.json_text import parse_json
 from trsr_dist.log import get_logger, progress
 from trsr_dist.predict.ranker import Ranked, Ranker, Ranking, Request
+from trsr_dist.words import has_text
 
 FIELDS = ("id", "items", "summary", "candidates")
 SHOWN = 5
@@ -139,7 +140,7 @@ def as_entry(entry: Any, place: int) -> tuple[str, Any]:
 
 def as_text(value: Any, name: str) -> str:
     """A text that is not empty."""
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not has_text(value):
         raise DataError(f"{name} is {str(value)[:40]!r}, expected a text that is not empty")
     return value
 

@@ -7,9 +7,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-from trsr_dist import pretrained
 from trsr_dist.errors import ModelError
-from trsr_dist.pretrained import BaseSource
 from trsr_dist.prompts.builder import chat_text, resolve_style
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.quality import THOUGHTS
@@ -52,16 +50,6 @@ class PromptEncoder:
 
     def _render(self, text: str) -> str:
         return chat_text(self.tokenizer, text, self.template_kwargs) if self.style == "chat" else text
-
-
-def load_tokenizer(name_or_path: str, revision: str, trust_remote_code: bool) -> Any:
-    """The tokenizer of a model folder or hub id.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    with naming_setting(name_or_path):
-        return pretrained.load_tokenizer(BaseSource(name_or_path, revision, trust_remote_code))
 
 
 @contextmanager

@@ -18,8 +18,15 @@ from transformers.cache_utils import DynamicCache
 
 from trsr_dist.errors import DataError, ModelError
 from trsr_dist.log import get_logger
-from trsr_dist.pretrained import BaseSource, leave_out_cudnn, load_causal, max_positions
-from trsr_dist.summarize.engines.encoding import PromptEncoder, load_tokenizer, naming_setting
+from trsr_dist.pretrained import (
+    BaseSource,
+    leave_out_cudnn,
+    load_causal,
+    load_tokenizer,
+    local_source,
+    max_positions,
+)
+from trsr_dist.summarize.engines.encoding import PromptEncoder, naming_setting
 from trsr_dist.summarize.engines.slots import Slots
 from trsr_dist.summarize.quality import turn_place
 from trsr_dist.summarize.requests import Completion, Request
@@ -105,9 +112,9 @@ class TransformersEngine:
             torch.set_num_threads(1)
         if precision == "auto":
             precision = "bfloat16" if num_gpus else "float32"
-        tokenizer = load_tokenizer(name_or_path, revision, trust_remote_code)
-        source = BaseSource(name_or_path, revision, trust_remote_code)
         with naming_setting(name_or_path):
+            source = local_source(BaseSource(name_or_path, revision, trust_remote_code))
+            tokenizer = load_tokenizer(source)
             model = load_causal(source, getattr(torch, precision)).to(device).eval()
         encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens, template_kwargs)
         return cls(model, encoder, num_slots)
