@@ -5,8 +5,6 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).parents[2]
 OPTIONAL = {"vllm", "flash_attn", "trl", "datasets"}
 """Not installable beside the pinned set: their modules say what to install where they are chosen."""
