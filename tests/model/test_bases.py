@@ -27,7 +27,7 @@ from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
 from trsr_dist.model.folder import find_base
 from trsr_dist.predict import Ranker
-from trsr_dist.pretrained import load_config, load_tokenizer
+from trsr_dist.pretrained import BaseSource, load_config, load_tokenizer
 from trsr_dist.run import RunFolder
 from trsr_dist.summarize.engines.transformers import TransformersEngine
 from trsr_dist.train.prepare import base_source
@@ -234,3 +234,43 @@ def test_a_file_beside_those_of_the_index_is_not_read(place: Path) -> None:
     merge(place / "tuned", place / "merged", MergeOptions(verify="scores"))
     single = load_file(base / "model.safetensors")["model.norm.weight"]
     assert torch.equal(tensors_of(place / "merged")["model.norm.weight"], single), "as transformers chooses"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"{", "not valid JSON"),
+        (b'{"base": []}', "base: "),
+        (b'{"answer_ids": "yes"}', "answer_ids: "),
+        (b'{"prompt": {"of_tomorrow": 1}}', "prompt: of_tomorrow: "),
+        (b'{"prompt": {"max_tokens": "many"}}', "prompt: max_tokens: "),
+    ],
+)
+def test_a_damaged_record_of_the_training(place: Path, content: bytes, message: str) -> None:
+    for name in ("base", "tuned"):
+        (place / name / "provenance.json").write_bytes(content)
+    for name in ("predict a base", "predict an adapter", "merge"):
+        with pytest.raises(TrsrError, match=rf"provenance\.json: {message}"):
+            commands(place)[name]()
+
+
+def test_pointers_that_lead_nowhere(place: Path) -> None:
+    (place / "checkpoints" / "step-000001").mkdir(parents=True)
+    for content in (b"", b"\xff\xfe", b"../base", b"x" * 5000):
+        (place / "checkpoints" / "latest").write_bytes(content)
+        with pytest.raises(TrsrError, match="latest: names"):
+            Ranker.open(str(place), device="cpu")
+
+
+def test_an_adapter_may_lie_in_a_folder_called_adapter(place: Path) -> None:
+    """As one of a checkpoint does."""
+    (place / "tuned").rename(place / "adapter")
+    Ranker.open(str(place / "adapter"), device="cpu")
+
+
+def test_a_quantized_base_keeps_its_names_and_shapes(place: Path) -> None:
+    """Its tensors are packed: what the library reads is not compared here, but what it is not for is still said."""
+    edited(place, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
+    assert load_config(BaseSource(str(place / "base"))).quantization_config
+    with pytest.raises(TrsrError, match="a quantized model; name its unquantized original"):
+        commands(place)["merge"]()

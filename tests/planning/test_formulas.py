@@ -24,7 +24,7 @@ from trsr_dist.planning.memory import (
     recommend,
 )
 from trsr_dist.planning.restarts import Restarts, best_interval
-from trsr_dist.planning.shape import ATTENTION_MODULES, ModelShape
+from trsr_dist.planning.shape import ATTENTION_MODULES, MLP_MODULES, ModelShape
 from trsr_dist.planning.tokens import Workload, separate_workload, shared_workload
 from trsr_dist.planning.weights import weight_bytes
 
@@ -44,7 +44,8 @@ RESTART = 300.0
 
 def test_parameters_by_hand() -> None:
     assert SHAPE.num_linear_parameters == 3420
-    assert SHAPE.num_layer_parameters == 1140 + 20
+    assert (SHAPE.num_layer_parameters, type(SHAPE.num_layer_parameters)) == (1140 + 20, int)
+    assert tuple(SHAPE.linears) == (*ATTENTION_MODULES, *MLP_MODULES)
     assert SHAPE.num_parameters == 3 * 1160 + 2 * 500 + 10
     assert replace(SHAPE, tied_embeddings=True).num_parameters == 3 * 1160 + 500 + 10
     assert replace(SHAPE, qkv_bias=True).num_layer_parameters == 1160 + 24 + 12 + 12

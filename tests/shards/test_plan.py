@@ -21,22 +21,23 @@ from trsr_dist.shards.plan import EpochFacts, PackingSettings, TrainPlan, Unit, 
 from trsr_dist.shards.steps import StreamState, step_specs
 
 TABLE = Table(
-    samples=np.array([40, 41, 7, 8, 9]),
-    prefixes=np.array([30, 25, 20, 30, 10]),
-    trimmed=np.array([False, True, False, False, True]),
-    starts=np.array([0, 3, 5, 11, 12, 13]),
-    suffixes=np.array([5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17]),
-    labels=np.zeros(13, dtype=bool),
+    samples=np.array([40, 41, 7, 8, 9, 10]),
+    prefixes=np.array([30, 25, 20, 70, 43, 10]),
+    trimmed=np.array([False, True, False, False, True, False]),
+    starts=np.array([0, 3, 5, 11, 12, 13, 14]),
+    suffixes=np.array([5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]),
+    labels=np.zeros(14, dtype=bool),
 )
-CHOSEN = np.array([1, 0, 1, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1], dtype=bool)
-"""The third user's 20 + 75 tokens do not fit 60 and are cut in (10, 11, 12), (13, 14), (15); the fourth has none."""
+CHOSEN = np.array([1, 0, 1, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0], dtype=bool)
+"""The third user's 20 + 75 tokens do not fit 60 and are cut in (10, 11, 12), (13, 14), (15); the fourth
+and the last have none, though the fourth's prefix is too long; the fifth's 60 tokens fit."""
 UNITS = {
     Unit(40, 30, False, (0, 2), (5, 7)),
     Unit(41, 25, True, (1,), (9,)),
     Unit(7, 20, False, (0, 1, 2), (10, 11, 12)),
     Unit(7, 20, False, (3, 4), (13, 14)),
     Unit(7, 20, False, (5,), (15,)),
-    Unit(9, 10, True, (0,), (17,)),
+    Unit(9, 43, True, (0,), (17,)),
 }
 
 
@@ -75,6 +76,7 @@ def test_a_windows_rows_stand_in_the_order_of_the_key() -> None:
         np.ones(count, dtype=bool),
     )
     plan = WindowPlan(table, np.ones(count, dtype=bool), 40, key=2**63 + 12)
+    assert plan.num_tokens == 26 * count
     by_ties = sorted(range(100, 100 + count), key=lambda sample: plain_mix(sample ^ (2**63 + 12)))
     places = sorted(range(count), key=lambda place: plain_mix(place ^ (2**63 + 12)))
     assert [plan.units(row)[0].sample for row in range(count)] == [by_ties[place] for place in places]

@@ -15,7 +15,7 @@ from trsr_dist.errors import ModelError
 from trsr_dist.model.adapters import adapter_file, attach, read_adapter, read_adapter_config
 from trsr_dist.model.fingerprint import base_fingerprint, check_same_base
 from trsr_dist.model.loading import load_base, load_base_divided, shared_backend
-from trsr_dist.model.places import check_checkpoint, follow, is_checkpoint, read_provenance, run_of
+from trsr_dist.model.places import PROVENANCE, check_checkpoint, follow, is_checkpoint, read_provenance, run_of
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.model.zero3 import check_equal_calls, scoring_engine
 from trsr_dist.pretrained import BaseSource, load_config, load_tokenizer, local_source
@@ -71,7 +71,7 @@ def find_model(name_or_path: str, revision: str = "") -> ModelPlace:
         ModelError: an adapter whose base is not here, or is another one than in training.
     """
     folder = follow(Path(name_or_path))
-    if folder.name == "adapter" and is_checkpoint(folder.parent):
+    if folder.name == "adapter" and is_checkpoint(folder.parent) and (folder.parent / PROVENANCE).is_file():
         folder = folder.parent  # which also knows the prompts of the training
     if is_checkpoint(folder):
         check_checkpoint(folder)

@@ -5,15 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, ValidationError
 from typing_extensions import TypedDict
 
 from trsr_dist.bases import ADAPTER_CONFIG
-from trsr_dist.errors import CheckpointError
+from trsr_dist.config.sections import PromptSection
+from trsr_dist.errors import CheckpointError, ModelError
 from trsr_dist.files import read_json, sha256_of
+from trsr_dist.json_text import describe_form
 from trsr_dist.run import MANIFEST, Manifest, read_manifest
 
 PROVENANCE = "provenance.json"
 POINTERS = ("latest", "best")
+NAME_BYTES = 255
 
 
 class FileFacts(TypedDict):
@@ -29,6 +33,28 @@ class CheckpointManifest(Manifest):
     files: dict[str, FileFacts]
 
 
+class BaseFacts(TypedDict, total=False):
+    """The base of a training."""
+
+    name_or_path: str
+    revision: str
+    fingerprint: str
+
+
+class Provenance(TypedDict, total=False):
+    """What a checkpoint or a model tells of its making, as far as it is read."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    base: BaseFacts
+    prompt: dict[str, Any]
+    answer_ids: list[int]
+    domain: str
+    shards: dict[str, str]
+    train: dict[str, Any]
+    config: dict[str, Any]
+    merge: dict[str, Any]
+
+
 def follow(path: Path) -> Path:
     """The checkpoint that a run folder, a checkpoints folder, or a pointer file names; other paths stay.
 
@@ -40,8 +66,8 @@ def follow(path: Path) -> Path:
     if path.is_dir() and (path / "latest").is_file() and any(path.glob("step-*")):
         path = path / "latest"
     if path.name in POINTERS and path.is_file():
-        name = path.read_text(encoding="utf-8").strip()
-        if not name or not (path.parent / name).is_dir():
+        name = path.read_bytes()[:NAME_BYTES].decode(errors="replace").strip()
+        if not name or Path(name).name != name or not (path.parent / name).is_dir():
             raise CheckpointError(
                 f"{path}: names {name!r}, which is not in {path.parent}; name a step-* folder instead"
             )
@@ -76,8 +102,21 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Content of provenance.json; empty where there is none."""
-    return read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
+    """Content of provenance.json; empty where there is none.
+
+    Raises:
+        DataError: it is damaged, or of another form.
+        ModelError: the prompts' settings are unknown here.
+    """
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return {}
+    values = read_json(path, Provenance)
+    try:
+        PromptSection.model_validate(values.get("prompt", {}))
+    except ValidationError as error:
+        raise ModelError(f"{path}: prompt: {describe_form(error)}; restore the file, or update this package") from None
+    return values
 
 
 def run_of(checkpoint: Path) -> Path | None:
