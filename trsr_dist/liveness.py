@@ -303,7 +303,7 @@ class LeaseFolder:
 
         Without hard links a reader may find it empty for a moment, and judges it by its age.
         """
-        draft = self._draft()
+        draft = self._draft(path)
         try:
             os.link(draft, path)
         except FileExistsError:
@@ -316,30 +316,35 @@ class LeaseFolder:
             draft.unlink(missing_ok=True)
         return True
 
-    def _draft(self) -> Path:
-        draft = self._hidden("draft")
+    def _draft(self, path: Path) -> Path:
+        draft = self._hidden(path)
         _write_new(draft, json.dumps(asdict(self.owner)).encode())
         return draft
 
-    def _hidden(self, kind: str) -> Path:
-        return self.folder / f".{kind}.tmp-{signature()}-{secrets.token_hex(8)}"
+    def _hidden(self, path: Path) -> Path:
+        return path.with_name(f".{path.name.lstrip('.')}.tmp-{signature()}-{secrets.token_hex(8)}")
 
     def _take_over(self, path: Path, sign: Sign) -> bool:
-        """Put this process's lock in the place of a dead one, which only one at a time may do."""
-        guard = path.with_name(f".{path.name.lstrip('.')}.takeover")
-        left = read_sign(guard)
-        if left is not None and self.is_dead(guard, left):
-            self._remove(guard, left.record)  # of a process that was killed while it took over
-        if not self._create(guard):
-            return False
+        """Put this process's lock in the place of a dead one, which only one at a time may do.
+
+        That one is who creates the first guard that is free, all before it being of processes that were killed here.
+        """
+        killed: list[Path] = []
+        while not self._create(guard := path.with_name(f".{path.name.lstrip('.')}.takeover{len(killed) or ''}")):
+            left = read_sign(guard)
+            if left is None or not self.is_dead(guard, left):
+                return False
+            killed.append(guard)
         try:
             found = read_sign(path)
             if found is None or found.record != sign.record or not self.is_dead(path, found):
                 return False
-            os.rename(self._draft(), path)
+            os.rename(self._draft(path), path)
+            for old in killed:
+                old.unlink(missing_ok=True)
             return True
         finally:
-            self._remove(guard, asdict(self.owner))
+            guard.unlink(missing_ok=True)
 
     def _is_mine(self, path: Path) -> bool:
         sign = read_sign(path)
@@ -347,7 +352,7 @@ class LeaseFolder:
 
     def _remove(self, path: Path, record: dict[str, Any]) -> None:
         """Remove the file that holds this record, and no other: what another process has put there goes back."""
-        tomb = self._hidden("removed")
+        tomb = self._hidden(path)
         with suppress(FileNotFoundError):
             os.rename(path, tomb)
             sign = read_sign(tomb)

@@ -58,6 +58,17 @@ def test_an_entry_that_is_not_written_yet_counts_from_its_first_moment(tmp_path:
         pass
 
 
+@pytest.mark.parametrize("content", [b"\xff\x00", b"[1]", b'{"host": 1, "since": "now", "what": [3]}'])
+def test_a_claim_that_says_nothing_counts_until_it_is_silent(tmp_path: Path, content: bytes) -> None:
+    path = write_entry(tmp_path, "1" * 12)
+    path.write_bytes(content)
+    with pytest.raises(RunError, match="an unknown process"), claim(tmp_path, "2" * 64, OTHER):
+        pass
+    os.utime(path, (time.time() - LOCK_STALE_SECONDS - 10,) * 2)
+    with claim(tmp_path, "2" * 64, OTHER):
+        assert not path.exists()
+
+
 @pytest.mark.parametrize("end", ["silent", "dead", "earlier start"])
 def test_the_dead_claim_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     path = write_entry(tmp_path, "1" * 12, **({"started": "0"} if end == "dead" else {}))

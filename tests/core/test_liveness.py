@@ -134,3 +134,18 @@ def test_file_systems_without_hard_links_do_as_well(tmp_path: Path, monkeypatch:
     one, two = folder(tmp_path, "one"), folder(tmp_path, "two")
     lease = one.acquire("u")
     assert one.is_held(lease) and two.acquire("u") is None
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff\x00", b"[" * 10_000, b'{"host": "elsewhere", "pid": "seven"}'])
+def test_a_lease_that_says_nothing_expires(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "u").write_bytes(content)
+    one = folder(tmp_path, "one")
+    assert one.acquire("u") is None
+    age(one, "u", 2 * LONG)
+    assert one.acquire("u") is not None
+
+
+def test_a_folder_is_no_lease(tmp_path: Path) -> None:
+    (tmp_path / "u").mkdir()
+    with pytest.raises(IsADirectoryError, match=str(tmp_path / "u")):
+        folder(tmp_path, "one").acquire("u")

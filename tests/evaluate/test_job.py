@@ -104,10 +104,15 @@ def done(alone: Path, tmp_path: Path) -> Path:
 
 
 def test_a_finished_evaluation_is_left_alone(run: Path, done: Path, capsys: pytest.CaptureFixture) -> None:
-    before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}
-    evaluate(load_config(run / "config.yaml"), "RUN/merged", output=str(done))
-    assert "already evaluated" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()} == before
+    config = done / "config" / "evaluate.yaml"
+    before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file() and path != config}
+    text = config.read_text()
+    config.unlink()
+    for _ in range(2):
+        evaluate(load_config(run / "config.yaml"), "RUN/merged", output=str(done))
+        assert "already evaluated" in capsys.readouterr().out and config.read_text() == text
+        assert {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}.items() >= before.items()
+        before[config] = config.stat().st_mtime_ns
 
 
 def test_other_cut_offs_and_baselines_use_the_scores_there_are(run: Path, done: Path, alone: Path) -> None:

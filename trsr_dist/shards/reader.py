@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from trsr_dist.errors import DataError
-from trsr_dist.files import plain, sha256_of
+from trsr_dist.files import plain, remedy_of, sha256_of
 from trsr_dist.log import get_logger
 from trsr_dist.records import Sample
 from trsr_dist.run import manifest_hash
@@ -104,7 +104,8 @@ class OpenShard:
         try:
             descriptor = plain(self.path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(f"{self.path}: {error.strerror}; restore the shard or make the split again") from None
+            remedy = remedy_of(error, self.path, "restore the shard or make the split again")
+            raise DataError(f"{self.path}: {error.strerror}; {remedy}") from None
         try:
             self._check_source(os.fstat(descriptor))
         except DataError:
