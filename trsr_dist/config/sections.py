@@ -54,6 +54,8 @@ def _are_variables(values: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 TemplateVariables = Annotated[dict[str, JsonValue], AfterValidator(_are_variables)]
+NO_THOUGHTS: TemplateVariables = {"enable_thinking": False}
+"""Variables of chat templates, for the recommender and the summarizer alike."""
 
 
 class Section(BaseModel):
@@ -160,7 +162,7 @@ class SummarizeSection(Section):
     """Hierarchical: at most this many summaries are merged by one prompt; more make a deeper tree."""
     prompt_style: Literal["auto", "plain", "chat"] = "auto"
     """chat: through the model's chat template; auto: when it has one."""
-    chat_template_kwargs: TemplateVariables = {"enable_thinking": False}
+    chat_template_kwargs: TemplateVariables = NO_THOUGHTS
     """Variables of the chat template: here, models that would think aloud (Qwen3) answer at once. {}: none."""
     max_prompt_tokens: int = Field(2048, ge=64)
     """Longer prompts are trimmed by parts: item descriptions evenly, never the instruction."""
@@ -199,9 +201,12 @@ class PromptSection(Section):
     max_tokens: int = Field(1024, ge=32)
     """Length limit of one prompt with one candidate, in tokens; longer ones are trimmed by parts."""
     max_candidate_tokens: int = Field(256, ge=8)
-    """Limit of one candidate's text, in tokens."""
+    """Limit of one item's text, candidate or recent, in tokens (and in 16 times as many characters)."""
     answers: tuple[str, str] = ("yes", "no")
     """The two answers; each must be one token where the prompt ends."""
+    chat_template_kwargs: TemplateVariables = NO_THOUGHTS
+    """Variables of the chat template: here, the answer of a model that would think aloud (Qwen3) comes at once. {}:
+    none."""
 
 
 class ModelSection(Section):
