@@ -65,6 +65,14 @@ class TestChanges:
         assert (change.replacement, change.magnitude, change.added) == (None, None, None)
         assert change.rows(torch.zeros(4, 3), 0).equal(3 * UP @ DOWN)
 
+    def test_patterns_hold_for_their_modules(self) -> None:
+        changes = find_changes(adapter(pair() | pair("other"), alpha_pattern={"q_proj": 4}))
+        assert {name: change.scale for name, change in changes.items()} == {f"{Q}.weight": 2.0, "other.weight": 3.0}
+
+    def test_the_first_fault_by_name_is_told(self) -> None:
+        with pytest.raises(ModelError, match="a has no lora_B"):
+            find_changes(adapter({f"{name}.lora_A.weight": DOWN for name in "cab"}))
+
     @pytest.mark.parametrize("kind", ["embedding", "fan in, fan out"])
     def test_transposed_ones(self, kind: str) -> None:
         """The base's tensor is (in, out): A turned over comes first."""
@@ -112,8 +120,8 @@ class TestChanges:
             ({f"{Q}.lora_embedding_A": UP}, {}, f"{Q} has no lora_embedding_B"),
             ({f"{Q}.lora_C.weight": DOWN}, {}, r"lora_C\.weight is no LoRA tensor known here"),
             (pair() | {f"{Q}.lora_B.weight": UP[:, :1]}, {}, r"lora_A \(2, 3\) and lora_B \(4, 1\); expected"),
-            (pair() | {f"{Q}.lora_B.weight": UP[None]}, {}, "expected"),
-            (pair() | {f"{Q}.lora_A.weight": DOWN[None]}, {}, "expected"),
+            (pair() | {f"{Q}.lora_B.weight": UP[:, :, None]}, {}, "expected"),
+            (pair() | {f"{Q}.lora_A.weight": DOWN[:, :, None]}, {}, "expected"),
             (pair(), {"use_dora": True}, f"use_dora=True, but {Q} says otherwise"),
             (pair() | {f"{Q}.lora_magnitude_vector": torch.ones(4)}, {}, f"use_dora=False, but {Q}"),
             (
