@@ -17,7 +17,7 @@ CARRIED := hjson py-cpuinfo msgpack einops ninja psutil tqdm pydantic pydantic_c
   typing_extensions webdataset braceexpand pytest pytest-timeout pluggy iniconfig Pygments
 QUICKSTART := --config configs/quickstart.yaml run.dir=$(RUN) run.seed=$(SEED)
 
-.PHONY: help env quickstart test test-slurm soak lint format bench wheels gpu-check clean
+.PHONY: help env quickstart test test-slurm soak mutants lint format bench wheels gpu-check clean
 
 help:  ## list the goals
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -52,6 +52,9 @@ test-slurm: env  ## the tests on a real Slurm cluster of this machine (Linux, ro
 
 soak: env  ## the long fault runs
 	$(BIN)/python -m pytest -m soak
+
+mutants: env  ## faults planted in the modules that decide numbers, up to 2 hours (MODULES=shards for some)
+	$(BIN)/python -m tests.mutants $(MODULES)
 
 lint: env  ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -17,6 +17,9 @@ INSTALL = [
     "tensorboard>=2.20",
     "pyarrow>=18",
     "pydantic>=2.11,<3",
+    "typing_extensions>=4.12",
+    "huggingface_hub>=1",
+    "jinja2>=3.1",
     "pyyaml>=6",
     "numpy>=2",
     "tqdm>=4.66",
@@ -34,6 +37,7 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "hypothesis>=6",
+        "mutmut>=3.8,<3.9",
         "ruff>=0.14",
     ],
 }

@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
@@ -137,7 +138,18 @@ def run_script(script: str, *arguments: object, **environment: str) -> subproces
             process.kill()
 
 
+def _end_with_tests() -> None:
+    """Let this process end when that of the tests does, however that ends: the server lives as long as its ranks."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
 def _script_main(command: list[str], outputs: tuple[Path, Path], environment: dict[str, str]) -> None:
+    _end_with_tests()
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(ROOT)
@@ -170,6 +182,7 @@ def _rank_main(
     args: tuple,
     environment: dict[str, str],
 ) -> None:
+    _end_with_tests()
     os.environ.clear()  # the server's is that of the first test
     os.environ.update(environment, RANK=str(rank), LOCAL_RANK=str(rank))
     import torch

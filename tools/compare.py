@@ -10,6 +10,7 @@ from pathlib import Path
 
 from trsr_dist.cli import run_command
 from trsr_dist.evaluate.compare import compare
+from trsr_dist.log import show
 
 EXAMPLE = "python tools/compare.py runs/one/evaluation runs/two/evaluation"
 
@@ -29,7 +30,7 @@ def main() -> None:
     args = parser.parse_args()
     if min(*args.top_k, args.samples) < 1 or args.seed < 0:
         parser.error("--top-k and --samples are 1 or more, --seed is 0 or more")
-    print(compare((args.a, args.b), args.split, args.top_k, args.samples, args.seed, args.unfinished))
+    show(compare((args.a, args.b), args.split, args.top_k, args.samples, args.seed, args.unfinished))
 
 
 if __name__ == "__main__":

@@ -17,10 +17,9 @@ prepare_process()
 from trsr_dist.cli import run_command  # noqa: E402
 from trsr_dist.config import Config, load_config  # noqa: E402
 from trsr_dist.data.store import HistoryStore  # noqa: E402
-from trsr_dist.files import read_json  # noqa: E402
 from trsr_dist.log import setup_logging  # noqa: E402
 from trsr_dist.prompts.builder import PromptBuilder  # noqa: E402
-from trsr_dist.run import MANIFEST, RunFolder  # noqa: E402
+from trsr_dist.run import MANIFEST, RunFolder, read_manifest  # noqa: E402
 from trsr_dist.shards.inspect.job import Options, inspect_shards  # noqa: E402
 from trsr_dist.shards.inspect.shortcuts import ItemFacts  # noqa: E402
 from trsr_dist.shards.inspect.tokens import Tokens  # noqa: E402
@@ -58,7 +57,7 @@ def make_tokens(args: argparse.Namespace, config: Config) -> Tokens | None:
     name = args.tokenizer or (args.config and RunFolder(Path(config.run.dir)).resolve(config.model.name_or_path))
     if not name:
         return None
-    from trsr_dist.model.loading import BaseSource, load_tokenizer
+    from trsr_dist.pretrained import BaseSource, load_tokenizer
 
     tokenizer = load_tokenizer(BaseSource(name, config.model.revision, config.model.trust_remote_code))
     train = config.train
@@ -71,7 +70,7 @@ def item_facts(folder: Path) -> ItemFacts | None:
     found = [path for up in folder.resolve().parents[:2] if ((path := up / "histories") / MANIFEST).is_file()]
     if not found:
         return None
-    by_clicks = read_json(found[0] / MANIFEST)["settings"]["candidates"] in ("popularity", "targets")
+    by_clicks = read_manifest(found[0]).get("settings", {}).get("candidates") in ("popularity", "targets")
     return ItemFacts(HistoryStore(found[0]).catalogue.numbers(), by_clicks)
 
 

@@ -19,9 +19,10 @@ def main() -> None:
     args, config = parse_config(parser)
     from trsr_dist.forecast.build import plan_stages
     from trsr_dist.forecast.job import Request, in_json, in_words
+    from trsr_dist.log import show
 
-    show = in_json if args.json else in_words
-    print(show(plan_stages(config, args.stage or stages), Request.of(args).cluster))
+    describe = in_json if args.json else in_words
+    show(describe(plan_stages(config, args.stage or stages), Request.of(args).cluster))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from typing import get_args  # noqa: E402
 from trsr_dist.cli import run_command  # noqa: E402
 from trsr_dist.config.sections import EvaluateSection, ModelSection  # noqa: E402
 from trsr_dist.files import writing  # noqa: E402
-from trsr_dist.log import setup_logging  # noqa: E402
+from trsr_dist.log import setup_logging, show  # noqa: E402
 
 ATTENTION = get_args(ModelSection.model_fields["attention"].annotation)
 MIN_ROW_TOKENS = EvaluateSection.model_fields["row_tokens"].metadata[0].ge
@@ -39,7 +39,7 @@ def main() -> None:
     )
     with writing(args.output):
         count = predict_lines(ranker, args.input, args.output, args.skip_bad_lines)
-    print(f"{args.output}: {count} rankings")
+    show(f"{args.output}: {count} rankings")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from trsr_dist.cli import run_command
+from trsr_dist.log import show
 from trsr_dist.status import describe_run
 
 EXAMPLE = "python tools/status.py runs/mind\n  watch -n 10 python tools/status.py runs/mind"
@@ -17,7 +18,7 @@ def main() -> None:
         description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=Path, metavar="RUN", help="the run folder (run.dir)")
-    print(describe_run(parser.parse_args().run))
+    show(describe_run(parser.parse_args().run))
 
 
 if __name__ == "__main__":

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 
 from trsr_dist.config import Config, load_config
 from trsr_dist.errors import TrsrError
+from trsr_dist.files import explain
+from trsr_dist.printable import printable
 
 EXIT_ERROR = 1
 EXIT_REQUEUE = 75
@@ -48,17 +51,35 @@ def cluster_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:
     """Arguments and merged config; the overrides may stand before or after the options."""
+    from trsr_dist.summarize.plans import planner
+
     args = parser.parse_intermixed_args(argv)
-    return args, load_config(args.config, args.overrides)
+    config = load_config(args.config, args.overrides)
+    planner(config.summarize.scheme)  # a wrong one is told before the first stage is paid for
+    return args, config
 
 
 def run_command(command: Callable[[], int | None]) -> None:
-    """Run a command and leave with its status; an error that a user can mend is printed without a traceback."""
+    """Run a command and leave with its status; an error that a user can fix is printed without a traceback.
+
+    So is whatever the system says of a file; other exceptions are faults of the program and stay visible.
+    """
     try:
         status = command() or 0
-    except TrsrError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = EXIT_ERROR
+    except (TrsrError, OSError) as error:
+        message = explain(error) if isinstance(error, OSError) else error
+        if not isinstance(message, TrsrError):
+            raise
+        status = _fail(str(message))
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)
+
+
+def _fail(message: str) -> int:
+    print(printable(f"error: {message}", sys.stderr.encoding), file=sys.stderr, flush=True)
+    return EXIT_ERROR

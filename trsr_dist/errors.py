@@ -6,7 +6,7 @@ print the message without a traceback and leave with status 1.
 
 
 class TrsrError(Exception):
-    """Base of every error that a user can mend."""
+    """Base of every error that a user can fix."""
 
 
 class ConfigError(TrsrError):

@@ -7,24 +7,45 @@ import glob
 import hashlib
 import json
 import os
+import secrets
 import shutil
-import socket
+import stat
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from trsr_dist.errors import DataError, RunError
+from trsr_dist.json_text import parse_json
+from trsr_dist.liveness import Owner, is_abandoned, signature
 
 MOVED = "old"
 """Kind of the temporary name of a folder that is being replaced."""
+TEMPORARY = "tmp"
 STALE_READS = 5
+SILENT_SECONDS = 24 * 3600.0
+"""What another host's process is writing is removed after so long without a write."""
+SILENT_LOCKED_SECONDS = 120.0
+"""Likewise where this process holds the lock of the place that it is written for."""
 UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+REMEDIES = {
+    errno.ENOSPC: "make room, then run the stage again: what is finished is kept",
+    errno.EDQUOT: "make room, then run the stage again: what is finished is kept",
+    errno.EROFS: "get permission to write there, or choose another run.dir or --output",
+    errno.ENAMETOOLONG: "choose a shorter name (most file systems allow 255 bytes)",
+    errno.ELOOP: "a link stands where a file or folder of its own is expected, or links lead in a circle; remove it",
+    errno.EISDIR: "a folder stands where a file is expected; move it away",
+    errno.ENOTEMPTY: "files stand where this stage writes; move them away",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.ENFILE: "raise the limit of open files (ulimit -n)",
+}
+
+_swept: set[Path] = set()
 
 
 @contextmanager
 def writing(folder: str | Path) -> Iterator[None]:
-    """A stage writes here: a disk that is full or may not be written becomes an error that a user can mend.
+    """A stage reads and writes here: what the disk refuses becomes an error that a user can act on.
 
     Args:
         folder: named where the system does not say which file it was.
@@ -35,29 +56,92 @@ def writing(folder: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in UNWRITABLE:
-            raise
-        raise RunError(
-            f"{error.filename or folder}: {error.strerror}; make room or give leave to write, then run the stage "
-            "again: what is finished is kept"
-        ) from None
+        raise explain(error, folder) from None
+
+
+def explain(error: OSError, path: str | Path = "") -> OSError | RunError:
+    """The error for a user; the same one where neither it nor the caller can name a file.
+
+    Args:
+        error: of the system.
+        path: named where the error names none, if the disk alone can have caused it.
+    """
+    named = isinstance(error.filename, str | bytes | Path)
+    if not error.errno or not (named or path and error.errno in UNWRITABLE):
+        return error
+    path = Path(os.fsdecode(error.filename if named else path))
+    return RunError(f"{path}: {error.strerror}; {_remedy(error.errno, path)}")
+
+
+def _remedy(number: int, path: Path) -> str:
+    for part in (path, *path.parents):
+        if part.is_symlink() and not part.exists():
+            return f"{part} is a link to {os.readlink(part)}, which is missing; restore that or remove the link"
+        if number in (errno.ENOTDIR, errno.EEXIST) and part.exists() and not part.is_dir():
+            return f"{part} is a file where a folder is expected; choose another path or move it away"
+    if number in (errno.EACCES, errno.EPERM):
+        return _permission_remedy(path)
+    if number in (errno.ENOENT, errno.ENOTDIR):
+        return "no such file or folder, or it was removed meanwhile; check the path"
+    return REMEDIES.get(number, "check the path and the disk that it is on, then run the command again")
+
+
+def _permission_remedy(path: Path) -> str:
+    """Root may read all and still be refused by the server or by a file's attributes."""
+    with suppress(OSError):
+        if os.path.lexists(path) and not os.access(path, os.R_OK, effective_ids=True):
+            return f"get permission to read it (its owner: chmod +r {path}; a folder also needs +x)"
+        if os.path.lexists(path.parent):
+            return f"get permission to write in {path.parent}, or choose another run.dir or --output"
+    return f"get permission to enter {path.parent} (its owner: chmod +x)"
 
 
 @contextmanager
-def atomic_file(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a temporary neighbour of ``path`` for writing; renamed to ``path`` when the block ends without an error."""
+def atomic_file(path: str | Path, mode: str = "w", durable: bool = True) -> Iterator[IO[Any]]:
+    """Open a temporary neighbour of ``path`` for writing; renamed to ``path`` when the block ends without an error.
+
+    Args:
+        path: takes the content as a whole.
+        mode: as ``open``'s.
+        durable: survive a power cut; not needed for what is rewritten every few seconds.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.parent not in _swept:
+        _swept.add(path.parent)
+        sweep(path.parent)
     temporary = temporary_name(path)
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8") as stream:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8", opener=_open_new) as stream:
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())
+            if durable:
+                os.fsync(stream.fileno())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        if durable:
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _open_new(name: str, flags: int) -> int:
+    """Never a file or link that somebody has put there."""
+    return os.open(name, flags | os.O_EXCL | os.O_NOFOLLOW, 0o666)
+
+
+def sweep(folder: Path, silent_seconds: float = SILENT_SECONDS) -> None:
+    """Remove the temporary files and folders that dead processes have left in a folder."""
+    for left in folder.glob(f".*.{TEMPORARY}-*"):
+        with suppress(OSError):
+            if is_abandoned(left, silent_seconds):
+                _remove(left)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -68,51 +152,119 @@ def atomic_folder(path: str | Path, check: Callable[[], None] | None = None) -> 
 
     An older folder of that name is moved aside first and removed last. Between the two renames a killed process leaves
     none of that name; ``recover_folder`` gives the older one its name back.
+
+    Raises:
+        RunError: a file has that name.
     """
-    path = Path(path)
+    path = real_folder(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     recover_folder(path)
+    if path.exists() and not path.is_dir():
+        raise RunError(f"{path}: a file where a folder is expected; choose another path or move it away")
     temporary = temporary_name(path)
-    shutil.rmtree(temporary, ignore_errors=True)  # of an earlier process of the same number
     temporary.mkdir()
     try:
         yield temporary
-        for file in temporary.rglob("*"):
-            sync_path(file)
-        sync_path(temporary)
+        _complete(temporary)
         if check is not None:
             check()
-        _exchange(temporary, path)
-        sync_folder(path.parent)
+        replace_folder(temporary, path)
+    except OSError:
+        if check is not None:
+            check()  # who has lost the lock may find the files gone, too
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _exchange(new: Path, path: Path) -> None:
+def _complete(folder: Path) -> None:
+    """Force all to the disk. Some libraries write files that only their owner may read: these get the folder's mode."""
+    mode = folder.stat().st_mode & 0o666
+    for file in (*folder.rglob("*"), folder):
+        found = file.lstat().st_mode
+        if stat.S_ISREG(found) and mode & ~found:
+            file.chmod(found | mode)
+        sync_path(file)
+
+
+def replace_folder(new: Path, path: Path) -> None:
+    """Give ``new`` the name ``path``; an older folder is moved aside first, and removed last.
+
+    Raises:
+        OSError: another process was faster, or the disk refuses; an older folder has its name back.
+    """
     old = temporary_name(path, MOVED)
     if path.exists():
+        os.utime(path)  # its stamp tells others how long ago it was moved
         os.rename(path, old)
     try:
         os.rename(new, path)
     except BaseException:
-        if old.exists():
+        if old.exists() and not path.exists():
             os.rename(old, path)
         raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover_folder(path: Path) -> None:
-    """Undo what a process left that was killed while it replaced ``path``. Call while holding the folder's lock."""
-    for old in sorted(path.parent.glob(f".{glob.escape(path.name)}.{MOVED}-*")):
+    finally:
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
-        else:
+    sync_folder(path.parent)
+
+
+def recover_folder(path: Path, dead: Owner | None = None, locked: bool = True) -> None:
+    """Undo what killed processes left that were replacing ``path``, and nothing of those that live.
+
+    The folder that was moved aside last gets its name back where there is none; half-written ones are removed.
+
+    Args:
+        path: the folder.
+        dead: an owner that is known to be.
+        locked: this process holds the folder's lock, so that nobody else may be replacing it.
+    """
+    path = real_folder(path)
+
+    def is_dead(left: Path) -> bool:
+        return is_abandoned(left, SILENT_LOCKED_SECONDS, dead)
+
+    for old in sorted(_leftovers(path, MOVED), key=lambda old: old.lstat().st_mtime_ns, reverse=True):
+        if not path.exists() and (locked or is_dead(old)):
             os.rename(old, path)
+    for left in filter(is_dead, [*_leftovers(path, MOVED), *_leftovers(path, TEMPORARY)]):
+        _remove(left)
 
 
-def temporary_name(path: Path, kind: str = "tmp") -> Path:
-    """A hidden neighbour of ``path``; host and pid keep tasks on a shared file system apart."""
-    return path.with_name(f".{path.name}.{kind}-{socket.gethostname()}-{os.getpid()}")
+def _leftovers(path: Path, kind: str) -> list[Path]:
+    return list(path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"))
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; at no moment is there half of it under its name."""
+    gone = temporary_name(path)
+    os.rename(path, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def real_folder(path: str | Path) -> Path:
+    """What a link leads to: the folder there is replaced, not the link."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+
+
+def temporary_name(path: Path, kind: str = TEMPORARY) -> Path:
+    """A hidden neighbour of ``path`` that nobody can foresee; it says which process is at work."""
+    return path.with_name(f".{path.name}.{kind}-{signature()}-{secrets.token_hex(8)}")
+
+
+def plain(path: str | Path, flags: int) -> int:
+    """An opener of plain files: a pipe would wait for a writer, and a device never ends.
+
+    Raises:
+        DataError: it is something else.
+    """
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+        os.close(descriptor)
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise DataError(f"{path}: {kind}, expected a plain file")
+    return descriptor
 
 
 def sync_path(path: Path) -> None:
@@ -136,9 +288,11 @@ def read_text(path: Path) -> str:
 
     Raises:
         FileNotFoundError: it is not there.
+        DataError: it is no plain file.
     """
     for _ in range(STALE_READS):
         try:
+            os.close(plain(path, os.O_RDONLY))
             return path.read_text(encoding="utf-8")
         except OSError as error:
             if error.errno != errno.ESTALE:
@@ -146,29 +300,34 @@ def read_text(path: Path) -> str:
     raise FileNotFoundError(errno.ENOENT, "replaced again and again while it was read", str(path))
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write indented JSON atomically."""
-    with atomic_file(path) as stream:
+def write_json(path: str | Path, value: Any, durable: bool = True) -> None:
+    """Write indented JSON atomically; see ``atomic_file``."""
+    with atomic_file(path, durable=durable) as stream:
         json.dump(value, stream, indent=2, ensure_ascii=False)
         stream.write("\n")
 
 
-def read_json(path: str | Path) -> Any:
+def read_json(path: str | Path, form: Any = dict[str, Any], finite: bool = True) -> Any:
     """Read JSON.
 
+    Args:
+        path: of the file.
+        form: type of the value, see ``parse_json``.
+        finite: refuse NaN and Infinity, which some models' configs hold.
+
     Raises:
-        DataError: the file is missing or not JSON.
+        DataError: the file is missing, no plain file, not JSON or of another form.
     """
     path = Path(path)
     try:
-        return json.loads(read_text(path))
+        return parse_json(read_text(path), form, finite)
     except FileNotFoundError:
         raise DataError(f"{path}: missing") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: not valid JSON ({error}); write it anew or restore it") from None
+    except (DataError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: {str(error).removeprefix(f'{path}: ')}; restore it, or write it again") from None
 
 
 def sha256_of(path: str | Path) -> str:
     """Hex SHA-256 of a file."""
-    with open(path, "rb") as stream:
+    with open(path, "rb", opener=plain) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

@@ -13,8 +13,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tqdm import tqdm
+from typing_extensions import TypedDict
 
-from trsr_dist.files import atomic_file
+from trsr_dist.errors import DataError
+from trsr_dist.files import atomic_file, plain
+from trsr_dist.json_text import parse_json
+from trsr_dist.printable import printable
 
 T = TypeVar("T")
 
@@ -41,6 +45,15 @@ def setup_logging(rank: int = 0, stage: str = "") -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
+class MetricRow(TypedDict):
+    """What every row of ``metrics.jsonl`` has, beside its scalars."""
+
+    __pydantic_config__ = {"extra": "allow"}
+    stage: str
+    step: int
+    time: float
+
+
 class _BarSafeHandler(logging.Handler):
     """Writes above a running progress bar, not through it, to what the standard stream is at that moment."""
 
@@ -50,8 +63,13 @@ class _BarSafeHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         stream = sys.stdout if self._to_stdout else sys.stderr
-        tqdm.write(self.format(record), file=stream)
+        tqdm.write(printable(self.format(record), stream.encoding), file=stream)
         stream.flush()
+
+
+def show(text: str) -> None:
+    """Print what a command was asked for; whatever others have written in it steers no terminal."""
+    print(printable(text, sys.stdout.encoding), flush=True)
 
 
 def progress(items: Iterable[T] | None = None, *, total: int | None = None, description: str, unit: str = "it") -> tqdm:
@@ -117,19 +135,19 @@ def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:
     """Rows of ``metrics.jsonl``; a torn last line (the writer was killed) is passed over."""
     path = run_dir / METRICS
     if path.is_file():
-        with open(path, encoding="utf-8") as stream:
+        with open(path, encoding="utf-8", errors="replace", opener=plain) as stream:
             yield from _whole_rows(stream)
 
 
 def _whole_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
-        with suppress(json.JSONDecodeError):
-            yield json.loads(line)
+        with suppress(DataError):
+            yield parse_json(line, MetricRow)
 
 
 def _take_out(path: Path, stage: str, first_step: int) -> None:
     """Rewrite the rows without a stage's from ``first_step`` on, and without torn ones."""
-    rows = list(_whole_rows(path.read_text(encoding="utf-8").splitlines()))
+    rows = list(_whole_rows(path.read_text(encoding="utf-8", errors="replace").splitlines()))
     kept = [row for row in rows if row["stage"] != stage or row["step"] < first_step]
     with atomic_file(path) as stream:
         stream.writelines(json.dumps(row) + "\n" for row in kept)

@@ -132,12 +132,12 @@ def publish(folder: Path, rank: int, value: dict[str, Any]) -> None:
     write_json(folder / f"rank-{rank:05d}.json", value)
 
 
-def collect(folder: Path, world_size: int, seconds: float) -> list[dict[str, Any]]:
+def collect(folder: Path, world_size: int, seconds: float, form: Any = dict[str, Any]) -> list[Any]:
     """The findings of all ranks, or of those that left some in time, in rank order."""
     end = time.monotonic() + seconds
     while len(paths := sorted(folder.glob("rank-*.json"))) < world_size and time.monotonic() < end:
         time.sleep(0.1)
-    return [read_json(path) for path in paths]
+    return [read_json(path, form) for path in paths]
 
 
 def wait_for_folder(folder: Path, host: str, seconds: float) -> None:
@@ -185,7 +185,7 @@ def check_nodes(ranks: Ranks, options: PreflightOptions, port: int) -> tuple[lis
     wait_for_folder(options.reports, node_name(), options.seconds)
     report = inspect_node(ranks, options.run, options.scratch, options.free_gb)
     publish(options.reports, ranks.rank, asdict(replace(report, port=port)))
-    found = [NodeReport(**value) for value in collect(options.reports, ranks.world_size, options.seconds)]
+    found = collect(options.reports, ranks.world_size, options.seconds, NodeReport)
     return find_faults(found, ranks.world_size, options.hosts), found
 
 
@@ -196,7 +196,7 @@ def check_network(ranks: Ranks, options: PreflightOptions, port: int) -> tuple[l
     knocks = options.reports / "knocks"
     error = reach(options.hosts[0], port, options.seconds)
     publish(knocks, ranks.rank, {"host": node_name(), "error": error})
-    found = collect(knocks, ranks.world_size, options.seconds)
+    found = collect(knocks, ranks.world_size, options.seconds, dict[str, str])
     faults = [Fault(one["host"], one["error"]) for one in found if one["error"]]
     if faults or len(found) < ranks.world_size:
         return faults or [Fault("", "not every rank got as far as the network check")], 0.0

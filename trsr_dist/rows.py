@@ -60,8 +60,8 @@ class PackedRow:
 
 def pack_row(tokenized: Sequence[TokenizedUser]) -> PackedRow:
     """Lay users out as one row; each with its prefix and the suffixes it holds."""
-    prefixes = [np.asarray(user.prefix, dtype=np.int64) for user in tokenized]
-    suffixes = [(user, np.asarray(suffix, dtype=np.int64)) for user in tokenized for suffix in user.suffixes]
+    prefixes = [np.asarray(user.prefix) for user in tokenized]
+    suffixes = [(user, np.asarray(suffix)) for user in tokenized for suffix in user.suffixes]
     head = head_length(prefixes)
     positions = [np.arange(head), *(np.arange(head, len(prefix)) for prefix in prefixes)]
     positions += [len(user.prefix) + np.arange(len(suffix)) for user, suffix in suffixes]
@@ -71,9 +71,9 @@ def pack_row(tokenized: Sequence[TokenizedUser]) -> PackedRow:
     return PackedRow(
         token_ids=_concatenate([*shared, *(prefix[head:] for prefix in prefixes), *(suffix for _, suffix in suffixes)]),
         position_ids=_concatenate(positions),
-        answer_index=(ends - 1).astype(np.int64),
+        answer_index=ends - 1,
         labels=np.asarray([label for user in tokenized for label in user.labels], dtype=np.int64),
-        group=np.repeat(np.arange(len(tokenized), dtype=np.int64), [len(user.suffixes) for user in tokenized]),
+        group=np.repeat(np.arange(len(tokenized)), [len(user.suffixes) for user in tokenized]),
         head_length=head,
         prefix_lengths=tuple(len(user.prefix) for user in tokenized),
         suffix_lengths=tuple(tuple(map(len, user.suffixes)) for user in tokenized),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,16 @@ from trsr_dist.errors import DataError, RunError
 from trsr_dist.evaluate.parts import split_parts
 from trsr_dist.evaluate.scores import IDENTITY, ScoreFolder
 from trsr_dist.files import read_json
-from trsr_dist.log import read_metrics
+from trsr_dist.liveness import reader_time
+from trsr_dist.log import MetricRow, read_metrics
 from trsr_dist.model.places import PROVENANCE
+from trsr_dist.printable import in_one_line
 from trsr_dist.run import MANIFEST, RunFolder
 from trsr_dist.summarize.progress import Overview, ProgressReader, TaskProgress
 from trsr_dist.train.heartbeat import BEAT_SECONDS, describe_ranks, read_heartbeats
 
 SHOWN_FAILURES = 5
+SHOWN_CHARACTERS = 500
 SILENT_BEATS = 4
 """A rank that has missed so many beats has ended."""
 
@@ -31,7 +33,7 @@ def describe_run(root: Path) -> str:
     """
     if not root.is_dir():
         raise RunError(f"{root}: no such run folder; give the run.dir of a config")
-    run, now = RunFolder(root), time.time()
+    run, now = RunFolder(root), reader_time(root)
     parts = [_prepared(run), _summarized(run, now), _trained(run, now), _merged(run), _evaluated(run)]
     return "\n".join(line for part in parts for line in part)
 
@@ -55,7 +57,8 @@ def _summarized(run: RunFolder, now: float) -> Iterator[str]:
     yield "            " + ", ".join(f"{split}: {state}" for split, state in overview.splits.items())
     yield f"            {_work(overview)}"
     for failure in overview.failures[-SHOWN_FAILURES:]:
-        yield f"            quarantined: {failure['user']}: node {failure['node']}: {failure['reason']}"
+        user, reason = (in_one_line(failure[name], SHOWN_CHARACTERS) for name in ("user", "reason"))
+        yield f"            quarantined: {user}: node {failure['node']}: {reason}"
     if not overview.is_done:
         yield from (f"            {_task(task, now)}" for task in overview.tasks)
 
@@ -87,7 +90,7 @@ def _work(overview: Overview) -> str:
 def _task(task: TaskProgress, now: float) -> str:
     seen = f"{duration(now - task.time)} ago"
     if task.state == "failed":
-        return f"task {task.task}: failed {seen}: {task.error}"
+        return f"task {task.task}: failed {seen}: {in_one_line(task.error, SHOWN_CHARACTERS)}"
     return (
         f"task {task.task}: {task.users} users, {task.in_flight} in flight, {task.tokens_per_second:.1f} tokens/s, "
         f"seen {seen}"
@@ -111,7 +114,8 @@ def _trained(run: RunFolder, now: float) -> Iterator[str]:
     else:
         yield "train       no step yet"
     if rows:
-        numbers = {name: value for name, value in rows[-1].items() if name not in ("stage", "step", "time")}
+        known = MetricRow.__annotations__
+        numbers = {name: value for name, value in rows[-1].items() if name not in known and isinstance(value, float)}
         yield "            " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
     yield f"            newest checkpoint: {name or 'none'}"
     if not finished:

@@ -15,6 +15,7 @@ PURE = [
     "trsr_dist.errors",
     "trsr_dist.hashing",
     "trsr_dist.rows",
+    "trsr_dist.words",
     "trsr_dist.config",
     "trsr_dist.environment",
     "trsr_dist.prompts.builder",
@@ -76,6 +77,11 @@ def test_stages_import_only_what_stands_before_them(layer: str) -> None:
         assert not above, f"{path.relative_to(ROOT)} imports {above}"
 
 
+def test_the_config_knows_no_stage() -> None:
+    for path in (PACKAGE / "config").glob("*.py"):
+        assert not {name.split(".")[1] for name in imports_of(path) if name.startswith("trsr_dist.")} & set(LAYERS)
+
+
 def test_one_module_reads_the_environment() -> None:
     for path in [*PACKAGE.rglob("*.py"), *(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
         if path.name != "environment.py":
@@ -86,3 +92,26 @@ def test_one_module_reads_the_environment() -> None:
 def test_entry_points_stay_thin() -> None:
     for path in [*(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
         assert len(path.read_text().splitlines()) <= 80, f"{path.name} holds logic"
+
+
+READERS = {"from_pretrained", "from_config", "load_peft_weights", "load_adapter"}
+"""Of transformers and PEFT: what they read is decided in one place."""
+
+
+def test_one_module_has_libraries_read_models() -> None:
+    """The benchmarks measure what others do, on files of their own making."""
+    paths = [path for path in PACKAGE.rglob("*.py") if "benchmarks" not in path.parts]
+    for path in [*paths, *(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)]
+        if path.name != "pretrained.py":
+            used = {ast.unparse(call.func) for call in calls if call.func.attr in READERS} - {"ModelShape.from_config"}
+            named = {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+            assert not used and not {name for name in named if name.startswith("Auto") or name in READERS}, path
+        for call in calls:
+            if ast.unparse(call.func) == "torch.load":
+                given = {word.arg: ast.unparse(word.value) for word in call.keywords}
+                assert given.get("weights_only") == "True", f"{path} reads a pickle with its code"
+            if call.func.attr in READERS and ast.unparse(call.func) != "ModelShape.from_config":
+                given = {word.arg for word in call.keywords}
+                assert given & {"trust_remote_code", None}, f"{path} lets transformers ask on the terminal"

@@ -1,11 +1,14 @@
+import inspect
 import re
 import sys
 from pathlib import Path
 
 import pytest
 
+from trsr_dist.cli import config_parser, parse_config
 from trsr_dist.config import dump_config, load_config
 from trsr_dist.config.loading import known_keys
+from trsr_dist.config.sections import RESERVED
 from trsr_dist.config.zero import read_zero_config
 from trsr_dist.errors import ConfigError
 
@@ -87,6 +90,101 @@ def test_what_a_validation_needs_is_asked_for_at_once(config_file: Path, overrid
         load_config(config_file, [override, "train.evaluate_every_steps=5"])
 
 
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("lora.r=yes", "lora.r=True: .*integer .*YAML reads yes"),
+        ("lora.alpha=on", "lora.alpha=True: .*number .*YAML reads yes"),
+        ("lora.r=010", "010 is a number of base 8 or 60"),
+        ("lora.r=1:30", "1:30 is a number of base 8 or 60"),
+        ("lora.alpha=1:30.5", "1:30.5 is a number of base 8 or 60"),
+        ("lora.r='8'", "lora.r='8': .*integer .*without quotes"),
+        ("lora.r=8.0", "lora.r=8.0: .*integer"),
+        ("run.tensorboard=1", "run.tensorboard=1: .*boolean"),
+        ("run.dir=12", "run.dir=12: .*string .*in quotes"),
+        ("run.dir=runs/a #b", "YAML reads 'runs/a #b' as 'runs/a'"),
+        ("run.dir=#b", "YAML reads '#b' as None"),
+        ("run.dir='runs/a' #b", "YAML reads .* as 'runs/a'"),
+        ("run.dir=--- a", "YAML reads '--- a' as 'a'"),
+        ("run.dir=&foo bar", "anchor or alias .'foo'"),
+        ("run.dir=!!str a", "YAML reads '!!str a' as 'a'"),
+        ("lora.r=!!int x", "not valid YAML"),
+        ("lora.r=!!timestamp x", "not valid YAML"),
+        ("run.dir=2024-13-45\0", "not valid YAML"),
+        ('run.dir="a\\0b"', "control character"),
+        ("run.dir=!!binary aGk=", "YAML reads"),
+        ("data.item_fields=!!set {a}", "YAML reads|set"),
+        ("lora.r=" + "9" * 5000, "not valid YAML"),
+        ("data.item_fields=" + "[" * 3000, "not valid YAML"),
+        ("summarize.chat_template_kwargs={tokenize: true}", "'tokenize' is an argument of the tokenizer"),
+        ("summarize.chat_template_kwargs={1: true}", "key 1 is no text"),
+        ("train.pool_size=10000000", "train.pool_size=10000000: .*less than or equal to 100000"),
+        ("train.deepspeed_config=" + "a" * 5000, "train.deepspeed_config=.*name too long"),
+    ],
+    ids=range(27),
+)
+def test_nothing_is_read_as_something_else_than_it_looks(config_file: Path, override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(config_file, [override])
+
+
+@pytest.mark.parametrize("value", ["!!int x", "010", "1:30", "yes", "!!timestamp x", "!!binary aGk=", "&a 8", "{1: 2}"])
+def test_files_are_read_as_overrides_are(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(f"data: {{path: a}}\nlora:\n  r: {value}\n")
+    with pytest.raises(ConfigError):
+        load_config(path)
+    path.write_text("data: {path: a}\nlora:\n  r: 8  # of LoRA\n")
+    assert load_config(path).lora.r == 8
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("train.learning_rate=1e-4", 1e-4),
+        ("train.learning_rate=1E-4", 1e-4),
+        ("train.learning_rate=2.5e5", 2.5e5),
+        ("train.learning_rate=.5", 0.5),
+        ("train.learning_rate=1", 1.0),
+        ("run.dir=my runs/no. 1", "my runs/no. 1"),
+        ("run.dir='a #b'", "a #b"),
+        ("run.dir=2024-01-02", "2024-01-02"),
+        ("run.dir=2024-13-45", "2024-13-45"),
+        ("run.dir=none", "none"),
+        ("data.path=null", ""),
+        ("data.locale= ", ""),
+        ("train.max_steps=1_000", 1000),
+        ("train.max_steps=0x10", 16),
+        ("run.tensorboard=no", False),
+        ("evaluate.top_k=[1, 5]", (1, 5)),
+        ("data.split=[10, 1, 1]", (10, 1, 1)),
+        ("lora.target_modules=all-linear", "all-linear"),
+        ("lora.target_modules=[q_proj]", ("q_proj",)),
+        ("summarize.chat_template_kwargs={thinking: false}", {"thinking": False}),
+    ],
+)
+def test_overrides_stay_easy_to_write(tmp_path: Path, override: str, value: object) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {format: demo}\n")
+    section, key = override.partition("=")[0].split(".")
+    found = getattr(getattr(load_config(path, [override]), section), key)
+    assert found == value and type(found) is type(value)
+
+
+def test_the_reserved_names_are_the_librarys() -> None:
+    from transformers import PreTrainedTokenizerBase
+
+    known = set(inspect.signature(PreTrainedTokenizerBase.apply_chat_template).parameters) - {"kwargs"}
+    assert known <= RESERVED
+
+
+def test_a_wrong_scheme_is_told_before_the_first_stage(config_file: Path) -> None:
+    parser = config_parser("", "")
+    assert parse_config(parser, ["--config", str(config_file)])[1].summarize.scheme == "hierarchical"
+    with pytest.raises(ConfigError, match="summarize.scheme='tree'.*hierarchical"):
+        parse_config(parser, ["--config", str(config_file), "summarize.scheme=tree"])
+
+
 def test_bad_files_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no such config file"):
         load_config(tmp_path / "missing.yaml")
@@ -110,11 +208,22 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str) -> None:
         load_config(path)
 
 
-@pytest.mark.parametrize("text", ["[]", '{"zero_optimization": 2}', '{"zero_optimization": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[]",
+        '{"zero_optimization": 2}',
+        '{"zero_optimization": {}}',
+        '{"zero_optimization": {"stage": true}}',
+        "[" * 100_000,
+        '{"zero_optimization": {"stage": ' + "1" * 5000 + "}}",
+    ],
+    ids=range(6),
+)
 def test_zero_files_of_another_form_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "zero.json"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="zero.json: (expected|zero_optimization.stage)"):
+    with pytest.raises(ConfigError, match="zero.json: (expected|zero_optimization.stage|not valid JSON)"):
         read_zero_config(path)
     with pytest.raises(ConfigError, match="no such file"):
         read_zero_config(tmp_path)

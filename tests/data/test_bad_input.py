@@ -228,7 +228,7 @@ def test_empty_cells_of_pandas_are_empty_fields(tmp_path: Path) -> None:
 
 def test_a_field_that_no_item_has(tmp_path: Path) -> None:
     raw = write_jsonl(tmp_path, user_records())
-    message = r"items\.jsonl: no item has the field 'brnad'; mend data\.item_fields"
+    message = r"items\.jsonl: no item has the field 'brnad'; correct data\.item_fields"
     refused(tmp_path, raw, lambda raw: None, "jsonl", message, "data.item_fields=[text, brnad]")
 
 

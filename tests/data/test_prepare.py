@@ -15,6 +15,7 @@ from tests.data.raw import (
     write_jsonl,
     write_mind,
 )
+from tests.kills import check_stage
 from trsr_dist.data.prepare import prepare
 from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.store import HistoryStore, UserRow
@@ -188,6 +189,29 @@ def test_rerun_does_nothing_and_force_redoes(tmp_path: Path, capsys: pytest.Capt
     assert path.stat().st_ino != before
     assert path.read_bytes() == content
     assert (tmp_path / "run" / "config" / "prepare.yaml").is_file()
+
+
+def test_killed_at_every_change_while_it_is_redone(tmp_path: Path) -> None:
+    write_mind(tmp_path)
+    old, new = make_config(tmp_path, "mind"), make_config(tmp_path, "mind", "run.seed=1")
+    run = tmp_path / "run"
+    check_stage(
+        run / "histories",
+        lambda: prepare(old),
+        lambda: prepare(new, force=True),
+        lambda: prepare(old, force=True),
+    )
+    assert sorted(path.name for path in run.iterdir()) == ["config", "histories"]
+
+
+def test_a_missing_config_is_written_again(tmp_path: Path) -> None:
+    write_mind(tmp_path)
+    run(tmp_path, "mind")
+    path = tmp_path / "run" / "config" / "prepare.yaml"
+    before = path.read_text()
+    path.unlink()
+    run(tmp_path, "mind")
+    assert path.read_text() == before
 
 
 def test_changed_settings_or_input_are_refused(tmp_path: Path) -> None:

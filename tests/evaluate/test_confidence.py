@@ -1,6 +1,7 @@
 """Intervals and p-values against what is known of the normal case, and their seeds."""
 
 import numpy as np
+import pytest
 
 from trsr_dist.evaluate import confidence
 from trsr_dist.evaluate.confidence import paired_differences
@@ -67,3 +68,29 @@ def test_users_of_equal_values_may_be_counted() -> None:
     found = confidence.sign_flip_p_values(centered, counts, 4000, 1)
     np.testing.assert_allclose(found, sign_flip_p_values(np.repeat(centered, counts, axis=0), 4000, 2), atol=0.03)
     assert (found > 0.02).all() and (found < 0.98).all()
+
+
+def test_intervals_and_p_values_by_a_plain_restatement() -> None:
+    """Draws of how often each row comes, and of how many users of a row turn their sign; seeds must mean the same."""
+    values, counts = np.array([[0.5, -1.0], [0.25, 1.0], [1.0, 0.5]]), np.array([3, 5, 2])
+    found = paired_differences(values, counts, 41, seed=6)
+    draws = np.random.default_rng(6).multinomial(10, [0.3, 0.5, 0.2], size=41)
+    turned = np.random.default_rng(6).binomial(counts, 0.5, size=(41, 3))
+    for metric, difference in enumerate(found):
+        column = values[:, metric]
+        means = sorted(sum(times * value for times, value in zip(draw, column, strict=True)) / 10 for draw in draws)
+        assert difference.low == pytest.approx(means[1], abs=1e-12), "41 means: 1 of 40 steps from either end"
+        assert difference.high == pytest.approx(means[39], abs=1e-12)
+        observed = abs(counts @ column)
+        reached = sum(abs((2 * turn - counts) @ column) >= observed - 1e-9 for turn in turned)
+        assert difference.p_value == pytest.approx((1 + reached) / 42)
+        assert difference.mean == pytest.approx(counts @ column / 10)
+
+
+def test_the_draws_do_not_depend_on_how_many_are_made_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    values, counts = np.random.default_rng(5).random((3, 2)) - 0.5, np.array([4, 1, 7])
+    whole = paired_differences(values, counts, 10, seed=1)
+    for numbers, sizes in ((12, [4, 4, 2]), (6, [2] * 5), (1, [1] * 10), (30, [10]), (29, [9, 1])):
+        monkeypatch.setattr(confidence, "CHUNK_NUMBERS", numbers)
+        assert [*confidence._chunks(10, counts)] == sizes
+        assert paired_differences(values, counts, 10, seed=1) == whole

@@ -78,7 +78,7 @@ def test_force_removes_nothing_for_a_model_that_does_not_open(run: Path, done: P
         evaluate(few(run), "RUN/mergd", output=str(done), force=True)
     broken = shutil.copytree(run / "merged", tmp_path / "broken")
     next(broken.glob("*.safetensors")).write_bytes(b"\0" * 100)
-    with pytest.raises(ModelError, match="its weights cannot be read"):
+    with pytest.raises(ModelError, match="not a safetensors file"):
         evaluate(few(run), str(broken), output=str(done), force=True)
     assert parts_of(done) == before and (done / "test.json").is_file()
 
@@ -173,3 +173,15 @@ def test_users_that_the_model_may_have_been_trained_on_are_noticed(
     assert numbers_of(output)["trained_on_these_shards"] is False
     assert "among those it was trained on" in (output / "report.html").read_text()
     assert "was trained on other shards (000000000000...)" in capsys.readouterr().out
+
+
+def test_damaged_histories_are_refused_before_anything_is_scored(run: Path, other_run: Path, tmp_path: Path) -> None:
+    histories = other_run / "histories"
+    histories.unlink()
+    shutil.copytree(run / "histories", histories)
+    content = bytearray((histories / "items.arrow").read_bytes())
+    content[len(content) // 2] ^= 4
+    (histories / "items.arrow").write_bytes(content)
+    with pytest.raises(DataError, match=r"items\.arrow: damaged: .*tools/prepare_data\.py --force"):
+        evaluate(few(other_run), "RUN/merged", output=str(tmp_path / "out"))
+    assert not list((tmp_path / "out").rglob("part-*"))

@@ -96,3 +96,17 @@ def test_the_average_depends_neither_on_the_order_of_users_nor_on_how_they_are_c
 def test_what_has_no_metric_is_refused(scores: list[float], labels: list[int], message: str) -> None:
     with pytest.raises(DataError, match=message):
         check_user("u", np.array(scores), np.array(labels), ["a", "b"])
+
+
+def test_only_ties_between_a_positive_and_a_negative_count() -> None:
+    assert tie_rate(np.array([1.0, 1.0, 2.0, 0.0, 1.0]), np.array([1, 0, 1, 0, 0])) == pytest.approx(2 / 6)
+
+
+def test_averages_by_hand() -> None:
+    values = np.array([[1.0, 4.0], [3.0, 8.0]])
+    assert average(values) == [2.0, 6.0]
+    assert average(values, np.array([6, 2])) == [1.5, 5.0]
+
+
+def test_what_has_metrics_is_not_refused() -> None:
+    check_user("u", np.array([0.5, 0.0]), np.array([1, 0]), ["a", "b"])

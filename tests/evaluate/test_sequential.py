@@ -107,3 +107,16 @@ def test_few_users_train_for_steps_not_epochs() -> None:
     settings = SequentialSettings(hidden_size=8, num_layers=1, max_length=8, batch_size=20, patience_steps=30)
     train_sequential("gru4rec", cycles(40, 1), NUM_ITEMS, lambda r: float(not epochs.append(1)), 3, settings)
     assert len(epochs) == 1 + 15, "two steps an epoch; the first is the best"
+
+
+def test_arrays_train_as_lists_do_with_a_line_a_minute(capsys: pytest.CaptureFixture) -> None:
+    setup_logging()
+    walks = cycles(50, 1)
+    scores = []
+    for sequences in (walks, [np.array(walk, np.int32) for walk in walks]):
+        ranker = train_sequential("sasrec", sequences, NUM_ITEMS, lambda r: 0.5, 3, SMALL)
+        scores.append(ranker([[1, 2]], [range(NUM_ITEMS)])[0].tolist())
+        lines = capsys.readouterr().out.splitlines()
+        assert len(lines) == 1
+        assert "best validation 0.5000, of epoch 1" in lines[0]
+    assert scores[0] == scores[1]

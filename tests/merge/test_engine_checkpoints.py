@@ -6,18 +6,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file
 
 from tests.merge.engine_ranks import train_stages
 from tests.merge.models import load, make_base, random_peft_model
 from tests.spawn import run_ranks
 from trsr_dist.errors import CheckpointError
-from trsr_dist.merge.adapter import read_adapter
 from trsr_dist.merge.engine_checkpoint import peft_name
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
 from trsr_dist.merge.source import find_source
+from trsr_dist.model.adapters import read_adapter
 
 
 @pytest.fixture(scope="module", params=[1, 2, 4])
@@ -76,3 +76,26 @@ def test_a_lost_rank_is_noticed(trained: Path, tmp_path: Path) -> None:
     sorted((lost / "global_step2").glob("*_optim_states.pt"))[-1].unlink()
     with pytest.raises(CheckpointError, match="missing or damaged|is incomplete"):
         find_source(lost).read()
+
+
+class Planted:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple:
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"])
+def test_code_in_a_checkpoint_is_not_run(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "global_step2"
+    folder.mkdir()
+    LoraConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    states = {"module": {}, "buffer_names": [], "param_shapes": [], "shared_params": {}, "ds_version": "0"}
+    torch.save(states, folder / "mp_rank_00_model_states.pt")
+    torch.save({"module": Planted(tmp_path / "mark"), "optimizer_state_dict": {}}, folder / name)
+    with pytest.raises(CheckpointError, match="it holds code, which is not run"):
+        find_source(folder).read()
+    assert not (tmp_path / "mark").exists() and "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ

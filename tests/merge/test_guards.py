@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.disks import FULL, mounted_disk
+from tests.kills import check_stage
 from tests.merge.models import make_adapter, make_base, make_checkpoint, seal, tensors_of
 from trsr_dist.errors import TrsrError
 from trsr_dist.files import read_json, write_json
@@ -91,8 +92,8 @@ def other_rank(tensors: dict[str, torch.Tensor]) -> None:
         (empty, "is empty"),
         (clear, "every LoRA B is zero"),
         (half, "has no lora_A"),
-        (lose, "layers.1.self_attn.q_proj: adapter_config.json targets it"),
-        (add, "layers.1.mlp.up_proj: the adapter has tensors for it"),
+        (lose, "layers.1.self_attn.q_proj.lora_A.weight is missing"),
+        (add, "layers.1.mlp.up_proj.lora_A.weight has no place in the model"),
         (other_rank, "has rank 2, adapter_config.json says 4"),
     ],
 )
@@ -106,7 +107,8 @@ def test_damaged_adapter_tensors(
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"peft_type": "LOHA"}, "peft_type is 'LOHA'"),
+        ({"peft_type": "LOHA"}, "unknown settings"),
+        ({"peft_type": "NEW"}, "peft_type is 'NEW'"),
         ({"bias": "all"}, "bias='all'"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base itself"),
         ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
@@ -154,7 +156,7 @@ def test_another_vocabulary(base: Path, tmp_path: Path) -> None:
     name = first(tensors, "embed_tokens")
     tensors[name] = torch.cat([tensors[name], tensors[name][:3]])
     save_file(tensors, adapter / "adapter_model.safetensors")
-    refuses(adapter, tmp_path / "merged", "another vocabulary")
+    refuses(adapter, tmp_path / "merged", "size mismatch for model.embed_tokens")
 
 
 def test_another_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
@@ -168,7 +170,7 @@ def test_another_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
 def test_base_without_a_tokenizer(base: Path, checkpoint: Path, tmp_path: Path) -> None:
     for path in base.glob("*token*"):
         path.unlink()
-    refuses(checkpoint / "adapter", tmp_path / "merged", "no tokenizer")
+    refuses(checkpoint / "adapter", tmp_path / "merged", "its tokenizer cannot be read")
 
 
 def test_bases_that_cannot_be_streamed(base: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -176,9 +178,9 @@ def test_bases_that_cannot_be_streamed(base: Path, checkpoint: Path, tmp_path: P
     write_json(base / "config.json", config | {"quantization_config": {"quant_method": "awq"}})
     refuses(checkpoint / "adapter", tmp_path / "merged", "unquantized original")
     write_json(base / "config.json", config | {"model_type": "unheard_of", "auto_map": {"AutoConfig": "x.Y"}})
-    refuses(checkpoint / "adapter", tmp_path / "merged", "transformers cannot build this model")
+    refuses(checkpoint / "adapter", tmp_path / "merged", "code of its own")
     write_json(base / "config.json", config | {"vocab_size": 7})
-    refuses(checkpoint / "adapter", tmp_path / "merged", "vocab_size=7")
+    refuses(checkpoint / "adapter", tmp_path / "merged", "config.json says (7, 32)")
     write_json(base / "config.json", config)
     sorted(base.glob("*.safetensors"))[0].unlink()
     refuses(checkpoint / "adapter", tmp_path / "merged", "missing")
@@ -258,13 +260,25 @@ def test_failed_redo_keeps_the_old_output(base: Path, checkpoint: Path, tmp_path
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before
 
 
-def test_leftovers_of_a_killed_merge_are_tidied(checkpoint: Path, tmp_path: Path) -> None:
-    (tmp_path / ".merged.tmp-host-1").mkdir()
-    old = tmp_path / ".merged.old-host-1"
-    merge(checkpoint, old, WEIGHTS_ONLY)
-    merge(checkpoint, tmp_path / "merged", WEIGHTS_ONLY)
-    assert (tmp_path / "merged" / "manifest.json").is_file()
-    assert not list(tmp_path.glob(".merged.*"))
+@pytest.mark.parametrize("name", ["merged", "merged[v2]"])
+def test_what_a_killed_merge_left_is_put_right(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / f".{name}.tmp-host-1").mkdir()
+    os.utime(tmp_path / f".{name}.tmp-host-1", (1, 1))
+    merge(checkpoint, tmp_path / f".{name}.old-host-1", WEIGHTS_ONLY)
+    number = (tmp_path / f".{name}.old-host-1").stat().st_ino
+    merge(checkpoint, tmp_path / name, WEIGHTS_ONLY)
+    assert (tmp_path / name).stat().st_ino == number, "found again, not made again"
+    assert [path.name for path in tmp_path.iterdir() if "merged" in path.name] == [name]
+
+
+def test_killed_at_every_change_while_it_is_redone(checkpoint: Path, tmp_path: Path) -> None:
+    output, other = tmp_path / "merged[v2]", MergeOptions(dtype="bfloat16", verify="weights", force=True)
+    check_stage(
+        output,
+        lambda: merge(checkpoint, output, WEIGHTS_ONLY),
+        lambda: merge(checkpoint, output, other),
+        lambda: merge(checkpoint, output, MergeOptions(verify="weights", force=True)),
+    )
 
 
 def test_values_beyond_float16(base: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ prepare_process(1)
 from trsr_dist.benchmarks.common import peak_bytes as peak
 from trsr_dist.merge import inputs, job, proof
 from trsr_dist.merge.source import base_of, find_source
-from trsr_dist.model.places import base_folder
+from trsr_dist.bases import base_folder
 from trsr_dist.model.fingerprint import base_fingerprint
 
 source = find_source(Path(sys.argv[1]))

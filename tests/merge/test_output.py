@@ -17,7 +17,8 @@ from trsr_dist.files import read_json, write_json
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
 from trsr_dist.merge.scores import built_in_samples
-from trsr_dist.shards.writer import write_shard, write_split_manifest
+from trsr_dist.shards.manifest import write_split_manifest
+from trsr_dist.shards.writer import write_shard
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS_ONLY = MergeOptions(verify="weights")

@@ -8,19 +8,22 @@ import torch
 
 from tests.merge.models import make_adapter, make_base
 from trsr_dist.errors import ModelError
-from trsr_dist.merge.adapter import find_changes, read_adapter
+from trsr_dist.merge.adapter import find_changes
 from trsr_dist.merge.plan import MergePlan, make_plan
 from trsr_dist.merge.scores import compare
 from trsr_dist.merge.stream import write_weights
-from trsr_dist.merge.structure import read_structure
-from trsr_dist.merge.tensors import file_entries, folder_entries
 from trsr_dist.merge.verify import check_weights
+from trsr_dist.model.adapters import read_adapter
+from trsr_dist.pretrained import BaseSource, load_config, read_structure
+from trsr_dist.weights import file_entries, folder_entries
 
 
 def write(tmp_path: Path, dtype: str) -> tuple[Path, MergePlan]:
     base = make_base(tmp_path / "base", dtype=dtype)
     adapter = read_adapter(make_adapter(base, tmp_path / "adapter"))
-    plan = make_plan(folder_entries(base), find_changes(adapter), read_structure(base).tied, False, None, None)
+    source = BaseSource(str(base))
+    tied = read_structure(source, load_config(source)).tied
+    plan = make_plan(folder_entries(base), find_changes(adapter), tied, False, None, None)
     output = tmp_path / "merged"
     output.mkdir()
     write_weights(output, plan)

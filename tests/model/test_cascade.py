@@ -8,6 +8,8 @@ import torch
 from trsr_dist.model.attention.backends import cascade
 from trsr_dist.model.attention.dense import dense_attention
 from trsr_dist.model.attention.layout import Call, Layout
+from trsr_dist.records import TokenizedUser
+from trsr_dist.rows import pack_row
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 SCALE = HEAD_DIM**-0.5
@@ -87,3 +89,65 @@ def test_a_copied_head_is_no_call_of_its_own() -> None:
     num_suffix_tokens = sum(layout.suffix_totals)
     assert copied.num_queries == layout.num_tokens + num_suffix_tokens
     assert separate.num_queries == copied.num_queries + layout.num_tokens - layout.head
+
+
+CPU = torch.device("cpu")
+SMALL = Layout(2, (3, 1), ((2, 1), (1,)), CPU)
+"""``H H P P P Q C C D E``: two users, the first with the candidates C and D."""
+
+
+def test_a_call_tells_flash_kernels_where_its_segments_begin() -> None:
+    call = Call(slice(0, 9), slice(0, 6), (2, 3, 4), (5, 0, 1), True, CPU)
+    assert (call.query_starts.tolist(), call.key_starts.tolist()) == ([0, 2, 5, 9], [0, 5, 5, 6])
+    assert call.query_starts.dtype == call.key_starts.dtype == torch.int32
+    assert (call.longest_query, call.longest_key) == (4, 5)
+    assert call.query_starts.device == CPU
+
+
+def test_a_layouts_sizes_by_hand() -> None:
+    assert (SMALL.num_tokens, SMALL.suffix_start, SMALL.num_answers, SMALL.suffix_totals) == (10, 6, 3, (3, 1))
+    assert SMALL.answer_index.tolist() == [7, 8, 9] and SMALL.answer_index.dtype == torch.int64
+    assert SMALL.segments.tolist() == [[0, 0, 1, 1, 1, 2, 3, 3, 4, 5], [0, 0, 0, 0, 0, 0, 1, 1, 1, 2]]
+    assert SMALL.copies.tolist() == [0, 1, 0, 1, 2, 3, 4, 0, 1, 5, 6, 7, 8, 9]
+    own, heads = SMALL.copied_places
+    assert own.tolist() == [0, 1, 4, 5, 6, 9, 10, 11, 12, 13] and heads.tolist() == [2, 3, 7, 8]
+    assert own.dtype == heads.dtype == SMALL.copies.dtype == SMALL.segments.dtype == torch.int64
+    row = pack_row(
+        [
+            TokenizedUser("a", (1, 2, 3, 4, 5), ((6, 7), (8,)), (1, 0), ("x", "y")),
+            TokenizedUser("b", (1, 2, 9), ((8,),), (1,), ("z",)),
+        ]
+    )
+    assert Layout.of(row, CPU) == SMALL
+
+
+def test_who_reads_whom_by_hand() -> None:
+    reads = [
+        "0", "01", "012", "0123", "01234", "015",
+        "012346", "0123467", "012348", "0159",
+    ]  # fmt: skip
+    assert [[place for place in range(10) if row[place]] for row in SMALL.mask.tolist()] == [
+        [int(place) for place in places] for places in reads
+    ]
+
+
+def test_the_calls_by_hand() -> None:
+    suffixes, whole = (2, 1, 1), slice(0, 10)
+    assert SMALL.calls == (
+        Call(whole, whole, (2, 3, 1, *suffixes), (2, 3, 1, *suffixes), True, CPU),
+        Call(slice(2, 10), slice(0, 2), (8,), (2,), False, CPU),
+        Call(slice(6, 10), slice(2, 6), (3, 1), (3, 1), False, CPU),
+    )
+    assert SMALL.copied_calls == (
+        Call(whole, slice(0, 14), (2, 3, 1, *suffixes), (2, 5, 3, *suffixes), True, CPU),
+        Call(slice(6, 10), slice(2, 10), (3, 1), (5, 3), False, CPU),
+    )
+    answers = slice(0, 3)
+    assert SMALL.answer_calls == (
+        Call(answers, slice(6, 10), (1, 1, 1), suffixes, False, CPU),
+        Call(answers, slice(0, 2), (3,), (2,), False, CPU),
+        Call(answers, slice(2, 6), (2, 1), (3, 1), False, CPU),
+    )
+    alone = Layout(0, (3,), ((2, 1),), CPU)
+    assert [len(calls) for calls in (alone.calls, alone.answer_calls, alone.copied_calls)] == [2, 2, 2]
+    assert alone.calls[0].query_lengths == (3, 2, 1)

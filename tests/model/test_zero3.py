@@ -11,6 +11,9 @@ from safetensors.torch import load_file
 
 from tests.merge.models import make_base, stretch
 from tests.spawn import run_ranks
+from trsr_dist.distributed import process_group
+from trsr_dist.environment import Ranks
+from trsr_dist.model.loading import BaseSource, load_base_divided
 
 ZERO3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
 
@@ -18,12 +21,12 @@ ZERO3 = {"zero_optimization": {"stage": 3}, "train_micro_batch_size_per_gpu": 1}
 def load_share(rank: int, world_size: int, folder: Path, dtype: str) -> dict[str, Any]:
     import deepspeed
 
-    from trsr_dist.model.loading import BaseSource, load_config
     from trsr_dist.model.zero3 import load_divided
+    from trsr_dist.pretrained import BaseSource, load_config
 
-    config = load_config(BaseSource(str(folder)))
+    source = BaseSource(str(folder))
     precision = {"bf16": {"enabled": dtype == "bfloat16"}}
-    found = load_divided(folder, config, getattr(torch, dtype), ZERO3 | precision, {})
+    found = load_divided(source, load_config(source), getattr(torch, dtype), ZERO3 | precision)
     held = sum(parameter.ds_tensor.nbytes for parameter in found.model.parameters())
     with deepspeed.zero.GatheredParameters(list(found.model.parameters())):
         whole = {name: parameter.detach().float().numpy() for name, parameter in found.model.named_parameters()}
@@ -64,3 +67,16 @@ def test_a_model_without_shared_prefixes_is_not_divided(tmp_path: Path) -> None:
     folder = stretch(make_base(tmp_path / "base"), tmp_path / "stretched")
     for error in run_ranks(open_divided, 2, folder):
         assert "ZeRO stage 3 on 2 ranks needs shared prefixes" in error
+
+
+def test_rotary_frequencies_stay_in_float32_under_zero3(tmp_path: Path) -> None:
+    """DeepSpeed rounds every new tensor to the weights' dtype: at position 1000 bfloat16 is off by whole radians."""
+    base = make_base(tmp_path)
+    with process_group(Ranks(), always=True):
+        model = load_base_divided(BaseSource(str(base)), torch.bfloat16, ZERO3 | {"bf16": {"enabled": True}})
+    found = dict(model.named_buffers())
+    assert found.keys() >= {"model.rotary_emb.inv_freq"}
+    expected = 10000.0 ** (-torch.arange(0, 8, 2) / 8)
+    for name, frequencies in found.items():
+        assert frequencies.dtype == torch.float32, name
+        assert torch.allclose(frequencies, expected, rtol=1e-6), name

@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from trsr_dist.benchmarks.ways import ANSWERS, make_user
 from trsr_dist.model.inputs import RowInputs
-from trsr_dist.model.loading import BaseSource, load_base
+from trsr_dist.model.loading import load_base
 from trsr_dist.model.lora import add_lora
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.planning.memory import KeptActivations, activation_bytes, forward_bytes, key_value_bytes
 from trsr_dist.planning.shape import ATTENTION_MODULES, ModelShape
 from trsr_dist.planning.weights import weight_bytes
+from trsr_dist.pretrained import BaseSource
 from trsr_dist.rows import pack_row
 
 CONFIG = LlamaConfig(

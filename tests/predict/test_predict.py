@@ -16,7 +16,7 @@ from tests.spawn import run_script
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import ConfigError, DataError, ModelError
 from trsr_dist.predict import Ranker, Request
-from trsr_dist.predict.lines import check_lines
+from trsr_dist.predict.lines import as_entry, check_lines
 from trsr_dist.shards.reader import ShardSet
 
 NUM_USERS = 70
@@ -108,8 +108,11 @@ def test_thousands_of_candidates_in_one_request(ranker: Ranker, requests: list[R
 
 
 def test_unusable_requests_are_named(ranker: Ranker) -> None:
-    with pytest.raises(DataError, match=r"request 'u': candidates\[1\] is empty"):
-        ranker.rank(Request(("a", " "), ("b",), name="u"))
+    for nothing in (" ", "\u200b"):
+        with pytest.raises(DataError, match=r"request 'u': candidates\[1\] is empty"):
+            ranker.rank(Request(("a", nothing), ("b",), name="u"))
+        with pytest.raises(DataError, match=r"candidates\[0\] is .* expected a text that is not empty"):
+            as_entry(nothing, 0)
     with pytest.raises(DataError, match="request 'u': no candidates"):
         ranker.rank(Request((), ("b",), name="u"))
     with pytest.raises(ModelError, match="nowhere"):
@@ -162,7 +165,7 @@ def test_what_cannot_be_read_or_written_is_named(run: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ('{"items": ["a"], "candidates": ["bad \\ud83d"]}', "in.jsonl:1: an escape such as"),
+        ('{"items": ["a"], "candidates": ["bad \\ud83d"]}', "in.jsonl:1: .*an escape such as"),
         ('{"id": ' + "9" * 5000 + ', "items": ["a"], "candidates": ["b"]}', "in.jsonl:1: not valid JSON"),
         ("[" * 200_000, "in.jsonl:1: not valid JSON"),
     ],

@@ -12,9 +12,10 @@ from tests.prompts.test_builder import make_sample
 from tests.tokenizers import byte_level
 from trsr_dist.errors import DataError
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.prompts.trimming import Parts, cap_text, count_words, cut_words
+from trsr_dist.prompts.trimming import Parts, cap_text
 from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Sample
+from trsr_dist.words import count_words, cut_words
 
 WORDS = ["tennis", "quiet", "final", "rain", "x1", "third", "\u00fcberraschend", "\u5546\u54c1", "http://a.b/c?d=e"]
 

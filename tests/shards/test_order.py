@@ -9,7 +9,7 @@ import pytest
 
 from trsr_dist.hashing import random_stream
 from trsr_dist.shards.order import Order, mix, permute
-from trsr_dist.shards.packing import attended_pairs, choose_candidates, deal, pack, split_unit
+from trsr_dist.shards.packing import choose_candidates, deal, pack, split_unit
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 1000, 1025])
@@ -123,13 +123,6 @@ def test_every_negative_is_drawn_equally_often() -> None:
     )
     assert draws[3] == 4000
     assert np.abs(np.delete(draws, 3) - 800).max() < 5 * np.sqrt(800)
-
-
-def test_pairs_are_those_of_causal_attention() -> None:
-    prefix, suffixes = 5, [2, 3]
-    expected = sum(range(1, 6)) + sum(prefix + i + 1 for length in suffixes for i in range(length))
-    squares = sum(length**2 for length in suffixes)
-    assert attended_pairs(np.array(prefix), np.array(sum(suffixes)), np.array(squares)) == expected
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])

@@ -10,8 +10,9 @@ from tests.tokenizers import byte_level
 from trsr_dist.hashing import random_stream
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import Candidate, Sample
+from trsr_dist.shards.manifest import write_split_manifest
 from trsr_dist.shards.reader import ShardSet
-from trsr_dist.shards.writer import write_shard, write_split_manifest
+from trsr_dist.shards.writer import write_shard
 
 WORDS = ["storm", "final", "market", "tennis", "senate", "orbit", "garden", "river", "strike", "studio", "harbor"]
 

@@ -17,17 +17,16 @@ from trsr_dist.environment import Ranks
 from trsr_dist.errors import EngineError, RunError
 from trsr_dist.evaluate.scores import ScoreFolder
 from trsr_dist.files import write_json
+from trsr_dist.liveness import touching
 from trsr_dist.log import MetricLog, read_metrics
 from trsr_dist.run import RunFolder
 from trsr_dist.status import describe_run, duration
-from trsr_dist.summarize import progress
 from trsr_dist.summarize.engines.extractive import ExtractiveEngine
 from trsr_dist.summarize.progress import (
     SILENT_SECONDS,
     ProgressReader,
     Rates,
     TaskProgress,
-    beating,
     read_tasks,
     task_path,
     write_task,
@@ -113,7 +112,7 @@ def test_tensorboard_gets_the_same_numbers(tmp_path: Path) -> None:
     assert events.Scalars("summarize/users_done")[-1].step == 36
 
 
-def test_a_task_that_went_silent_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_task_that_went_silent_does_not_count(tmp_path: Path) -> None:
     run = tmp_path / "run"
     folder = run / "summaries/progress/abc"
     splits = {"train": {"work": "train-abc", "num_users": 100, "users_per_unit": 10}}
@@ -125,8 +124,8 @@ def test_a_task_that_went_silent_does_not_count(tmp_path: Path, monkeypatch: pyt
     overview = ProgressReader.latest(RunFolder(run)).read()
     assert (overview.users_done, overview.in_flight, overview.eta_seconds) == (6, 8, 94 / 2.5)
     assert "2 tasks at work, ETA 00:00:38" in describe_run(run)
-    now = time.time() + SILENT_SECONDS + 1
-    monkeypatch.setattr(time, "time", lambda: now)
+    for task in "ab":
+        os.utime(task_path(folder, task), (time.time() - SILENT_SECONDS - 1,) * 2)
     overview = ProgressReader.latest(RunFolder(run)).read()
     assert (overview.users_done, overview.in_flight, overview.eta_seconds) == (0, 0, None)
     assert (overview.nodes, overview.cache_hits) == (9, 1)
@@ -228,13 +227,12 @@ def test_durations() -> None:
     ]
 
 
-def test_a_task_lives_while_no_user_finishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress, "WRITE_SECONDS", 0.01)
+def test_a_task_lives_while_no_user_finishes(tmp_path: Path) -> None:
     write_task(tmp_path, TaskProgress("a", "one"))
     path = task_path(tmp_path, "a")
     os.utime(path, (1, 1))
     assert read_tasks(tmp_path)[0].state == "killed"
-    with beating(path):
+    with touching(path, 0.01):
         deadline = time.monotonic() + 20
         while read_tasks(tmp_path)[0].state != "running":
             assert time.monotonic() < deadline

@@ -55,7 +55,7 @@ def test_a_disk_that_cannot_be_written(disk: Path, expected: dict[str, str]) -> 
     run, config = prepared(disk)
     before = tree_hash(run)
     remount(disk, "ro")
-    with pytest.raises(RunError, match="Read-only file system; make room or give leave to write"):
+    with pytest.raises(RunError, match="Read-only file system; get permission to write there"):
         run_here(config)
     remount(disk, "rw")
     assert tree_hash(run) == before
@@ -74,13 +74,13 @@ def test_shards_on_another_disk_are_refused_before_the_work(disk: Path, tmp_path
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_leave_to_write(tmp_path: Path) -> None:
+def test_a_folder_without_permission_to_write(tmp_path: Path) -> None:
     run = tmp_path / "run"
     write_histories(run, USERS)
     config = write_config(run)
     run.chmod(0o555)
     try:
-        with pytest.raises(RunError, match="Permission denied; make room or give leave to write"):
+        with pytest.raises(RunError, match="Permission denied; get permission to write in"):
             run_here(config)
     finally:
         run.chmod(0o755)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.kills import check_stage
 from tests.summarize.server import Answer, Handler, Server, good, prompt_of, serving
 from tests.summarize.world import run_here, tree_hash, write_config, write_histories
+from trsr_dist.cli import config_parser, parse_config
 from trsr_dist.config import load_config
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import ConfigError, ModelError, RunError
@@ -117,7 +120,7 @@ def both(domain: str) -> str:
 def test_an_unknown_scheme_is_named_with_those_there_are(tmp_path: Path) -> None:
     _, config = prepared(tmp_path)
     with pytest.raises(ConfigError, match="summarize.scheme='treelike'.*hierarchical, none, recurrent"):
-        load_config(config, ["summarize.scheme=treelike"])
+        parse_config(config_parser("", ""), ["--config", str(config), "summarize.scheme=treelike"])
 
 
 def test_a_base_url_with_a_password_is_refused(tmp_path: Path) -> None:
@@ -167,8 +170,13 @@ def test_other_settings_are_refused_and_forced(tmp_path: Path) -> None:
 def test_what_a_kill_right_after_publishing_left_is_cleared(tmp_path: Path) -> None:
     run, config = prepared(tmp_path)
     run_here(config)
-    for name in (".gone-old", read_json(next(run.glob("summaries/progress/*/job.json")))["splits"]["train"]["work"]):
+    for name in (
+        ".train-abc.tmp-host-1",
+        read_json(next(run.glob("summaries/progress/*/job.json")))["splits"]["train"]["work"],
+    ):
         (run / "summaries/work" / name / "units").mkdir(parents=True)
+    for path in (run / "summaries/work").rglob("*"):
+        os.utime(path, (1, 1))
     run_here(config)
     assert list((run / "summaries/work").iterdir()) == []
 
@@ -244,3 +252,17 @@ def test_a_set_whose_manifest_is_not_visible_yet_is_waited_for(tmp_path: Path, m
     monkeypatch.setattr("trsr_dist.summarize.job.GONE_SECONDS", -1.0)
     with pytest.raises(RunError, match="removed while this task was at work"):
         job._publish(None)
+
+
+def test_killed_at_every_change_while_a_set_is_redone(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    write_histories(run, {"train": 3, "valid": 1, "test": 1}, max_history=9)
+    config = write_config(run)
+    check_stage(
+        run / "shards" / "train",
+        lambda: run_here(config),
+        lambda: run_here(config, "run.seed=1", force=True),
+        lambda: run_here(config, force=True),
+    )
+    assert sorted(path.name for path in (run / "shards").iterdir()) == ["test", "train", "valid"]
+    assert not list((run / "summaries" / "work").iterdir())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import socket
 import threading
 import time
@@ -312,13 +313,155 @@ def test_an_outage_blames_no_request(status: int) -> None:
         ask(engine(server, max_retries=1), 1)
 
 
-@pytest.mark.parametrize("choices", [{"a": 1}, 5])
-def test_a_reply_of_another_form_ends_the_job_instead_of_hanging_it(choices: object) -> None:
-    def odd(handler: Handler, body: dict, tries: int) -> None:
-        handler.reply({"object": "chat.completion", "choices": choices})
+LONG = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "x" * 3000}}
 
-    with serving(odd) as server, pytest.raises(EngineError):
-        ask(engine(server, max_retries=0), 1)
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        {"choices": {"a": 1}},
+        {"choices": 5},
+        {"choices": [None]},
+        {"choices": [{"message": []}]},
+        {"choices": [LONG]},
+        b"[" * 100_000,
+        b'{"choices": [], "usage": ' + b"9" * 5000 + b"}",
+        b"\xff",
+    ],
+    ids=range(8),
+)
+def test_a_reply_of_another_form_is_malformed(reply: object) -> None:
+    with serving(lambda handler, body, tries: handler.reply(reply)) as server:
+        (done,) = ask(engine(server, max_retries=1), 1)
+    assert "malformed" in done.error and not done.text and len(server.requests) == 2
+
+
+def test_half_a_character_and_odd_counts_do_no_harm() -> None:
+    def odd(handler: Handler, body: dict, tries: int) -> None:
+        choice = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "a \ud83d b"}}
+        handler.reply({"choices": [choice], "usage": {"prompt_tokens": "many", "completion_tokens": -1}})
+
+    with serving(odd) as server:
+        (done,) = ask(engine(server), 1)
+    assert (done.text, done.prompt_tokens, done.new_tokens, done.error) == ("a \ufffd b", 0, 0, "")
+
+
+@pytest.mark.parametrize("status", [200, 502])
+def test_a_reply_that_drips_is_given_up(status: int) -> None:
+    def drip(handler: Handler, body: dict, tries: int) -> None:
+        handler.send_response(status)
+        handler.send_header("Content-Type", "application/json")
+        handler.send_header("Content-Length", "100000")
+        handler.end_headers()
+        for _ in range(40):
+            handler.wfile.write(b" ")
+            handler.wfile.flush()
+            time.sleep(0.05)
+
+    began = time.monotonic()
+    with serving(drip) as server, pytest.raises(EngineError, match="timeout_seconds"):
+        ask(engine(server, timeout_seconds=0.2, max_retries=0), 1)
+    assert time.monotonic() - began < 1.5
+
+
+def test_a_header_that_drips_is_given_up() -> None:
+    def drip(handler: Handler, body: dict, tries: int) -> None:
+        for _ in range(60):
+            handler.wfile.write(b"H")
+            handler.wfile.flush()
+            time.sleep(0.05)
+
+    began = time.monotonic()
+    with serving(drip) as server, pytest.raises(EngineError, match="not begun"):
+        ask(engine(server, timeout_seconds=0.2, max_retries=0), 1)
+    assert time.monotonic() - began < 2.5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_huge_reply_is_not_read_to_its_end(packed: bool) -> None:
+    sent = []
+
+    def huge(handler: Handler, body: dict, tries: int) -> None:
+        if handler.path == "/v1/chat/completions":
+            data = gzip.compress(b" " * (1 << 25)) if packed else b" " * (1 << 25)
+            handler.reply(data, headers={"Content-Encoding": "gzip"} if packed else None)
+            sent.append(len(data))
+
+    with serving(huge) as server:
+        (done,) = ask(engine(server, max_retries=0), 1)
+    assert ("compressed" if packed else "more than 16777216 bytes") in done.error
+    assert packed or not sent  # the connection was closed before all was taken
+
+
+def refusing_options(*words: str, status: int = 400, **form: object) -> Answer:
+    """Good, but for bodies that hold an option; says so in one of the ways servers do."""
+
+    def answer(handler: Handler, body: dict, tries: int) -> None:
+        found = next((word for word in words if word in body), None)
+        if found is None:
+            good(handler, body, tries)
+        else:
+            handler.reply({"error": {"message": "no", **form} | {"param": form.get("param") and found}}, status)
+
+    return answer
+
+
+@pytest.mark.parametrize(
+    ("option", "style", "form"),
+    [
+        ("max_tokens", "auto", {"param": True}),
+        ("max_tokens", "auto", {"message": "'max_tokens' is not supported; use 'max_completion_tokens' instead."}),
+        ("max_tokens", "plain", {"message": "unknown field max_tokens"}),
+        ("seed", "auto", {"message": "Unrecognized request argument supplied: seed"}),
+        ("seed", "auto", {"param": True}),
+        ("stop", "plain", {"message": "Unsupported parameter: 'stop'"}),
+    ],
+)
+@pytest.mark.parametrize("status", [400, 422])
+def test_an_option_that_a_server_refuses_is_left_out_and_said_once(
+    monkeypatch: pytest.MonkeyPatch, option: str, style: str, form: dict, status: int
+) -> None:
+    told = []
+    monkeypatch.setattr(log, "warning", lambda text, *values: told.append(text % values))
+    with serving(refusing_options(option, status=status, **form)) as server:
+        client = engine(server, prompt_style=style, max_in_flight=1)
+        client.submit(Request("0", SummaryPrompt("say", (), ("x",)), 20, 0.5))
+        client.submit(Request("1", SummaryPrompt("say", (), ("y",)), 20, 0.5))
+        done = [client.poll(), client.poll()]
+        client.close()
+    assert not any(completion.error for (completion,) in done) and len(server.requests) == 3
+    bodies = [body for _, body, _ in server.requests]
+    assert option in bodies[0] and option not in bodies[1] and option not in bodies[2]
+    assert bodies[2].get("max_completion_tokens", bodies[2].get("max_tokens")) == 20
+    (line,) = told
+    assert option in line
+
+
+@pytest.mark.parametrize(
+    ("options", "setting"),
+    [
+        (("temperature",), "summarize.temperature"),
+        (("max_tokens", "max_completion_tokens"), "summarize.max_new_tokens"),
+    ],
+)
+def test_an_option_without_another_way_is_a_settings_error(options: tuple[str, ...], setting: str) -> None:
+    with serving(refusing_options(*options, param=True)) as server, pytest.raises(EngineError, match=setting):
+        ask(engine(server), 1)
+
+
+def test_a_prompt_that_is_too_long_for_the_server_is_to_blame_itself() -> None:
+    """Such a message names options too."""
+
+    def short(handler: Handler, body: dict, tries: int) -> None:
+        words = "'max_tokens' is too large: 20. This model's maximum context length is 30 tokens"
+        if "xx" in body["messages"][0]["content"]:
+            handler.reply({"error": {"message": words, "param": "max_tokens"}}, 400)
+        else:
+            good(handler, body, tries)
+
+    with serving(short) as server:
+        done = ask(engine(server))
+    assert [bool(completion.error) for completion in done] == [False, False, True]
 
 
 @pytest.mark.parametrize("reply", [b"{broken", b'{"count": null}', b'{"tokens": 3}', b"[]"])

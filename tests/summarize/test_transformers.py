@@ -215,7 +215,7 @@ def test_weights_that_are_missing_are_no_random_ones(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     tensors = load_file(path)
     save_file({k: v for k, v in tensors.items() if ".layers.1." not in k}, path, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"weights are missing, the first is model\.layers\.1\."):
+    with pytest.raises(ModelError, match=r"9 are missing, the first is model\.layers\.1\."):
         load(tmp_path)
     path.write_bytes(path.read_bytes()[:5000])
     with pytest.raises(ModelError, match="cannot be loaded"):

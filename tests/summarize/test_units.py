@@ -74,7 +74,7 @@ def test_a_published_set_is_replaced_whole(tmp_path: Path) -> None:
     for unit in range(work.num_units):
         commit(work, unit)
     publish(work, tmp_path)
-    work.clear("t")
+    work.clear()
     work = opened(tmp_path)
     for unit in range(work.num_units):
         commit(work, unit, summary="other")
@@ -89,8 +89,8 @@ def test_two_publishers_make_one_set(tmp_path: Path) -> None:
     assert publish(works[0], tmp_path, "one")
     before = tree_hash(tmp_path / "shards")
     publish(works[1], tmp_path, "two")
-    works[1].clear("two")
-    works[0].clear("one")
+    works[1].clear()
+    works[0].clear()
     assert tree_hash(tmp_path / "shards") == before
     assert not works[0].folder.exists()
 
@@ -100,7 +100,7 @@ def test_a_task_that_comes_after_the_clearing_passes(tmp_path: Path) -> None:
     for unit in range(early.num_units):
         commit(early, unit)
     publish(early, tmp_path)
-    early.clear("early")
+    early.clear()
     assert late.is_complete() and not commit(late, 0, "late")
     assert not publish(late, tmp_path, "late")
     with pytest.raises(DataError):
@@ -115,7 +115,7 @@ def test_failures_are_those_of_committed_units(tmp_path: Path) -> None:
     assert work.failures() == [failure]
     early, late = opened(tmp_path), opened(tmp_path)
     assert early.failures() == [failure]
-    work.clear("t")
+    work.clear()
     assert early.failures() == [failure] and late.failures() == []
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from trsr_dist.config import load_config
-from trsr_dist.data.store import ITEM_SCHEMA, USER_SCHEMA, ArrowWriter
+from trsr_dist.data.store import ITEM_SCHEMA, USER_SCHEMA, ArrowWriter, checksums
 from trsr_dist.hashing import random_stream
 from trsr_dist.run import write_manifest
 from trsr_dist.summarize.job import summarize
@@ -53,7 +53,7 @@ def write_histories(
                 history = items[: draw.randint(least, max_history) + more]
                 candidates = [history[0] if leak else items[-1], *items[-4:-1]]
                 writer.add(f"{split}-{number}", history, candidates, [1, 0, 0, 0], number)
-    write_manifest(folder, "prepare", {}, {}, users=users, lengths=[least, max_history, more])
+    write_manifest(folder, "prepare", {}, {}, files=checksums(folder), users=users, lengths=[least, max_history, more])
 
 
 def write_config(run: Path, **sections: dict) -> Path:

@@ -12,7 +12,7 @@ from tests.merge.models import make_adapter
 from tests.spawn import run_ranks
 from tests.train.world import link_run, make_run, start
 from trsr_dist.files import read_json, sha256_of
-from trsr_dist.train.checkpoints import ADAPTER_WEIGHTS, CheckpointFolder
+from trsr_dist.train.checkpoints import WEIGHTS, CheckpointFolder
 
 STAGES = (1, 3)
 
@@ -58,7 +58,7 @@ def test_it_starts_from_the_adapters_weights(found: dict, folder: Path, stage: i
     for name, tensor in first.tensors.items():
         assert not name.startswith("weight/") or tensor.equal(other.tensors[name]), name
     assert other.state.step == other.state.adam_step == 2
-    origin = {"folder": str(first.folder / "adapter"), "sha256": sha256_of(first.folder / ADAPTER_WEIGHTS)}
+    origin = {"folder": str(first.folder / "adapter"), "sha256": sha256_of(first.folder / WEIGHTS)}
     assert other.provenance["init_adapter"] == origin
 
 

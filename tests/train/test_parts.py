@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.kills import killed_at_every_change
 from tests.model.world import make_row
 from trsr_dist.config.zero import read_zero_config
 from trsr_dist.environment import Ranks
@@ -188,6 +190,10 @@ class TestCheckpoints:
         save_file({}, left / "optimizer.safetensors")
         assert folder.newest().state.step == 1
         folder.tidy()
+        assert left.exists(), "another host may be writing it"
+        for path in (left, *left.iterdir()):
+            os.utime(path, (1, 1))
+        folder.tidy()
         assert not left.exists()
 
     def test_one_that_was_being_replaced_is_found_again(self, tmp_path: Path) -> None:
@@ -198,6 +204,37 @@ class TestCheckpoints:
         folder.tidy()
         assert folder.newest().folder == path
         assert not list(tmp_path.glob(".*"))
+
+    def test_killed_at_every_change_while_one_is_saved_again(self, tmp_path: Path) -> None:
+        folder, root = CheckpointFolder(tmp_path, 2), tmp_path / "step-000002"
+        seen: list[float] = []
+
+        def save(value: float) -> None:
+            folder.tidy()
+            tensors = {f"{kind}/{NAME}": torch.full((2, 3), value) for kind in ("weight", "exp_avg", "exp_avg_sq")}
+            folder.save(tensors, TrainerState(2, 2, {}), {}, {})
+
+        self.save(folder, 1)
+        save(0.0)
+        for _ in killed_at_every_change(lambda: save(len(seen) + 1.0), f"{tmp_path}/[^/]*step[^/]*"):
+            folder.tidy()
+            value = float(folder.newest().tensors[f"weight/{NAME}"][0, 0])
+            assert folder.newest().folder == root and value in (len(seen), len(seen) + 1)
+            assert not list(tmp_path.glob(".step-*"))
+            seen.append(value)
+            save(float(len(seen)))
+        assert {value - number for number, value in enumerate(seen)} == {0, 1}
+
+    def test_killed_at_every_change_while_all_are_removed(self, tmp_path: Path) -> None:
+        folder, numbers = CheckpointFolder(tmp_path, 3), set()
+        steps = [self.save(folder, step) for step in (1, 2)]
+        for _ in killed_at_every_change(folder.clear, f"{tmp_path}/[^/]*step[^/]*"):
+            folder.tidy()
+            left = folder._folders()
+            assert all(read_checkpoint(path).state for path in left) and not list(tmp_path.glob(".step-*"))
+            numbers.add(len(left))
+            steps = [self.save(folder, step) for step in (1, 2)]
+        assert numbers == {0, 1, 2} and not any(map(Path.exists, steps))
 
 
 class TestStopping:

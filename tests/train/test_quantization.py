@@ -13,7 +13,8 @@ from tests.train.world import link_run, losses_of, make_run, write_config
 from trsr_dist.errors import ConfigError
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
-from trsr_dist.model.loading import BaseSource, load_base
+from trsr_dist.model.loading import load_base
+from trsr_dist.pretrained import BaseSource
 
 pytest.importorskip("bitsandbytes")
 STEPS = 6

@@ -46,6 +46,7 @@ def start_many_times(rank: int, world_size: int, run: Path) -> dict[str, Any]:
     found["other alpha"] = start(run, lora={"alpha": 80}, **longer)
     found["other targets"] = start(run, lora={"target_modules": ["q_proj"]}, **longer)
     found["force with a typo"] = start(run, True, model={"name_or_path": "/no/such"})
+    found["more tokens than positions"] = start(run, True, prompt={"max_tokens": 9999}, train={"row_tokens": 9999})
     found["kept"] = checkpoints(run)
     found["same targets"] = start(run, lora={"target_modules": ["o_proj", "k_proj", "v_proj", "q_proj"]}, **longer)
     found["force"] = start(run, True, train={"max_steps": 1})
@@ -77,6 +78,11 @@ def test_a_checkpoint_keeps_its_base_and_its_adapter(found: dict, run: Path) -> 
     assert "lora.alpha=8.0, now 80.0" in found["other alpha"]
     assert "lora.target_modules=" in found["other targets"]
     assert found["same targets"] == "0", "their order says nothing"
+
+
+def test_prompts_longer_than_the_positions_are_refused(found: dict) -> None:
+    assert found["more tokens than positions"].startswith("ConfigError: prompt.max_tokens=9999")
+    assert "set prompt.max_tokens=" in found["more tokens than positions"]
 
 
 def test_force_removes_nothing_before_all_is_checked(found: dict) -> None:

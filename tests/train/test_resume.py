@@ -11,7 +11,7 @@ import pytest
 from tests.spawn import run_ranks
 from tests.train.world import link_run, losses_of, make_config, make_run
 from trsr_dist.config import load_config
-from trsr_dist.train.checkpoints import ADAPTER_WEIGHTS, OPTIMIZER, read_checkpoint
+from trsr_dist.train.checkpoints import OPTIMIZER, WEIGHTS, read_checkpoint
 
 SAVED_STEP, NUM_STEPS = 5, 12
 LAST = f"step-{NUM_STEPS:06d}"
@@ -86,7 +86,7 @@ def test_on_the_same_ranks_and_stage_the_result_is_bit_equal(resumed: dict, whol
     assert {step: loss for step, loss in losses_of(whole[case[0]]).items() if step > SAVED_STEP} == losses_of(
         resumed[case]
     )
-    for name in (ADAPTER_WEIGHTS, OPTIMIZER):
+    for name in (WEIGHTS, OPTIMIZER):
         files = [(run / "checkpoints" / LAST / name).read_bytes() for run in (whole[case[0]], resumed[case])]
         assert files[0] == files[1], name
 

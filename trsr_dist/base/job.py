@@ -16,7 +16,7 @@ from trsr_dist.base.tokenizer import train_tokenizer
 from trsr_dist.config import Config, dump_config
 from trsr_dist.files import atomic_folder, writing
 from trsr_dist.hashing import hash64
-from trsr_dist.log import get_logger, progress, setup_logging
+from trsr_dist.log import get_logger, progress, setup_logging, show
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.run import RunFolder, folder_lock, is_finished, write_manifest
 
@@ -37,11 +37,12 @@ def make_base(config: Config, *, force: bool = False, dry_run: bool = False) -> 
     run = RunFolder(Path(config.run.dir))
     texts = ShardTexts(run.histories, run.split("train"))
     if dry_run:
-        print(dump_config(config) + plan_text(config, run, texts))
+        show(dump_config(config) + plan_text(config, run, texts))
         return 0
     settings = base_settings(config)
     with writing(run.root), folder_lock(run.base) as lock:
         if is_finished(run.base, settings, texts.inputs, force):
+            run.write_config("base", dump_config(config), only_missing=True)
             log.info("%s: made already with these settings; nothing to do (--force redoes it)", run.base)
             return 0
         with atomic_folder(run.base, lock.check) as folder:

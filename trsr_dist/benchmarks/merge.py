@@ -20,7 +20,7 @@ from trsr_dist.benchmarks.common import Row, in_child, peak_bytes, rate_row, rat
 from trsr_dist.files import sync_path, write_json
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
-from trsr_dist.merge.tensors import INDEX, header_bytes
+from trsr_dist.weights import INDEX, header_bytes
 
 Shapes = dict[str, tuple[int, ...]]
 REPEATS = 3

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from trsr_dist.config.sections import Config
+from trsr_dist.config.yaml_text import parse_value, parse_yaml
 from trsr_dist.config.zero import find_file, read_zero_config
 from trsr_dist.errors import ConfigError
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice, of which YAML would keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
+from trsr_dist.files import read_text
+from trsr_dist.printable import strike_addresses
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -30,16 +23,27 @@ def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value has a wrong type, two settings
-            contradict each other, or a DeepSpeed file that one names is missing or wrong.
+            contradict each other, or a DeepSpeed file that one names is missing or wrong. No message repeats a
+            password of an address.
     """
+    try:
+        return _load(path, overrides)
+    except ConfigError as error:
+        raise ConfigError(strike_addresses(str(error))) from None
+
+
+def _load(path: str | Path, overrides: list[str] | tuple[str, ...]) -> Config:
     settings = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(settings, override)
     _reject_unknown_keys(settings)
     try:
-        config = Config.model_validate(settings)
+        # As JSON, whose lists may be tuples; nothing else is converted: yes is no 1, and "3" no number.
+        config = Config.model_validate_json(json.dumps(settings), strict=True)
     except ValidationError as error:
         raise ConfigError(_describe(error, path)) from None
+    except TypeError as error:  # a set, bytes: YAML has tags for them
+        raise ConfigError(f"{path}: {error}; write texts, numbers and lists only") from None
     _check_files(config)
     return config
 
@@ -65,16 +69,19 @@ def _check_files(config: Config) -> None:
         ("evaluate.deepspeed_config", config.evaluate.deepspeed_config),
     ):
         if name or key.startswith("train"):
-            read_zero_config(find_file(name), key)
+            try:
+                read_zero_config(find_file(name), key)
+            except OSError as error:
+                raise ConfigError(f"{key}={name}: {error.strerror}") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file; the shipped ones lie in configs/")
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {error}") from None
+        settings = parse_yaml(read_text(path)) or {}
+    except (ConfigError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: {error}") from None
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: expected sections such as 'run:' and 'data:', found a {type(settings).__name__}")
     for section, values in settings.items():
@@ -89,9 +96,9 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     if not (equals and dot and name):
         raise ConfigError(f"override {override!r}: expected section.key=value, such as train.learning_rate=1e-4")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"override {override!r}: the value is not valid YAML: {error}") from None
+        value = parse_value(text)
+    except ConfigError as error:
+        raise ConfigError(f"override {override!r}: {error}") from None
     _check_section(section)
     settings.setdefault(section, {})[name] = "" if value is None else value
 
@@ -128,7 +135,16 @@ def _describe(error: ValidationError, path: str | Path) -> str:
     for entry in error.errors():
         key = ".".join(str(part) for part in entry["loc"][:2])
         message = entry["msg"].removeprefix("Value error, ")
-        if entry["type"] == "string_type" and isinstance(entry["input"], bool):
-            message += " (YAML reads yes, no, on and off as true and false: write it in quotes)"
+        message += _hint(entry["type"], entry["input"])
         lines.append(f"{key}={entry['input']!r}: {message}" if key else message)
     return f"{path}: " + "; ".join(lines)
+
+
+def _hint(kind: str, value: Any) -> str:
+    if isinstance(value, bool) and kind != "bool_type":
+        return " (YAML reads yes, no, on and off as true and false: write it in quotes, or a number)"
+    if kind == "string_type" and isinstance(value, int | float):
+        return " (a text of digits is written in quotes)"
+    if isinstance(value, str) and kind in ("int_type", "float_type", "bool_type"):
+        return " (without quotes)"
+    return ""

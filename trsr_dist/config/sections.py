@@ -7,13 +7,51 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, PositiveInt, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    PositiveInt,
+    field_validator,
+    model_validator,
+)
 
 from trsr_dist.config.contradictions import contradictions
-from trsr_dist.summarize.plans import schemes
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
+RESERVED = {
+    "self",
+    "conversation",
+    "messages",
+    "tools",
+    "documents",
+    "chat_template",
+    "add_generation_prompt",
+    "continue_final_message",
+    "tokenize",
+    "sanitize_control_tokens",
+    "padding",
+    "truncation",
+    "max_length",
+    "return_tensors",
+    "return_dict",
+    "return_assistant_tokens_mask",
+    "tokenizer_kwargs",
+}
+"""Arguments of a tokenizer's ``apply_chat_template``, which are no variables of a template."""
+
+
+def _are_variables(values: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    for name in values:
+        if name in RESERVED:
+            raise ValueError(f"{name!r} is an argument of the tokenizer and no variable of its template; leave it out")
+    return values
+
+
+TemplateVariables = Annotated[dict[str, JsonValue], AfterValidator(_are_variables)]
 
 
 class Section(BaseModel):
@@ -55,6 +93,9 @@ class DataSection(Section):
     """Amazon-M2: name of the sessions file."""
     locale: str = ""
     """Amazon-M2: keep only this locale (the paper: UK); empty keeps all, with negatives of the target's locale."""
+    time_format: str = ""
+    """JSON lines: form of times that are text, as Python's strptime reads it ('%d.%m.%Y %H:%M'; UTC where no %z stands
+    in it); empty: numbers, ISO 8601, and what C, mail and Goodreads write."""
     item_fields: tuple[str, ...] = ()
     """Fields that make an item's text, in order; empty: the format's default (MIND: category, subcategory, title)."""
     target: Literal["last", "impression"] = "last"
@@ -69,6 +110,9 @@ class DataSection(Section):
     """A user whose target was consumed before: dropped or kept; counted either way."""
     unknown_items: Literal["fail", "skip"] = "fail"
     """An id in a history that the catalogue lacks: an error, or removed and counted."""
+    duplicate_items: Literal["fail", "first"] = "fail"
+    """An id that stands in the item file with several texts: an error, or the first text counts and the
+    others are counted."""
     empty_items: Literal["fail", "skip"] = "fail"
     """An item without text: an error, or removed (with its clicks) and counted."""
     too_few_negatives: Literal["fail", "skip"] = "fail"
@@ -114,7 +158,7 @@ class SummarizeSection(Section):
     """Hierarchical: at most this many summaries are merged by one prompt; more make a deeper tree."""
     prompt_style: Literal["auto", "plain", "chat"] = "auto"
     """chat: through the model's chat template; auto: when it has one."""
-    chat_template_kwargs: dict[str, JsonValue] = {"enable_thinking": False}
+    chat_template_kwargs: TemplateVariables = {"enable_thinking": False}
     """Variables of the chat template: here, models that would think aloud (Qwen3) answer at once. {}: none."""
     max_prompt_tokens: int = Field(2048, ge=64)
     """Longer prompts are trimmed by parts: item descriptions evenly, never the instruction."""
@@ -136,13 +180,6 @@ class SummarizeSection(Section):
     """Samples in one tar shard; also the unit of work that tasks share."""
     lease_seconds: float = Field(120, gt=0)
     """A unit whose holder shows no life for this long is taken over by another task."""
-
-    @field_validator("scheme")
-    @classmethod
-    def _has_a_plan(cls, scheme: str) -> str:
-        if scheme not in schemes():
-            raise ValueError(f"no such scheme; there are {', '.join(schemes())}")
-        return scheme
 
     @field_validator("base_url")
     @classmethod
@@ -202,8 +239,8 @@ class TrainSection(Section):
     adapter, which leaves the base as it is."""
     negatives_per_positive: int = Field(1, ge=1)
     """Negatives drawn per epoch from the sample's pool (the paper: 1)."""
-    pool_size: int = Field(20, ge=1)
-    """Negatives kept in each train sample, to draw from."""
+    pool_size: int = Field(20, ge=1, le=100_000)
+    """Negatives kept in each train sample, to draw from: a sample holds the texts of all of them, hence the limit."""
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate of AdamW."""
     warmup_ratio: float = Field(0.03, ge=0, lt=1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from trsr_dist.errors import ConfigError
+from trsr_dist.errors import ConfigError, DataError
+from trsr_dist.files import read_text
+from trsr_dist.json_text import parse_json
 
 ROOT = Path(__file__).parents[2]
 OWNED = {
@@ -44,15 +45,15 @@ def read_zero_config(path: str | Path, key: str = "train.deepspeed_config") -> d
             config owns.
     """
     path = Path(path)
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
+    if not path.exists() or path.is_dir():
         raise ConfigError(
             f"{key}={path}: no such file; the shipped ones lie in ds_configs/ of the repository, which is installed "
             "with pip install -e"
-        ) from None
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+        )
+    try:
+        settings = parse_json(read_text(path), object)
+    except (DataError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{key}={path}: {str(error).removeprefix(f'{path}: ')}") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
         raise ConfigError(f"{path}: expected an object that holds an object 'zero_optimization'")
     for name in settings:
@@ -63,6 +64,6 @@ def read_zero_config(path: str | Path, key: str = "train.deepspeed_config") -> d
             expected = 'an object such as {"device": "cpu"}' if name in OFFLOADS else "a value"
             raise ConfigError(f"{path}: zero_optimization.{name} is {value!r}, expected {expected}; or leave it out")
     stage = settings.get("zero_optimization", {}).get("stage")
-    if stage not in (0, 1, 2, 3):
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
     return settings

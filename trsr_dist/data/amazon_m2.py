@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trsr_dist.data.source import LineReader, RawItem, check_columns
+from trsr_dist.data.source import LineReader, RawItem, check_columns, listed
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
 from trsr_dist.records import UserLog
@@ -43,15 +43,15 @@ class AmazonReader:
         for row, cells in self._rows(self.item_file, PRODUCT_KEYS):
             if self._is_kept(cells, "products_of_other_locales"):
                 fields = {name: cells.get(name, "") for name in ATTRIBUTES}
-                category = "" if self.locale else cells["locale"]
-                yield RawItem(self._item(cells["id"], cells["locale"]), fields, row, category)
+                category = "" if self.locale else cells["locale"].strip()
+                yield RawItem(self._item(cells["id"], cells["locale"].strip()), fields, row, category)
 
     def logs(self) -> Iterator[UserLog]:
         seen: set[int] = set()
         for row, cells in self._rows(self.log_file, SESSION_KEYS):
             if not self._is_kept(cells, "sessions_of_other_locales"):
                 continue
-            source, locale = f"{self.log_file}:{row}", cells["locale"]
+            source, locale = f"{self.log_file}:{row}", cells["locale"].strip()
             history = tuple(self._item(item, locale) for item in parse_items(cells["prev_items"], source))
             target = self._item(cells["next_item"], locale)
             key = hash64(locale, *history, target)
@@ -62,7 +62,7 @@ class AmazonReader:
             yield UserLog(f"{key:016x}", history, (target,) if target else (), 0, (), source)
 
     def _is_kept(self, cells: dict[str, str], reason: str) -> bool:
-        kept = not self.locale or cells["locale"] == self.locale
+        kept = not self.locale or cells["locale"].strip() == self.locale
         if not kept:
             self.lines.counts[reason] += 1
         return kept
@@ -80,9 +80,10 @@ class AmazonReader:
             missing = [name for name in required if name not in header]
             if missing:
                 raise DataError(
-                    f"{path}:1: no column {missing[0]!r}; found {', '.join(header) or 'nothing'}, expected at least "
+                    f"{path}:1: no column {missing[0]!r}; found {listed(header) or 'nothing'}, expected at least "
                     f"{', '.join(required)}; give the file its header"
                 )
+            _check_names(path, header)
             row = records.line_num + 1
             for cells in records:
                 if cells:
@@ -91,6 +92,12 @@ class AmazonReader:
                 row = records.line_num + 1
         except csv.Error as error:
             raise DataError(f"{path}:{records.line_num}: {_what_is_wrong(error)}") from None
+
+
+def _check_names(path: Path, header: tuple[str, ...]) -> None:
+    twice = [name for name in header if name and header.count(name) > 1]
+    if twice:
+        raise DataError(f"{path}:1: column {twice[0]!r} stands twice; remove or rename one of the two")
 
 
 def _what_is_wrong(error: csv.Error) -> str:
@@ -110,6 +117,6 @@ def parse_items(text: str, source: str) -> list[str]:
     if not (inner.startswith("[") and inner.endswith("]")) or rest.strip("[], \t\r\n"):
         raise DataError(
             f"{source}: prev_items is {inner[:60]!r}, expected such as ['A' 'B'] with every item in quotes and none "
-            "left out; mend the row"
+            "left out; repair the row"
         )
     return [single or double for single, double in QUOTED.findall(inner)]

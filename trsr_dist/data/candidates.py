@@ -43,7 +43,8 @@ class ItemPool:
         limit = len(self._rows)
         if self._first_seen is not None:
             limit = int(np.searchsorted(self._first_seen, before, side="left"))
-        if not limit or not count:
+        count = min(count, limit)
+        if not count:
             return []
         drawn: dict[int, None] = {}
         for _ in range(MAX_ROUNDS):

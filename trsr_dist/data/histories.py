@@ -75,6 +75,7 @@ def _known(
     items: Sequence[str], log: UserLog, rows: Mapping[str, int], rules: HistoryRules, counts: Counts
 ) -> list[int]:
     known = []
+    counts["item_ids_read"] += len(items)
     for item in items:
         row = rows.get(item)
         if row is None:

@@ -11,6 +11,7 @@ from trsr_dist.data.source import Counts, RawItem
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
 from trsr_dist.records import Item
+from trsr_dist.words import has_text
 
 
 def item_text(fields: dict[str, str], chosen: Sequence[str], counts: Counts) -> str:
@@ -25,7 +26,7 @@ def item_text(fields: dict[str, str], chosen: Sequence[str], counts: Counts) -> 
         value = fields.get(name, "")
         clean = " ".join(value.split())
         changed |= clean != value
-        if clean:
+        if has_text(clean):
             parts.append(clean if name == "text" else f"{name}: {clean}")
     counts["items_with_normalized_white_space"] += changed
     return "; ".join(parts)
@@ -38,13 +39,17 @@ class CatalogueRules:
         path: the item file, for messages.
         chosen: fields of the text, in order; empty: all.
         empty_items: ``fail`` or ``skip``.
+        duplicate_items: ``fail`` or ``first``.
         counts: what happened.
     """
 
-    def __init__(self, path: Path, chosen: Sequence[str], empty_items: str, counts: Counts) -> None:
+    def __init__(
+        self, path: Path, chosen: Sequence[str], empty_items: str, duplicate_items: str, counts: Counts
+    ) -> None:
         self.rows: dict[str, int] = {}
         """Row of each id; ``REMOVED`` for an item left out for want of text."""
         self._path, self._chosen, self._empty_items, self._counts = path, chosen, empty_items, counts
+        self._duplicate_items = duplicate_items
         self._texts = array("Q")
         self._lines = array("Q")
 
@@ -53,7 +58,7 @@ class CatalogueRules:
 
         Raises:
             DataError: an id is empty, stands twice with different texts, or has no text and the policy is ``fail``;
-                or no item has a chosen field.
+                or no item has a chosen field, or there is none.
         """
         absent = set(self._chosen)
         for raw in items:
@@ -72,18 +77,23 @@ class CatalogueRules:
                 self._texts.append(hash64(text))
                 self._lines.append(raw.row)
                 yield Item(raw.id, text, " ".join(raw.category.split()))
-        if absent and self._counts["items_read"]:
-            raise DataError(f"{self._path}: no item has the field {min(absent)!r}; mend data.item_fields")
+        if not self._counts["items_read"]:
+            raise DataError(f"{self._path}: holds no item; expected one a line")
+        if absent:
+            raise DataError(f"{self._path}: no item has the field {min(absent)!r}; correct data.item_fields")
 
     def _check_equal(self, raw: RawItem, text: str) -> None:
         row = self.rows[raw.id]
         if row == REMOVED and not text or row != REMOVED and self._texts[row] == hash64(text):
             self._counts["repeated_items"] += 1
             return
+        if self._duplicate_items == "first":
+            self._counts["further_texts_of_an_item"] += 1
+            return
         first = f"line {self._lines[row]}" if row != REMOVED else "an earlier line, without text"
         raise DataError(
             f"{self._path}:{raw.row}: item {raw.id!r} stands here with another text than in {first}; "
-            f"keep one of the two (here: {text[:80]!r})"
+            f"keep one of the two, or set data.duplicate_items=first (here: {text[:80]!r})"
         )
 
     def _leave_out(self, raw: RawItem) -> None:

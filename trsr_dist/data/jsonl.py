@@ -4,59 +4,97 @@
     interactions.jsonl   {"user": "u", "item": "a", "time": 1700000000}                      one row an interaction
                          {"user": "u", "history": ["a", "b"], "target": "c", "time": ...}    one row a user
 
-Times are Unix seconds or ISO 8601. A user row may name several targets in a list, and ``shown``: items shown with them
-and not chosen. An item's ``category`` serves category-hard negatives.
+Times are Unix seconds (or milliseconds, microseconds, nanoseconds: whatever makes a date of our time) or text, see
+``data.times``. A user row may name several targets in a list, and ``shown``: items shown with them and not chosen. An
+item's ``category`` serves category-hard negatives. Blanks around ids do not count.
 """
 
 from __future__ import annotations
 
 import json
-import re
+import reprlib
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from trsr_dist.data.source import LineReader, RawItem
+from trsr_dist.data.source import LineReader, RawItem, listed
+from trsr_dist.data.times import Times
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
 from trsr_dist.records import UserLog
 
-NUMBER = re.compile("[0-9]{9,19}")
-"""Seconds as text; shorter ones (20240131) are dates."""
-MAX_SECONDS = 2.0**62
-"""Times are kept as 64-bit whole numbers. NaN and infinity are not below this either."""
-Row = tuple[dict[str, Any], str]
-"""A record and its ``file:row``."""
+CONVERT_LITERALS = (
+    "python -c 'import ast, json, sys; [print(json.dumps(ast.literal_eval(row))) for row in sys.stdin]' < OLD > NEW"
+)
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
+
+
+class Place(NamedTuple):
+    """Where a record stands; reads ``file:row``."""
+
+    path: Path
+    row: int
+
+    def __str__(self) -> str:
+        return f"{self.path}:{self.row}"
+
+
+Row = tuple[dict[str, Any], Place]
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return record
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_object).decode
 
 
 @dataclass(frozen=True, slots=True)
 class JsonlReader:
-    """Items and interactions; of single interactions a user's latest is the target.
+    """Items and interactions; of single interactions a user's latest is the target, and exact repeats count once.
 
     Args:
         item_file: ``items.jsonl``.
         log_file: ``interactions.jsonl``.
         lines: reads the lines.
+        chosen_fields: of an item's text; the others are not read. Empty: all.
+        time_format: ``data.time_format``.
     """
 
     item_file: Path
     log_file: Path
     lines: LineReader
+    chosen_fields: tuple[str, ...] = ()
+    time_format: str = ""
     default_fields: tuple[str, ...] = ()
     allowed_fields: tuple[str, ...] = ()
+    _times: Times = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_times", Times(self.time_format, self.lines.counts))
 
     def items(self) -> Iterator[RawItem]:
-        for record, source in self._records(self.item_file):
-            item = _id(record, "id", source)
-            fields = {name: _text(value, name, source) for name, value in record.items() if name != "id"}
-            row = int(source.rpartition(":")[2])
-            yield RawItem(item, fields, row, category=fields.get("category", ""))
+        for record, place in self._records(self.item_file):
+            item = _id(record, "id", place)
+            try:
+                yield RawItem(item, self._fields(record, place), place.row, _category(record, place))
+            except RecursionError:
+                raise DataError(f"{place}: a list lies too deep within lists; repair the row") from None
+
+    def _fields(self, record: dict[str, Any], place: Place) -> dict[str, str]:
+        names = (name for name in self.chosen_fields or record if name != "id" and name in record)
+        return {name: _text(record[name], name, place) for name in names}
 
     def logs(self) -> Iterator[UserLog]:
         records = self._records(self.log_file)
@@ -69,39 +107,42 @@ class JsonlReader:
         if "item" in first[0]:
             return self._grouped_logs(records)
         raise DataError(
-            f"{first[1]}: fields {', '.join(first[0]) or 'none'}; expected user, item, time or user, history, target"
+            f"{first[1]}: fields {listed(first[0]) or 'none'}; expected user, item, time or user, history, target"
         )
 
     def _user_logs(self, records: Iterator[Row]) -> Iterator[UserLog]:
         seen: set[int] = set()
-        for record, source in records:
-            user = _id(record, "user", source)
+        for record, place in records:
+            user = _id(record, "user", place)
             key = hash64(user)
             if key in seen:
                 self.lines.counts["further_rows_of_a_user"] += 1
                 continue
             seen.add(key)
-            target = _field(record, "target", source)
-            targets = _ids(target if isinstance(target, list) else [target], "target", source)
-            history = _ids(_field(record, "history", source), "history", source)
-            shown = _ids(record.get("shown", []), "shown", source)
-            time = _seconds(record["time"], source) if "time" in record else 0
-            yield UserLog(user, history, targets, int(time), shown, source)
+            target = _field(record, "target", place)
+            targets = _ids(target if isinstance(target, list) else [target], "target", place)
+            history = _ids(_field(record, "history", place), "history", place)
+            shown = _ids(record.get("shown", []), "shown", place)
+            time = self._seconds(record["time"], place) if "time" in record else 0
+            yield UserLog(user, history, targets, int(time), shown, str(place))
 
     def _grouped_logs(self, records: Iterator[Row]) -> Iterator[UserLog]:
         """Columns of numbers are sorted, not objects: about 28 bytes an interaction."""
         users: dict[str, int] = {}
         items: dict[str, int] = {}
         user_codes, item_codes, times, rows = array("q"), array("q"), array("d"), array("q")
-        for record, source in records:
-            user, item = _id(record, "user", source), _id(record, "item", source)
+        for record, place in records:
+            user, item = _id(record, "user", place), _id(record, "item", place)
             user_codes.append(users.setdefault(user, len(users)))
             item_codes.append(items.setdefault(item, len(items)))
-            times.append(_seconds(_field(record, "time", source), source))
-            rows.append(int(source.rpartition(":")[2]))
+            times.append(self._seconds(_field(record, "time", place), place))
+            rows.append(place.row)
         names = list(items)
         codes, seconds = np.frombuffer(user_codes, np.int64), np.frombuffer(times, np.float64)
         order = np.lexsort((seconds, codes))
+        repeats = repeated_rows(order, codes, seconds, np.frombuffer(item_codes, np.int64))
+        self.lines.counts["repeated_interactions"] += len(repeats)
+        order = order[~np.isin(order, repeats)] if len(repeats) else order
         starts = np.searchsorted(codes[order], np.arange(len(users) + 1))
         for code, user in enumerate(users):
             mine = order[starts[code] : starts[code + 1]].tolist()
@@ -109,75 +150,132 @@ class JsonlReader:
             source = f"{self.log_file}:{rows[mine[-1]]}"
             yield UserLog(user, ids[:-1], ids[-1:], int(seconds[mine[-1]]), (), source)
 
+    def _seconds(self, value: Any, place: Place) -> float:  # noqa: ANN401 (any JSON value)
+        try:
+            return self._times.seconds(value)
+        except (TypeError, ValueError, OverflowError):
+            raise DataError(f"{place}: time {_short.repr(value)}, expected {self._times.expected}") from None
+
     def _records(self, path: Path) -> Iterator[Row]:
         for number, line in self.lines.read(path):
             if line.strip():
-                source = f"{path}:{number}"
-                yield self._parse(line, source), source
+                place = Place(path, number)
+                yield self._parse(line, place), place
 
-    def _parse(self, line: str, source: str) -> dict[str, Any]:
+    def _parse(self, line: str, place: Place) -> dict[str, Any]:
         try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{source}: not valid JSON ({error.msg} at character {error.pos}); mend the row") from None
+            record = _decode(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{place}: {_what_is_wrong(line, error, place)}") from None
         if not isinstance(record, dict):
-            raise DataError(f"{source}: found {type(record).__name__}, expected a JSON object; mend the row")
+            remedy = _DOCUMENT if isinstance(record, list) and place.row == 1 else "repair the row"
+            raise DataError(f"{place}: found {type(record).__name__}, expected a JSON object; {remedy}")
         if "\\ud" in line or "\\uD" in line:
-            return self._without_lone_surrogates(record, source)
+            return self._without_lone_surrogates(record, place)
         return record
 
-    def _without_lone_surrogates(self, record: dict[str, Any], source: str) -> dict[str, Any]:
+    def _without_lone_surrogates(self, record: dict[str, Any], place: Place) -> dict[str, Any]:
         """Half of an escaped pair is valid JSON and no text."""
-        text = json.dumps(record, ensure_ascii=False)
         try:
+            text = json.dumps(record, ensure_ascii=False)
             text.encode()
+        except RecursionError:
+            raise DataError(f"{place}: a value lies too deep within others; repair the row") from None
         except UnicodeEncodeError:
             if self.lines.encoding_errors == "fail":
                 raise DataError(
-                    f"{source}: an escape such as \\ud83d stands without its second half and is no character; mend the "
-                    "row, or set data.encoding_errors=replace"
+                    f"{place}: an escape such as \\ud83d stands without its second half and is no character; repair "
+                    "the row, or set data.encoding_errors=replace"
                 ) from None
             self.lines.counts["lines_with_replaced_bytes"] += 1
-            return json.loads(text.encode(errors="replace"))
+            return _decode(text.encode(errors="replace").decode())
         return record
 
 
-def _field(record: dict[str, Any], name: str, source: str) -> Any:  # noqa: ANN401 (any JSON value)
+_DOCUMENT = "this is one JSON document, not one object a line: jq -c '.[]' OLD > NEW makes lines of a list"
+
+
+def _what_is_wrong(line: str, error: Exception, place: Place) -> str:
+    """Of a line that is no JSON; a file of another kind is called by its name."""
+    start = line.lstrip()
+    if start.startswith(("{'", "{u'")):
+        return f"Python literals, not JSON; {CONVERT_LITERALS} converts them"
+    if place.row == 1 and (start.startswith("[") or start.rstrip() == "{"):
+        return _DOCUMENT
+    if isinstance(error, json.JSONDecodeError):
+        return f"not valid JSON ({error.msg} at character {error.pos}); repair the row"
+    if isinstance(error, RecursionError):
+        return "not valid JSON (brackets within brackets without end); repair the row"
+    return f"not valid JSON ({str(error).partition(';')[0]}); repair the row"
+
+
+def repeated_rows(order: np.ndarray, users: np.ndarray, times: np.ndarray, items: np.ndarray) -> np.ndarray:
+    """Interactions that say again what an earlier row has said: same user, item and time.
+
+    Args:
+        order: int64 [interactions], sorted by user, then time, then row.
+        users: int64 [interactions], codes.
+        times: float64 [interactions], seconds.
+        items: int64 [interactions], codes.
+
+    Returns:
+        int64, indices of the later rows of each set of equal ones.
+    """
+    before = np.flatnonzero(_equals_next(order, users, times))
+    tied = order[np.union1d(before, before + 1)]
+    tied = tied[np.lexsort((tied, items[tied], times[tied], users[tied]))]
+    return tied[1:][_equals_next(tied, users, times, items)]
+
+
+def _equals_next(rows: np.ndarray, *columns: np.ndarray) -> np.ndarray:
+    """bool [rows - 1]: whether a row has the values of the next one; a column at a time, to save memory."""
+    is_equal = np.ones(max(0, len(rows) - 1), bool)
+    for column in columns:
+        values = column[rows]
+        is_equal &= values[1:] == values[:-1]
+    return is_equal
+
+
+def _field(record: dict[str, Any], name: str, place: Place) -> Any:  # noqa: ANN401 (any JSON value)
     if name not in record:
-        raise DataError(f"{source}: no field {name!r}; found {', '.join(record) or 'none'}; add it")
+        raise DataError(f"{place}: no field {name!r}; found {listed(record) or 'none'}; add it")
     return record[name]
 
 
-def _id(record: dict[str, Any], name: str, source: str) -> str:
-    return _ids([_field(record, name, source)], name, source)[0]
+def _id(record: dict[str, Any], name: str, place: Place) -> str:
+    return _checked_id(_field(record, name, place), name, place)
 
 
-def _ids(values: Any, name: str, source: str) -> tuple[str, ...]:  # noqa: ANN401 (any JSON value)
+def _ids(values: Any, name: str, place: Place) -> tuple[str, ...]:  # noqa: ANN401 (any JSON value)
     if not isinstance(values, list):
-        raise DataError(f"{source}: {name} is {values!r}, expected a list of ids; mend the row")
-    for value in values:
-        if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-            raise DataError(f"{source}: {name} holds {value!r}, expected an id (text or an integer); mend the row")
-    return tuple(str(value) for value in values)
+        raise DataError(f"{place}: {name} is {_short.repr(values)}, expected a list of ids; repair the row")
+    return tuple([_checked_id(value, name, place) for value in values])
 
 
-def _text(value: Any, name: str, source: str) -> str:  # noqa: ANN401 (any JSON value)
+def _checked_id(value: Any, name: str, place: Place) -> str:  # noqa: ANN401 (any JSON value)
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        text = str(value).strip()
+        if text:
+            return text
+    raise DataError(f"{place}: {name} holds {_short.repr(value)}, expected an id (text or an integer); repair the row")
+
+
+def _category(record: dict[str, Any], place: Place) -> str:
+    """Empty where it is no text: it may be a field that nobody chose."""
+    try:
+        return _text(record.get("category"), "category", place)
+    except DataError:
+        return ""
+
+
+def _text(value: Any, name: str, place: Place) -> str:  # noqa: ANN401 (any JSON value)
     if value is None or value != value:  # NaN, as pandas writes empty cells
         return ""
     if isinstance(value, list):
-        return ", ".join(filter(None, (_text(part, name, source) for part in value)))
+        return ", ".join(filter(None, (_text(part, name, place) for part in value)))
     if isinstance(value, dict):
-        raise DataError(f"{source}: field {name!r} holds an object, expected text, a number or a list; flatten it")
+        raise DataError(
+            f"{place}: field {name!r} holds an object, expected text, a number or a list; flatten it, or choose other "
+            "fields with data.item_fields"
+        )
     return str(value)
-
-
-def _seconds(value: Any, source: str) -> float:  # noqa: ANN401 (any JSON value)
-    if isinstance(value, str) and NUMBER.fullmatch(value.strip()):
-        value = int(value)
-    if isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < MAX_SECONDS:
-        return float(value)
-    try:
-        time = datetime.fromisoformat(value)
-    except (TypeError, ValueError):
-        raise DataError(f"{source}: time {value!r}, expected Unix seconds or ISO 8601; mend the row") from None
-    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()

@@ -36,21 +36,13 @@ class MindReader:
     allowed_fields: tuple[str, ...] = NEWS[1:5]
 
     def items(self) -> Iterator[RawItem]:
-        for row, line in self.lines.read(self.item_file):
-            cells = cells_of(line)
-            if cells is None:
-                continue
-            check_columns(self.item_file, row, len(cells), NEWS)
+        for row, cells in self._rows(self.item_file, NEWS):
             fields = dict(zip(NEWS[1:5], cells[1:5], strict=True))
             yield RawItem(cells[0].strip(), fields, row, category=cells[1].strip())
 
     def logs(self) -> Iterator[UserLog]:
         seen: set[int] = set()
-        for row, line in self.lines.read(self.log_file):
-            cells = cells_of(line)
-            if cells is None:
-                continue
-            check_columns(self.log_file, row, len(cells), BEHAVIORS)
+        for row, cells in self._rows(self.log_file, BEHAVIORS):
             user = cells[1].strip()
             if not user:
                 raise DataError(f"{self.log_file}:{row}: the user id is empty; every row needs one")
@@ -60,6 +52,20 @@ class MindReader:
                 continue
             seen.add(key)
             yield self._log(user, cells[2], cells[3].split(), cells[4], f"{self.log_file}:{row}")
+
+    def _rows(self, path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
+        """Line numbers and cells; empty lines are passed over, and so is a header, which is counted."""
+        is_first = True
+        for row, line in self.lines.read(path):
+            cells = cells_of(line)
+            if cells is None:
+                continue
+            check_columns(path, row, len(cells), columns)
+            if is_first and is_header(cells, columns):
+                self.lines.counts["header_rows"] += 1
+            else:
+                yield row, cells
+            is_first = False
 
     def _log(self, user: str, time: str, clicks: list[str], impressions: str, source: str) -> UserLog:
         seconds = _seconds(time, source)
@@ -75,6 +81,13 @@ def cells_of(line: str) -> list[str] | None:
     return text.split("\t") if text else None
 
 
+def is_header(cells: list[str], columns: tuple[str, ...]) -> bool:
+    """Whether a row holds the names of the columns; MIND's own files have no such row, copies of them may."""
+    names = ("".join(filter(str.isalnum, cell)).casefold() for cell in cells)
+    wanted = (column.replace(" ", "") for column in columns)
+    return sum(name == column for name, column in zip(names, wanted, strict=True)) >= len(columns) / 2
+
+
 def _impressions(cells: list[str], source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Clicked and not clicked items of ``N1-0 N2-1``."""
     parts: dict[str, list[str]] = {"0": [], "1": []}
@@ -82,7 +95,7 @@ def _impressions(cells: list[str], source: str) -> tuple[tuple[str, ...], tuple[
         item, _, label = cell.rpartition("-")
         if label not in parts or not item:
             raise DataError(
-                f"{source}: impression {cell!r} is not of the form ITEM-0 or ITEM-1; mend the row, or set "
+                f"{source}: impression {cell!r} is not of the form ITEM-0 or ITEM-1; repair the row, or set "
                 "data.target=last (MIND's test rows carry no labels)"
             )
         parts[label].append(item)
@@ -93,4 +106,4 @@ def _seconds(text: str, source: str) -> int:
     try:
         return int(datetime.strptime(text.strip(), TIME).replace(tzinfo=UTC).timestamp())
     except ValueError:
-        raise DataError(f"{source}: time {text!r}, expected such as 11/13/2019 5:53:12 AM; mend the row") from None
+        raise DataError(f"{source}: time {text!r}, expected such as 11/13/2019 5:53:12 AM; repair the row") from None

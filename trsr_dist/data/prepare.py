@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+import os
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,15 @@ from trsr_dist.data.readers import build_reader, check_data_settings, holds_loca
 from trsr_dist.data.source import Counts, LineReader, Reader, open_raw
 from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.spool import Spool, spool_items, spool_users
-from trsr_dist.data.store import POOLS, ArrowRows
+from trsr_dist.data.store import ITEMS, POOLS, ArrowRows, check_files, checksums
 from trsr_dist.errors import DataError
-from trsr_dist.files import atomic_folder, sha256_of, writing
-from trsr_dist.log import get_logger, setup_logging
+from trsr_dist.files import atomic_folder, recover_folder, sha256_of, writing
+from trsr_dist.log import get_logger, setup_logging, show
 from trsr_dist.run import RunFolder, folder_lock, is_finished, write_manifest
+
+ITEM_SPOOL, USER_SPOOL = "items.spool", "users.spool"
+LARGE_SHARE = 0.05
+"""Of unknown items: from here on they are called the cause of an error."""
 
 log = get_logger("data")
 
@@ -39,14 +43,16 @@ def prepare(config: Config, *, force: bool = False, dry_run: bool = False) -> in
     reader = build_reader(config, run.raw, LineReader(config.data.encoding_errors, counts))
     fields = item_fields(config, reader)
     if dry_run:
-        print(dump_config(config) + _plan(config, run, reader))
+        show(dump_config(config) + _plan(config, run, reader))
         return 0
     with writing(run.root), folder_lock(run.histories) as lock:
-        _remove_leftovers(run.raw, run.histories)
+        recover_folder(run.raw, lock.lease.former)
         if config.data.format == "demo":
             _make_demo(config, run, force)
         settings, inputs = _settings(config), _inputs(reader)
         if is_finished(run.histories, settings, inputs, force):
+            check_files(run.histories)
+            run.write_config("prepare", dump_config(config), only_missing=True)
             log.info("%s: already prepared with these settings; nothing to do (--force redoes it)", run.histories)
             return 0
         with atomic_folder(run.histories, lock.check) as folder:
@@ -60,12 +66,29 @@ def prepare(config: Config, *, force: bool = False, dry_run: bool = False) -> in
 def _build(config: Config, reader: Reader, fields: tuple[str, ...], folder: Path, counts: Counts) -> dict[str, object]:
     """Fill ``folder`` and return what the manifest tells of it."""
     data = config.data
-    catalogue = CatalogueRules(reader.item_file, fields, data.empty_items, counts)
-    items_path, users_path = folder / "items.spool", folder / "users.spool"
+    catalogue = CatalogueRules(reader.item_file, fields, data.empty_items, data.duplicate_items, counts)
+    items_path, users_path = folder / ITEM_SPOOL, folder / USER_SPOOL
     spool_items(items_path, reader, catalogue)
     spool_users(users_path, reader.logs(), catalogue.rows, _history_rules(config), counts)
     catalogue.rows.clear()
-    items, spool = ArrowRows(items_path), Spool(users_path)
+    unknown, share = unknown_items(reader, counts)
+    if unknown:
+        log.warning("%s; they are left out (data.unknown_items=skip)", unknown)
+    try:
+        return _assemble(config, reader, folder, counts)
+    except DataError as error:
+        if share < LARGE_SHARE:
+            raise
+        raise DataError(f"{unknown}, so little is left: {error}") from None
+    finally:
+        items_path.unlink()
+        users_path.unlink()
+
+
+def _assemble(config: Config, reader: Reader, folder: Path, counts: Counts) -> dict[str, object]:
+    """From the spooled items and users to the files of the store."""
+    data = config.data
+    items, spool = ArrowRows(folder / ITEM_SPOOL), Spool(folder / USER_SPOOL)
     if not len(spool):
         raise DataError(f"{reader.log_file}: no user is left ({describe(counts)}); widen data.min_history and the like")
     users = choose_users(spool, data.split, data.split_by, data.max_users)
@@ -74,12 +97,10 @@ def _build(config: Config, reader: Reader, fields: tuple[str, ...], folder: Path
     popularity = sum(spool.count(column, train, len(items)) for column in ("history", "targets"))
     first_seen = spool.first_seen(users.mask(len(spool), *SPLITS), len(items))
     known = np.where(first_seen == np.iinfo(np.int64).max, 0, np.maximum(first_seen, 0))
-    write_items(folder / "items.arrow", items, popularity, known)
+    write_items(folder / ITEMS, items, popularity, known)
     maker = CandidateMaker(_candidate_rules(config), spool, users, items, first_seen)
     splits = {split: write_split(folder, split, users, spool, maker, data.max_history, counts) for split in SPLITS}
-    items_path.unlink()
-    users_path.unlink()
-    return {"num_items": len(items), "splits": splits}
+    return {"num_items": len(items), "splits": splits, "files": checksums(folder)}
 
 
 def _history_rules(config: Config) -> HistoryRules:
@@ -136,13 +157,6 @@ def _make_demo(config: Config, run: RunFolder, force: bool) -> None:
     )  # fmt: skip
 
 
-def _remove_leftovers(*folders: Path) -> None:
-    """Temporary folders of earlier jobs that were killed; the lock is held, so nobody is writing them."""
-    for folder in folders:
-        for old in [*folder.parent.glob(f".{folder.name}.tmp-*"), *folder.parent.glob(f".{folder.name}.old-*")]:
-            shutil.rmtree(old)
-
-
 def _plan(config: Config, run: RunFolder, reader: Reader) -> str:
     """What the stage would read and write."""
     lines = ["# plan"]
@@ -150,11 +164,20 @@ def _plan(config: Config, run: RunFolder, reader: Reader) -> str:
         if config.data.format == "demo":
             lines.append(f"# write and read {path}")
         else:
-            size = f"{path.stat().st_size:,} bytes" if path.is_file() else "MISSING"
+            size = f"{os.path.getsize(path):,} bytes" if os.path.isfile(path) else "MISSING"
             lines.append(f"# read {path} ({size})")
     state = "exists" if (run.histories / "manifest.json").is_file() else "new"
     lines.append(f"# write {run.histories} ({state})")
     return "\n".join(lines)
+
+
+def unknown_items(reader: Reader, counts: Counts) -> tuple[str, float]:
+    """How many ids of the log the catalogue lacks, in words, and their share; empty where it lacks none."""
+    missing, read = counts["clicks_on_unknown_items"], counts["item_ids_read"]
+    if not missing:
+        return "", 0.0
+    share = missing / read
+    return f"{reader.log_file}: {missing} of {read} item ids ({share:.1%}) are not in {reader.item_file.name}", share
 
 
 def describe(counts: Counts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from pathlib import Path
 
 from trsr_dist.config import Config
@@ -10,7 +11,7 @@ from trsr_dist.data.amazon_m2 import AmazonReader
 from trsr_dist.data.demo import DEMO_FILES
 from trsr_dist.data.jsonl import JsonlReader
 from trsr_dist.data.mind import MindReader
-from trsr_dist.data.source import LineReader, Reader
+from trsr_dist.data.source import LineReader, Reader, find_raw
 from trsr_dist.errors import ConfigError
 
 
@@ -21,11 +22,13 @@ def build_reader(config: Config, raw: Path, lines: LineReader) -> Reader:
     if data.format == "demo":
         return MindReader(folder / DEMO_FILES[0], folder / DEMO_FILES[1], data.target, lines)
     if data.format == "mind":
-        return MindReader(folder / (data.items_file or "news.tsv"), folder / data.behaviors_file, data.target, lines)
+        news = find_raw(folder, data.items_file or "news.tsv")
+        return MindReader(news, find_raw(folder, data.behaviors_file), data.target, lines)
     if data.format == "amazon_m2":
-        products = folder / (data.items_file or "products_train.csv")
-        return AmazonReader(products, folder / data.sessions_file, data.locale, lines)
-    return JsonlReader(folder / (data.items_file or "items.jsonl"), folder / "interactions.jsonl", lines)
+        products = find_raw(folder, data.items_file or "products_train.csv")
+        return AmazonReader(products, find_raw(folder, data.sessions_file), data.locale, lines)
+    items, log = find_raw(folder, data.items_file or "items.jsonl"), find_raw(folder, "interactions.jsonl")
+    return JsonlReader(items, log, lines, data.item_fields, data.time_format)
 
 
 def holds_locales(data: DataSection) -> bool:
@@ -66,5 +69,18 @@ def check_data_settings(config: Config) -> None:
             "data.candidates=impressions needs data.target=impression: what was shown with the last click is not in "
             "MIND's files"
         )
+    if data.time_format:
+        _check_time_format(data)
     if data.candidates == "impressions" and data.format == "amazon_m2":
         raise ConfigError("data.candidates=impressions: Amazon-M2 has no impressions; choose another strategy")
+
+
+def _check_time_format(data: DataSection) -> None:
+    if data.format != "jsonl":
+        raise ConfigError(f"data.time_format is for data.format=jsonl; the times of {data.format} have one form")
+    try:
+        datetime.strptime(datetime(2001, 2, 3, 16, 5, 6).strftime(data.time_format), data.time_format)
+    except ValueError as error:
+        raise ConfigError(
+            f"data.time_format={data.time_format!r}: {error}; expected such as '%d.%m.%Y %H:%M' (Python's strptime)"
+        ) from None

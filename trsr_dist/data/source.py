@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
+import lzma
+import os
+import zlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+import pyarrow as pa
+
 from trsr_dist.errors import DataError
+from trsr_dist.files import plain
 from trsr_dist.records import UserLog
 
+MOST_CHARACTERS = 300
 Counts = Counter[str]
 """How often each policy or filter applied; printed and kept in the manifest."""
 
@@ -55,11 +65,17 @@ class LineReader:
         """Line numbers from 1 and lines with their end.
 
         Raises:
-            DataError: the file is missing, or bytes are not UTF-8 and the policy is ``fail``.
+            DataError: the file is missing, unreadable or cut off, or bytes are not UTF-8 and the policy is ``fail``.
         """
+        number = 0
         with open_raw(path) as stream:
-            for number, line in enumerate(stream, 1):
-                yield number, self._decode(line, path, number)
+            try:
+                for number, line in enumerate(stream, 1):  # noqa: B007 (named in the message)
+                    yield number, self._decode(line, path, number)
+            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+                raise DataError(
+                    f"{path}: cannot be read beyond line {number} ({error}); copy or download the file again"
+                ) from None
 
     def _decode(self, line: bytes, path: Path, number: int) -> str:
         encoding = "utf-8-sig" if number == 1 else "utf-8"
@@ -75,20 +91,68 @@ class LineReader:
             return line.decode(encoding, errors="replace")
 
 
+def _open_zstd(path: Path) -> BinaryIO:
+    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
+
+
+COMPRESSED: dict[str, tuple[bytes, Callable[[Path], BinaryIO]]] = {
+    ".gz": (b"\x1f\x8b", gzip.open),
+    ".zst": (b"\x28\xb5\x2f\xfd", _open_zstd),
+    ".bz2": (b"BZh", bz2.open),
+    ".xz": (b"\xfd7zXZ\x00", lzma.open),
+}
+"""By the ending of the name: the first bytes, by which such a file is known under any name, and what opens it."""
+FOREIGN = {
+    b"PAR1": "a Parquet file; pandas.read_parquet(OLD).to_json(NEW, orient='records', lines=True) writes JSON lines",
+    b"ARROW1": "an Arrow file; write it as JSON lines",
+    b"PK\x03\x04": "a ZIP archive (or a spreadsheet); unpack it, or save it as text",
+    b"SQLite format 3": "an SQLite database; export its tables as text",
+}
+
+
+def find_raw(folder: Path, name: str) -> Path:
+    """The raw file of this name, or where it is missing a compressed one that lies there in its place."""
+    path = folder / name
+    others = (folder / (name + ending) for ending in COMPRESSED)
+    return path if os.path.exists(path) else next((other for other in others if os.path.exists(other)), path)
+
+
 def open_raw(path: Path) -> BinaryIO:
-    """Open a raw file for reading bytes.
+    """Open a raw file for reading bytes, unpacked where it is compressed.
 
     Raises:
-        DataError: it is missing; names what the folder holds.
+        DataError: it is missing (names what the folder holds), may not be read, or is no text at all.
     """
     try:
-        return open(path, "rb")
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        there = ", ".join(sorted(p.name for p in path.parent.iterdir())[:8]) if path.parent.is_dir() else "no folder"
+        with open(path, "rb", opener=plain) as stream:
+            head = stream.read(16)
+        opener = next((opener for magic, opener in COMPRESSED.values() if head.startswith(magic)), None)
+        foreign = next((what for magic, what in FOREIGN.items() if head.startswith(magic)), "")
+        if foreign:
+            raise DataError(f"{path}: {foreign}")
+        return opener(path) if opener else open(path, "rb")
+    except (FileNotFoundError, NotADirectoryError):
         raise DataError(
-            f"{path}: missing (found there: {there or 'nothing'}); set data.path, or give the file this name "
+            f"{path}: missing (found there: {_listing(path.parent)}); set data.path, or give the file this name "
             "(data.items_file, data.behaviors_file and data.sessions_file name others)"
         ) from None
+    except PermissionError:
+        raise DataError(f"{path}: may not be read; ask its owner for permission to read file and folders") from None
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); correct data.path") from None
+
+
+def _listing(folder: Path) -> str:
+    try:
+        return listed(sorted(os.listdir(folder))[:8]) or "nothing"
+    except OSError:
+        return "no folder that can be read"
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names of fields or columns for a message: control characters escaped, and not without end."""
+    text = ", ".join(name if name.isprintable() else repr(name) for name in names)
+    return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
 
 
 def check_columns(path: Path, row: int, found: int, expected: tuple[str, ...]) -> None:
@@ -99,5 +163,5 @@ def check_columns(path: Path, row: int, found: int, expected: tuple[str, ...]) -
     """
     if found != len(expected):
         raise DataError(
-            f"{path}:{row}: {found} columns, expected {len(expected)} ({', '.join(expected)}); mend or remove the row"
+            f"{path}:{row}: {found} columns, expected {len(expected)} ({', '.join(expected)}); repair or remove the row"
         )

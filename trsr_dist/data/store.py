@@ -2,7 +2,7 @@
 
 items.arrow                    id, text, category, popularity, first_seen
 {train,valid,test}.arrow       user, history, candidates, labels, time
-manifest.json                  settings, input hashes, counts, candidate hashes
+manifest.json                  settings, input hashes, counts, candidate hashes, SHA-256 of the files
 """
 
 from __future__ import annotations
@@ -17,11 +17,13 @@ import pyarrow as pa
 
 from trsr_dist.data.splits import SPLITS
 from trsr_dist.errors import DataError
-from trsr_dist.files import read_json
+from trsr_dist.files import sha256_of
 from trsr_dist.records import Item
-from trsr_dist.run import MANIFEST, manifest_hash
+from trsr_dist.run import MANIFEST, manifest_hash, read_manifest
 
 ROWS_PER_BATCH = 4096
+ITEMS = "items.arrow"
+REMEDY = "run tools/prepare_data.py --force"
 POOLS = "pools"
 """In the manifest's settings, where the negatives of every strategy have the target's category."""
 ITEM_SCHEMA = pa.schema(
@@ -96,16 +98,16 @@ class ArrowRows:
     """Random access to the rows of a file that ``ArrowWriter`` wrote.
 
     Raises:
-        DataError: the file is missing or not an Arrow file.
+        DataError: the file is missing, unreadable or not an Arrow file.
     """
 
     def __init__(self, path: Path) -> None:
         try:
             self._source = pa.memory_map(str(path))
             self._reader = pa.ipc.open_file(self._source)
-        except (FileNotFoundError, pa.ArrowInvalid) as error:
-            raise DataError(f"{path}: not a complete Arrow file ({error}); run tools/prepare_data.py --force") from None
-        self._batches = [self._reader.get_batch(i) for i in range(self._reader.num_record_batches)]
+            self._batches = [self._reader.get_batch(i) for i in range(self._reader.num_record_batches)]
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{path}: not a complete Arrow file ({error}); {REMEDY}") from None
         self._length = sum(batch.num_rows for batch in self._batches)
 
     def __len__(self) -> int:
@@ -125,6 +127,10 @@ class ArrowRows:
         """A numeric column as one array."""
         parts = [batch.column(name).to_numpy() for batch in self._batches]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
+
+    def strings(self, name: str) -> list[str]:
+        """A text column."""
+        return [text for batch in self._batches for text in batch.column(name).to_pylist()]
 
 
 class Catalogue:
@@ -153,15 +159,26 @@ class Catalogue:
         """Unix seconds at which the first user is known to have met the item; 0 where nobody did or without times."""
         return self._rows.value(4, row)
 
+    def texts(self) -> list[str]:
+        """Of every item, by row."""
+        return self._rows.strings("text")
+
     def categories(self) -> list[str]:
         """Of every item, by row."""
-        return [name for batch in self._rows.batches for name in batch.column("category").to_pylist()]
+        return self._rows.strings("category")
+
+    def popularities(self) -> np.ndarray:
+        """Of every item, int64 [items]."""
+        return self._rows.column("popularity")
+
+    def first_times(self) -> np.ndarray:
+        """``first_seen`` of every item, int64 [items]."""
+        return self._rows.column("first_seen")
 
     def numbers(self) -> dict[str, tuple[int, int]]:
         """Popularity and first_seen of every item, by its id."""
-        ids = (item for batch in self._rows.batches for item in batch.column("id").to_pylist())
-        values = (self._rows.column(name).tolist() for name in ("popularity", "first_seen"))
-        return dict(zip(ids, zip(*values, strict=True), strict=True))
+        values = zip(self.popularities().tolist(), self.first_times().tolist(), strict=True)
+        return dict(zip(self._rows.strings("id"), values, strict=True))
 
     def item(self, row: int) -> Item:
         return Item(self.id(row), self.text(row), self.category(row))
@@ -170,17 +187,24 @@ class Catalogue:
 class HistoryStore:
     """What ``prepare`` wrote. Users of a split stand in the order of their key's hash.
 
+    Args:
+        folder: ``RUN/histories``.
+        check: compare the files with their checksums, which reads them once. Without it damage may go unseen: for
+            estimates, and where another rank has checked.
+
     Raises:
         RunError: the folder has no manifest.
         DataError: a file is missing or damaged.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, check: bool = True) -> None:
         folder = Path(folder)
         self.manifest_hash = manifest_hash(folder)
-        self.within_category = POOLS in read_json(folder / MANIFEST).get("settings", {})
+        if check:
+            check_files(folder)
+        self.within_category = POOLS in read_manifest(folder).get("settings", {})
         """Negatives of every strategy have the target's category."""
-        self.catalogue = Catalogue(folder / "items.arrow")
+        self.catalogue = Catalogue(folder / ITEMS)
         self._users = {split: ArrowRows(folder / f"{split}.arrow") for split in SPLITS}
 
     def num_users(self, split: str) -> int:
@@ -190,6 +214,65 @@ class HistoryStore:
         """All users of a split, in order."""
         return (user for batch in self._users[split].batches for user in batch.column("user").to_pylist())
 
+    def count_items(self, split: str, column: str) -> np.ndarray:
+        """int64 [items]: how often each item stands in the split's histories, or is among its ``targets``."""
+        total = np.zeros(len(self.catalogue), np.int64)
+        for batch in self._users[split].batches:
+            items = _targets(batch)[0] if column == "targets" else batch.column("history").flatten().to_numpy()
+            total += np.bincount(items, minlength=len(total))
+        return total
+
+    def sequences(self, split: str, max_items: int) -> list[np.ndarray]:
+        """Of each user the latest items, int32 [at most ``max_items``], oldest first, the targets last."""
+        found = []
+        for batch in self._users[split].batches:
+            (targets, counts), histories = _targets(batch), batch.column("history")
+            parts = np.split(targets, np.cumsum(counts)[:-1])
+            items, lengths = histories.flatten().to_numpy(), histories.value_lengths().to_numpy()
+            for history, target in zip(np.split(items, np.cumsum(lengths)[:-1]), parts, strict=True):
+                found.append(np.concatenate([history, target])[-max_items:])
+        return found
+
     def user(self, split: str, index: int) -> UserRow:
         rows = self._users[split]
         return UserRow(*(rows.value(column, index) for column in range(5)))
+
+
+def _targets(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:
+    """Targets of the batch's users, int32, one after the other, and how many each user has, int64 [users]."""
+    candidates = batch.column("candidates")
+    owners = np.repeat(np.arange(len(candidates)), candidates.value_lengths().to_numpy())
+    is_target = batch.column("labels").flatten().to_numpy() > 0
+    return candidates.flatten().to_numpy()[is_target], np.bincount(owners[is_target], minlength=len(candidates))
+
+
+def checksums(folder: Path) -> dict[str, str]:
+    """SHA-256 of the files of a store, by name.
+
+    Raises:
+        DataError: one is missing or unreadable.
+    """
+    found = {}
+    for path in (folder / ITEMS, *(folder / f"{split}.arrow" for split in SPLITS)):
+        try:
+            found[path.name] = sha256_of(path)
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from None
+    return found
+
+
+def check_files(folder: Path) -> None:
+    """Compare a store's files with the checksums of its manifest.
+
+    Raises:
+        DataError: one is missing or has changed, or the manifest has no checksums.
+    """
+    recorded = read_manifest(folder).get("files")
+    if not isinstance(recorded, dict):
+        raise DataError(f"{folder / MANIFEST}: has no checksums of the files (made by an earlier version?); {REMEDY}")
+    for name, found in checksums(folder).items():
+        if recorded.get(name) != found:
+            raise DataError(
+                f"{folder / name}: damaged: its SHA-256 is {found[:12]}..., when it was written it was "
+                f"{str(recorded.get(name))[:12]}...; {REMEDY}"
+            )

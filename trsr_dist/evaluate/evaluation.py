@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trsr_dist.config import Config
+from trsr_dist.config import Config, dump_config
 from trsr_dist.evaluate.identity import model_identity
 from trsr_dist.evaluate.passes import ScoringPass, drawn_protocols, plan_passes
 from trsr_dist.evaluate.scores import IDENTITY, ScoreFolder
-from trsr_dist.files import read_json
-from trsr_dist.run import MANIFEST, RunFolder, check_inputs, manifest_hash
+from trsr_dist.run import MANIFEST, RunFolder, check_inputs, manifest_hash, read_manifest
 
 REMEDY = "use another --output, or --force to score anew"
 
@@ -53,6 +52,10 @@ class Evaluation:
     def records(self) -> RunFolder:
         """Holds metrics.jsonl, tensorboard/ and config/: the run, or the output where that lies elsewhere."""
         return self.run if self.output.resolve() == self.run.evaluation.resolve() else RunFolder(self.output)
+
+    def write_config(self, only_missing: bool = False) -> None:
+        """Keep the resolved config beside the results."""
+        self.records.write_config("evaluate", dump_config(self.config), only_missing)
 
     @property
     def protocols(self) -> list[str]:
@@ -129,7 +132,7 @@ class Evaluation:
         if force or not (self.folder / MANIFEST).is_file():
             return False
         check_inputs(self.folder, self.inputs(), REMEDY)
-        is_same = read_json(self.folder / MANIFEST).get("settings") == json.loads(json.dumps(self.settings()))
+        is_same = read_manifest(self.folder).get("settings") == json.loads(json.dumps(self.settings()))
         is_reported = self.report.is_file() and f" {self.split} users," in self.report.read_text(encoding="utf-8")
         return is_same and self.results.is_file() and is_reported
 

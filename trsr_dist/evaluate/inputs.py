@@ -6,17 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from trsr_dist.bases import BaseName
 from trsr_dist.distributed import device_of, on_rank_zero
 from trsr_dist.environment import detect_ranks
 from trsr_dist.errors import ConfigError, DataError, ModelError, RunError
 from trsr_dist.evaluate.evaluation import Evaluation
 from trsr_dist.evaluate.passes import ALWAYS
-from trsr_dist.files import read_json
 from trsr_dist.log import get_logger
 from trsr_dist.model.folder import find_base
 from trsr_dist.model.loading import resolve_precision
-from trsr_dist.model.places import BaseName
-from trsr_dist.run import MANIFEST, manifest_hash
+from trsr_dist.run import MANIFEST, manifest_hash, read_manifest
 from trsr_dist.shards.reader import ShardSet
 
 log = get_logger("evaluate")
@@ -68,14 +67,14 @@ def check_histories(job: Evaluation) -> None:
     folder, current = job.run.split(job.split), manifest_hash(job.run.histories)
     if not (folder / MANIFEST).is_file():
         raise RunError(f"{folder}: no {MANIFEST}; run launch/summarize.py first")
-    recorded = read_json(folder / MANIFEST).get("inputs", {}).get("histories", current)
+    recorded = read_manifest(folder).get("inputs", {}).get("histories", current)
     if recorded != current:
         raise RunError(
             f"{folder}: made from the histories {recorded[:12]}..., {job.run.histories} now holds {current[:12]}...; "
             "run launch/summarize.py anew"
         )
     data, evaluate = job.config.data, job.config.evaluate
-    drawn = read_json(job.run.histories / MANIFEST).get("settings", {})
+    drawn = read_manifest(job.run.histories).get("settings", {})
     for key, name, asked in (
         ("candidates", "data.candidates", data.candidates),
         ("seen_before_target", "data.seen_before_target", data.seen_before_target),

@@ -8,7 +8,7 @@ from typing import Any
 
 from trsr_dist import distributed
 from trsr_dist.config import Config
-from trsr_dist.data.store import HistoryStore
+from trsr_dist.data.store import HistoryStore, check_files
 from trsr_dist.environment import Ranks, array_task, detect_ranks
 from trsr_dist.errors import ConfigError, RunError
 from trsr_dist.evaluate.evaluation import Evaluation
@@ -70,9 +70,11 @@ def _evaluate(job: Evaluation, ranks: Ranks, force: bool, stack: ExitStack) -> N
         entry = distributed.on_rank_zero(lambda: stack.enter_context(claim_folder(job)))
         # Rank 0 decides for all: another task of an array may finish between two looks.
         if distributed.on_rank_zero(lambda: job.is_done(force)):
+            distributed.on_rank_zero(lambda: job.write_config(only_missing=True))
             log.info("%s: already evaluated with these settings; nothing to do (--force redoes it)", job.folder)
             return
-        store = HistoryStore(job.run.histories)
+        distributed.on_rank_zero(lambda: check_files(job.run.histories))
+        store = HistoryStore(job.run.histories, check=False)
         split = StoredSplit(store, job.split)
         users = split_users(job, draw_lists(job, store, split))
         models = open_models(job)

@@ -64,7 +64,7 @@ def tie_groups(scores: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.n
     Returns:
         Two int64 arrays and a float64 one of shape (num_groups,).
     """
-    order = np.argsort(-scores, kind="stable")
+    order = np.argsort(-scores)
     ordered, positive = scores[order], labels[order].astype(np.float64)
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
     return starts, np.diff(np.r_[starts, len(ordered)]), np.add.reduceat(positive, starts)

@@ -74,17 +74,13 @@ def item_weights(protocol: str, store: HistoryStore) -> np.ndarray:
     """How likely each item is drawn, as in the preparation: float64, shape (num_items,)."""
     if protocol == "uniform":
         return np.ones(len(store.catalogue))
-    clicks: list[int] = []
-    for split in HELD_OUT:
-        for index in range(store.num_users(split)):
-            row = store.user(split, index)
-            clicks += targets_of(row) + (row.history if protocol == "popularity" else [])
-    return np.bincount(clicks, minlength=len(store.catalogue)).astype(np.float64)
+    columns = ("history", "targets") if protocol == "popularity" else ("targets",)
+    return sum(store.count_items(split, column) for split in HELD_OUT for column in columns).astype(np.float64)
 
 
 def first_times(store: HistoryStore) -> np.ndarray:
     """When each item is first known to have been met, int64 seconds; the largest int64 where never."""
-    times = np.array([store.catalogue.first_seen(item) for item in range(len(store.catalogue))], dtype=np.int64)
+    times = store.catalogue.first_times()
     return np.where(times == 0, NEVER, times)
 
 

@@ -14,7 +14,7 @@ from trsr_dist.evaluate.reduce import Reduced
 from trsr_dist.evaluate.report import ReportParts, write_report
 from trsr_dist.evaluate.table import gain_line, metric_table, protocol_table
 from trsr_dist.files import write_json
-from trsr_dist.log import MetricLog, read_metrics
+from trsr_dist.log import MetricLog, read_metrics, show
 from trsr_dist.metric_names import FAMILIES, metric_names
 from trsr_dist.run import MANIFEST, write_manifest
 
@@ -30,9 +30,9 @@ def publish(job: Evaluation, reduced: Reduced) -> None:
     shards = job.run.split(job.split)
     write_report(job.report, ReportParts(results, figures, reduced.examples, config, metric, job.folder, shards))
     write_tensorboard(job, results, figures)
-    job.records.write_config("evaluate", config)
+    job.write_config()
     write_manifest(job.folder, "evaluate", job.settings(), job.inputs())
-    print(summary_text(job, results), flush=True)
+    show(summary_text(job, results))
 
 
 def headline(top_k: tuple[int, ...]) -> str:

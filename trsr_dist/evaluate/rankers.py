@@ -12,10 +12,9 @@ from safetensors.torch import load_file, save
 
 from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.errors import DataError
-from trsr_dist.evaluate.baselines import Bm25, Ranker, by_count, one_by_one, target_counts
+from trsr_dist.evaluate.baselines import Bm25, Ranker, by_count, one_by_one
 from trsr_dist.evaluate.metrics import average
 from trsr_dist.evaluate.outcomes import OutcomeTable
-from trsr_dist.evaluate.protocols import targets_of
 from trsr_dist.evaluate.sequential import MODELS, SequentialRanker, SequentialSettings, make_ranker, train_sequential
 from trsr_dist.files import atomic_file
 from trsr_dist.hashing import digest
@@ -23,7 +22,7 @@ from trsr_dist.log import get_logger
 from trsr_dist.metric_names import metric_names
 
 MAX_VALIDATION_USERS = 5000
-"""So many choose the best epoch: more say little more."""
+"""As many choose the best epoch: more say little more."""
 USERS_AT_ONCE = 256
 
 log = get_logger("evaluate")
@@ -38,13 +37,13 @@ def build_rankers(store: HistoryStore, asked: Sequence[str], seed: int, folder: 
         seed: of the models that are trained.
         folder: keeps them.
     """
-    items, rankers = range(len(store.catalogue)), {}
+    rankers: dict[str, Ranker] = {}
     if "popularity" in asked:
-        rankers["popularity"] = one_by_one(by_count(np.array([store.catalogue.popularity(item) for item in items])))
+        rankers["popularity"] = one_by_one(by_count(store.catalogue.popularities()))
     if "recency" in asked:
-        rankers["recency"] = one_by_one(by_count(target_counts(map(targets_of, train_rows(store)), len(items))))
+        rankers["recency"] = one_by_one(by_count(store.count_items("train", "targets")))
     if "bm25" in asked:
-        rankers["bm25"] = one_by_one(Bm25([store.catalogue.text(item) for item in items]))
+        rankers["bm25"] = one_by_one(Bm25(store.catalogue.texts()))
     for name in MODELS:
         if name in asked:
             rankers[name] = trained(store, name, seed, folder)
@@ -84,7 +83,7 @@ def train_on(store: HistoryStore, name: str, seed: int, settings: SequentialSett
             f"evaluate.baselines: {name} chooses its best epoch on the validation users, and there are none; give "
             "data.split a share for them, or leave it out"
         )
-    sequences = [[*row.history, *targets_of(row)] for row in train_rows(store)]
+    sequences = store.sequences("train", settings.max_length + 1)
     valid = [store.user("valid", index) for index in range(min(store.num_users("valid"), MAX_VALIDATION_USERS))]
     log.info("%s: training on %d users, the best epoch by NDCG@10 of %d others", name, len(sequences), len(valid))
     num_items = len(store.catalogue)
@@ -100,8 +99,3 @@ def mean_ndcg(ranker: Ranker, rows: Sequence[UserRow]) -> float:
         numbers.append(table.add(scores, [np.array(row.labels) for row in users]))
     means = average(*table.counted(np.concatenate(numbers)))
     return dict(zip(metric_names((10,)), means, strict=True))["ndcg@10"]
-
-
-def train_rows(store: HistoryStore) -> list[UserRow]:
-    """All train users."""
-    return [store.user("train", index) for index in range(store.num_users("train"))]

@@ -7,18 +7,30 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import NotRequired
 
 import numpy as np
 import pyarrow as pa
 from pyarrow import json as arrow_json
+from typing_extensions import TypedDict
 
 from trsr_dist.errors import DataError
 from trsr_dist.files import atomic_file
+from trsr_dist.json_text import parse_json
 
 SCHEMA = pa.schema([("user", pa.string()), ("item", pa.string()), ("label", pa.int64()), ("score", pa.float64())])
 """Told to the reader, which would take texts that look like dates for dates."""
 Row = tuple[str, str, int, float, dict[str, int]]
+
+
+class ScoreRow(TypedDict):
+    """A line of a part file."""
+
+    user: str
+    item: str
+    label: int
+    score: float
+    trims: NotRequired[dict[str, int]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +77,7 @@ def _rows(path: Path) -> Iterator[Row]:
         if any(table.column(name).null_count for name in SCHEMA.names):
             raise pa.ArrowInvalid("a field is missing")
     except pa.ArrowInvalid:
-        # Slower, and it names the line; an empty file and halves of characters are fine with it.
+        # Slower, and it names the line; an empty file is fine with it.
         return (_row(line, f"{path}:{number}") for number, line in enumerate(_lines(path), 1))
     trims = _trims(table) if "trims" in table.column_names else [{}] * len(table)
     return zip(*(table.column(name).to_pylist() for name in SCHEMA.names), trims, strict=True)
@@ -82,7 +94,7 @@ def _lines(path: Path) -> list[str]:
 
 def _row(line: str, place: str) -> Row:
     try:
-        row: dict[str, Any] = json.loads(line)
-        return row["user"], row["item"], int(row["label"]), float(row["score"]), row.get("trims", {})
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{place}: not a score ({error!r}); remove the file and run the evaluation again") from None
+        row: ScoreRow = parse_json(line, ScoreRow)
+        return row["user"], row["item"], row["label"], row["score"], row.get("trims", {})
+    except DataError as error:
+        raise DataError(f"{place}: not a score ({error}); remove the file and run the evaluation again") from None

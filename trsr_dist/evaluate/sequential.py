@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch.nn import functional
 
 from trsr_dist.log import get_logger
 
+LOG_SECONDS = 60.0
 PADDING = 0
 """Embedding row of padding; item row i has embedding row i + 1."""
 
@@ -34,8 +36,8 @@ class SequentialSettings:
     max_epochs: int = 200
     patience_epochs: int = 5
     patience_steps: int = 500
-    """Training stops after so many epochs and optimizer steps without a better validation metric: of few users an epoch
-    is a handful of steps, and both models stand at chance for the first hundreds."""
+    """Training stops after both numbers of epochs and optimizer steps without a better validation metric: of few users
+    an epoch is a handful of steps, and both models stand at chance for the first hundreds."""
 
 
 class Gru4Rec(nn.Module):
@@ -147,17 +149,20 @@ def train_sequential(
         ranker = make_ranker(name, num_items, settings)
         model = ranker.model
         generator, optimizers = torch.Generator().manual_seed(seed), make_optimizers(model, settings.learning_rate)
-        best, best_state, waited = -1.0, copy.deepcopy(model.state_dict()), 0
+        best, best_state, waited, said = -1.0, copy.deepcopy(model.state_dict()), 0, time.monotonic()
         for epoch in range(1, settings.max_epochs + 1):
             loss = _train_epoch(model, optimizers, sequences, generator, settings)
             metric = validate(ranker)
-            log.info("%s: epoch %d  loss %.4f  validation %.4f", name, epoch, loss, metric)
             waited = 0 if metric > best else waited + 1
             waited_steps = waited * -(-len(sequences) // settings.batch_size)
             if metric > best:
                 best, best_state = metric, copy.deepcopy(model.state_dict())
             if waited >= settings.patience_epochs and waited_steps >= settings.patience_steps:
                 break
+            if time.monotonic() - said >= LOG_SECONDS:
+                said = time.monotonic()
+                log.info("%s: epoch %d  loss %.4f  validation %.4f  best %.4f", name, epoch, loss, metric, best)
+        log.info("%s: epoch %d  loss %.4f  best validation %.4f, of epoch %d", name, epoch, loss, best, epoch - waited)
         model.load_state_dict(best_state)
     return ranker
 

@@ -50,7 +50,7 @@ class StoredSplit:
         return StoredUser(row, [ids[item] for item in items])
 
     def _stale(self, what: str) -> DataError:
-        return DataError(f"{self._split}: {what}; run launch/summarize.py anew")
+        return DataError(f"{self._split}: {what}; run launch/summarize.py again")
 
 
 def rank_all(ranker: Ranker, users: Sequence[StoredUser]) -> list[np.ndarray]:

@@ -91,16 +91,17 @@ class Inputs:
 
     @cached_property
     def store(self) -> HistoryStore:
-        return HistoryStore(self.run.histories)
+        return HistoryStore(self.run.histories, check=False)
 
     @cached_property
     def shape(self) -> ModelShape:
         """Of the model that is trained."""
-        return model_shape(self._source.name_or_path, self._source.revision)
+        source = self._source
+        return model_shape(source.name_or_path, source.revision, source.trust_remote_code)
 
     @cached_property
     def builder(self) -> PromptBuilder:
-        from trsr_dist.model.loading import load_tokenizer
+        from trsr_dist.pretrained import load_tokenizer
 
         return PromptBuilder(load_tokenizer(self._source), **self._config.prompt.model_dump())
 
@@ -108,13 +109,13 @@ class Inputs:
     def shares_prefix(self) -> bool:
         """Whether the model's prompts can share their prefixes."""
         from trsr_dist.model.architecture import sharing_hindrance
-        from trsr_dist.model.loading import load_config
+        from trsr_dist.pretrained import load_config
 
         return not sharing_hindrance(load_config(self._source), self.builder.max_tokens)
 
     @property
     def _source(self) -> Any:
-        from trsr_dist.model.loading import BaseSource
+        from trsr_dist.pretrained import BaseSource
 
         model = self._config.model
         if not model.name_or_path:
@@ -181,7 +182,7 @@ def summarize_stage(config: Config, inputs: Inputs) -> PlannedStage:
     work = summary_work(inputs.store, settings)
     shape = None
     if s.engine != "extractive" and s.scheme != "none":
-        shape = model_shape(inputs.run.resolve(s.model), s.revision)
+        shape = model_shape(inputs.run.resolve(s.model), s.revision, s.trust_remote_code)
 
     def forecast(cluster: Cluster) -> SummaryForecast:
         return SummaryForecast(work) if shape is None else forecast_summaries(shape, work, settings, cluster)

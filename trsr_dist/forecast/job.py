@@ -11,6 +11,7 @@ from trsr_dist.config import Config, dump_config
 from trsr_dist.environment import array_task, detect_ranks
 from trsr_dist.forecast import text
 from trsr_dist.forecast.build import PlannedStage, plan_stages
+from trsr_dist.log import show
 from trsr_dist.planning.cost import Cluster, Cost
 from trsr_dist.planning.hardware import hardware
 from trsr_dist.planning.scaling import ScaledStage, ScalePoint, sweep
@@ -45,7 +46,7 @@ class Request:
 def dry_run(config: Config, request: Request, stage: str) -> int:
     """Print config and forecast of one stage, from the first process of all."""
     if detect_ranks().is_main and array_task()[0] == 0:
-        print(dump_config(config) + "# plan\n" + in_words(plan_stages(config, [stage]), request.cluster))
+        show(dump_config(config) + "# plan\n" + in_words(plan_stages(config, [stage]), request.cluster))
     return 0
 
 

@@ -1,4 +1,4 @@
-"""A PEFT LoRA adapter as what it does to named tensors of the base."""
+"""What a PEFT LoRA adapter does to named tensors of the base."""
 
 from __future__ import annotations
 
@@ -6,23 +6,20 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
-from trsr_dist.errors import CheckpointError, ModelError
-from trsr_dist.files import read_json
+from trsr_dist.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from trsr_dist.errors import ModelError
+from trsr_dist.model.adapters import Adapter
+from trsr_dist.model.lora import PREFIX
 from trsr_dist.model.tensor_file import write_tensors
 
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-PREFIX = "base_model.model."
 PART = re.compile(
     r"^(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
     r"(?P<rest>\.weight|\.bias|)$"
@@ -31,16 +28,13 @@ REFUSED = {
     "layer_replication": "layers used more than once",
     "target_parameters": "LoRA on bare parameters (mixture-of-experts weights)",
     "trainable_token_indices": "trainable tokens",
-    "alora_invocation_tokens": "activated LoRA, which acts on a part of each prompt only",
     "use_qalora": "QALoRA",
     "use_bdlora": "block-diagonal LoRA",
     "arrow_config": "Arrow routing",
     "kasa_config": "KaSA",
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
-    "megatron_config": "Megatron layers",
 }
-CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(slots=True)
@@ -80,109 +74,40 @@ class Change:
         return result
 
 
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """An adapter's settings and its float32 tensors, under PEFT's names without ``base_model.model.``."""
+def check_mergeable(path: Path, config: PeftConfig) -> None:
+    """Refuse by name what cannot be merged into plain weights.
 
-    folder: Path
-    config: LoraConfig
-    tensors: dict[str, torch.Tensor] = field(repr=False)
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def scale(self, module: str, rank: int) -> float:
-        """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732), after the module's patterns.
-
-        Raises:
-            ModelError: the tensors' rank is not the configured one.
-        """
-        expected = self.config.rank_pattern.get(get_pattern_key(self.config.rank_pattern.keys(), module), self.config.r)
-        alphas = self.config.alpha_pattern
-        alpha = alphas.get(get_pattern_key(alphas.keys(), module), self.config.lora_alpha)
-        if rank != expected:
-            raise ModelError(
-                f"{self.folder}: {module} has rank {rank}, {CONFIG} says {expected}; the files do not belong together"
-            )
-        return alpha / (math.sqrt(rank) if self.config.use_rslora else rank)
-
-
-def read_adapter(folder: Path) -> Adapter:
-    """Read and check a PEFT adapter folder.
-
-    Raises:
-        ModelError: the adapter's method cannot be merged, or its files are damaged.
-        CheckpointError: its tensors are empty, not finite, or were never trained.
-    """
-    config = read_config(folder / CONFIG)
-    path = folder / WEIGHTS
-    if path.is_file():
-        try:
-            tensors = load_file(path)
-        except SafetensorError as error:
-            raise ModelError(f"{path}: damaged or truncated ({error}); copy it anew") from None
-    elif (folder / "adapter_model.bin").is_file():
-        tensors = torch.load(folder / "adapter_model.bin", map_location="cpu", weights_only=True)
-    else:
-        raise ModelError(f"{folder}: no {WEIGHTS}; the adapter is incomplete, copy it anew")
-    return make_adapter(folder, config, tensors)
-
-
-def make_adapter(folder: Path, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> Adapter:
-    """Check tensors under PEFT's names and keep them in float32.
-
-    Raises:
-        CheckpointError: a tensor is empty or not finite, or all LoRA B are zero.
-    """
-    for name, tensor in tensors.items():
-        if tensor.numel() == 0:
-            raise CheckpointError(
-                f"{folder}: {name} is empty; the adapter was saved under ZeRO-3 without gathering its parts"
-            )
-        if not torch.isfinite(tensor).all():
-            raise CheckpointError(f"{folder}: {name} holds NaN or infinity; choose an earlier checkpoint")
-    named = {name.removeprefix(PREFIX): tensor.float() for name, tensor in tensors.items()}
-    outputs = [tensor for name, tensor in named.items() if re.search(r"\.lora_(embedding_)?B", name)]
-    if not outputs and not named:
-        raise CheckpointError(f"{folder}: the adapter holds no tensors")
-    if outputs and len(outputs) * 2 == len(named) and not any(tensor.any() for tensor in outputs):
-        raise CheckpointError(
-            f"{folder}: every LoRA B is zero, so the merged model would be the base; choose a trained checkpoint"
-        )
-    return Adapter(folder, config, named)
-
-
-def read_config(path: Path) -> LoraConfig:
-    """Read adapter_config.json; refuse by name what cannot be merged into plain weights.
+    Args:
+        path: of adapter_config.json.
+        config: its content.
 
     Raises:
         ModelError: names the method and what to do.
     """
-    values = read_json(path)
-    if values.get("peft_type") != "LORA":
-        raise ModelError(f"{path}: peft_type is {values.get('peft_type')!r}; only LORA adapters can be merged here")
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"{path}: peft_type is {config.peft_type.value!r}; only LORA adapters can be merged here")
     for key, meaning in REFUSED.items():
-        if values.get(key):
+        if getattr(config, key, None):
             raise ModelError(f"{path}: {key} is set ({meaning}); merging it is not supported, serve the adapter itself")
-    if values.get("bias", "none") != "none":
+    if config.bias != "none":
+        raise ModelError(f"{path}: bias={config.bias!r}; PEFT does not save such biases reliably, only none can merge")
+
+
+def scale_of(adapter: Adapter, module: str, rank: int) -> float:
+    """alpha / r, or alpha / sqrt(r) with rsLoRA (arXiv 2312.03732), after the module's patterns.
+
+    Raises:
+        ModelError: the tensors' rank is not the configured one.
+    """
+    config = adapter.config
+    expected = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), module), config.r)
+    alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern.keys(), module), config.lora_alpha)
+    if rank != expected:
         raise ModelError(
-            f"{path}: bias={values['bias']!r}; PEFT does not save such biases reliably, only none can merge"
+            f"{adapter.folder}: {module} has rank {rank}, {ADAPTER_CONFIG} says {expected}; the files do not belong "
+            "together"
         )
-    start = str(values.get("init_lora_weights", True)).lower()
-    if start.startswith(CHANGED_BASE):
-        raise ModelError(
-            f"{path}: init_lora_weights={start!r} changes the base itself; convert the adapter first (PEFT's "
-            "path_initial_model_for_weight_conversion), then set init_lora_weights to true"
-        )
-    known = LoraConfig.__dataclass_fields__
-    unknown = sorted(key for key, value in values.items() if key not in known and value)
-    if unknown:
-        raise ModelError(f"{path}: unknown settings {unknown}; this PEFT does not know them, so nothing is merged")
-    try:
-        return LoraConfig(**{key: value for key, value in values.items() if key in known})
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"{path}: {error}") from None
+    return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
 def find_changes(adapter: Adapter) -> dict[str, Change]:
@@ -216,7 +141,7 @@ def _add_update(adapter: Adapter, changes: dict[str, Change], module: str, parts
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     for half in names:
         if half not in parts:
-            raise ModelError(f"{adapter.folder}: {module} has no {half}; the adapter is incomplete, copy it anew")
+            raise ModelError(f"{adapter.folder}: {module} has no {half}; the adapter is incomplete, copy it again")
     down, up = parts[names[0]], parts[names[1]]
     if down.dim() != 2 or up.dim() != 2 or down.shape[0] != up.shape[1]:
         raise ModelError(
@@ -224,7 +149,7 @@ def _add_update(adapter: Adapter, changes: dict[str, Change], module: str, parts
             "expected (rank, in) and (out, rank)"
         )
     change = _change(changes, f"{module}.weight")
-    change.scale = adapter.scale(module, down.shape[0])
+    change.scale = scale_of(adapter, module, down.shape[0])
     transposed = embedding or adapter.config.fan_in_fan_out
     change.left, change.right = (down.T, up.T) if transposed else (up, down)
     magnitude = parts.get("lora_magnitude_vector")
@@ -266,4 +191,4 @@ def write_adapter(adapter: Adapter, folder: Path, base_name: str) -> None:
     config = replace(adapter.config, base_model_name_or_path=base_name, inference_mode=True)
     config.save_pretrained(str(folder))
     tensors = {f"{PREFIX}{name}": tensor.contiguous() for name, tensor in adapter.tensors.items()}
-    write_tensors(tensors, folder / WEIGHTS)
+    write_tensors(tensors, folder / ADAPTER_WEIGHTS)

@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from trsr_dist.bases import ADAPTER_CONFIG
 from trsr_dist.files import read_json
 from trsr_dist.model.places import PROVENANCE
 from trsr_dist.run import MANIFEST
 
 SUFFIXES = (".json", ".jinja", ".txt", ".model", ".tiktoken", ".py")
 LEGAL = ("LICENSE", "NOTICE", "USE_POLICY", "COPYING")
-LEFT_OUT = {MANIFEST, PROVENANCE, "adapter_config.json", "trainer_state.json", "README.md"}
+LEFT_OUT = {MANIFEST, PROVENANCE, ADAPTER_CONFIG, "trainer_state.json", "README.md"}
 TOKENIZER = ("token", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece", "sentencepiece")
 TEMPLATES = "additional_chat_templates"
 """Folder in which transformers keeps further chat templates."""
@@ -51,7 +52,7 @@ def is_tokenizer_file(path: Path) -> bool:
 def adapt_config(output: Path, unties: bool, dtype: torch.dtype | None) -> None:
     """Write into config.json what the merge changed; left byte for byte where it changed nothing."""
     path = output / "config.json"
-    config = read_json(path)
+    config = read_json(path, finite=False)
     before = json.dumps(config)
     for section in _sections(config):
         if unties and (section is config or "tie_word_embeddings" in section):

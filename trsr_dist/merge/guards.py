@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from trsr_dist.errors import ModelError, RunError, TrsrError
 from trsr_dist.files import read_json
 from trsr_dist.log import get_logger
+from trsr_dist.pretrained import BaseSource, load_tokenizer
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.run import MANIFEST
 
@@ -55,19 +53,6 @@ def check_space(output: Path, num_bytes: int) -> None:
         )
 
 
-def check_base(folder: Path, recorded: str, found: str) -> None:
-    """The base must be the one of the training.
-
-    Raises:
-        ModelError: their fingerprints differ.
-    """
-    if recorded and recorded != found:
-        raise ModelError(
-            f"{folder}: fingerprint {found}, the checkpoint was trained on {recorded}: another base, or its files "
-            "have changed; name the right one with --base"
-        )
-
-
 def resolve_prompt(folder: Path, own: bool, num_embeddings: int, provenance: dict[str, Any]) -> PromptBuilder | None:
     """The prompt builder of the training, checked against this tokenizer; None where answers cannot be resolved.
 
@@ -78,11 +63,7 @@ def resolve_prompt(folder: Path, own: bool, num_embeddings: int, provenance: dic
     Raises:
         ModelError: the tokenizer is not that of the training, or does not fit the model.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise ModelError(f"{folder}: no tokenizer that transformers can load ({reason}); add its files") from None
+    tokenizer = load_tokenizer(BaseSource(str(folder)))
     largest = max(tokenizer.get_vocab().values())
     if largest >= num_embeddings:
         message = f"{folder}: the tokenizer's largest id is {largest}, the model has {num_embeddings} embeddings"
@@ -105,17 +86,3 @@ def _default_prompt(tokenizer: Any) -> PromptBuilder | None:
         return PromptBuilder(tokenizer)
     except TrsrError:
         return None
-
-
-def tidy(output: Path) -> None:
-    """Remove what killed merges left beside ``output``, and bring back an old output that one had moved aside.
-
-    Call while holding the output's lock.
-    """
-    for old in sorted(output.parent.glob(f".{output.name}.old-*")):
-        if not output.exists():
-            os.rename(old, output)
-        else:
-            shutil.rmtree(old, ignore_errors=True)
-    for left in output.parent.glob(f".{output.name}.tmp-*"):
-        shutil.rmtree(left, ignore_errors=True)

@@ -8,17 +8,18 @@ from typing import Literal
 
 import torch
 
+from trsr_dist.bases import BaseName
 from trsr_dist.errors import ModelError
-from trsr_dist.files import read_json
 from trsr_dist.log import get_logger
-from trsr_dist.merge.adapter import Adapter, find_changes
-from trsr_dist.merge.guards import check_base, resolve_prompt
-from trsr_dist.merge.plan import MergePlan, check_targets, check_vocabulary, make_plan
+from trsr_dist.merge.adapter import find_changes
+from trsr_dist.merge.guards import resolve_prompt
+from trsr_dist.merge.plan import MergePlan, make_plan
 from trsr_dist.merge.source import Source
-from trsr_dist.merge.structure import read_structure
-from trsr_dist.merge.tensors import folder_entries
-from trsr_dist.model.places import BaseName
+from trsr_dist.model.adapters import Adapter, attach
+from trsr_dist.model.fingerprint import check_same_base
+from trsr_dist.pretrained import BaseSource, declared_config, is_tied, load_config, read_structure
 from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.weights import folder_entries
 
 logger = get_logger("merge")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -68,21 +69,25 @@ def prepare(
     source: Source, adapter: Adapter, base_name: BaseName, base: Path, fingerprint: str, options: MergeOptions
 ) -> Inputs:
     """Check that adapter, base and tokenizer fit together, and plan the output."""
-    check_base(base, base_name.fingerprint, fingerprint)
-    if read_json(base / "config.json").get("quantization_config"):
+    check_same_base(base, fingerprint, base_name.fingerprint, "name the right one with --base")
+    model = BaseSource(str(base))
+    declared = declared_config(model)
+    if getattr(declared, "quantization_config", None):
         raise ModelError(f"{base}: a quantized model; name its unquantized original with --base")
     by_file = folder_entries(base)
     entries = {entry.name: entry for entries in by_file for entry in entries}
-    structure = read_structure(base)
+    config = load_config(model)
+    structure = read_structure(model, config)
     changes = find_changes(adapter)
-    check_targets(adapter.config, structure, set(entries), changes)
+    attach(structure.model, adapter)
     changes = {structure.stored(name, entries): change for name, change in changes.items()}
     tied = {structure.stored(one, entries): structure.stored(other, entries) for one, other in structure.tied.items()}
-    num_embeddings = check_vocabulary(base, list(entries.values()))
     dtype = DTYPES.get(options.dtype)
     keep_tied = bool(adapter.config.ensure_weight_tying)
-    plan = make_plan(by_file, changes, tied, keep_tied, dtype, options.max_shard_bytes)
-    builder = resolve_prompt(source.tokenizer or base, source.tokenizer is None, num_embeddings, source.provenance)
+    unties = is_tied(declared) and not is_tied(config)
+    plan = make_plan(by_file, changes, tied, keep_tied, dtype, options.max_shard_bytes, unties)
+    vocabulary = config.get_text_config().vocab_size
+    builder = resolve_prompt(source.tokenizer or base, source.tokenizer is None, vocabulary, source.provenance)
     changed = sum(output.change is not None for output in plan.outputs)
     logger.info(
         f"{source.kind} {source.folder.name}: {len(changes)} changes, {adapter.num_bytes / 1e6:.1f} MB of adapter; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from trsr_dist.bases import base_folder
 from trsr_dist.errors import RunError
 from trsr_dist.files import atomic_folder, read_json, write_json, writing
 from trsr_dist.hashing import digest
@@ -12,13 +13,13 @@ from trsr_dist.log import get_logger
 from trsr_dist.merge.adapter import adapter_facts, adapter_hash, write_adapter
 from trsr_dist.merge.card import model_card
 from trsr_dist.merge.companions import adapt_config, copy_companions
-from trsr_dist.merge.guards import STAGE, check_output, check_space, tidy
+from trsr_dist.merge.guards import STAGE, check_output, check_space
 from trsr_dist.merge.inputs import DTYPES, Inputs, MergeOptions, prepare
 from trsr_dist.merge.proof import verify
 from trsr_dist.merge.source import Source, base_of, find_source
 from trsr_dist.merge.stream import write_weights
 from trsr_dist.model.fingerprint import base_fingerprint
-from trsr_dist.model.places import PROVENANCE, base_folder
+from trsr_dist.model.places import PROVENANCE
 from trsr_dist.run import FolderLock, folder_lock, is_finished, write_manifest
 
 logger = get_logger("merge")
@@ -46,14 +47,12 @@ def merge(checkpoint: Path, output: Path, options: MergeOptions) -> None:
         return
     settings = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_bytes, "only": options.adapter_only}
     hashes = {"adapter": adapter_hash(adapter), "base": fingerprint}
-    with folder_lock(output) as lock:
-        tidy(output)
+    with writing(output), folder_lock(output) as lock:
         if _is_current(output, settings, hashes, options):
             logger.info(f"{output}: merged already, with the same inputs and settings; nothing to do")
             return
         prepared = prepare(source, adapter, base_name, base, fingerprint, options)
-        with writing(output):
-            _write(output, prepared, options, settings, hashes, lock)
+        _write(output, prepared, options, settings, hashes, lock)
     logger.info(f"wrote {output}")
 
 
@@ -111,7 +110,7 @@ def make_provenance(inputs: Inputs, options: MergeOptions) -> dict[str, Any]:
         "dtype": str(inputs.dtype).removeprefix("torch."),
         "untied_embeddings": inputs.plan.unties,
         "changed_tensors": sum(output.change is not None for output in inputs.plan.outputs),
-        "config_hash": digest(read_json(inputs.base / "config.json")),
+        "config_hash": digest(read_json(inputs.base / "config.json", finite=False)),
         "adapter": adapter_facts(inputs.adapter),
     }
     return {**recorded, "base": base, **prompt, "merge": facts}

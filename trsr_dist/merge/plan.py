@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
 
 import torch
-from peft import LoraConfig
-from peft.tuners.tuners_utils import check_target_module_exists
 
 from trsr_dist.errors import ModelError
-from trsr_dist.files import read_json
 from trsr_dist.merge.adapter import Change
-from trsr_dist.merge.structure import Structure
-from trsr_dist.merge.tensors import CODES, DTYPES, SINGLE, TensorEntry
-
-EMBEDDINGS = ("embed_tokens.weight", "wte.weight")
+from trsr_dist.weights import CODES, DTYPES, SINGLE, TensorEntry
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +39,7 @@ class MergePlan:
 
     files: tuple[tuple[Output, ...], ...]
     unties: bool
-    """The base shares its embedding with the output head, the merged model cannot."""
+    """The base's config says that embedding and output head are one tensor, in the merged model they are two."""
 
     @property
     def outputs(self) -> list[Output]:
@@ -78,8 +71,18 @@ def make_plan(
     keep_tied: bool,
     dtype: torch.dtype | None,
     max_shard_bytes: int | None,
+    unties: bool = False,
 ) -> MergePlan:
     """Lay the output out in the base's order; without ``max_shard_bytes`` in the base's files too.
+
+    Args:
+        by_file: the base's tensors.
+        changes: by stored name.
+        tied: tensors that share another's weights, with the other's name.
+        keep_tied: a change of one is one of both.
+        dtype: of the output; None: the base's.
+        max_shard_bytes: of a file; None: as the base's.
+        unties: the base itself stores another head than its config says.
 
     Raises:
         ModelError: a changed tensor is not in the base, or has another shape there.
@@ -98,7 +101,7 @@ def make_plan(
         files.append(outputs)
     if max_shard_bytes is not None:
         files = _shard([output for file in files for output in file], max_shard_bytes)
-    return MergePlan(tuple(tuple(file) for file in files if file), bool(copies))
+    return MergePlan(tuple(tuple(file) for file in files if file), unties or bool(copies))
 
 
 def _resolve_ties(
@@ -150,38 +153,6 @@ def _check_changes(entries: dict[str, TensorEntry], changes: dict[str, Change]) 
                 raise ModelError(f"the adapter's vector for {name} has {vector.numel()} values, the base {rows} rows")
 
 
-def check_targets(config: LoraConfig, structure: Structure, stored: set[str], changes: dict[str, Change]) -> None:
-    """Every module that PEFT would adapt in this model must be adapted, and no other.
-
-    Args:
-        config: of the adapter.
-        structure: of the model; modules that it does not have, such as heads for further tokens, cannot be adapted.
-        stored: names of the base's tensors; modules that this transformers puts together may have been apart in
-            training.
-        changes: by the model's names.
-
-    Raises:
-        ModelError: names the first missing or extra module.
-    """
-    updated = {name.removesuffix(".weight") for name, change in changes.items() if change.left is not None}
-    expected = _targets(config, structure.parameters)
-    if config.ensure_weight_tying:
-        pairs = [{name.removesuffix(".weight") for name in pair} for pair in structure.tied.items()]
-        expected = expected.union(*(pair for pair in pairs if pair & expected))
-    for module in sorted(expected - updated):
-        raise ModelError(f"{module}: adapter_config.json targets it, the adapter has no tensors for it: incomplete")
-    for module in sorted(updated - expected - _targets(config, stored)):
-        raise ModelError(
-            f"{module}: the adapter has tensors for it, but it is no target of adapter_config.json in this base: "
-            "another base (see --base), or files that do not belong together"
-        )
-
-
-def _targets(config: LoraConfig, names: Iterable[str]) -> set[str]:
-    modules = {name.removesuffix(".weight") for name in names if name.endswith(".weight")}
-    return {module for module in modules if check_target_module_exists(config, module)}
-
-
 def _shard(outputs: list[Output], max_bytes: int) -> list[list[Output]]:
     """Greedy, in order; a tensor larger than the limit gets a file of its own."""
     files: list[list[Output]] = [[]]
@@ -193,17 +164,3 @@ def _shard(outputs: list[Output], max_bytes: int) -> list[list[Output]]:
         files[-1].append(output)
         size += output.num_bytes
     return files
-
-
-def check_vocabulary(base: Path, entries: Sequence[TensorEntry]) -> int:
-    """Number of embeddings, which must be the config's vocabulary.
-
-    Raises:
-        ModelError: the embedding has another number of rows.
-    """
-    config = read_json(base / "config.json")
-    expected = config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    for entry in entries:
-        if entry.name.endswith(EMBEDDINGS) and entry.num_rows != expected:
-            raise ModelError(f"{base}: {entry.name} has {entry.num_rows} rows, config.json says vocab_size={expected}")
-    return expected

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from trsr_dist.errors import ModelError
 from trsr_dist.log import get_logger
-from trsr_dist.merge.adapter import write_adapter
 from trsr_dist.merge.inputs import Inputs, MergeOptions
 from trsr_dist.merge.memory import available_bytes
 from trsr_dist.merge.scores import ACTIVATION_BYTES, NUM_SAMPLES, built_in_samples, check_scores, sample_users
@@ -47,14 +45,12 @@ def _verify_scores(folder: Path, inputs: Inputs, options: MergeOptions) -> dict[
         logger.warning(f"scores of base + adapter and of the merged model are NOT compared: {hindrance}")
         return f"not compared: {hindrance}"
     samples, origin = _samples(inputs.source)
-    with tempfile.TemporaryDirectory() as adapter:
-        write_adapter(inputs.adapter, Path(adapter), str(inputs.base))
-        users = sample_users(inputs.builder, samples)
-        ids = inputs.builder.answer_ids
-        num_bytes = inputs.plan.num_bytes + inputs.adapter.num_bytes
-        result = check_scores(
-            inputs.base, Path(adapter), folder, users, ids, inputs.dtype, num_bytes, options.tolerance, origin
-        )
+    users = sample_users(inputs.builder, samples)
+    ids = inputs.builder.answer_ids
+    num_bytes = inputs.plan.num_bytes + inputs.adapter.num_bytes
+    result = check_scores(
+        inputs.base, inputs.adapter, folder, users, ids, inputs.dtype, num_bytes, options.tolerance, origin
+    )
     logger.info(
         f"scores on {result.num_prompts} prompts ({origin}, {result.dtype}): largest difference "
         f"{result.largest_difference:.3g}, mean {result.mean_difference:.3g}, {result.rank_flips} of "

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from trsr_dist.errors import ModelError
 from trsr_dist.log import progress
+from trsr_dist.model.adapters import Adapter, attach
+from trsr_dist.pretrained import BaseSource, load_causal
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Sample, TokenizedUser
@@ -55,7 +56,7 @@ class ScoreCheck:
 
 def check_scores(
     base: Path,
-    adapter: Path,
+    adapter: Adapter,
     merged: Path,
     users: Sequence[TokenizedUser],
     answer_ids: tuple[int, int],
@@ -67,7 +68,6 @@ def check_scores(
     """Score the users' prompts with both models, one in memory at a time.
 
     Args:
-        adapter: a PEFT folder.
         num_bytes: of the weights in memory, the adapter's too.
         tolerance: largest log-odds difference that is accepted; None: by the dtype and the logits' size.
         prompts: where the prompts come from, for the record.
@@ -76,7 +76,7 @@ def check_scores(
         ModelError: a log-odds differs by more than ``tolerance``, or is not finite.
     """
     device = scoring_device(num_bytes)
-    model = PeftModel.from_pretrained(_load(base, dtype, device), adapter)
+    model = attach(_load(base, dtype, device), adapter).eval()
     before, largest = log_odds(model, users, answer_ids)
     del model
     gc.collect()
@@ -98,7 +98,7 @@ def scoring_device(num_bytes: int) -> str:
 
 
 def _load(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True).to(device).eval()
+    return load_causal(BaseSource(str(folder)), dtype).to(device).eval()
 
 
 @torch.no_grad()

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from trsr_dist.bases import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, CONFIG, BaseName
 from trsr_dist.errors import CheckpointError, ModelError
-from trsr_dist.merge.adapter import CONFIG, Adapter, read_adapter
+from trsr_dist.merge.adapter import check_mergeable
 from trsr_dist.merge.engine_checkpoint import find_engine_folder, read_engine_adapter
-from trsr_dist.model.places import BaseName, check_checkpoint, follow, is_checkpoint, read_provenance, run_of
+from trsr_dist.model.adapters import Adapter, read_adapter, read_adapter_config
+from trsr_dist.model.places import check_checkpoint, follow, is_checkpoint, read_provenance, run_of
 
+WEIGHTS = (ADAPTER_WEIGHTS, ADAPTER_PICKLE)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
@@ -45,24 +48,31 @@ def find_source(path: Path) -> Source:
         raise CheckpointError(f"{path}: no such folder; name a checkpoint, a run, or a PEFT adapter folder")
     if is_checkpoint(folder):
         return _checkpoint(folder)
-    if (folder / CONFIG).is_file() and any(folder.glob("adapter_model.*")):
-        return Source("adapter", folder, read_provenance(folder), lambda: read_adapter(folder))
+    if (folder / ADAPTER_CONFIG).is_file() and any((folder / name).is_file() for name in WEIGHTS):
+        return Source("adapter", folder, read_provenance(folder), lambda: _read(folder))
     engine = find_engine_folder(folder)
     if engine is not None:
         return Source("engine", engine, read_provenance(folder), lambda: read_engine_adapter(engine))
-    if (folder / "config.json").is_file():
+    if (folder / CONFIG).is_file():
         if "merge" in read_provenance(folder):
             return Source("merged", folder, read_provenance(folder), None)
         raise CheckpointError(f"{folder}: a plain model folder without an adapter; there is nothing to merge")
     raise CheckpointError(
-        f"{folder}: neither a checkpoint (adapter/{CONFIG}), nor a PEFT adapter ({CONFIG}), nor a DeepSpeed checkpoint"
+        f"{folder}: neither a checkpoint (adapter/{ADAPTER_CONFIG}), nor a PEFT adapter ({ADAPTER_CONFIG}), nor a "
+        "DeepSpeed checkpoint"
     )
 
 
 def _checkpoint(folder: Path) -> Source:
     check_checkpoint(folder)
     adapter = folder / "adapter"
-    return Source("checkpoint", folder, read_provenance(folder), lambda: read_adapter(adapter), run_of(folder))
+    return Source("checkpoint", folder, read_provenance(folder), lambda: _read(adapter), run_of(folder))
+
+
+def _read(folder: Path) -> Adapter:
+    path = folder / ADAPTER_CONFIG
+    check_mergeable(path, read_adapter_config(path))
+    return read_adapter(folder)
 
 
 def base_of(source: Source, adapter: Adapter, override: str | None) -> BaseName:

@@ -16,7 +16,7 @@ from trsr_dist.errors import ModelError
 from trsr_dist.files import write_json
 from trsr_dist.log import progress
 from trsr_dist.merge.plan import MergePlan, Output
-from trsr_dist.merge.tensors import DTYPES, INDEX, header_bytes, read_rows
+from trsr_dist.weights import DTYPES, INDEX, header_bytes, read_rows
 
 BLOCK_ELEMENTS = 2**20
 """Elements of a tensor that are merged at once: 4 MiB in float32, which stays in the processor's cache."""

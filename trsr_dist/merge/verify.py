@@ -11,7 +11,7 @@ import torch
 from trsr_dist.errors import ModelError
 from trsr_dist.log import progress
 from trsr_dist.merge.plan import MergePlan, Output
-from trsr_dist.merge.tensors import TensorEntry, file_entries, read_rows
+from trsr_dist.weights import TensorEntry, file_entries, read_rows
 
 BLOCK_ELEMENTS = 2**18
 """Elements that are compared at once: 2 MiB in float64, which stays in the processor's cache."""

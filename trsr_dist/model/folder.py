@@ -2,39 +2,26 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from torch import nn
 
+from trsr_dist.bases import ADAPTER_CONFIG, BaseName, base_folder, read_model_config
 from trsr_dist.distributed import world_size
 from trsr_dist.errors import ModelError
-from trsr_dist.files import read_json
-from trsr_dist.model.fingerprint import base_fingerprint
-from trsr_dist.model.loading import (
-    BaseSource,
-    load_base,
-    load_base_divided,
-    load_config,
-    load_tokenizer,
-    shared_backend,
-)
-from trsr_dist.model.places import (
-    ADAPTER_CONFIG,
-    BaseName,
-    base_folder,
-    check_checkpoint,
-    follow,
-    is_checkpoint,
-    read_provenance,
-    run_of,
-)
+from trsr_dist.model.adapters import adapter_file, attach, read_adapter, read_adapter_config
+from trsr_dist.model.fingerprint import base_fingerprint, check_same_base
+from trsr_dist.model.loading import load_base, load_base_divided, shared_backend
+from trsr_dist.model.places import PROVENANCE, check_checkpoint, follow, is_checkpoint, read_provenance, run_of
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.model.zero3 import check_equal_calls, scoring_engine
+from trsr_dist.pretrained import BaseSource, load_config, load_tokenizer, local_source
 from trsr_dist.prompts.builder import PromptBuilder
+
+RESTORE = "restore it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +71,7 @@ def find_model(name_or_path: str, revision: str = "") -> ModelPlace:
         ModelError: an adapter whose base is not here, or is another one than in training.
     """
     folder = follow(Path(name_or_path))
-    if folder.name == "adapter" and is_checkpoint(folder.parent):
+    if folder.name == "adapter" and is_checkpoint(folder.parent) and (folder.parent / PROVENANCE).is_file():
         folder = folder.parent  # which also knows the prompts of the training
     if is_checkpoint(folder):
         check_checkpoint(folder)
@@ -92,6 +79,7 @@ def find_model(name_or_path: str, revision: str = "") -> ModelPlace:
     if (folder / ADAPTER_CONFIG).is_file():
         return _with_base(folder, read_provenance(folder), None)
     if folder.is_dir():
+        read_model_config(folder)  # weights are looked at where they are needed
         return ModelPlace(str(folder), "", None, str(folder), read_provenance(folder))
     return ModelPlace(name_or_path, revision, None, name_or_path, {})
 
@@ -120,7 +108,7 @@ def find_base(name_or_path: str, own: BaseName, run: Path, remedy: str) -> Path:
             raise ModelError(f"{name_or_path}: records no base, and model.name_or_path is empty; {remedy}")
         return base_folder(own, run, remedy)
     base = base_folder(BaseName(recorded["name_or_path"], recorded.get("revision", ""), fingerprint), run, remedy)
-    _check_base(base, fingerprint)
+    check_same_base(base, base_fingerprint(base), fingerprint, RESTORE)
     return base
 
 
@@ -176,27 +164,18 @@ def load_weights(
 ) -> nn.Module:
     """A ``Recommender``, or DeepSpeed's engine around one; arguments and errors as of ``open_model``."""
     place, builder, device = prompts.place, prompts.builder, torch.device(device)
-    source = BaseSource(place.base, place.revision, prompts.trust_remote_code)
-    backend = shared_backend(load_config(source), attention, device, dtype, builder.max_tokens)
-    if zero_config is not None:
+    adapter = None if place.adapter is None else read_adapter(place.adapter)
+    source = local_source(BaseSource(place.base, place.revision, prompts.trust_remote_code))
+    config = load_config(source)
+    backend = shared_backend(config, attention, device, dtype, builder.max_tokens)
+    if zero_config is None:
+        base = load_base(source, dtype, device, config)
+    else:
         check_equal_calls(backend, world_size())
-    base = load_base(source, dtype, device) if zero_config is None else load_divided_base(source, dtype, zero_config)
-    model = Recommender(with_adapter(base, place.adapter), builder.answer_ids, backend).requires_grad_(False).eval()
+        base = load_base_divided(source, dtype, zero_config)
+    causal = base if adapter is None else attach(base, adapter).get_base_model()
+    model = Recommender(causal, builder.answer_ids, backend).requires_grad_(False).eval()
     return model if zero_config is None else scoring_engine(model, zero_config)
-
-
-def load_divided_base(source: BaseSource, dtype: torch.dtype, zero_config: dict[str, Any]) -> nn.Module:
-    """A base whose weights lie divided over the ranks; one of the hub is fetched first."""
-    name, remedy = BaseName(source.name_or_path, source.revision, ""), "name a model's folder or hub id"
-    folder = base_folder(name, None, remedy, source.trust_remote_code)
-    return load_base_divided(replace(source, name_or_path=str(folder)), dtype, zero_config)
-
-
-def with_adapter(base: nn.Module, adapter: Path | None) -> nn.Module:
-    """The base with an adapter's layers in it, of any kind that PEFT reads."""
-    if adapter is None:
-        return base
-    return PeftModel.from_pretrained(base, str(adapter), autocast_adapter_dtype=False).get_base_model()
 
 
 def check_answers(name: str, builder: PromptBuilder, provenance: dict[str, Any]) -> None:
@@ -215,21 +194,15 @@ def check_answers(name: str, builder: PromptBuilder, provenance: dict[str, Any])
 
 def _with_base(adapter: Path, provenance: dict[str, Any], run: Path | None) -> ModelPlace:
     recorded = provenance.get("base", {})
-    config = read_json(adapter / ADAPTER_CONFIG)
-    name = recorded.get("name_or_path") or config.get("base_model_name_or_path")
+    adapter_file(adapter)
+    config = read_adapter_config(adapter / ADAPTER_CONFIG)
+    name = recorded.get("name_or_path") or config.base_model_name_or_path
     if not name:
         raise ModelError(f"{adapter}: names no base model; merge it with --base first")
-    revision = recorded.get("revision") or config.get("revision") or ""
+    revision = recorded.get("revision") or config.revision or ""
     wanted = BaseName(name, revision, recorded.get("fingerprint", ""))
     base = base_folder(wanted, run, "merge the adapter first and say with --base where its base is")
-    _check_base(base, recorded.get("fingerprint", ""))
+    if wanted.fingerprint:
+        check_same_base(base, base_fingerprint(base), wanted.fingerprint, RESTORE)
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()
     return ModelPlace(str(base), "", adapter, str(adapter if has_tokenizer else base), provenance)
-
-
-def _check_base(folder: Path, recorded: str) -> None:
-    if recorded and base_fingerprint(folder) != recorded:
-        raise ModelError(
-            f"{folder}: not the base of the training (fingerprint {recorded[:12]}...): another one, or its files have "
-            "changed; restore it"
-        )

@@ -1,22 +1,58 @@
-"""What a path to a model stands for: pointers, checkpoints, provenance, and the base that an adapter belongs to."""
+"""What a path to a model stands for: pointers, checkpoints, provenance."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ConfigDict, ValidationError
+from typing_extensions import TypedDict
+
+from trsr_dist.bases import ADAPTER_CONFIG
+from trsr_dist.config.sections import PromptSection
 from trsr_dist.errors import CheckpointError, ModelError
 from trsr_dist.files import read_json, sha256_of
-from trsr_dist.run import MANIFEST
+from trsr_dist.json_text import describe_form
+from trsr_dist.run import MANIFEST, Manifest, read_manifest
 
 PROVENANCE = "provenance.json"
-ADAPTER_CONFIG = "adapter_config.json"
 POINTERS = ("latest", "best")
-BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*"]
-CODE_FILES = ["*.py"]
-SECOND_COPIES = ["consolidated*", "original/*"]
-"""The weights once more, in the form of the model's authors."""
+NAME_BYTES = 255
+
+
+class FileFacts(TypedDict):
+    """What a checkpoint's manifest says of a file."""
+
+    size: int
+    sha256: str
+
+
+class CheckpointManifest(Manifest):
+    """Files by their paths in the checkpoint."""
+
+    files: dict[str, FileFacts]
+
+
+class BaseFacts(TypedDict, total=False):
+    """The base of a training."""
+
+    name_or_path: str
+    revision: str
+    fingerprint: str
+
+
+class Provenance(TypedDict, total=False):
+    """What a checkpoint or a model tells of its making, as far as it is read."""
+
+    __pydantic_config__ = ConfigDict(extra="allow")
+    base: BaseFacts
+    prompt: dict[str, Any]
+    answer_ids: list[int]
+    domain: str
+    shards: dict[str, str]
+    train: dict[str, Any]
+    config: dict[str, Any]
+    merge: dict[str, Any]
 
 
 def follow(path: Path) -> Path:
@@ -30,8 +66,8 @@ def follow(path: Path) -> Path:
     if path.is_dir() and (path / "latest").is_file() and any(path.glob("step-*")):
         path = path / "latest"
     if path.name in POINTERS and path.is_file():
-        name = path.read_text(encoding="utf-8").strip()
-        if not name or not (path.parent / name).is_dir():
+        name = path.read_bytes()[:NAME_BYTES].decode(errors="replace").strip()
+        if not name or Path(name).name != name or not (path.parent / name).is_dir():
             raise CheckpointError(
                 f"{path}: names {name!r}, which is not in {path.parent}; name a step-* folder instead"
             )
@@ -54,7 +90,7 @@ def check_checkpoint(folder: Path) -> None:
     """
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder}: no {MANIFEST}: it was not written to its end; choose an earlier checkpoint")
-    files = read_json(folder / MANIFEST).get("files", {})
+    files = read_manifest(folder, CheckpointManifest)["files"]
     for name, recorded in files.items():
         if not name.startswith("adapter/") and name != PROVENANCE:
             continue
@@ -66,59 +102,23 @@ def check_checkpoint(folder: Path) -> None:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    """Content of provenance.json; empty where there is none."""
-    return read_json(folder / PROVENANCE) if (folder / PROVENANCE).is_file() else {}
+    """Content of provenance.json; empty where there is none.
+
+    Raises:
+        DataError: it is damaged, or of another form.
+        ModelError: the prompts' settings are unknown here.
+    """
+    path = folder / PROVENANCE
+    if not path.is_file():
+        return {}
+    values = read_json(path, Provenance)
+    try:
+        PromptSection.model_validate(values.get("prompt", {}))
+    except ValidationError as error:
+        raise ModelError(f"{path}: prompt: {describe_form(error)}; restore the file, or update this package") from None
+    return values
 
 
 def run_of(checkpoint: Path) -> Path | None:
     """The run folder around a checkpoint."""
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
-
-
-@dataclass(frozen=True, slots=True)
-class BaseName:
-    """Where the base comes from and what it was in training."""
-
-    name_or_path: str
-    revision: str
-    fingerprint: str
-    """Empty where the source records none."""
-
-
-def base_folder(base: BaseName, run: Path | None, remedy: str, with_code: bool = False) -> Path:
-    """The base's local folder; a hub model is fetched (weights, config, tokenizer) into the hub cache first.
-
-    Args:
-        base: which.
-        run: the run folder of a checkpoint that names it.
-        remedy: how this command is told another base; ends the error.
-        with_code: fetch the model's own code too (``model.trust_remote_code``).
-
-    Raises:
-        ModelError: it is neither here nor on the hub.
-    """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-
-    candidates = [Path(base.name_or_path)]
-    if run is not None:
-        # A run folder that was moved keeps its own base beside its checkpoints.
-        candidates.append(run / Path(base.name_or_path).name)
-    for folder in candidates:
-        if (folder / "config.json").is_file():
-            return folder
-    if Path(base.name_or_path).is_absolute():
-        raise ModelError(f"base {base.name_or_path!r}: no such model folder; {remedy}")
-    try:
-        wanted = BASE_FILES + CODE_FILES if with_code else BASE_FILES
-        revision = base.revision or None
-        return Path(
-            snapshot_download(
-                base.name_or_path, revision=revision, allow_patterns=wanted, ignore_patterns=SECOND_COPIES
-            )
-        )
-    except (HFValidationError, OSError, ValueError) as error:
-        raise ModelError(
-            f"base {base.name_or_path!r}: no such folder, and not from the hub either ({str(error).splitlines()[0]}); "
-            f"{remedy}"
-        ) from None

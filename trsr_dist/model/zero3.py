@@ -14,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from trsr_dist.errors import ConfigError, ModelError
 from trsr_dist.log import get_logger
+from trsr_dist.pretrained import BaseSource, build_model
+from trsr_dist.weights import named_entries
 
 log = get_logger("model")
 
@@ -35,35 +37,37 @@ class DividedModel:
 
 
 def load_divided(
-    folder: Path, config: PretrainedConfig, dtype: torch.dtype, zero_config: dict[str, Any], options: dict[str, Any]
+    source: BaseSource, config: PretrainedConfig, dtype: torch.dtype, zero_config: dict[str, Any]
 ) -> DividedModel | None:
     """Load a base from a local folder; None where its files do not name the model's own weights.
 
     Args:
-        folder: holds safetensors.
-        config: of the model.
+        source: a folder of safetensors.
+        config: of ``load_config``: it says which tensors are tied.
         dtype: of the weights.
         zero_config: DeepSpeed's, with stage 3.
-        options: further ones of ``from_config``.
 
     Raises:
-        ModelError: a tensor has another shape than the config says.
+        ModelError: a tensor has another shape than the config says, or a file cannot be read.
     """
     skip_shared_memory_operator()
-    files = tensor_files(folder)
+    stored = named_entries(Path(source.name_or_path))
     with empty_and_divided(zero_config):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **options)
+        model = build_model(config, source, dtype)
     model.tie_weights()
     parameters = dict(model.named_parameters())
-    missing = sorted(parameters.keys() - files.keys())
+    missing = sorted(parameters.keys() - stored.keys())
     if missing:
-        log.info("%s: %s is stored under another name; rank 0 reads the weights for all", folder, missing[0])
+        log.info("%s: %s is stored under another name; rank 0 reads all", source.name_or_path, missing[0])
         return None
     num_bytes = 0
-    for file, names in by_file({name: files[name] for name in parameters}).items():
-        with safe_open(file, framework="pt") as tensors:
-            for name in names:
-                num_bytes += _fill(parameters[name], tensors, name, file)
+    for file, names in by_file({name: stored[name].file for name in parameters}).items():
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in names:
+                    num_bytes += _fill(parameters[name], tensors, name, file)
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{file}: cannot be read ({error}); copy it again") from None
     return DividedModel(model, num_bytes)
 
 
@@ -129,15 +133,6 @@ def empty_and_divided(zero_config: dict[str, Any]) -> Iterator[None]:
     init_distributed(auto_mpi_discovery=False)  # else the config's batch is checked against a world of one
     with no_init_weights(), zero.Init(config_dict_or_path=zero_config):
         yield
-
-
-def tensor_files(folder: Path) -> dict[str, Path]:
-    """The file that holds each tensor of a model folder."""
-    files = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with safe_open(path, framework="pt") as tensors:
-            files |= dict.fromkeys(tensors.keys(), path)
-    return files
 
 
 def by_file(files: dict[str, Path]) -> dict[Path, list[str]]:

@@ -18,8 +18,6 @@ def bytes_sent_per_step(
 
     Only the adapter has gradients. Stage 3 gathers the weights twice a row: for the forward and for the backward pass.
     """
-    if world_size == 1:
-        return 0
     size, ring = BYTES[precision], (world_size - 1) / world_size
     sent = 2 * num_lora_parameters * size * ring
     if stage >= 3:

@@ -54,7 +54,7 @@ def sweep(cluster: Cluster, stages: Mapping[str, ScaledStage]) -> list[ScalePoin
     points: list[ScalePoint] = []
     for doubling in range(LAST_DOUBLING):
         points.append(_point(cluster.of_nodes(2**doubling), stages))
-        if len(points) > 1 and points[-1].num_nodes > cluster.num_nodes and not _pays(*points[-2:]):
+        if points[-1].num_nodes > cluster.num_nodes and not _pays(*points[-2:]):
             break
     if cluster.num_nodes not in [point.num_nodes for point in points]:
         points.append(_point(cluster, stages))

@@ -16,8 +16,10 @@ from typing import Any
 
 from trsr_dist.errors import DataError
 from trsr_dist.files import atomic_file
+from trsr_dist.json_text import parse_json
 from trsr_dist.log import get_logger, progress
 from trsr_dist.predict.ranker import Ranked, Ranker, Ranking, Request
+from trsr_dist.words import has_text
 
 FIELDS = ("id", "items", "summary", "candidates")
 SHOWN = 5
@@ -62,7 +64,7 @@ def check_lines(source: Path) -> None:
     problems = [problem for _, problem in parse_lines(source) if problem]
     if problems:
         more = f" and {len(problems) - SHOWN} more" if len(problems) > SHOWN else ""
-        raise DataError(f"{'; '.join(problems[:SHOWN])}{more}; mend them, or leave them out with --skip-bad-lines")
+        raise DataError(f"{'; '.join(problems[:SHOWN])}{more}; correct them, or leave them out with --skip-bad-lines")
 
 
 def read_lines(source: Path, skip_bad: bool) -> Iterator[Line]:
@@ -101,12 +103,7 @@ def parse_line(data: bytes, number: int) -> Line:
     Raises:
         DataError: what was found and what was expected; the caller adds where.
     """
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits, and brackets without end
-        raise DataError(f"not valid JSON ({error})") from None
-    if b"\\ud" in data.lower() and not is_text(json.dumps(value, ensure_ascii=False)):
-        raise DataError("an escape such as \\ud83d stands without its second half and is no character")
+    value = parse_json(data, object)
     if not isinstance(value, dict):
         raise DataError(f"found a JSON {type(value).__name__}, expected an object with {', '.join(FIELDS)}")
     unknown = sorted(value.keys() - set(FIELDS))
@@ -126,15 +123,6 @@ def parse_line(data: bytes, number: int) -> Line:
     return Line(Request(texts, items, summary, str(name)), name, ids)
 
 
-def is_text(text: str) -> bool:
-    """Whether it can be written: half of an escaped pair is valid JSON and no character."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def as_list(value: dict[str, Any], field: str) -> list[Any]:
     """A field that holds a list; a missing one is empty."""
     found = value.get(field, [])
@@ -152,7 +140,7 @@ def as_entry(entry: Any, place: int) -> tuple[str, Any]:
 
 def as_text(value: Any, name: str) -> str:
     """A text that is not empty."""
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or not has_text(value):
         raise DataError(f"{name} is {str(value)[:40]!r}, expected a text that is not empty")
     return value
 

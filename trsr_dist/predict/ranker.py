@@ -21,6 +21,7 @@ from trsr_dist.model.loading import resolve_precision
 from trsr_dist.predict.history import EXTRACTIVE, HistorySettings, summarize_items
 from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Sample
+from trsr_dist.words import has_text
 
 REQUESTS_PER_BATCH = 64
 """Requests whose prompts are packed into rows together."""
@@ -198,8 +199,9 @@ def texts_of(request: Request, field: str, texts: Sequence[str]) -> tuple[str, .
         DataError: one is empty.
     """
     clean = tuple(" ".join(text.split()) for text in texts)
-    if not all(clean):
-        raise DataError(f"request {request.name!r}: {field}[{clean.index('')}] is empty; every item needs a text")
+    place = next((i for i, text in enumerate(clean) if not has_text(text)), None)
+    if place is not None:
+        raise DataError(f"request {request.name!r}: {field}[{place}] is empty; every item needs a text")
     return clean
 
 

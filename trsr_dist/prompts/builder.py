@@ -9,9 +9,10 @@ from typing import Any
 from trsr_dist.errors import ModelError
 from trsr_dist.hashing import digest
 from trsr_dist.prompts.text import recommend_text
-from trsr_dist.prompts.trimming import Cuts, Parts, cap_text, count_words, trim
+from trsr_dist.prompts.trimming import Cuts, Parts, cap_text, trim
 from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.records import Sample, TokenizedUser
+from trsr_dist.words import count_words
 
 FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
 """Templates that print today's date would change the prompts, and all that is known by their hash, at midnight."""

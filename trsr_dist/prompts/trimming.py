@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from trsr_dist.errors import DataError
-
-UNSPACED = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff"
-"""Scripts without blanks between words: Thai, Lao, Burmese, Khmer, kana and Han."""
-WORD = re.compile(rf"\s*(?:[{UNSPACED}]{{1,2}}|[^\s{UNSPACED}]{{1,16}})")
-"""A word with the blanks before it; in scripts without them, two characters. Longer runs are cut within."""
+from trsr_dist.words import count_words, cut_words
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,16 +86,6 @@ def trim(parts: Parts, fits: Callable[[Parts], bool], longest: int, user: str) -
             f"user {user!r}: instruction and answer cue alone exceed prompt.max_tokens; raise prompt.max_tokens"
         )
     return cuts
-
-
-def cut_words(text: str, num_words: int) -> str:
-    """The first ``num_words`` words."""
-    return "".join(WORD.findall(text)[:num_words]).strip()
-
-
-def count_words(text: str) -> int:
-    """Words as ``cut_words`` counts them."""
-    return len(WORD.findall(text))
 
 
 def cap_text(text: str, max_tokens: int, count: Callable[[str], int]) -> str:

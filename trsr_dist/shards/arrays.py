@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from trsr_dist.files import plain
+
 SMALL_BYTES = 1 << 19
 KEPT_BYTES = 1 << 30
 """Of all files of a kind: the indexes of 40 million samples, the lengths of 10 million users with 21 candidates."""
@@ -20,11 +22,13 @@ def open_array(path: Path, dtype: np.dtype) -> np.ndarray:
 
     Raises:
         FileNotFoundError: it is missing.
+        DataError: it is no plain file.
         ValueError: it is empty, or its size is not that of whole values.
     """
     if path.stat().st_size > SMALL_BYTES:
         return np.memmap(path, dtype=dtype, mode="r").view(np.ndarray)
-    content = path.read_bytes()
+    with open(path, "rb", opener=plain) as stream:
+        content = stream.read()
     if not content:
         raise ValueError("empty")
     return np.frombuffer(content, dtype=dtype)

@@ -8,6 +8,7 @@ from typing import Any
 
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import digest
+from trsr_dist.json_text import parse_json
 from trsr_dist.records import Candidate, Sample
 
 FIELDS = {
@@ -77,24 +78,9 @@ def _check_types(recent: list[Any], candidates: Sequence[Candidate]) -> None:
 
 
 def _parse(data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise DataError(f"a JSON {type(value).__name__}; expected an object")
-    if b"\\ud" in data.lower():
-        _refuse_lone_surrogates(value)
+    value = parse_json(data)
     for name, kind in FIELDS.items():
         if not isinstance(value.get(name), kind):
             found = type(value[name]).__name__ if name in value else "nothing"
             raise DataError(f"field {name!r}: found {found}, expected {kind.__name__}")
     return value
-
-
-def _refuse_lone_surrogates(value: dict[str, Any]) -> None:
-    """Half of an escaped pair is valid JSON and no text."""
-    try:
-        json.dumps(value, ensure_ascii=False).encode()
-    except UnicodeEncodeError as error:
-        raise DataError(f"an escape such as \\ud83d stands without its second half ({error.reason})") from None

@@ -31,7 +31,7 @@ def epoch_facts(plan: TrainPlan, epoch: int, rank: int = 0) -> EpochFacts:
     if rank and may_keep:
         wait_for(folder, path.is_file)
     if path.is_file():
-        return EpochFacts(**read_json(path))
+        return read_json(path, EpochFacts)
     facts = plan.facts(epoch)
     if may_keep:
         write_json(path, asdict(facts))

@@ -6,20 +6,27 @@ asks for the zero bytes that end a tar, so that no sample goes missing unnoticed
 
 from __future__ import annotations
 
+import os
 import tarfile
 import zlib
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
 from trsr_dist.errors import DataError
-from trsr_dist.files import atomic_file, sha256_of
+from trsr_dist.files import atomic_file, plain, sha256_of
 from trsr_dist.hashing import hash64
+from trsr_dist.printable import HALVES
 from trsr_dist.shards.arrays import open_array
 
 ROW = np.dtype([("offset", "<u8"), ("key", "<u8"), ("num_bytes", "<u4"), ("crc", "<u4")])
 """Payload offset in the tar, hash of the member's key, payload bytes, CRC-32 of the payload."""
 EXTENSION = ".json"
+MAX_SAMPLE_BYTES = 1 << 28
+"""Far more than any prompt needs; what a header promises beyond that is not read."""
+BROKEN = (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
+"""What ``tarfile`` raises over headers that lie."""
 END_BYTES = 1024
 """Zero bytes that every tar ends with."""
 
@@ -34,45 +41,62 @@ def scan_tar(path: Path) -> np.ndarray:
     Members other than ``*.json`` are passed over: another reader may keep more beside a sample.
 
     Raises:
-        DataError: truncated, a broken header, no end marker, a key twice; names the byte.
+        DataError: truncated, a broken header, no end marker, a key twice, a sample that is a link or too large; names
+            the byte.
     """
     rows, keys = [], set()
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if not member.isfile() or not member.name.endswith(EXTENSION):
-                    continue
-                key = member.name.removesuffix(EXTENSION)
-                if key in keys:
-                    raise DataError(f"{path}: member {member.name!r} stands twice, again at byte {member.offset}")
-                keys.add(key)
-                payload = _payload(tar, member, path)
-                rows.append((member.offset_data, hash64(key), len(payload), zlib.crc32(payload)))
-            end = tar.offset
-    except tarfile.TarError as error:
-        raise DataError(f"{path}: not a readable tar after {len(rows)} samples ({error}); restore it") from None
-    _check_end(path, end, len(rows))
+    with open(path, "rb", opener=plain) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        try:
+            with tarfile.open(fileobj=stream, mode="r:") as tar:
+                for member in filter(_is_sample, tar):
+                    problem = _problem(member, keys, size)
+                    if problem:
+                        raise DataError(f"{path}: member {member.name!r} at byte {member.offset} {problem}")
+                    key = member.name.removesuffix(EXTENSION)
+                    keys.add(key)
+                    payload = tar.extractfile(member).read()
+                    rows.append((member.offset_data, hash64(key), len(payload), zlib.crc32(payload)))
+                end = tar.offset
+        except BROKEN as error:
+            raise DataError(f"{path}: not a readable tar after {len(rows)} samples ({error}); restore it") from None
+        _check_end(stream, path, end, len(rows))
     return np.array(rows, dtype=ROW)
 
 
-def _payload(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> bytes:
-    payload = tar.extractfile(member).read()
-    if len(payload) != member.size:
-        raise DataError(
-            f"{path}: member {member.name!r} at byte {member.offset_data} has {len(payload)} of {member.size} bytes: "
-            "the tar is truncated; restore it"
-        )
-    return payload
+def _is_sample(member: tarfile.TarInfo) -> bool:
+    return member.name.endswith(EXTENSION) and not member.isdir()
 
 
-def _check_end(path: Path, end: int, num_samples: int) -> None:
+def _problem(member: tarfile.TarInfo, keys: set[str], size: int) -> str:
+    """Why a member cannot be read, found before it is; empty where it can.
+
+    Args:
+        member: of the tar.
+        keys: of the members before it.
+        size: of the tar, in bytes.
+    """
+    if not member.isfile() or member.issparse():
+        kind = "has holes" if member.isfile() else "is a link or a device, not a file"
+        return f"{kind}: the sample is lost; pack the files again with tar --dereference --hard-dereference"
+    if not 0 <= member.size <= MAX_SAMPLE_BYTES:
+        return f"has {member.size} bytes, where a sample has at most {MAX_SAMPLE_BYTES}; restore the tar"
+    if member.offset_data + member.size > size:
+        return f"has {size - member.offset_data} of {member.size} bytes: the tar is truncated; restore it"
+    if HALVES.search(member.name):
+        return "has a name that is not UTF-8; pack the files again"
+    return "stands twice; pack the files again" if member.name.removesuffix(EXTENSION) in keys else ""
+
+
+def _check_end(stream: BinaryIO, path: Path, end: int, num_samples: int) -> None:
     """What follows the last member must be zeros, two blocks at least."""
-    with open(path, "rb") as stream:
-        stream.seek(end)
-        tail = stream.read()
-    if tail.strip(b"\0"):
-        raise DataError(f"{path}: broken header at byte {end}, after {num_samples} samples; restore the file")
-    if len(tail) < END_BYTES:
+    stream.seek(end)
+    length = 0
+    while tail := stream.read(1 << 20):
+        length += len(tail)
+        if tail.strip(b"\0"):
+            raise DataError(f"{path}: broken header at byte {end}, after {num_samples} samples; restore the file")
+    if length < END_BYTES:
         raise DataError(f"{path}: no end marker at byte {end}, after {num_samples} samples: truncated; restore it")
 
 
@@ -116,6 +140,8 @@ def open_index(path: Path, sha256: str, num_samples: int) -> np.ndarray:
         raise DataError(f"{index}: {len(rows)} samples, the manifest says {num_samples}; {fix}")
     if header["crc"] != zlib.crc32(rows):
         raise DataError(f"{index}: damaged, its checksum differs; {fix}")
+    if len(rows) and (rows["num_bytes"].max() > MAX_SAMPLE_BYTES or rows["offset"].max() > header["offset"]):
+        raise DataError(f"{index}: names bytes that are not in {path.name}; {fix}")
     return rows
 
 

@@ -110,8 +110,7 @@ class Lengths:
     @cached_property
     def facts(self) -> LengthFacts:
         """Sums over the split."""
-        value = read_json(self.folder / SUMMARY)
-        return LengthFacts(**(value | {"damaged": tuple(value["damaged"])}))
+        return read_json(self.folder / SUMMARY, LengthFacts)
 
     def header(self, shard: int) -> Header:
         """Counts of a shard."""

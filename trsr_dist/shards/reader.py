@@ -12,14 +12,15 @@ from pathlib import Path
 import numpy as np
 
 from trsr_dist.errors import DataError
-from trsr_dist.files import read_json, sha256_of
+from trsr_dist.files import plain, sha256_of
 from trsr_dist.log import get_logger
 from trsr_dist.records import Sample
-from trsr_dist.run import MANIFEST, manifest_hash
+from trsr_dist.run import manifest_hash
 from trsr_dist.shards.arrays import KeptArrays
 from trsr_dist.shards.cache import ShardCache
 from trsr_dist.shards.codec import decode_sample
 from trsr_dist.shards.index import index_path, open_index
+from trsr_dist.shards.manifest import read_split_manifest
 
 OPEN_SHARDS = 4096
 """At most so many tars are kept open: file servers keep count of open files too."""
@@ -101,9 +102,9 @@ class OpenShard:
 
     def _open_source(self) -> int:
         try:
-            descriptor = os.open(self.path, os.O_RDONLY)
+            descriptor = plain(self.path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(f"{self.path}: {error.strerror}; restore the shard or make the split anew") from None
+            raise DataError(f"{self.path}: {error.strerror}; restore the shard or make the split again") from None
         try:
             self._check_source(os.fstat(descriptor))
         except DataError:
@@ -115,13 +116,13 @@ class OpenShard:
         if status.st_size != self._facts["num_bytes"]:
             raise DataError(
                 f"{self.path}: {status.st_size} bytes, the manifest says {self._facts['num_bytes']}: truncated or "
-                "replaced; restore the shard or make the split anew"
+                "replaced; restore the shard or make the split again"
             )
         # Copying may turn the times round, so an older index is a suspicion, not an error.
         is_newer = index_path(self.path).stat().st_mtime < status.st_mtime
         if is_newer and sha256_of(self.path) != self._facts["sha256"]:
             raise DataError(
-                f"{self.path}: newer than its index, and its bytes are not those of the manifest; make the split anew"
+                f"{self.path}: newer than its index, and its bytes are not those of the manifest; make the split again"
             )
 
 
@@ -140,9 +141,7 @@ class ShardSet:
     def __init__(self, folder: str | Path, cache: ShardCache | None = None) -> None:
         self.folder = Path(folder)
         self.manifest_hash = manifest_hash(self.folder)
-        self.manifest = read_json(self.folder / MANIFEST)
-        if "shards" not in self.manifest:
-            raise DataError(f"{self.folder / MANIFEST}: names no shards; give the folder of a split, RUN/shards/train")
+        self.manifest = read_split_manifest(self.folder)
         self.facts: list[dict] = self.manifest["shards"]
         self.starts = np.cumsum([0, *(facts["num_samples"] for facts in self.facts)])
         self.index = KeptArrays(self._open_index)
@@ -173,7 +172,7 @@ class ShardSet:
         try:
             return decode_sample(data, chosen)
         except DataError as error:
-            raise DataError(f"{opened.place(number)}: {error}; make the split anew") from None
+            raise DataError(f"{opened.place(number)}: {error}; make the split again") from None
 
     def read_many(self, indices: Sequence[int]) -> list[Sample]:
         """Samples in the given order."""
@@ -235,11 +234,10 @@ class ShardSet:
         return open_index(self.path(shard), facts["sha256"], facts["num_samples"])
 
     def _check_present(self) -> None:
-        present = {entry.name for entry in os.scandir(self.folder)}
+        present = {entry.name: entry.is_file() for entry in os.scandir(self.folder)}
         for facts in self.facts:
-            name = facts["name"]
-            if Path(name).name != name:
-                raise DataError(f"{self.folder / MANIFEST}: shard name {name!r} is a path; expected a plain name")
-            for needed in (name, index_path(Path(name)).name):
+            for needed in (facts["name"], index_path(Path(facts["name"])).name):
                 if needed not in present:
                     raise DataError(f"{self.folder / needed}: missing, the manifest names it; restore the split")
+                if not present[needed]:
+                    raise DataError(f"{self.folder / needed}: a pipe, device or folder; restore the split")

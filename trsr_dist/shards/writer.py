@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from webdataset import TarWriter
 
@@ -14,23 +12,9 @@ from trsr_dist.errors import DataError
 from trsr_dist.files import atomic_file, sha256_of
 from trsr_dist.hashing import digest
 from trsr_dist.records import Sample
-from trsr_dist.run import write_manifest
 from trsr_dist.shards.codec import encode_sample, member_key
 from trsr_dist.shards.index import scan_tar, write_index
-
-
-@dataclass(frozen=True, slots=True)
-class ShardFacts:
-    """What the manifest says of a shard."""
-
-    name: str
-    num_samples: int
-    num_bytes: int
-    """Size of the tar."""
-    sha256: str
-    """Of the tar."""
-    candidates: str
-    """Hash of users, candidate ids and labels: equal where only texts differ."""
+from trsr_dist.shards.manifest import ShardFacts
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> ShardFacts:
@@ -55,34 +39,3 @@ def write_shard(path: Path, samples: Iterable[Sample]) -> ShardFacts:
 def candidate_digest(sample: Sample) -> str:
     """Hash of a user's candidate list."""
     return digest([sample.user, [[c.item, c.label] for c in sample.candidates]])
-
-
-def write_split_manifest(
-    folder: Path,
-    shards: list[ShardFacts],
-    settings: dict[str, Any],
-    inputs: dict[str, str],
-    stage: str = "summarize",
-    **facts: Any,
-) -> None:
-    """Write the manifest that makes a folder of shards a split; call it last.
-
-    Args:
-        folder: holds the shards.
-        shards: in the split's order.
-        settings: the config that the bytes depend on.
-        inputs: hashes of what was read.
-        stage: that wrote the shards.
-        **facts: counts and whatever else the stage wants to keep.
-    """
-    write_manifest(
-        folder,
-        stage,
-        settings,
-        inputs,
-        **facts,
-        num_samples=sum(shard.num_samples for shard in shards),
-        num_bytes=sum(shard.num_bytes for shard in shards),
-        candidate_hash=digest([shard.candidates for shard in shards]),
-        shards=[asdict(shard) for shard in shards],
-    )

@@ -8,22 +8,45 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.words import (
+    HAN,
+    HIRAGANA,
+    KATAKANA,
+    MARKS,
+    SOUTHEAST_ASIAN,
+    UNSPACED,
+    cut_words,
+    split_words,
+)
 
-EXTRACT_VERSION = 1
+EXTRACT_VERSION = 2
 """Raised whenever the texts change; part of their keys."""
 SHORT_WORDS = 3
 """A field's value of up to this many words is a topic, a longer one is free text."""
+UNSPACED_WORDS = 2
+"""Words of two characters that say as much as one between blanks (Chinese, Japanese, Thai, ...)."""
 MIN_LETTERS = 4
+MIN_DENSE_LETTERS = 2
+"""Of Han, Katakana and Korean words, whose letters are syllables."""
 TOPIC_SHARE = 0.75
 """Share of the words that topics may take while there are free-text words to show."""
 WORDS_MARK = "words:"
-_FIELD = re.compile(r"(?:^|; )([\w ]{1,30}): ")
+_FIELD = re.compile(rf"(?:^|; )([\w{MARKS} ]{{1,30}}): ")
 _TERM = re.compile(r"(?P<term>.+?)(?: \((?P<count>\d+)\))?$")
-_WORD = re.compile(r"[^\W\d_][\w'-]+")
+_WORD = re.compile(rf"[^\W\d_][\w{MARKS}'-]+")
+_PART = re.compile(
+    rf"(?P<han>[{HAN}]+)|[{KATAKANA}]+|[{HIRAGANA}]+|(?P<southeast_asian>[{SOUTHEAST_ASIAN}]+)|[^{UNSPACED}]+"
+)
+"""Parts of a run of letters: where the script changes, a word of Japanese mostly begins."""
+_GRAMS = {"han": 2, "southeast_asian": 4}
+"""Characters of the n-grams that stand for words where more than two words run together."""
+_DENSE = re.compile(rf"[{HAN}{KATAKANA}\uac00-\ud7a3]")
+_UNSPACED = re.compile(rf"[{UNSPACED}]")
+_LISTED = re.compile("[,\u3001\uff0c]")
 _FUNCTION_WORDS = """
 about after again against also another because been before being between both cannot could does
 doing down during each every first from further have having here into just last made make many might
@@ -62,7 +85,7 @@ def extract(prompt: SummaryPrompt, max_words: int) -> str:
     for item in prompt.items:
         read_item(terms, item)
     text = write_summary(terms, max_words)
-    return text or " ".join(" ".join((*prompt.previous, *prompt.items)).split()[:max_words])
+    return text or cut_words(" ".join(" ".join((*prompt.previous, *prompt.items)).split()), max_words)
 
 
 def read_item(terms: Terms, text: str) -> None:
@@ -91,13 +114,31 @@ def split_fields(text: str) -> tuple[list[str], list[str], str]:
 
 
 def _is_short(value: str) -> bool:
-    return len(value.split()) <= SHORT_WORDS and _WORD.search(value) is not None and "," not in value
+    limit = SHORT_WORDS * (UNSPACED_WORDS if _UNSPACED.search(value) else 1)
+    return len(split_words(value)) <= limit and _WORD.search(value) is not None and not _LISTED.search(value)
 
 
 def informative_words(text: str) -> list[str]:
-    """Words of some length that are no function words, in lower case."""
-    words = (word.lower() for word in _WORD.findall(text))
-    return [word for word in words if len(word) >= MIN_LETTERS and word not in STOP_WORDS]
+    """Words of some length that are no function words, in lower case; parts and n-grams in scripts without blanks."""
+    words = [word.lower() for word in _WORD.findall(text)]
+    if not text.isascii():
+        words = [part for word in words for part in _parts(word)]
+    return [word for word in words if len(word) >= _least_length(word) and word not in STOP_WORDS]
+
+
+def _parts(word: str) -> Iterator[str]:
+    """Parts of a run of letters by script; n-grams of those without blanks that are too long to be words."""
+    for match in _PART.finditer(word):
+        part, size = match[0], _GRAMS.get(match.lastgroup or "", 0)
+        if not size or len(part) <= 2 * size:
+            yield part
+        else:
+            grams = (part[i : i + size] for i in range(len(part) - size + 1))
+            yield from (gram for gram in grams if gram[0] not in MARKS)
+
+
+def _least_length(word: str) -> int:
+    return MIN_LETTERS if word.isascii() or not _DENSE.match(word) else MIN_DENSE_LETTERS
 
 
 def read_summary(terms: Terms, text: str) -> None:
@@ -122,13 +163,14 @@ def write_summary(terms: Terms, max_words: int) -> str:
 
 
 def _within(terms: Iterable[str], max_words: int) -> list[str]:
-    kept: list[str] = []
+    kept, room = [], max_words
     for term in terms:
-        if _num_words([*kept, term]) > max_words:
+        room -= len(split_words(term))
+        if room < 0:
             break
         kept.append(term)
     return kept
 
 
 def _num_words(terms: Iterable[str]) -> int:
-    return sum(len(term.split()) for term in terms)
+    return sum(len(split_words(term)) for term in terms)

@@ -6,7 +6,6 @@ folder. A task ends when the sets of all splits are published, whoever did the w
 
 from __future__ import annotations
 
-import shutil
 import signal
 import sys
 import time
@@ -24,17 +23,18 @@ from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.environment import Ranks, array_task, detect_ranks
 from trsr_dist.errors import EngineError, RunError, TrsrError
-from trsr_dist.files import writing
+from trsr_dist.files import recover_folder, sweep, writing
 from trsr_dist.hashing import digest
+from trsr_dist.liveness import LeaseFolder, Owner, touching
 from trsr_dist.log import get_logger, setup_logging
+from trsr_dist.printable import strike_addresses
 from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.run import RunFolder, claim, is_finished
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.engines.build import build_engine, engine_identity, revision_to_load
 from trsr_dist.summarize.engines.lazy import LazyEngine
-from trsr_dist.summarize.leases import LeaseFolder, Owner
 from trsr_dist.summarize.plans import planner
-from trsr_dist.summarize.progress import TaskProgress, beating, task_path, work_name, write_job
+from trsr_dist.summarize.progress import WRITE_SECONDS, TaskProgress, task_path, work_name, write_job
 from trsr_dist.summarize.report import Reporter
 from trsr_dist.summarize.scheduler import Scheduler
 from trsr_dist.summarize.units import SplitWork
@@ -89,6 +89,7 @@ def _run(job: Job) -> None:
     if job.unpublished:
         job.run()
     else:
+        job.write_config(only_missing=True)
         log.info("%s: nothing to do, the shards of %s are there", job.run_folder.shards, ", ".join(SPLITS))
 
 
@@ -115,6 +116,8 @@ class Job:
         self.redo = force and task.count == 1
         """Make finished sets anew. Of several tasks, none could tell an old set from what another has just made."""
         self._gone_since: dict[str, float] = {}
+        for split in SPLITS:
+            recover_folder(run.split(split), locked=False)
         self.works = {split: self._work(split) for split in SPLITS}
         self.unpublished = {s: work for s, work in self.works.items() if self.redo or not self._is_published(s)}
         if force and not self.redo and not self.unpublished:
@@ -125,9 +128,13 @@ class Job:
     def tidy(self) -> None:
         """Remove what a task left behind that was killed right after publishing."""
         for split in self.works.keys() - self.unpublished.keys():
-            self.works[split].clear(self.task.name)
-        for gone in (self.run_folder.summaries / "work").glob(".gone-*"):
-            shutil.rmtree(gone, ignore_errors=True)
+            self.works[split].clear()
+        for folder in ("work", "leases"):
+            sweep(self.run_folder.summaries / folder, GONE_SECONDS)
+
+    def write_config(self, only_missing: bool = False) -> None:
+        if self.task.index == 0:
+            self.run_folder.write_config("summarize", dump_config(self.config), only_missing)
 
     def run(self) -> None:
         """Work until every split is published.
@@ -141,20 +148,19 @@ class Job:
 
     def _run_claimed(self) -> None:
         if self.task.index == 0:
-            self.run_folder.write_config("summarize", dump_config(self.config))
+            self.write_config()
             self._compare_tasks_and_units()
         summaries = self.run_folder.summaries
         check_one_file_system(summaries, self.run_folder.shards)
         write_job(self._progress_folder, self.works)
         for work in self.unpublished.values():
             if self.redo:
-                work.clear(self.task.name)
+                work.clear()
             work.open()
-        owner = Owner.myself(self.task.name, self.task.ranks.job_id, self.task.ranks.restart)
-        leases = LeaseFolder(summaries / "leases", owner, self.config.summarize.lease_seconds)
+        leases = LeaseFolder(summaries / "leases", Owner.myself(self.task.name), self.config.summarize.lease_seconds)
         cache = TextCache(summaries / "journal", self.task.name)
         try:
-            with beating(task_path(self._progress_folder, self.task.name)):
+            with touching(task_path(self._progress_folder, self.task.name), WRITE_SECONDS):
                 self._with_engine(leases, cache)
         finally:
             leases.close()
@@ -195,7 +201,7 @@ class Job:
             state = "done"
         except Exception as error:
             kind = "" if isinstance(error, TrsrError) else f"{type(error).__name__}: "
-            state, message = "failed", f"{kind}{error}"
+            state, message = "failed", strike_addresses(f"{kind}{error}")
             raise
         finally:
             reporter.close(state, message)
@@ -233,7 +239,7 @@ class Job:
         for split, work in list(self.unpublished.items()):
             gone = not work.folder.exists()  # asked first: others publish, then remove the folder
             if not self.redo and self._is_published(split):
-                work.clear(self.task.name)
+                work.clear()
             elif gone:
                 self._wait_for_manifest(split, work)
                 continue
@@ -272,7 +278,7 @@ class Job:
         target = self.run_folder.split(split)
         if not work.publish(target, self.task.name, self.settings, self.inputs, **facts):
             return False
-        work.clear(self.task.name)
+        work.clear()
         told = "".join(f", {name} {number}" for name, number in facts["counts"].items())
         log.info("%s: %d users in %d shards, %d failed%s", target, num_users, work.num_units, len(failed), told)
         return True

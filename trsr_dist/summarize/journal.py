@@ -14,12 +14,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
+from trsr_dist.errors import DataError
+from trsr_dist.json_text import parse_json
+
 FRAME = 9
 """Bytes before the JSON."""
 KEY = re.compile(rb'.{9}\{"key":"([0-9a-f]{32})"', re.DOTALL)
 """How a line begins."""
 PIECE = 4096
 """Bytes of one read: most records are shorter."""
+
+
+class Record(TypedDict):
+    """What every record has; the scheduler's have more."""
+
+    __pydantic_config__ = {"extra": "allow"}
+    key: str
 
 
 def pack(record: dict[str, Any]) -> bytes:
@@ -33,7 +45,10 @@ def unpack(line: bytes) -> dict[str, Any] | None:
     body = line[FRAME:-1]
     if line[-1:] != b"\n" or line[:FRAME] != b"%08x " % zlib.crc32(body):
         return None
-    return json.loads(body)
+    try:
+        return parse_json(body, Record)
+    except DataError:
+        return None
 
 
 def scan(path: Path, offset: int = 0) -> Iterator[tuple[int, int, str | None]]:

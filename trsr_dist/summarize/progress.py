@@ -6,21 +6,22 @@ RUN/summaries/progress/{settings}/{task}.json      what a task has done, rewritt
 
 from __future__ import annotations
 
-import os
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+from typing_extensions import TypedDict
 
 from trsr_dist.errors import DataError
 from trsr_dist.files import read_json, write_json
 from trsr_dist.hashing import digest
-from trsr_dist.run import MANIFEST, RunFolder
-from trsr_dist.summarize.units import SplitWork
+from trsr_dist.liveness import reader_time
+from trsr_dist.run import MANIFEST, Manifest, RunFolder, read_manifest
+from trsr_dist.summarize.units import Failed, SplitWork
 
 JOB = "job.json"
 PUBLISHED = "published"
@@ -58,7 +59,28 @@ class TaskProgress:
     tokens_per_second: float = 0.0
     """Read and written."""
     time: float = 0.0
-    """Unix seconds of this writing."""
+    """Unix seconds of the last sign of life, by the file server's clock; of the writing by the task's own."""
+
+
+class SplitFile(TypedDict):
+    """A split of the job."""
+
+    work: Annotated[str, Field(pattern=r"^[^/\x00]+$")]
+    """Name of its work folder."""
+    num_users: NonNegativeInt
+    users_per_unit: PositiveInt
+
+
+class JobFile(TypedDict):
+    """What the job consists of."""
+
+    splits: dict[str, SplitFile]
+
+
+class PublishedManifest(Manifest, total=False):
+    """What the manifest of a published set says of its job."""
+
+    failed: list[Failed]
 
 
 class Rates:
@@ -147,7 +169,7 @@ class ProgressReader:
     def __init__(self, run: RunFolder, folder: Path) -> None:
         self.run = run
         self.folder = folder
-        splits = read_json(folder / JOB)["splits"]
+        splits = read_json(folder / JOB, JobFile)["splits"]
         self._works = {
             split: SplitWork(run.summaries / "work" / facts["work"], split, facts["num_users"], facts["users_per_unit"])
             for split, facts in splits.items()
@@ -194,9 +216,9 @@ class ProgressReader:
         path = self.run.split(split) / MANIFEST
         if not path.is_file():
             return None
-        manifest = read_json(path)
-        own = work.folder.name == work_name(split, manifest["settings"], manifest["inputs"])
-        return manifest["failed"] if own else None
+        manifest = read_manifest(path.parent, PublishedManifest)
+        own = work.folder.name == work_name(split, manifest.get("settings", {}), manifest.get("inputs", {}))
+        return manifest.get("failed", []) if own else None
 
 
 def work_name(split: str, settings: dict[str, Any], inputs: dict[str, str]) -> str:
@@ -206,15 +228,16 @@ def work_name(split: str, settings: dict[str, Any], inputs: dict[str, str]) -> s
 
 def read_tasks(folder: Path) -> list[TaskProgress]:
     """Files of all tasks; one that stopped writing without a word is taken for ``killed``."""
-    tasks = []
+    tasks, now = [], reader_time(folder)
     for path in sorted(folder.glob("*.json")):
         if path.name == JOB:
             continue
         try:
-            task = TaskProgress(**read_json(path))
-        except (DataError, TypeError):
+            task = read_json(path, TaskProgress)
+            task.time = path.stat().st_mtime
+        except (DataError, FileNotFoundError):
             continue
-        if task.state == "running" and time.time() - path.stat().st_mtime > SILENT_SECONDS:
+        if task.state == "running" and now - task.time > SILENT_SECONDS:
             task.state = "killed"
         tasks.append(task)
     return tasks
@@ -229,22 +252,3 @@ def write_task(folder: Path, progress: TaskProgress) -> None:
 def task_path(folder: Path, task: str) -> Path:
     """Where a task tells of itself."""
     return folder / f"{task}.json"
-
-
-@contextmanager
-def beating(path: Path) -> Iterator[None]:
-    """Touch a task's file every few seconds, also while a model loads or no user finishes for long."""
-    stop = threading.Event()
-
-    def beat() -> None:
-        while not stop.wait(WRITE_SECONDS):
-            with suppress(OSError):
-                os.utime(path)
-
-    thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 
 from trsr_dist.prompts.text import SUMMARY_CUE, SummaryPrompt
+from trsr_dist.words import has_text, split_words, word_spans
 
 TURN_MARKERS = ("[Summaries]", "[Items]", SUMMARY_CUE, "[Candidate]", "\nUser:", "\nHuman:", "\nAssistant:", "<|")
 """Text after one of these belongs to a turn that the model made up."""
@@ -13,11 +14,11 @@ TITLE = re.compile(r"^[\W_]*(?:[\w'-]+ ){0,5}(?:Summary:[\W_]*)+", re.MULTILINE)
 """A heading that chat models like to begin with, such as ``**Updated Summary:**``."""
 HEADING = re.compile(r"#.*|\*\*.*\*\*")
 PREAMBLE_WORDS = 12
-"""A line of so many words before the title announces the summary."""
+"""A line of at most as many words before the title announces the summary."""
 THOUGHTS = ("<think>", "</think>")
 """What reasoning models write before their answer stands between these."""
 ECHO_WORDS = 8
-"""So many words in a row taken from the instruction count as its echo."""
+"""Words in a row taken from the instruction that count as its echo."""
 REPEAT_WORDS = 3
 REPEAT_SHARE = 0.5
 """A text whose most common or repeated word triples make up this share of it is a repetition."""
@@ -45,7 +46,7 @@ def is_preamble(text: str) -> bool:
     short line."""
     if turn_place(text) is not None:
         return False
-    is_short = "\n" not in text and len(text.split()) <= PREAMBLE_WORDS
+    is_short = "\n" not in text and len(split_words(text)) <= PREAMBLE_WORDS
     return is_short or text.rstrip("*_ ").endswith(":") or HEADING.fullmatch(text) is not None
 
 
@@ -66,7 +67,7 @@ def flags_of(text: str, prompt: SummaryPrompt, run_on: bool, cut: bool) -> tuple
         cut: the token limit ended it.
     """
     faults = {
-        "empty": not any(character.isalnum() for character in text),
+        "empty": not has_content(text, prompt),
         "echo": is_echo(text, prompt.instruction),
         "run_on": run_on,
         "repetition": is_repetitive(text),
@@ -75,17 +76,27 @@ def flags_of(text: str, prompt: SummaryPrompt, run_on: bool, cut: bool) -> tuple
     return tuple(name for name, found in faults.items() if found)
 
 
+def has_content(text: str, prompt: SummaryPrompt) -> bool:
+    """Whether there are letters or digits; of items that have none themselves, any sign will do."""
+    sources = " ".join((*prompt.previous, *prompt.items))
+    return _has_letters(text) or (has_text(text) and has_text(sources) and not _has_letters(sources))
+
+
+def _has_letters(text: str) -> bool:
+    return any(character.isalnum() for character in text)
+
+
 def is_echo(text: str, instruction: str) -> bool:
     """Whether the text holds a run of words of the instruction."""
-    words = instruction.lower().split()
-    runs = (" ".join(words[i : i + ECHO_WORDS]) for i in range(len(words) - ECHO_WORDS + 1))
-    lowered = " ".join(text.lower().split())
+    lowered, instruction = (" ".join(part.lower().split()) for part in (text, instruction))
+    spans = word_spans(instruction)
+    runs = (instruction[first:last] for (first, _), (_, last) in zip(spans, spans[ECHO_WORDS - 1 :], strict=False))
     return any(run in lowered for run in runs)
 
 
 def is_repetitive(text: str) -> bool:
     """Whether repeated word triples make up most of the text."""
-    words = text.lower().split()
+    words = split_words(text.lower())
     if len(words) < REPEAT_MIN_WORDS:
         return False
     triples = Counter(tuple(words[i : i + REPEAT_WORDS]) for i in range(len(words) - REPEAT_WORDS + 1))

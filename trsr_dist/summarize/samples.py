@@ -10,6 +10,7 @@ from trsr_dist.errors import DataError
 from trsr_dist.hashing import digest
 from trsr_dist.records import Candidate, Item, Sample
 from trsr_dist.summarize.plans.graph import Plan
+from trsr_dist.words import comparable
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,14 +29,14 @@ def check_leaks(user: str, history: Sequence[Item], targets: Sequence[Item], rep
     Raises:
         DataError: a target is among them, and data.repeated_target is not ``keep``.
     """
-    ids, texts = {item.id for item in history}, {_normal(item.text) for item in history}
+    ids, texts = {item.id for item in history}, {comparable(item.text) for item in history}
     repeated = [item.id for item in targets if item.id in ids]
     if repeated and not repeated_kept:
         raise DataError(
             f"user {user!r}: target {repeated[0]!r} is also in the history that the summary is made from; prepare the "
             "data anew, or count such users in with data.repeated_target=keep"
         )
-    near = sum(item.id not in ids and _normal(item.text) in texts for item in targets)
+    near = sum(item.id not in ids and comparable(item.text) in texts for item in targets)
     return SampleFacts(len(repeated), near)
 
 
@@ -87,7 +88,3 @@ def node_provenance(plan: Plan, records: Sequence[dict[str, Any]], history: Sequ
         "sampled": sum(record.get("sampled", False) for record in records),
         "words_cut": sum(record.get("words_cut", 0) for record in records),
     }
-
-
-def _normal(text: str) -> str:
-    return " ".join("".join(c if c.isalnum() else " " for c in text.casefold()).split())

@@ -9,7 +9,7 @@ from functools import cache
 
 from trsr_dist.errors import DataError
 from trsr_dist.prompts.text import SummaryPrompt
-from trsr_dist.prompts.trimming import count_words, cut_words
+from trsr_dist.words import count_words, cut_words
 
 
 def trim_prompt(prompt: SummaryPrompt, count: Callable[[SummaryPrompt], int], limit: int) -> tuple[SummaryPrompt, int]:

@@ -10,20 +10,42 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from trsr_dist.errors import DataError
-from trsr_dist.files import read_json, sync_folder, write_json
+from trsr_dist.files import read_json, remove_folder, replace_folder, sync_folder, write_json
 from trsr_dist.records import Sample
 from trsr_dist.run import MANIFEST
-from trsr_dist.shards.writer import ShardFacts, write_shard, write_split_manifest
+from trsr_dist.shards.manifest import ShardFacts, write_split_manifest
+from trsr_dist.shards.writer import write_shard
 
 FACTS = "facts.json"
+
+
+class Failed(TypedDict):
+    """A user without a summary."""
+
+    user: str
+    node: int
+    """Position of the failed request in the user's plan."""
+    key: str
+    reason: str
+
+
+class UnitFacts(TypedDict):
+    """What a committed unit holds."""
+
+    shard: ShardFacts
+    num_users: int
+    failed: list[Failed]
+    counts: dict[str, int]
 
 
 class SplitWork:
@@ -75,13 +97,13 @@ class SplitWork:
         missing = next((unit for unit in range(self.num_units) if unit not in self._done), None)
         return missing is None or (self.is_done(missing) and len(self.committed()) == self.num_units)
 
-    def facts(self, unit: int) -> dict[str, Any]:
-        """What a committed unit holds: ``shard``, ``num_users``, ``failed`` and ``counts``.
+    def facts(self, unit: int) -> UnitFacts:
+        """What a committed unit holds.
 
         Raises:
-            DataError: it is gone: the set has been published and the work folder removed.
+            DataError: it is damaged, or gone: the set has been published and the work folder removed.
         """
-        return read_json(self._unit(unit) / FACTS)
+        return read_json(self._unit(unit) / FACTS, UnitFacts)
 
     def failures(self, max_age_seconds: float = 0.0) -> list[dict[str, Any]]:
         """Users without a summary in all committed units: user, node, key, reason. A unit is read once."""
@@ -102,7 +124,8 @@ class SplitWork:
             attempt.mkdir()
             shard = write_shard(attempt / f"{self.split}-{unit:06d}.tar", samples)
             write_json(attempt / FACTS, {"shard": asdict(shard), **facts})
-            is_first = self._rename(attempt, self._unit(unit))
+            is_first = _is_first(lambda: os.rename(attempt, self._unit(unit)))
+            sync_folder(self._unit(unit).parent)
             self._done.add(unit)
             return is_first
         except FileNotFoundError:
@@ -132,9 +155,10 @@ class SplitWork:
             whole.mkdir()
             for unit in range(self.num_units):
                 self._link_files(self._unit(unit), whole)
-            shards = [ShardFacts(**self.facts(unit)["shard"]) for unit in range(self.num_units)]
+            shards = [self.facts(unit)["shard"] for unit in range(self.num_units)]
             write_split_manifest(whole, shards, settings, inputs, **facts)
-            return self._take_name(whole, target, task)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            return _is_first(lambda: replace_folder(whole, target))
         except FileNotFoundError:
             if (target / MANIFEST).is_file():
                 return False
@@ -142,12 +166,10 @@ class SplitWork:
         finally:
             shutil.rmtree(whole, ignore_errors=True)
 
-    def clear(self, task: str) -> None:
+    def clear(self) -> None:
         """After publishing: remove the work folder, in one step, so that no half of it is ever taken up again."""
-        gone = self.folder.with_name(f".gone-{self.folder.name}-{task}")
         with suppress(FileNotFoundError):
-            os.rename(self.folder, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+            remove_folder(self.folder)
 
     def _list(self) -> None:
         """A unit is committed by the renaming of a folder, so its name says it all."""
@@ -162,30 +184,21 @@ class SplitWork:
     def _unit(self, unit: int) -> Path:
         return self.folder / "units" / f"{unit:06d}"
 
-    def _rename(self, attempt: Path, unit: Path) -> bool:
-        try:
-            os.rename(attempt, unit)
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-                return False
-            raise
-        sync_folder(unit.parent)
-        return True
-
-    def _take_name(self, whole: Path, target: Path, task: str) -> bool:
-        """Put the set in place; an older one is moved aside first and removed last."""
-        target.parent.mkdir(parents=True, exist_ok=True)
-        old = self.folder / f"old-{task}"
-        if target.exists():
-            os.rename(target, old)
-        published = self._rename(whole, target)
-        shutil.rmtree(old, ignore_errors=True)
-        return published
-
     def _link_files(self, unit: Path, whole: Path) -> None:
         for path in sorted(unit.iterdir()):
             if path.name != FACTS:
                 link_or_copy(path, whole / path.name)
+
+
+def _is_first(rename: Callable[[], None]) -> bool:
+    """Whether the new name was free; a folder that others have put there stays."""
+    try:
+        rename()
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
 
 
 def link_or_copy(source: Path, target: Path) -> None:

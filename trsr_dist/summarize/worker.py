@@ -10,10 +10,11 @@ from typing import Any
 
 from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.errors import EngineError
+from trsr_dist.liveness import Lease, LeaseFolder
 from trsr_dist.log import get_logger
+from trsr_dist.printable import in_one_line
 from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Item, Sample
-from trsr_dist.summarize.leases import Lease, LeaseFolder
 from trsr_dist.summarize.plans.graph import Plan
 from trsr_dist.summarize.samples import SampleFacts, check_leaks, make_sample, node_provenance
 from trsr_dist.summarize.scheduler import Failure, Result, Work
@@ -182,7 +183,7 @@ class Worker:
 
     def _note_failure(self, unit: OpenUnit, user: str, failure: Failure) -> None:
         unit.failed.append({"user": user, "node": failure.node, "key": failure.key, "reason": failure.reason})
-        log.warning("no summary for user %s: node %d: %s", user, failure.node, failure.reason)
+        log.warning("no summary for user %s: node %d: %s", in_one_line(user, 100), failure.node, failure.reason)
         if self.recipe.failed_users == "fail":
             raise EngineError(
                 f"user {user!r}: node {failure.node}: {failure.reason}; set summarize.failed_users to skip or "

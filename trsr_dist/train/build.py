@@ -74,7 +74,7 @@ class Build:
         if prepared.zero.stage == 3:
             base = load_base_divided(prepared.source, prepared.dtype, prepared.zero_config)
         else:
-            base = load_base(prepared.source, prepared.dtype, distributed.device_of(self.ranks))
+            base = load_base(prepared.source, prepared.dtype, distributed.device_of(self.ranks), prepared.model_config)
         seed = self.config.run.seed
         config = add_lora(base, lora.r, lora.alpha, lora.dropout, lora.target_modules, lora.use_rslora, seed, lora.init)
         if self.config.train.activation_checkpointing:

@@ -6,9 +6,7 @@ latest, best  text files that name a complete folder
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -18,24 +16,25 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from trsr_dist.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from trsr_dist.errors import CheckpointError, DataError
 from trsr_dist.files import (
-    MOVED,
     atomic_file,
     atomic_folder,
     read_json,
     recover_folder,
+    remove_folder,
     sha256_of,
-    temporary_name,
     write_json,
 )
+from trsr_dist.liveness import Owner
 from trsr_dist.log import get_logger
 from trsr_dist.model.lora import adapter_name, parameter_name
-from trsr_dist.model.places import ADAPTER_CONFIG, POINTERS, PROVENANCE
+from trsr_dist.model.places import POINTERS, PROVENANCE, CheckpointManifest
 from trsr_dist.model.tensor_file import write_tensors
-from trsr_dist.run import MANIFEST
+from trsr_dist.run import MANIFEST, read_manifest
 
-ADAPTER_WEIGHTS = "adapter/adapter_model.safetensors"
+WEIGHTS = f"adapter/{ADAPTER_WEIGHTS}"
 OPTIMIZER = "optimizer.safetensors"
 STATE = "state.json"
 NAME = re.compile(r"step-(\d{6,})$")
@@ -132,7 +131,7 @@ class CheckpointFolder:
             (target / "adapter").mkdir()
             weights = {k.removeprefix("weight/"): v for k, v in tensors.items() if k.startswith("weight/")}
             adapter = {adapter_name(name): tensor.contiguous() for name, tensor in weights.items()}
-            write_tensors(adapter, target / ADAPTER_WEIGHTS)
+            write_tensors(adapter, target / WEIGHTS)
             moments = {k: v.contiguous() for k, v in tensors.items() if not k.startswith("weight/")}
             write_tensors(moments, target / OPTIMIZER)
             write_json(target / "adapter" / ADAPTER_CONFIG, adapter_config)
@@ -187,16 +186,17 @@ class CheckpointFolder:
         for name in POINTERS:
             (self.root / name).unlink(missing_ok=True)
         for folder in self._folders():
-            os.rename(folder, temporary_name(folder))
-        self.tidy()
+            remove_folder(folder)
 
-    def tidy(self) -> None:
-        """Make the folder, without what killed processes left half-done. Call while holding its lock."""
+    def tidy(self, dead: Owner | None = None) -> None:
+        """Make the folder, and put right what killed processes have left in it. Call while holding its lock.
+
+        Args:
+            dead: the owner that the lock was taken from.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
-        for left in self.root.glob(f".step-*.{MOVED}-*"):
-            recover_folder(self.root / left.name[1:].partition(".")[0])
-        for left in self.root.glob(".step-*"):
-            shutil.rmtree(left, ignore_errors=True)
+        for name in {left.name[1:].partition(".")[0] for left in self.root.glob(".step-*")}:
+            recover_folder(self.root / name, dead)
 
     def _folder(self, step: int) -> Path:
         return self.root / f"step-{step:06d}"
@@ -206,7 +206,7 @@ class CheckpointFolder:
         kept = best.read_text(encoding="utf-8").strip() if best.is_file() else ""
         for folder in self._folders()[: -self._keep]:
             if folder.name != kept:
-                shutil.rmtree(folder, ignore_errors=True)
+                remove_folder(folder)
 
     def _folders(self) -> list[Path]:
         """By their step, which may have more digits than the names are padded to."""
@@ -221,15 +221,15 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         CheckpointError: incomplete, damaged, or with tensors that are empty or not finite.
     """
     try:
-        files = read_json(folder / MANIFEST)["files"]
+        files = read_manifest(folder, CheckpointManifest)["files"]
         for name, recorded in files.items():
             path = folder / name
             if not path.is_file() or path.stat().st_size != recorded["size"] or sha256_of(path) != recorded["sha256"]:
                 raise CheckpointError(f"{path}: missing, truncated or changed since it was written")
-        adapter = load_file(folder / ADAPTER_WEIGHTS)
+        adapter = load_file(folder / WEIGHTS)
         tensors = {f"weight/{parameter_name(name)}": tensor for name, tensor in adapter.items()}
         tensors |= load_file(folder / OPTIMIZER)
-        state = TrainerState(**read_json(folder / STATE))
+        state = read_json(folder / STATE, TrainerState)
         provenance, digest = read_json(folder / PROVENANCE), sha256_of(folder / MANIFEST)
     except (DataError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint ({error})") from None

@@ -7,15 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from peft import LoraConfig, PeftConfig
 
+from trsr_dist.bases import ADAPTER_CONFIG
 from trsr_dist.errors import ConfigError, ModelError
-from trsr_dist.files import read_json, sha256_of
+from trsr_dist.files import sha256_of
+from trsr_dist.model.adapters import adapter_file, attach, read_adapter
+from trsr_dist.model.fingerprint import check_same_base
 from trsr_dist.model.lora import parameter_name
-from trsr_dist.model.places import ADAPTER_CONFIG, follow, is_checkpoint, read_provenance
+from trsr_dist.model.places import check_checkpoint, follow, is_checkpoint, read_provenance
+from trsr_dist.pretrained import BaseSource, load_config, read_structure
 
-WEIGHTS = "adapter_model.safetensors"
 OWNED = {"r": "r", "lora_alpha": "alpha", "use_rslora": "use_rslora"}
 """Keys of adapter_config.json that belong to keys of ``lora``."""
 UNKNOWN = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save")
@@ -33,41 +35,43 @@ class InitialAdapter:
     """SHA-256 of the weights' file."""
 
 
-def read_initial(place: str, lora: dict[str, Any], fingerprint: str) -> InitialAdapter:
+def read_initial(place: str, lora: dict[str, Any], base: BaseSource, fingerprint: str) -> InitialAdapter:
     """Read a PEFT adapter, a checkpoint or a pointer to one.
 
     Args:
         place: path.
         lora: the run's ``lora`` section.
-        fingerprint: of the run's base.
+        base: the run's, in a local folder.
+        fingerprint: of it.
 
     Raises:
+        CheckpointError: a checkpoint is damaged, or tensors are not finite or were never trained.
         ConfigError: ``lora`` does not describe this adapter.
-        ModelError: it cannot be read, is of another kind, or was trained on another base.
+        ModelError: it cannot be read, does not fit the base, is of another kind, or was trained on another base.
     """
     folder = follow(Path(place))
     provenance = read_provenance(folder)
-    folder = folder / "adapter" if is_checkpoint(folder) else folder
-    if not (folder / ADAPTER_CONFIG).is_file() or not (folder / WEIGHTS).is_file():
-        raise ModelError(f"train.init_adapter={place}: no {ADAPTER_CONFIG} and {WEIGHTS} there; name a PEFT adapter")
-    _check_config(folder, read_json(folder / ADAPTER_CONFIG), lora)
-    if provenance.get("base", {}).get("fingerprint", fingerprint) != fingerprint:
-        raise ModelError(f"{folder}: trained on another base than model.name_or_path; name that base")
-    try:
-        tensors = load_file(folder / WEIGHTS)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{folder / WEIGHTS}: cannot be read ({error})") from None
-    weights = {parameter_name(name): tensor.float() for name, tensor in tensors.items()}
-    return InitialAdapter(folder, weights, sha256_of(folder / WEIGHTS))
+    if is_checkpoint(folder):
+        check_checkpoint(folder)
+        folder = folder / "adapter"
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"train.init_adapter={place}: no {ADAPTER_CONFIG} there; name a PEFT adapter")
+    adapter = read_adapter(folder)
+    _check_config(folder, adapter.config, lora)
+    recorded = provenance.get("base", {}).get("fingerprint", "")
+    check_same_base(base.name_or_path, fingerprint, recorded, f"name the base of {folder} with model.name_or_path")
+    attach(read_structure(base, load_config(base)).model, adapter)
+    weights = {parameter_name(name): tensor for name, tensor in adapter.tensors.items()}
+    return InitialAdapter(folder, weights, sha256_of(adapter_file(folder)))
 
 
-def _check_config(folder: Path, config: dict[str, Any], lora: dict[str, Any]) -> None:
+def _check_config(folder: Path, config: PeftConfig, lora: dict[str, Any]) -> None:
     path = folder / ADAPTER_CONFIG
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"{path}: peft_type={config.peft_type.value!r}, expected 'LORA'")
     for key in UNKNOWN:
-        if config.get(key):
-            raise ModelError(f"{path}: {key}={config[key]!r} is not trained here; merge it into a base first")
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"{path}: peft_type={config.get('peft_type')!r}, expected 'LORA'")
+        if getattr(config, key):
+            raise ModelError(f"{path}: {key}={getattr(config, key)!r} is not trained here; merge it into a base first")
     for key, own in OWNED.items():
-        if config.get(key, lora[own]) != lora[own]:
-            raise ConfigError(f"{path}: {key}={config[key]}, lora.{own}={lora[own]}; set the latter so")
+        if getattr(config, key) != lora[own]:
+            raise ConfigError(f"{path}: {key}={getattr(config, key)}, lora.{own}={lora[own]}; set the latter so")

@@ -67,7 +67,7 @@ def _train(
 ) -> Ending:
     distributed.on_rank_zero(lambda: check_stop_file(run.root))
     checkpoints = CheckpointFolder(run.checkpoints, config.train.keep_checkpoints, lock.check if lock else None)
-    distributed.on_rank_zero(checkpoints.tidy)
+    distributed.on_rank_zero(lambda: checkpoints.tidy(lock.lease.former if lock else None))
     checkpoint = None if force else newest_for_all(checkpoints)
     prepared = prepare(config, run, ranks, checkpoint)
     build = Build(config, run, ranks, prepared, checkpoints, checkpoint, control)
@@ -75,6 +75,7 @@ def _train(
         check_base(checkpoint, prepared.name, prepared.fingerprint)
         if build.is_finished:
             check_finished(checkpoint, build.settings)
+            distributed.on_rank_zero(lambda: run.write_config("train", dump_config(config), only_missing=True))
             log.info("%s: finished; nothing to do (--force redoes it)", checkpoint.folder)
             return Ending(True, "")
         check_settings(checkpoint, build.settings)

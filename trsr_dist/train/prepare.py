@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig
 
+from trsr_dist.bases import BaseName, base_folder
 from trsr_dist.config import Config
 from trsr_dist.config.zero import find_file, read_zero_config
 from trsr_dist.distributed import device_of, on_rank_zero, once_per_node
@@ -17,17 +18,10 @@ from trsr_dist.errors import ConfigError
 from trsr_dist.log import get_logger
 from trsr_dist.metric_names import metric_names
 from trsr_dist.model.fingerprint import base_fingerprint
-from trsr_dist.model.loading import (
-    BaseSource,
-    check_weights,
-    load_config,
-    load_tokenizer,
-    resolve_precision,
-    shared_backend,
-)
-from trsr_dist.model.places import BaseName, base_folder
+from trsr_dist.model.loading import resolve_precision, shared_backend
 from trsr_dist.model.zero3 import check_equal_calls
 from trsr_dist.planning.memory import ZeroSetting
+from trsr_dist.pretrained import BaseSource, load_config, load_tokenizer
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.run import RUN, RunFolder
 from trsr_dist.shards.cache import open_cache
@@ -91,7 +85,6 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
         )
     settings = read_zero_config(find_file(train.deepspeed_config))
     source, name = base_source(config, run, ranks)
-    check_weights(source)
     tokenizer, model_config = load_tokenizer(source), load_config(source)
     builder = PromptBuilder(tokenizer, **config.prompt.model_dump())
     precision = resolve_precision(train.precision, device_of(ranks))
@@ -115,7 +108,7 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
         source=source,
         name=name,
         fingerprint=fingerprint,
-        initial=None if checkpoint is not None else open_initial(config, run, fingerprint),
+        initial=None if checkpoint is not None else open_initial(config, run, source, fingerprint),
         model_config=model_config,
         builder=builder,
         tokenizer=tokenizer,
@@ -198,10 +191,10 @@ def open_validator(config: Config, run: RunFolder, ranks: Ranks, builder: Prompt
     )
 
 
-def open_initial(config: Config, run: RunFolder, fingerprint: str) -> InitialAdapter | None:
+def open_initial(config: Config, run: RunFolder, base: BaseSource, fingerprint: str) -> InitialAdapter | None:
     """The adapter that a new training starts from, None where the config names none."""
     place = config.train.init_adapter
-    return read_initial(run.resolve(place), config.lora.model_dump(), fingerprint) if place else None
+    return read_initial(run.resolve(place), config.lora.model_dump(), base, fingerprint) if place else None
 
 
 def check_loss(loss: str, backend: str | None, stream: TrainStream, row_tokens: int) -> None:

@@ -7,12 +7,13 @@ import os
 from pathlib import Path
 
 from trsr_dist.errors import DataError
-from trsr_dist.files import read_json, sha256_of
+from trsr_dist.files import sha256_of
 from trsr_dist.log import get_logger, progress
 from trsr_dist.run import MANIFEST
 from trsr_dist.shards.codec import decode_sample
 from trsr_dist.shards.index import build_index, open_index
-from trsr_dist.shards.writer import ShardFacts, candidate_digest, write_split_manifest
+from trsr_dist.shards.manifest import ShardFacts, read_split_manifest, write_split_manifest
+from trsr_dist.shards.writer import candidate_digest
 
 log = get_logger("inspect")
 
@@ -24,7 +25,7 @@ def index_split(folder: Path) -> None:
         DataError: a tar is damaged or holds other things than samples, or is not the manifest's.
     """
     if (folder / MANIFEST).is_file():
-        _mend_indexes(folder)
+        _repair_indexes(folder)
         return
     tars = sorted(folder.glob("*.tar"))
     facts = [adopt_tar(path) for path in progress(tars, description=f"index {folder.name}", unit=" shards")]
@@ -32,12 +33,9 @@ def index_split(folder: Path) -> None:
     log.info("%s: indexed %d tars with %d samples", folder, len(facts), sum(shard.num_samples for shard in facts))
 
 
-def _mend_indexes(folder: Path) -> None:
+def _repair_indexes(folder: Path) -> None:
     num_built = 0
-    manifest = read_json(folder / MANIFEST)
-    if not isinstance(manifest, dict) or "shards" not in manifest:
-        raise DataError(f"{folder / MANIFEST}: not the manifest of a split; move it away to take the tars as they are")
-    for facts in manifest["shards"]:
+    for facts in read_split_manifest(folder)["shards"]:
         path = folder / facts["name"]
         try:
             open_index(path, facts["sha256"], facts["num_samples"])
@@ -72,5 +70,5 @@ def adopt_tar(path: Path) -> ShardFacts:
             try:
                 candidates.update(candidate_digest(decode_sample(data)).encode())
             except DataError as error:
-                raise DataError(f"{path}: sample {number} (byte {row['offset']}): {error}; mend the tar") from None
+                raise DataError(f"{path}: sample {number} (byte {row['offset']}): {error}; repair the tar") from None
     return ShardFacts(path.name, len(rows), path.stat().st_size, sha256_of(path), candidates.hexdigest())

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.shards.inspect.similar import normal
+from trsr_dist.words import has_text, split_words
 
 TARGET_IN_HISTORY = "the target stands in the history"
 TARGET_IN_SOURCES = "the target is among the items that the summary was made from"
@@ -45,7 +46,7 @@ def _candidate_faults(
 ) -> Iterator[str]:
     if len({candidate.item for candidate in candidates}) < len(candidates):
         yield ITEM_TWICE
-    if not all(candidate.text.strip() for candidate in candidates):
+    if not all(has_text(candidate.text) for candidate in candidates):
         yield NO_TEXT
     if {normal(c.text) for c in positives} & {normal(c.text) for c in negatives}:
         yield EQUAL_TEXTS
@@ -79,5 +80,5 @@ def _text_faults(sample: Sample, positives: list[Candidate]) -> Iterator[str]:
     if set(texts) & {normal(text) for text in sample.recent}:
         yield TARGET_IN_RECENT
     summary = normal(sample.summary)
-    if any(text in summary for text in texts if text.count(" ") >= LEAST_WORDS - 1):
+    if any(text in summary for text in texts if len(split_words(text)) >= LEAST_WORDS):
         yield TARGET_IN_SUMMARY

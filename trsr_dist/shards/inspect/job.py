@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from trsr_dist.errors import DataError, TrsrError
-from trsr_dist.files import read_json
-from trsr_dist.run import MANIFEST
+from trsr_dist.log import show
+from trsr_dist.run import MANIFEST, read_manifest
 from trsr_dist.shards.inspect.adopt import index_split
 from trsr_dist.shards.inspect.content import SplitContent, judge_content, read_content
 from trsr_dist.shards.inspect.findings import Findings
@@ -54,14 +54,14 @@ def inspect_shards(folder: Path, options: Options) -> int:
     findings = Findings()
     if options.verify:
         for path in folders:
-            print(f"{path}: verified {verify_split(path, findings):,} bytes of tars with their indexes")
+            show(f"{path}: verified {verify_split(path, findings):,} bytes of tars with their indexes")
     shards = {path.name: opened for path in folders if (opened := _open(path, findings)) is not None}
     contents = {name: read_content(opened, name, options.items) for name, opened in shards.items()}
     for name, content in contents.items():
-        print("\n".join(_describe(content, shards[name], options, findings)) + "\n")
+        show("\n".join(_describe(content, shards[name], options, findings)) + "\n")
         judge_content(content, shards[name], findings)
     judge_overlaps(contents, shards, findings)
-    print("\n".join([*_left_out(contents, options), *findings.lines()]))
+    show("\n".join([*_left_out(contents, options), *findings.lines()]))
     return 1 if findings.errors else 0
 
 
@@ -80,7 +80,7 @@ def split_folders(folder: Path) -> list[Path]:
 
 
 def _is_split(folder: Path) -> bool:
-    has_shards = any(folder.glob("*.tar")) or (folder / MANIFEST).is_file() and "shards" in read_json(folder / MANIFEST)
+    has_shards = any(folder.glob("*.tar")) or (folder / MANIFEST).is_file() and "shards" in read_manifest(folder)
     return has_shards and not folder.name.startswith(".")
 
 

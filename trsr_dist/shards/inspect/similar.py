@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from functools import lru_cache
 
-WORD = re.compile(r"\w+")
+from trsr_dist.words import comparable, search_terms
+
 LEAST_SIMILARITY = 0.9
-"""Jaccard similarity of two texts' sets of words from which they count as near-duplicates."""
+"""Jaccard similarity of two texts' sets of terms from which they count as near-duplicates."""
 
 Words = frozenset[str]
 
@@ -18,7 +18,7 @@ Words = frozenset[str]
 @lru_cache(maxsize=1 << 16)
 def normal(text: str) -> str:
     """The words alone, in one case."""
-    return " ".join(WORD.findall(text.casefold()))
+    return comparable(text)
 
 
 def near_duplicates(probes: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
@@ -53,11 +53,11 @@ def near_duplicates(probes: Mapping[str, str], others: Mapping[str, str]) -> dic
 
 
 def _words(text: str) -> Words:
-    return frozenset(normal(text).split())
+    return frozenset(search_terms(text))
 
 
 def _rarest(words: Words, counts: Counter[str]) -> list[str]:
-    """So many of the rarest words that a similar set must share one of them."""
+    """The rarest words, as many as it takes for a similar set to share one of them."""
     kept = len(words) - math.ceil(LEAST_SIMILARITY * len(words)) + 1
     return sorted(words, key=lambda word: (counts[word], word))[:kept]
 

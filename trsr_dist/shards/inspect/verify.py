@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from trsr_dist.errors import DataError
-from trsr_dist.files import read_json, sha256_of
+from trsr_dist.files import sha256_of
 from trsr_dist.hashing import digest
 from trsr_dist.log import progress
 from trsr_dist.run import MANIFEST
@@ -19,12 +19,13 @@ from trsr_dist.shards.codec import decode_sample
 from trsr_dist.shards.index import index_path, open_index, scan_tar, with_header
 from trsr_dist.shards.inspect.findings import Findings
 from trsr_dist.shards.lengths import is_measured, length_path
+from trsr_dist.shards.manifest import read_split_manifest
 from trsr_dist.shards.writer import candidate_digest
 
 
 def verify_split(folder: Path, findings: Findings) -> int:
     """Report whatever differs from what was written; returns the bytes of the tars."""
-    manifest = read_json(folder / MANIFEST)
+    manifest = read_split_manifest(folder)
     shards = manifest["shards"]
     for facts in progress(shards, description=f"verify {folder.name}", unit=" shards"):
         for problem in verify_shard(folder / facts["name"], facts):
@@ -59,6 +60,9 @@ def verify_shard(path: Path, facts: dict) -> Iterator[str]:
     """What is wrong with one shard."""
     try:
         is_as_written = sha256_of(path) == facts["sha256"]
+    except DataError as error:
+        yield str(error)
+        return
     except OSError as error:
         yield f"{path}: {error.strerror}; restore the shard or make the split anew"
         return

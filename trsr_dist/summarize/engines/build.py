@@ -73,7 +73,7 @@ def recorded_commit(settings: SummarizeSection, records: Path) -> str:
     """
     path = records / f"commit-{digest([settings.model, settings.revision])[:12]}.json"
     if path.is_file():
-        return read_json(path)["commit"]
+        return read_json(path, dict[str, str])["commit"]
     commit = hub_commit(settings)
     if commit:
         write_json(path, {"model": settings.model, "revision": settings.revision, "commit": commit})

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
-
-from transformers import AutoTokenizer
 
 from trsr_dist.errors import ModelError
 from trsr_dist.prompts.builder import chat_text, resolve_style
@@ -53,23 +52,17 @@ class PromptEncoder:
         return chat_text(self.tokenizer, text, self.template_kwargs) if self.style == "chat" else text
 
 
-def load_tokenizer(name_or_path: str, revision: str, trust_remote_code: bool) -> Any:
-    """The tokenizer of a model folder or hub id.
+@contextmanager
+def naming_setting(name_or_path: str) -> Iterator[None]:
+    """Errors of loading name the setting that the model comes from.
 
     Raises:
-        ModelError: it cannot be loaded.
+        ModelError: the summarizer's model cannot be used.
     """
     try:
-        return AutoTokenizer.from_pretrained(
-            name_or_path, revision=revision or None, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise unreadable(name_or_path, error) from None
-
-
-def unreadable(name_or_path: str, error: Exception) -> ModelError:
-    """Why the summarizer's model cannot be used."""
-    return ModelError(
-        f"summarize.model={name_or_path!r}: cannot be loaded: {error}; name a complete model folder or a hub id, with "
-        "its summarize.revision"
-    )
+        yield
+    except ModelError as error:
+        raise ModelError(
+            f"summarize.model={name_or_path!r}: cannot be loaded: {error}; name a complete model folder or a hub id, "
+            "with its summarize.revision"
+        ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from trsr_dist.summarize.extract import extract
 from trsr_dist.summarize.requests import Completion, Request
+from trsr_dist.words import split_words
 
 
 class ExtractiveEngine:
@@ -19,7 +20,7 @@ class ExtractiveEngine:
 
     def submit(self, request: Request) -> None:
         text = extract(request.prompt, request.max_new_tokens)
-        self._done.append(Completion(request.key, text, new_tokens=len(text.split())))
+        self._done.append(Completion(request.key, text, new_tokens=len(split_words(text))))
 
     def poll(self) -> list[Completion]:
         done, self._done = self._done, []

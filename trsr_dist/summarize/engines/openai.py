@@ -19,12 +19,14 @@ import openai
 from trsr_dist.environment import secret, server_address
 from trsr_dist.errors import ConfigError, DataError, EngineError
 from trsr_dist.log import get_logger
+from trsr_dist.printable import HALVES, in_one_line
 from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.summarize.engines.connection import KEY_VARIABLE, Connection
+from trsr_dist.summarize.engines.replies import MALFORMED, describe, read_reply, refused_option
 from trsr_dist.summarize.quality import TURN_MARKERS
-from trsr_dist.summarize.requests import WHOLE, Completion, Request
+from trsr_dist.summarize.requests import Completion, Request
 from trsr_dist.summarize.trimming import trim_prompt
 
-KEY_VARIABLE = "OPENAI_API_KEY"
 TEMPLATE_TOKENS = 64
 """Kept free for the server's chat template (Llama 3's adds 36)."""
 BYTES_PER_TOKEN = 3
@@ -34,6 +36,16 @@ NUM_STOPS = 4
 FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
 """Wrong key, address or model: no request can succeed."""
 UNKNOWN_FIELD = (openai.BadRequestError, openai.UnprocessableEntityError)
+INSTEAD = {"max_tokens": "max_completion_tokens", "chat_template_kwargs": "", "seed": "", "stop": ""}
+"""What is sent where a server refuses an option; empty: nothing."""
+SETTINGS = {
+    "max_completion_tokens": "lower summarize.max_new_tokens",
+    "temperature": "set summarize.temperature to one that it takes",
+    "model": "set summarize.model to one that it has",
+}
+"""What to do where a server refuses an option that has no other way."""
+WORDS = 300
+"""Characters of a server's words that are kept."""
 UNAVAILABLE = (429, 502, 503, 504)
 """A rate limit, or a proxy whose server is gone: never the prompt's fault."""
 
@@ -54,7 +66,7 @@ class OpenAIEngine:
         max_retries: of one request.
 
     Raises:
-        ConfigError: no address is given.
+        ConfigError: no address is given, or it or the key cannot be used.
     """
 
     def __init__(
@@ -79,12 +91,10 @@ class OpenAIEngine:
         self.template_kwargs = template_kwargs
         self.max_prompt_tokens = max_prompt_tokens
         self.max_retries = max_retries
-        self._client = openai.OpenAI(
-            base_url=address,
-            api_key=secret(KEY_VARIABLE) or "none",
-            timeout=timeout_seconds,
-            max_retries=max_retries,
-        )
+        self._connection = Connection(address, secret(KEY_VARIABLE), timeout_seconds, max_retries)
+        self._client = self._connection.client
+        self._instead: dict[str, str] = {}
+        """Options that the server has refused, with what is sent in their place."""
         self._todo: queue.SimpleQueue[Request] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Completion | Exception] = queue.SimpleQueue()
         self._in_flight = 0
@@ -102,7 +112,7 @@ class OpenAIEngine:
     def poll(self) -> list[Completion]:
         done = []
         while self._in_flight and (not (done or self._error) or not self._done.empty()):
-            outcome = self._done.get()
+            outcome = self._next_outcome()
             self._in_flight -= 1
             if isinstance(outcome, Exception):
                 self._error = self._error or outcome
@@ -115,17 +125,42 @@ class OpenAIEngine:
     def close(self) -> None:
         self._client.close()
 
+    def _next_outcome(self) -> Completion | Exception:
+        while True:
+            try:
+                return self._done.get(timeout=self._connection.limits.timeout_seconds)
+            except queue.Empty:
+                self._connection.limits.check()
+
     def _serve(self) -> None:
         while True:
             self._work(self._todo.get())
 
     def _work(self, request: Request) -> None:
-        """In a thread: whatever happens, one outcome is put into the queue."""
+        """In a thread: whatever happens, one outcome is put into the queue, and no secret with it."""
         try:
             outcome = self._answer(request)
         except Exception as error:  # a reply of any form may come from a server
-            outcome = EngineError(f"{self._client.base_url}: {type(error).__name__}: {error}")
-        self._done.put(outcome)
+            outcome = self._gone(self._say(error))
+        finally:
+            self._connection.limits.end()
+        self._done.put(self._struck(outcome))
+
+    def _struck(self, outcome: Completion | EngineError) -> Completion | EngineError:
+        """Without secrets, which a server may put anywhere, and without halves of characters, which no file takes."""
+        secrets, private = self._connection.secrets, self._connection.private
+        if isinstance(outcome, EngineError):
+            return EngineError(private.strike(str(outcome)))
+        text = HALVES.sub("\ufffd", outcome.text)
+        return replace(outcome, text=secrets.strike(text), error=private.strike(outcome.error))
+
+    def _say(self, error: object) -> str:
+        """The words of an error, or of a server; struck first, since a part of a secret is one too."""
+        words = describe(error) if isinstance(error, openai.OpenAIError) else f"{type(error).__name__}: {error}"
+        return in_one_line(HALVES.sub("\ufffd", self._connection.private.strike(words)), WORDS)
+
+    def _gone(self, words: str, remedy: str = "") -> EngineError:
+        return EngineError(f"{self._connection.address}: {words}" + (f"; {remedy}" if remedy else ""))
 
     def _answer(self, request: Request) -> Completion | EngineError:
         try:
@@ -136,7 +171,7 @@ class OpenAIEngine:
         except DataError as error:
             return Completion(request.key, error=str(error))
         except FATAL as error:
-            return EngineError(f"{self._client.base_url}: {describe(error)}; check base_url, model and key")
+            return self._gone(self._say(error), "check base_url, model and key")
         except openai.OpenAIError as error:
             return self._blame(request, error)
 
@@ -160,20 +195,20 @@ class OpenAIEngine:
             return self._lost(error)
         if isinstance(error, openai.APIStatusError) and error.status_code in UNAVAILABLE:
             return self._lost(error)
-        return Completion(request.key, error=describe(error))
+        return Completion(request.key, error=self._say(error))
 
     def _lost(self, error: openai.OpenAIError) -> EngineError:
         remedy = "start the server"
         if isinstance(error, openai.APITimeoutError):
             remedy = "lower summarize.max_in_flight or raise summarize.timeout_seconds"
-        return EngineError(f"{self._client.base_url}: {describe(error)}; {remedy} and run the stage again")
+        return self._gone(self._say(error), f"{remedy} and run the stage again")
 
     def _server_answers(self) -> bool:
         try:
             self._client.models.list()
         except openai.APIStatusError:
             return True
-        except (ValueError, openai.OpenAIError) as error:
+        except (*MALFORMED, openai.OpenAIError) as error:
             return not isinstance(error, openai.APIConnectionError)
         return True
 
@@ -182,36 +217,50 @@ class OpenAIEngine:
         for number in range(self.max_retries + 1):
             time.sleep(min(0.1 * 2**number, 5.0) if number else 0)
             try:
-                return read_reply(request.key, self._ask(request))
-            except (ValueError, openai.APIResponseValidationError) as error:
-                reason = str(error)
+                return read_reply(request, self._ask(request))
+            except MALFORMED as error:
+                reason = self._say(error)
         return Completion(request.key, error=f"the server's replies were malformed or broken off: {reason}")
 
     def _ask(self, request: Request) -> Any:
-        options: dict[str, Any] = {
-            "model": self.model,
-            "max_tokens": request.max_new_tokens,
-            "temperature": request.temperature,
-        }
+        options: dict[str, Any] = {"max_tokens": request.max_new_tokens, "temperature": request.temperature}
         if request.temperature:
             options["seed"] = request.seed % 2**31
         text = request.prompt.text()
         if self.chat:
-            return self._chat(text, options)
-        return self._client.completions.create(prompt=text, stop=list(TURN_MARKERS[:NUM_STOPS]), **options)
+            options |= {"chat_template_kwargs": self.template_kwargs} if self.template_kwargs else {}
+            ask = partial(self._client.chat.completions.create, messages=[{"role": "user", "content": text}])
+        else:
+            options["stop"] = list(TURN_MARKERS[:NUM_STOPS])
+            ask = partial(self._client.completions.create, prompt=text)
+        while True:
+            named = {self._instead.get(name, name): value for name, value in options.items()}
+            named.pop("", None)
+            try:
+                return ask(model=self.model, extra_body=named)
+            except UNKNOWN_FIELD as error:
+                self._go_without(refused_option(error, named), error)
 
-    def _chat(self, text: str, options: dict[str, Any]) -> Any:
-        kwargs = self.template_kwargs
-        ask = partial(self._client.chat.completions.create, messages=[{"role": "user", "content": text}], **options)
-        try:
-            return ask(extra_body={"chat_template_kwargs": kwargs} if kwargs else None)
-        except UNKNOWN_FIELD as error:
-            if not kwargs or "chat_template" not in str(error):
-                raise
-            if self.template_kwargs:
-                self.template_kwargs = {}
-                log.warning("%s takes no summarize.chat_template_kwargs; going on without", self._client.base_url)
-            return ask()
+    def _go_without(self, option: str, error: openai.APIStatusError) -> None:
+        """From now on send something else.
+
+        Raises:
+            EngineError: there is nothing else, so that no request can succeed: a setting is wrong.
+            openai.APIStatusError: no option was refused but the request.
+        """
+        if not option:
+            raise error
+        if option not in INSTEAD:
+            raise self._gone(f"refuses the option {option}: {self._say(error)}", SETTINGS[option])
+        if option not in self._instead:  # else another thread has just found out
+            self._instead[option] = INSTEAD[option]
+            log.warning(
+                "%s refuses %s; going on %s (%s)",
+                self._connection.address,
+                f"{option} (summarize.{option})" if option == "chat_template_kwargs" else option,
+                f"with {INSTEAD[option]}" if INSTEAD[option] else "without",
+                self._say(error),
+            )
 
     def _count(self, text: str) -> int:
         """Tokens of a text; vLLM, SGLang and llama.cpp have ``/tokenize`` beside ``/v1``."""
@@ -220,7 +269,7 @@ class OpenAIEngine:
             if number is not None:
                 return number
             self._counts_tokens = False
-            log.warning("%s counts no tokens; taking %d bytes for one", self._client.base_url, BYTES_PER_TOKEN)
+            log.warning("%s counts no tokens; taking %d bytes for one", self._connection.address, BYTES_PER_TOKEN)
         return len(text.encode()) // BYTES_PER_TOKEN
 
     def _ask_for_count(self, text: str) -> int | None:
@@ -231,46 +280,11 @@ class OpenAIEngine:
             reply = self._client.with_options(base_url=root).post("/tokenize", cast_to=object, body=body)
         except openai.APIConnectionError as error:
             raise self._lost(error) from None
-        except (openai.APIStatusError, ValueError):
+        except (openai.APIStatusError, *MALFORMED):
             return None
         match reply:
-            case {"count": int(count)}:
+            case {"count": int(count)} if count > 0:
                 return count
             case {"tokens": list(tokens)}:
                 return len(tokens)
         return None
-
-
-def read_reply(key: str, reply: Any) -> Completion:
-    """The completion in a reply of either protocol.
-
-    Raises:
-        ValueError: the reply holds no text, or one that was aborted or filtered.
-    """
-    choices = getattr(reply, "choices", None)
-    if not choices:
-        raise ValueError(f"no choices in {str(reply)[:200]!r}")
-    choice = choices[0]
-    ending = getattr(choice, "finish_reason", None)
-    if ending not in WHOLE:
-        raise ValueError(f"finish_reason {ending!r}")
-    message = getattr(choice, "message", None)
-    text = getattr(message, "content", None) if message is not None else getattr(choice, "text", None)
-    if text is None and ending == "length":
-        text = ""  # all that was written are thoughts, which the server keeps apart
-    if not isinstance(text, str):
-        raise ValueError(f"no text in {str(reply)[:200]!r}")
-    usage = getattr(reply, "usage", None)
-    return Completion(
-        key,
-        text,
-        cut=ending == "length",
-        prompt_tokens=getattr(usage, "prompt_tokens", 0) or 0,
-        new_tokens=getattr(usage, "completion_tokens", 0) or 0,
-    )
-
-
-def describe(error: openai.OpenAIError) -> str:
-    """Kind of error and the server's words; never the request, which holds the key."""
-    status = f" {error.status_code}" if isinstance(error, openai.APIStatusError) else ""
-    return f"{type(error).__name__}{status}: {str(error)[:300]}"

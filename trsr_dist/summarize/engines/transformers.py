@@ -18,8 +18,15 @@ from transformers.cache_utils import DynamicCache
 
 from trsr_dist.errors import DataError, ModelError
 from trsr_dist.log import get_logger
-from trsr_dist.pretrained import UNREADABLE, leave_out_cudnn, load_causal
-from trsr_dist.summarize.engines.encoding import PromptEncoder, load_tokenizer, unreadable
+from trsr_dist.pretrained import (
+    BaseSource,
+    leave_out_cudnn,
+    load_causal,
+    load_tokenizer,
+    local_source,
+    max_positions,
+)
+from trsr_dist.summarize.engines.encoding import PromptEncoder, naming_setting
 from trsr_dist.summarize.engines.slots import Slots
 from trsr_dist.summarize.quality import turn_place
 from trsr_dist.summarize.requests import Completion, Request
@@ -105,12 +112,10 @@ class TransformersEngine:
             torch.set_num_threads(1)
         if precision == "auto":
             precision = "bfloat16" if num_gpus else "float32"
-        tokenizer = load_tokenizer(name_or_path, revision, trust_remote_code)
-        options = {"revision": revision or None, "trust_remote_code": trust_remote_code}
-        try:
-            model = load_causal(name_or_path, dtype=getattr(torch, precision), **options).to(device).eval()
-        except UNREADABLE as error:
-            raise unreadable(name_or_path, error) from None
+        with naming_setting(name_or_path):
+            source = local_source(BaseSource(name_or_path, revision, trust_remote_code))
+            tokenizer = load_tokenizer(source)
+            model = load_causal(source, getattr(torch, precision)).to(device).eval()
         encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens, template_kwargs)
         return cls(model, encoder, num_slots)
 
@@ -294,11 +299,7 @@ def context_tokens(model: PreTrainedModel) -> int:
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     slides = "sliding_attention" in kinds if kinds else True
-    limits = (
-        getattr(config, "max_position_embeddings", None),
-        getattr(config, "sliding_window", None) if slides else None,
-    )
-    return min((limit for limit in limits if limit), default=sys.maxsize)
+    return min(max_positions(config), (getattr(config, "sliding_window", None) if slides else None) or sys.maxsize)
 
 
 def check_attention(model: PreTrainedModel, max_prompt_tokens: int) -> None:

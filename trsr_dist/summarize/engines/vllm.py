@@ -7,10 +7,13 @@ vLLM pins its own torch and transformers, so it needs an environment of its own 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from trsr_dist.bases import read_model_config
 from trsr_dist.errors import ConfigError, DataError, ModelError
-from trsr_dist.summarize.engines.encoding import PromptEncoder, load_tokenizer
+from trsr_dist.pretrained import BaseSource, load_tokenizer
+from trsr_dist.summarize.engines.encoding import PromptEncoder, naming_setting
 from trsr_dist.summarize.quality import TURN_MARKERS
 from trsr_dist.summarize.requests import WHOLE, Completion, Request
 
@@ -82,7 +85,10 @@ class VllmEngine:
         Raises:
             ModelError: the tokenizer cannot be loaded, or vLLM does not start.
         """
-        tokenizer = load_tokenizer(name_or_path, revision, trust_remote_code)
+        with naming_setting(name_or_path):
+            if Path(name_or_path).is_dir():
+                read_model_config(Path(name_or_path))
+            tokenizer = load_tokenizer(BaseSource(name_or_path, revision, trust_remote_code))
         encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens, template_kwargs)
         try:
             return cls(name_or_path, revision, trust_remote_code, precision, encoder, max_in_flight, max_new_tokens)

@@ -9,6 +9,7 @@ import pkgutil
 from collections.abc import Callable
 from importlib import import_module
 
+from trsr_dist.errors import ConfigError
 from trsr_dist.summarize.plans.graph import Plan
 
 Planner = Callable[[int, int, int], Plan]
@@ -21,5 +22,11 @@ def schemes() -> list[str]:
 
 
 def planner(scheme: str) -> Planner:
-    """The ``plan`` function of a scheme."""
+    """The ``plan`` function of a scheme.
+
+    Raises:
+        ConfigError: there is no such scheme.
+    """
+    if scheme not in schemes():
+        raise ConfigError(f"summarize.scheme={scheme!r}: no such scheme; there are {', '.join(schemes())}")
     return import_module(f"{__name__}.{scheme}").plan

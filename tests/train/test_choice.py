@@ -1,0 +1,137 @@
+"""Which checkpoint is the best, when training is over, and which folders stay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from trsr_dist.errors import CheckpointError, RunError
+from trsr_dist.files import read_json, write_json
+from trsr_dist.train import checkpoints
+from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState, read_checkpoint
+
+NAME = "model.layers.0.self_attn.q_proj.lora_B.default.weight"
+VALIDATION = {"metric": "auc", "users": 9}
+
+
+def at(step: int, **changes: object) -> TrainerState:
+    return TrainerState(step, step, {}, **changes)
+
+
+def save(folder: CheckpointFolder, step: int) -> Path:
+    tensors = {f"{kind}/{NAME}": torch.full((2, 3), float(step)) for kind in ("weight", "exp_avg", "exp_avg_sq")}
+    return folder.save(tensors, at(step), {"peft_type": "LORA"}, {"train": {"step": step}})
+
+
+class TestBest:
+    def test_the_first_value_is_the_best_so_far(self) -> None:
+        found = at(4, awaits_validation=True).validated(-0.5)
+        assert (found.best_value, found.best_step, found.num_bad_evaluations) == (-0.5, 4, 0)
+        assert not found.awaits_validation
+
+    def test_a_higher_value_is_better_and_an_equal_one_is_not(self) -> None:
+        start = at(4, best_value=0.7, best_step=2, num_bad_evaluations=3, awaits_validation=True)
+        better = start.validated(0.8)
+        assert (better.best_value, better.best_step, better.num_bad_evaluations) == (0.8, 4, 0)
+        for value in (0.7, 0.6):
+            found = start.validated(value)
+            assert (found.best_value, found.best_step, found.num_bad_evaluations) == (0.7, 2, 4)
+            assert not found.awaits_validation
+
+    def test_under_another_metric_nothing_is_the_best(self) -> None:
+        known = at(4, best_value=0.7, best_step=2, num_bad_evaluations=3, validation=VALIDATION)
+        assert known.under(dict(VALIDATION)) == known
+        other = known.under(VALIDATION | {"users": 8})
+        assert (other.best_value, other.best_step, other.num_bad_evaluations) == (None, 0, 0)
+        assert other.validation == VALIDATION | {"users": 8}
+        kept = at(4, best_value=0.7, best_step=2, num_bad_evaluations=3).under(VALIDATION)
+        assert kept == known
+
+    @pytest.mark.parametrize(
+        ("step", "bad", "patience", "is_over"),
+        [(9, 0, 0, False), (10, 0, 0, True), (11, 0, 0, True), (9, 5, 0, False), (9, 2, 3, False), (9, 3, 3, True),
+         (9, 4, 3, True), (10, 0, 3, True)],
+    )  # fmt: skip
+    def test_training_is_over(self, step: int, bad: int, patience: int, is_over: bool) -> None:
+        assert at(step, num_bad_evaluations=bad).is_over(10, patience) is is_over
+
+    def test_a_step_without_a_checkpoint_is_not_marked(self, tmp_path: Path) -> None:
+        folder = CheckpointFolder(tmp_path, 2)
+        save(folder, 3)
+        folder.mark_best(3)
+        folder.mark_best(4)
+        assert (tmp_path / "best").read_text() == "step-000003\n"
+
+
+class TestFolders:
+    def test_the_best_stays_until_another_is(self, tmp_path: Path) -> None:
+        folder = CheckpointFolder(tmp_path, 1)
+        for step, names in ((1, {1}), (2, {1, 2}), (3, {1, 3}), (4, {3, 4}), (5, {3, 5})):
+            save(folder, step)
+            if step in (1, 3):
+                folder.mark_best(step)
+            assert {int(path.name[5:]) for path in tmp_path.glob("step-*")} == names
+            assert (tmp_path / "latest").read_text() == f"step-{step:06d}\n"
+
+    def test_what_is_read_is_what_was_saved(self, tmp_path: Path) -> None:
+        tensors = {f"{kind}/{NAME}": torch.rand(2, 3) for kind in ("weight", "exp_avg", "exp_avg_sq")}
+        state = at(7, best_value=0.5, best_step=3, num_bad_evaluations=2, validation=VALIDATION, seconds=1.5)
+        path = CheckpointFolder(tmp_path, 2).save(tensors, state, {"r": 4}, {"train": {"step": 7}})
+        found = read_checkpoint(path)
+        assert found.state == state and found.provenance == {"train": {"step": 7}} and found.folder == path
+        assert found.tensors.keys() == tensors.keys()
+        assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
+        assert read_json(path / "adapter" / "adapter_config.json") == {"r": 4}
+
+    def test_clearing_removes_all_but_foreign_files(self, tmp_path: Path) -> None:
+        folder = CheckpointFolder(tmp_path, 3)
+        for step in (1, 2):
+            save(folder, step)
+        folder.mark_best(1)
+        (tmp_path / "step-notes").mkdir()
+        folder.clear()
+        assert [path.name for path in tmp_path.iterdir()] == ["step-notes"]
+        assert folder.newest() is None
+
+    def test_a_lost_run_clears_nothing(self, tmp_path: Path) -> None:
+        def fence() -> None:
+            raise RunError("lost")
+
+        save(CheckpointFolder(tmp_path, 3), 1)
+        with pytest.raises(RunError, match="lost"):
+            CheckpointFolder(tmp_path, 3, fence).clear()
+        assert (tmp_path / "step-000001").is_dir() and (tmp_path / "latest").is_file()
+
+    @pytest.mark.parametrize("change", [{"size": 1}, {"sha256": "0" * 64}], ids=["size", "sha256"])
+    def test_a_file_that_is_not_the_listed_one(self, tmp_path: Path, change: dict) -> None:
+        path = save(CheckpointFolder(tmp_path, 3), 1)
+        listed = read_json(path / "manifest.json")
+        listed["files"]["state.json"] |= change
+        write_json(path / "manifest.json", listed)
+        with pytest.raises(CheckpointError, match=r"state\.json: missing, truncated or changed"):
+            read_checkpoint(path)
+
+    def test_an_empty_tensor_is_refused(self, tmp_path: Path) -> None:
+        with pytest.raises(CheckpointError, match=r"lora_B.* is empty or not finite"):
+            CheckpointFolder(tmp_path, 3).save({f"weight/{NAME}": torch.zeros(0, 3)}, at(1), {}, {})
+
+    @pytest.mark.parametrize("fault", ["value", "name"])
+    def test_a_disk_that_gives_back_other_tensors(
+        self, tmp_path: Path, fault: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The file and its hash agree, but it is not what was to be written."""
+        whole = checkpoints.write_tensors
+
+        def write(tensors: dict[str, torch.Tensor], path: Path) -> None:
+            if path.name == "optimizer.safetensors":
+                name = next(iter(tensors))
+                other = {name: tensors[name] + 1} if fault == "value" else {"exp_avg/other": tensors.pop(name)}
+                tensors = tensors | other
+            whole(tensors, path)
+
+        monkeypatch.setattr(checkpoints, "write_tensors", write)
+        with pytest.raises(CheckpointError, match="read back, it is not what was written"):
+            save(CheckpointFolder(tmp_path, 3), 1)
+        assert not list(tmp_path.iterdir())

@@ -1,0 +1,126 @@
+"""Folders of base models: found here or fetched from the hub, and checked before any library reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trsr_dist.errors import DataError, ModelError
+from trsr_dist.files import explain, read_json
+from trsr_dist.weights import folder_entries
+
+CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+ADAPTER_PICKLE = "adapter_model.bin"
+BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*"]
+CODE_FILES = ["*.py"]
+SECOND_COPIES = ["consolidated*", "original/*"]
+"""The weights once more, in the form of the model's authors."""
+
+
+@dataclass(frozen=True, slots=True)
+class BaseName:
+    """Where the base comes from and what it was in training."""
+
+    name_or_path: str
+    revision: str
+    fingerprint: str
+    """Empty where the source records none."""
+
+
+def base_folder(base: BaseName, run: Path | None, remedy: str, with_code: bool = False) -> Path:
+    """The base's local folder, checked; a hub model is fetched (weights, config, tokenizer) into the hub cache first.
+
+    Args:
+        base: which.
+        run: the run folder of a checkpoint that names it.
+        remedy: how this command is told another base; ends the error.
+        with_code: fetch the model's own code too (``model.trust_remote_code``).
+
+    Raises:
+        ModelError: it is neither here nor on the hub, or is not a complete base.
+    """
+    candidates = [Path(base.name_or_path)]
+    if run is not None:
+        # A run folder that was moved keeps its own base beside its checkpoints.
+        candidates.append(run / Path(base.name_or_path).name)
+    with readable(base.name_or_path):
+        for folder in candidates:
+            if (folder / CONFIG).is_file() or (folder / ADAPTER_CONFIG).is_file():
+                check_base(folder)
+                return folder
+        if candidates[0].is_absolute() or candidates[0].is_dir():
+            found = f"no {CONFIG} in it" if candidates[0].is_dir() else "no such model folder"
+            raise ModelError(f"base {base.name_or_path!r}: {found}; {remedy}")
+        folder = _fetch(base, remedy, BASE_FILES + CODE_FILES if with_code else BASE_FILES)
+    check_base(folder)
+    return folder
+
+
+def _fetch(base: BaseName, remedy: str, wanted: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        revision = base.revision or None
+        return Path(
+            snapshot_download(
+                base.name_or_path, revision=revision, allow_patterns=wanted, ignore_patterns=SECOND_COPIES
+            )
+        )
+    except (HFValidationError, OSError, ValueError) as error:
+        raise ModelError(
+            f"base {base.name_or_path!r}: no such folder, and not from the hub either ({str(error).splitlines()[0]}); "
+            f"{remedy}"
+        ) from None
+
+
+def check_base(folder: Path) -> None:
+    """What every command asks of a base before it is read. Takes milliseconds whatever the size.
+
+    Raises:
+        ModelError: it holds an adapter, its config is damaged, or its weights are no sound safetensors.
+    """
+    read_model_config(folder)
+    with readable(folder):
+        folder_entries(folder)
+
+
+def read_model_config(folder: Path) -> dict[str, Any]:
+    """Content of a base's config.json.
+
+    Raises:
+        ModelError: missing, damaged or of no model; or an adapter lies beside it: transformers would put that into the
+            model without a word.
+    """
+    with readable(folder):
+        if (folder / ADAPTER_CONFIG).exists():
+            raise ModelError(
+                f"{folder}: holds {ADAPTER_CONFIG}, so it is an adapter, or a base with an adapter in it; name a base "
+                "without one: merge the adapter first (tools/merge_lora.py), start from it (train.init_adapter), or "
+                "move its files to a folder of their own"
+            )
+        try:
+            config = read_json(folder / CONFIG, finite=False)
+        except DataError as error:
+            raise ModelError(f"{error}: a model's config is needed; name a complete model folder") from None
+    if not isinstance(config.get("model_type"), str) and not isinstance(config.get("auto_map"), dict):
+        raise ModelError(f"{folder / CONFIG}: names no model_type, so it is no model's config; restore it")
+    return config
+
+
+@contextmanager
+def readable(place: str | Path) -> Iterator[None]:
+    """Files that the system does not let this process read become an error that a user can fix.
+
+    Raises:
+        ModelError: names the file and what the system found.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise ModelError(str(explain(error, place))) from None

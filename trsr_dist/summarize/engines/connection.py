@@ -1,0 +1,161 @@
+"""The connection to an OpenAI-compatible server: its address, what is secret in it, and limits of time and size."""
+
+from __future__ import annotations
+
+import base64
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import openai
+
+from trsr_dist.errors import ConfigError, EngineError
+from trsr_dist.printable import Secrets
+
+httpx = import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
+"""httpx or httpx2, whichever the client is built on."""
+KEY_VARIABLE = "OPENAI_API_KEY"
+MAX_REPLY_BYTES = 1 << 24
+HANGING = 3.0
+"""Times the limit of a try: connecting and waiting for a free connection have limits of their own."""
+LEAST_QUERY_CHARACTERS = 4
+"""Shorter values of an address's query are no secrets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """An address in its parts."""
+
+    public: str
+    """Without user, password, query and fragment."""
+    user: str
+    password: str
+    query: dict[str, str]
+
+    @classmethod
+    def parse(cls, address: str) -> Address:
+        """Take an address apart.
+
+        Raises:
+            ConfigError: it is none; the message does not repeat it, since it may hold a password.
+        """
+        try:
+            parts = urlsplit(address.strip())
+            host, _ = parts.hostname, parts.port
+        except ValueError:
+            host = None
+        if not host or parts.scheme not in ("http", "https"):
+            raise ConfigError(
+                "summarize.base_url or OPENAI_BASE_URL is no address of a server; expected such as http://host:8000/v1"
+            )
+        public = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
+        query = dict(parse_qsl(parts.query, keep_blank_values=True))
+        return cls(public, unquote(parts.username or ""), unquote(parts.password or ""), query)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """User and password as the protocol wants them; they take the key's place, as in any HTTP client."""
+        if not (self.user or self.password):
+            return {}
+        return {"Authorization": "Basic " + base64.b64encode(f"{self.user}:{self.password}".encode()).decode()}
+
+
+class Connection:
+    """A client of a server, with all that must not be told.
+
+    Args:
+        address: may hold user, password and query.
+        key: for the server; empty: none.
+        timeout_seconds: of one try.
+        max_retries: of one request.
+
+    Raises:
+        ConfigError: the address is none, or the key cannot stand in a header.
+    """
+
+    def __init__(self, address: str, key: str, timeout_seconds: float, max_retries: int) -> None:
+        parts, key = Address.parse(address), key.strip()
+        if not (key.isascii() and key.isprintable()):
+            raise ConfigError(f"{KEY_VARIABLE} holds characters that no header of HTTP may hold; set it again")
+        self.address = parts.public
+        queries = [value for value in parts.query.values() if len(value) >= LEAST_QUERY_CHARACTERS]
+        values = [key, parts.password, f"{parts.user}:{parts.password}" if parts.password else "", *queries]
+        self.secrets = Secrets(values)
+        """Struck from everything that the server says."""
+        self.private = Secrets([*values, parts.user])
+        """Struck from messages; in texts the user's name may be a common word."""
+        self.limits = Limits(timeout_seconds)
+        hooks = {"request": [self.limits.begin], "response": [self.limits.bound]}
+        try:
+            self.client = openai.OpenAI(
+                base_url=parts.public,
+                api_key=key or "none",
+                timeout=timeout_seconds,
+                max_retries=max_retries,
+                default_headers=parts.headers | {"Accept-Encoding": "identity"},
+                default_query=parts.query,
+                http_client=openai.DefaultHttpxClient(event_hooks=hooks),
+            )
+        except httpx.InvalidURL as error:
+            raise ConfigError(f"{parts.public}: no address of a server ({error})") from None
+
+
+class Limits:
+    """Bounds replies: the library's time limit is that of each piece, and a server may drip for ever.
+
+    Args:
+        timeout_seconds: of one try.
+    """
+
+    def __init__(self, timeout_seconds: float) -> None:
+        self.timeout_seconds = timeout_seconds
+        self._begun: dict[int, float] = {}
+
+    def begin(self, request: httpx.Request) -> None:
+        self._begun[threading.get_ident()] = time.monotonic()
+
+    def bound(self, response: httpx.Response) -> None:
+        """The header has come; the rest is read within limits."""
+        since = self._begun.get(threading.get_ident(), time.monotonic())
+        self.end()
+        if response.headers.get("content-encoding", "identity") != "identity":
+            raise httpx.ReadError("a compressed reply, which was not asked for", request=response.request)
+        response.stream = _Bounded(response.stream, since + self.timeout_seconds, response.request)
+
+    def end(self) -> None:
+        """This thread waits for nothing more."""
+        self._begun.pop(threading.get_ident(), None)
+
+    def check(self) -> None:
+        """To be asked by another thread now and then.
+
+        Raises:
+            EngineError: a server drips its header.
+        """
+        now = time.monotonic()
+        longest = now - min(self._begun.copy().values(), default=now)
+        if longest > HANGING * self.timeout_seconds:
+            raise EngineError(f"a reply has not begun in {longest:.0f} s; restart the server and run the stage again")
+
+
+class _Bounded(httpx.SyncByteStream):
+    def __init__(self, stream: httpx.SyncByteStream, end: float, request: httpx.Request) -> None:
+        self._stream = stream
+        self._end = end
+        self._request = request
+
+    def __iter__(self) -> Iterator[bytes]:
+        size = 0
+        for piece in self._stream:
+            size += len(piece)
+            if size > MAX_REPLY_BYTES:
+                raise httpx.ReadError(f"a reply of more than {MAX_REPLY_BYTES} bytes", request=self._request)
+            if time.monotonic() > self._end:
+                raise httpx.ReadTimeout("the reply takes too long", request=self._request)
+            yield piece
+
+    def close(self) -> None:
+        self._stream.close()
