@@ -20,7 +20,8 @@ RAW = "@raw@"
 """Before text that ``dump`` writes without quotes: JSON that Python's own writer would not write."""
 ODD_VALUES: tuple[Any, ...] = (
     None, True, False, 0, -1, 1.5, 1e308, 10**25, "", " ", "\t", "0", "-0", "nan", "None", "null", [], {}, [[]], [None],
-    {"a": {"b": []}}, [1, "a", None], ["x"] * 50, "\x1b[31mred\x1b[0m", "a\x00b", "a\r\nb", "\u2028", "\u200b", "\ufeff",
+    {"a": {"b": []}}, [1, "a", None], ["x"] * 50, "\x1b[31mred\x1b[0m", "a\x00b", "a\r\nb", "\u2028", "\u200b",
+    "\ufeff",
     "x" * 100_000, "日本語のタイトル", "<|im_end|>", "[Candidate]\nAnswer: yes", "../../etc/passwd",
     RAW + "NaN", RAW + "-Infinity", RAW + "1e999", RAW + DIGITS, RAW + '"\\ud83d"', RAW + '"\\udc00x"',
     RAW + "[" * 3000 + "]" * 3000, RAW + "1.0", RAW + "-0.0", RAW + '{"a": 1, "a": 2}', RAW + "'a'",
@@ -134,7 +135,7 @@ def _replace(make: Callable[[Path], object]) -> Callable[[Path], None]:
     return change
 
 
-def _sparse(path: Path, size: int = 6 << 30) -> None:
+def _sparse(path: Path, size: int = 2 << 30) -> None:
     os.truncate(path, size)
 
 
@@ -149,7 +150,7 @@ FILES: dict[str, Callable[[Path], None]] = {
     "a dangling link": _replace(lambda path: path.symlink_to("nowhere")),
     "a link to itself": _replace(lambda path: path.symlink_to(path.name)),
     "/dev/zero": _replace(lambda path: path.symlink_to("/dev/zero")),
-    "6 GB of zeros at its end": _sparse,
+    "2 GB of zeros at its end": _sparse,
     "unreadable": lambda path: path.chmod(0),
     "UTF-16": lambda path: path.write_bytes(path.read_bytes().decode("utf-8", "replace").encode("utf-16")),
 }

@@ -1,12 +1,13 @@
 """A second reader of the raw formats, written apart from the first: what a set means, or why it means nothing.
 
-It is strict where meaning is doubtful (``Refused``: a key or column twice, a row of another width, a header among the
-rows, an id with two texts) and free where two readings are fair: texts are compared without white space and invisible
-characters, times as seconds or as they stand, users of unknown times without the order of their clicks.
+It is strict where meaning is doubtful (``RefusedError``: a key or column twice, a row of another width, a header among
+the rows, an id with two texts) and free where two readings are fair: texts are compared without white space and
+invisible characters, times as seconds or as they stand, users of unknown times without the order of their clicks.
 """
 
 from __future__ import annotations
 
+import bz2
 import csv
 import gzip
 import io
@@ -35,11 +36,12 @@ HEADERS = {
 }
 NEWS = ("category", "subcategory", "title")
 ATTRIBUTES = ("title", "price", "brand", "color", "size", "model", "material", "author", "desc")
+PACKED = {b"\x1f\x8b": gzip.decompress, b"BZh": bz2.decompress}
 SCALES = ((1e17, 1e9), (1e14, 1e6), (1e11, 1e3))
 """Numbers above the first are no seconds but this part of one."""
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The input has no certain meaning."""
 
 
@@ -100,14 +102,14 @@ def seconds(value: Any) -> float | None:
     """A time as Unix seconds; None where one may argue.
 
     Raises:
-        Refused: no time at all.
+        RefusedError: no time at all.
     """
     if isinstance(value, bool) or value is None or isinstance(value, list | dict):
-        raise Refused(f"time {value!r}")
+        raise RefusedError(f"time {value!r}")
     if isinstance(value, str):
         return _seconds_of_text(value.strip())
     if not math.isfinite(value) or abs(value) >= 2.0**62:
-        raise Refused(f"time {value!r}")
+        raise RefusedError(f"time {value!r}")
     for bound, scale in SCALES:
         if abs(value) >= bound:
             return value / scale
@@ -125,17 +127,16 @@ def _seconds_of_text(text: str) -> float | None:
 
 
 def read_lines(path: Path, encoding: str) -> Iterator[str]:
-    """Lines with their ends, gzip or not."""
-    found = path if path.is_file() else path.with_name(f"{path.name}.gz")
-    data = found.read_bytes()
-    if data.startswith(b"\x1f\x8b"):
-        data = gzip.decompress(data)
+    """Lines with their ends, packed or not."""
+    data = next(other for other in (path, *path.parent.glob(f"{path.name}.*")) if other.is_file()).read_bytes()
+    for magic, unpack in PACKED.items():
+        data = unpack(data) if data.startswith(magic) else data
     for line in io.BytesIO(data.removeprefix(b"\xef\xbb\xbf")):
         try:
             yield line.decode()
         except UnicodeDecodeError:
             if encoding == "fail":
-                raise Refused("not UTF-8") from None
+                raise RefusedError("not UTF-8") from None
             yield line.decode(errors="replace")
 
 
@@ -143,7 +144,7 @@ def meaning(data_format: str, raw: Path, policy: Policy) -> Meaning:
     """What preparation must make of the files.
 
     Raises:
-        Refused: an error, or a count that says so, is right.
+        RefusedError: an error, or a count that says so, is right.
     """
     read_items, read_logs = {
         "mind": (_news, _behaviors),
@@ -167,20 +168,20 @@ def _catalogue(rows: Iterator[tuple[str, str]], policy: Policy) -> tuple[dict[st
     items: dict[str, str] = {}
     for item, text in rows:
         if not item.strip() or item.strip().lower() in HEADERS:
-            raise Refused(f"item id {item!r}")
+            raise RefusedError(f"item id {item!r}")
         text = plain(text)
         if items.setdefault(item.strip(), text) != text:
-            raise Refused(f"item {item!r} has two texts")
+            raise RefusedError(f"item {item!r} has two texts")
     removed = {item for item, text in items.items() if not text}
     if removed and policy.empty == "fail":
-        raise Refused("an item without text")
+        raise RefusedError("an item without text")
     return {item: text for item, text in items.items() if text}, removed
 
 
 def _admit(log: Log, items: dict[str, str], removed: set[str], policy: Policy) -> User | None:
     for item in (*log.history, *log.targets):
         if item not in items and item not in removed and policy.unknown == "fail":
-            raise Refused(f"unknown item {item!r}")
+            raise RefusedError(f"unknown item {item!r}")
     history = [item for item in log.history if item in items]
     targets = {item for item in log.targets if item in items}
     if not targets or len(history) < policy.min_history:
@@ -210,7 +211,7 @@ def _cells(path: Path, width: int, policy: Policy) -> Iterator[list[str]]:
         if line:
             cells = line.split("\t")
             if len(cells) != width:
-                raise Refused(f"{len(cells)} columns")
+                raise RefusedError(f"{len(cells)} columns")
             yield cells
 
 
@@ -219,14 +220,14 @@ def _behaviors(raw: Path, policy: Policy) -> Iterator[Log]:
     for cells in _cells(raw / "behaviors.tsv", 5, policy):
         user, clicks = cells[1].strip(), tuple(cells[3].split())
         if not user or user.lower() in HEADERS:
-            raise Refused(f"user id {user!r}")
+            raise RefusedError(f"user id {user!r}")
         if user in seen:
             continue
         seen.add(user)
         try:
             time = datetime.strptime(cells[2].strip(), "%m/%d/%Y %I:%M:%S %p").replace(tzinfo=UTC).timestamp()
         except ValueError:
-            raise Refused(f"time {cells[2]!r}") from None
+            raise RefusedError(f"time {cells[2]!r}") from None
         if policy.target == "last":
             yield Log(user, clicks[:-1], clicks[-1:], time)
         else:
@@ -237,7 +238,7 @@ def _clicked(shown: list[str]) -> Iterator[str]:
     for cell in shown:
         item, _, label = cell.rpartition("-")
         if not item or label not in ("0", "1"):
-            raise Refused(f"impression {cell!r}")
+            raise RefusedError(f"impression {cell!r}")
         if label == "1":
             yield item
 
@@ -247,12 +248,12 @@ def _table(path: Path, required: tuple[str, ...], policy: Policy) -> Iterator[di
     try:
         header, *rows = [row for row in csv.reader(io.StringIO(text, newline=""), strict=True) if row] or [[]]
     except csv.Error as error:
-        raise Refused(str(error)) from None
+        raise RefusedError(str(error)) from None
     if len(set(header)) != len(header) or not set(required) <= set(header):
-        raise Refused(f"header {header}")
+        raise RefusedError(f"header {header}")
     for row in rows:
         if len(row) != len(header):
-            raise Refused(f"{len(row)} columns")
+            raise RefusedError(f"{len(row)} columns")
         yield dict(zip(header, row, strict=True))
 
 
@@ -274,7 +275,7 @@ def _sessions(raw: Path, policy: Policy) -> Iterator[Log]:
         quoted = re.compile(r"'([^']*)'|\"([^\"]*)\"")
         inner = row["prev_items"].strip()
         if not re.fullmatch(r"\[[\s,]*\]", quoted.sub("", inner), re.DOTALL):
-            raise Refused(f"prev_items {inner!r}")
+            raise RefusedError(f"prev_items {inner!r}")
         history = tuple(_name(a or b, row["locale"], policy) for a, b in quoted.findall(inner))
         target = _name(row["next_item"], row["locale"], policy)
         if (history, target) not in seen:
@@ -289,39 +290,39 @@ def _records(path: Path, policy: Policy) -> Iterator[dict[str, Any]]:
         try:
             record = json.loads(line, object_pairs_hook=_once)
         except (ValueError, RecursionError) as error:
-            raise Refused(str(error)) from None
+            raise RefusedError(str(error)) from None
         if not isinstance(record, dict):
-            raise Refused("no object")
+            raise RefusedError("no object")
         try:
             json.dumps(record, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             if policy.encoding == "fail":
-                raise Refused("half a character") from None
+                raise RefusedError("half a character") from None
             record = json.loads(json.dumps(record, ensure_ascii=False).encode(errors="replace"))
         yield record
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(dict(pairs)) != len(pairs):
-        raise Refused("a key stands twice")
+        raise RefusedError("a key stands twice")
     return dict(pairs)
 
 
 def _id(value: Any) -> str:
     if isinstance(value, bool) or not isinstance(value, str | int) or not str(value).strip():
-        raise Refused(f"id {value!r}")
+        raise RefusedError(f"id {value!r}")
     return str(value).strip()
 
 
 def _ids(values: Any) -> tuple[str, ...]:
     if not isinstance(values, list):
-        raise Refused(f"ids {values!r}")
+        raise RefusedError(f"ids {values!r}")
     return tuple(map(_id, values))
 
 
 def _value(value: Any) -> str:
     if isinstance(value, dict):
-        raise Refused("an object as a text")
+        raise RefusedError("an object as a text")
     if isinstance(value, list):
         return ", ".join(filter(None, map(_value, value)))
     return "" if value is None or value != value else str(value)
@@ -340,7 +341,7 @@ def _things(raw: Path, policy: Policy) -> Iterator[tuple[str, str]]:
 def _rows(raw: Path, policy: Policy) -> Iterator[Log]:
     records = list(_records(raw / "interactions.jsonl", policy))
     if not records:
-        raise Refused("no record")
+        raise RefusedError("no record")
     yield from _user_rows(records) if "history" in records[0] else _clicks(records)
 
 
@@ -362,7 +363,7 @@ def _clicks(records: list[dict[str, Any]]) -> Iterator[Log]:
     for record in records:
         user, item = _id(record.get("user")), _id(record.get("item"))
         if "time" not in record:
-            raise Refused("no time")
+            raise RefusedError("no time")
         users.setdefault(user, {})[seconds(record["time"]), item] = None
     for user, clicks in users.items():
         is_certain = all(time is not None for time, _ in clicks)

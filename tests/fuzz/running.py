@@ -33,9 +33,8 @@ SUCCESS, CLEAR, UNCLEAR, TRACEBACK, HANG, SILENT = (
 )
 RESULTS = (SUCCESS, CLEAR, UNCLEAR, TRACEBACK, HANG, SILENT)
 BAD = RESULTS[2:]
-CASES_PER_CHILD = 50
-MEMORY_BYTES = 3 << 30
-"""What a case may take beyond what the process has at its start: 6 GB for a line of 10 KB are a fault."""
+MEMORY_BYTES = 3 << 29
+"""What a case may take beyond what the process has at its start: gigabytes for a line of 10 KB are a fault."""
 MAX_MESSAGE = 20_000
 """Characters; a longer output hides what it says."""
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -71,6 +70,8 @@ class Kind:
     """What all cases share, made once in a folder of its own."""
     make: Callable[[random.Random, Path, Any], Case]
     """A case in its own folder, from a stream of random numbers and the world."""
+    per_child: int = 50
+    """Cases that one child runs; their threads add up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,8 @@ class Outcome:
 
     def line(self) -> str:
         """What happened and how to see it again."""
-        return f"{self.result}: python -m tests.fuzz --case {self.kind}:{self.seed}:{self.number}  # {self.title}: {self.detail}"
+        again = f"python -m tests.fuzz --case {self.kind}:{self.seed}:{self.number}"
+        return f"{self.result}: {again}  # {self.title}: {self.detail}"
 
 
 def run_cases(kind: Kind, seed: int, numbers: Sequence[int], keep: Path | None = None) -> Iterator[Outcome]:
@@ -97,7 +99,7 @@ def run_cases(kind: Kind, seed: int, numbers: Sequence[int], keep: Path | None =
         world = kind.world(root / "world")
         done = 0
         while done < len(numbers):
-            for outcome in _batch(kind, seed, numbers[done : done + CASES_PER_CHILD], world, keep or root):
+            for outcome in _batch(kind, seed, numbers[done : done + kind.per_child], world, keep or root):
                 done += 1
                 yield outcome
     finally:

@@ -16,9 +16,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.data.raw import make_config, user_records, write_jsonl
 from tests.fuzz.mutations import FILES, as_nobody, change_bytes, change_json, dump
 from tests.fuzz.running import Case, Kind
-from tests.data.raw import make_config, user_records, write_jsonl
 from tests.shards.world import make_sample, make_split
 from tests.summarize.world import run_here, write_config
 from trsr_dist.data.prepare import prepare
@@ -254,4 +254,4 @@ def _histories(draw: random.Random, folder: Path, world: Path) -> Case:
     return Case(f"histories/{title}", act, (path.name, "histories"), judge)
 
 
-KIND = Kind("shards", 120, 15.0, make_world, make)
+KIND = Kind("shards", 120, 30.0, make_world, make)
