@@ -12,7 +12,7 @@ from trsr_dist.environment import prepare_process
 
 prepare_process()  # before torch is imported
 
-from trsr_dist.cli import EXIT_ERROR, run_command  # noqa: E402
+from trsr_dist.cli import EXIT_ERROR, path, run_command  # noqa: E402
 from trsr_dist.environment import detect_ranks  # noqa: E402
 from trsr_dist.log import get_logger, setup_logging  # noqa: E402
 from trsr_dist.preflight import PreflightOptions, check_all, report_faults  # noqa: E402
@@ -42,11 +42,11 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--run", required=True, type=Path, metavar="DIR", help="the run folder")
-    add("--reports", required=True, type=Path, metavar="DIR", help="new folder in which the ranks of this start meet")
+    add("--run", required=True, type=path, metavar="DIR", help="the run folder")
+    add("--reports", required=True, type=path, metavar="DIR", help="new folder in which the ranks of this start meet")
     add("--hosts", required=True, metavar="A,B", help="the job's nodes, rank 0's first")
-    add("--bad-nodes", type=Path, default=Path("bad-nodes"), metavar="FILE", help="where bad nodes are named")
-    add("--scratch", type=Path, default=Path("/tmp"), metavar="DIR", help="folder on each node's own disk")
+    add("--bad-nodes", type=path, default=Path("bad-nodes"), metavar="FILE", help="where bad nodes are named")
+    add("--scratch", type=path, default=Path("/tmp"), metavar="DIR", help="folder on each node's own disk")
     add("--free-gb", type=float, default=5, metavar="GB", help="free space needed in both folders")
     add("--timeout-seconds", type=float, default=60, metavar="S", help="limit of each wait for other ranks")
     add("--no-network", action="store_true", help="skip the all-reduce: the stage needs no collectives")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -35,3 +36,13 @@ def used_kib(disk: Path) -> int:
     """KiB taken on a disk."""
     status = os.statvfs(disk)
     return (status.f_blocks - status.f_bfree) * status.f_frsize // 1024
+
+
+def closed_to_others(paths: Iterable[Path]) -> list[Path]:
+    """Files that the group or others may read less than they may a file that this process just makes."""
+    with tempfile.TemporaryDirectory() as folder:
+        plain = Path(folder, "plain")
+        plain.touch()
+        mode = plain.stat().st_mode & 0o044
+    assert mode, "a umask of 077 shows nothing"
+    return [path for path in paths if mode & ~path.stat().st_mode]

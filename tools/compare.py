@@ -6,9 +6,8 @@ A and B are evaluation folders, or folders of part files such as RUN/evaluation/
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from trsr_dist.cli import run_command
+from trsr_dist.cli import path, run_command
 from trsr_dist.evaluate.compare import compare
 from trsr_dist.log import show
 
@@ -20,8 +19,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("a", type=Path, metavar="A")
-    parser.add_argument("b", type=Path, metavar="B")
+    parser.add_argument("a", type=path, metavar="A")
+    parser.add_argument("b", type=path, metavar="B")
     parser.add_argument("--split", default="test", choices=("valid", "test"))
     parser.add_argument("--top-k", type=int, nargs="+", default=[3, 5, 10], metavar="K", help="cut-offs")
     parser.add_argument("--samples", type=int, default=10000, help="resamples and sign vectors")

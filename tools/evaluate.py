@@ -4,7 +4,7 @@ One process, or any number of ranks under srun, torchrun or deepspeed, or tasks 
 complete what a kill left open.
 """
 
-from trsr_dist.environment import prepare_process
+from trsr_dist.environment import expand_home, prepare_process
 
 prepare_process()
 
@@ -14,8 +14,12 @@ from trsr_dist.cli import cluster_options, config_parser, parse_config, run_comm
 def main() -> int:
     example = "python tools/evaluate.py --config configs/quickstart.yaml --model RUN/merged"
     parser = cluster_options(config_parser(__doc__, example))
-    parser.add_argument("--model", required=True, metavar="DIR", help="merged folder, checkpoint or adapter")
-    parser.add_argument("--output", default="", metavar="DIR", help="where results go; default RUN/evaluation")
+    parser.add_argument(
+        "--model", required=True, type=expand_home, metavar="DIR", help="merged folder, checkpoint or adapter"
+    )
+    parser.add_argument(
+        "--output", default="", type=expand_home, metavar="DIR", help="where results go; default RUN/evaluation"
+    )
     args, config = parse_config(parser)
     if args.dry_run:
         from trsr_dist.forecast.job import Request, dry_run

@@ -10,13 +10,13 @@ from trsr_dist.environment import prepare_process
 prepare_process()
 
 from trsr_dist.benchmarks.report import check_gpu  # noqa: E402
-from trsr_dist.cli import run_command  # noqa: E402
+from trsr_dist.cli import path, run_command  # noqa: E402
 
 
 def main() -> int:
     """Run, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tools/gpu_check.py")
-    parser.add_argument("--output", type=Path, default=Path("docs"), metavar="DIR", help="default: docs")
+    parser.add_argument("--output", type=path, default=Path("docs"), metavar="DIR", help="default: docs")
     parser.add_argument("--scale", type=float, default=1.0, help="multiplies the rows' length (default: 1)")
     parser.add_argument(
         "--note", default="", metavar="TEXT", help="stands in the report, such as how a package was built"

@@ -10,11 +10,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from trsr_dist.environment import prepare_process
+from trsr_dist.environment import expand_home, prepare_process
 
 prepare_process()
 
-from trsr_dist.cli import run_command  # noqa: E402
+from trsr_dist.cli import path, run_command  # noqa: E402
 from trsr_dist.config import Config, load_config  # noqa: E402
 from trsr_dist.data.store import HistoryStore  # noqa: E402
 from trsr_dist.log import setup_logging  # noqa: E402
@@ -38,9 +38,9 @@ def main() -> int:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("dir", type=Path, metavar="DIR", help="RUN/shards, or the folder of one split")
-    add("--config", metavar="FILE", help="of the run: its tokenizer, prompt and row settings are used")
-    add("--tokenizer", metavar="DIR", help="model folder or hub id, in place of the config's")
+    add("dir", type=path, metavar="DIR", help="RUN/shards, or the folder of one split")
+    add("--config", type=path, metavar="FILE", help="of the run: its tokenizer, prompt and row settings are used")
+    add("--tokenizer", type=expand_home, metavar="DIR", help="model folder or hub id, in place of the config's")
     add("--verify", action="store_true", help="check every byte")
     add("--index", action="store_true", help="first build missing indexes, and the manifest of tars from elsewhere")
     add("--samples", type=int, default=1, metavar="N", help="samples to show of each split (default: 1)")

@@ -7,13 +7,12 @@ checkpoints/best (where the training ranked validation users), a DeepSpeed check
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from trsr_dist.environment import prepare_process
+from trsr_dist.environment import expand_home, prepare_process
 
 prepare_process()  # before torch is imported
 
-from trsr_dist.cli import run_command  # noqa: E402
+from trsr_dist.cli import path, run_command  # noqa: E402
 from trsr_dist.log import setup_logging  # noqa: E402
 
 EXAMPLE = "python tools/merge_lora.py --checkpoint runs/quickstart/checkpoints/latest --output runs/quickstart/merged"
@@ -46,9 +45,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, type=Path, metavar="DIR", help="what to merge")
-    add("--output", required=True, type=Path, metavar="DIR", help="new folder; appears whole or not at all")
-    add("--base", metavar="DIR", help="base model, where the checkpoint names none or it has moved")
+    add("--checkpoint", required=True, type=path, metavar="DIR", help="what to merge")
+    add("--output", required=True, type=path, metavar="DIR", help="new folder; appears whole or not at all")
+    add("--base", type=expand_home, metavar="DIR", help="base model, where the checkpoint names none or it has moved")
     add("--adapter-only", action="store_true", help="write just the PEFT adapter")
     add("--dtype", choices=["base", "float32", "bfloat16", "float16"], default="base", help="of the merged weights")
     add("--max-shard-size", type=size, metavar="SIZE", help="such as 5GB or 512MiB; default: the base's files")

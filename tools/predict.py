@@ -7,15 +7,14 @@ trimming and answers are those of the training; they are kept with the model.
 
 from __future__ import annotations
 
-from trsr_dist.environment import prepare_process
+from trsr_dist.environment import expand_home, prepare_process
 
 prepare_process()
 
 import argparse  # noqa: E402
-from pathlib import Path  # noqa: E402
 from typing import get_args  # noqa: E402
 
-from trsr_dist.cli import run_command  # noqa: E402
+from trsr_dist.cli import path, run_command  # noqa: E402
 from trsr_dist.config.sections import EvaluateSection, ModelSection  # noqa: E402
 from trsr_dist.files import writing  # noqa: E402
 from trsr_dist.log import setup_logging, show  # noqa: E402
@@ -47,9 +46,9 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--model", required=True, metavar="DIR", help="merged folder, checkpoint or adapter")
-    add("--input", required=True, type=Path, metavar="FILE", help="JSON lines")
-    add("--output", required=True, type=Path, metavar="FILE", help="JSON lines; appears whole")
+    add("--model", required=True, type=expand_home, metavar="DIR", help="merged folder, checkpoint or adapter")
+    add("--input", required=True, type=path, metavar="FILE", help="JSON lines")
+    add("--output", required=True, type=path, metavar="FILE", help="JSON lines; appears whole")
     add("--skip-bad-lines", action="store_true", help="leave bad lines out and name them; else they stop the command")
     add("--device", default="auto", help="cpu, cuda:1, ...; default: a GPU where there is one")
     add("--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights")

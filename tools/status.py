@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from trsr_dist.cli import run_command
+from trsr_dist.cli import path, run_command
 from trsr_dist.log import show
 from trsr_dist.status import describe_run
 
@@ -17,7 +16,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", type=Path, metavar="RUN", help="the run folder (run.dir)")
+    parser.add_argument("run", type=path, metavar="RUN", help="the run folder (run.dir)")
     show(describe_run(parser.parse_args().run))
 
 

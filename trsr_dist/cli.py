@@ -6,8 +6,10 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from trsr_dist.config import Config, load_config
+from trsr_dist.environment import expand_home
 from trsr_dist.errors import TrsrError
 from trsr_dist.files import explain
 from trsr_dist.printable import printable
@@ -25,7 +27,7 @@ def config_parser(description: str, example: str) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,  # job scripts look for --force
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="YAML file, see configs/")
+    parser.add_argument("--config", required=True, type=path, metavar="FILE", help="YAML file, see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the merged config and the plan; touch nothing")
     parser.add_argument("--force", action="store_true", help="redo a finished stage")
     # The deepspeed launcher appends --local_rank; the rank itself is read from the environment.
@@ -47,6 +49,14 @@ def cluster_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--mfu", type=float, default=0.4, metavar="X", help="share of the peak that is reached (default: %(default)s)")
     add("--price", type=float, default=0.0, metavar="X", help="of one device for an hour")
     return parser
+
+
+def path(text: str) -> Path:
+    """The type of an argument that names a file or folder."""
+    try:
+        return Path(expand_home(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def parse_config(parser: argparse.ArgumentParser, argv: list[str] | None = None) -> tuple[argparse.Namespace, Config]:

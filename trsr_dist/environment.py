@@ -177,6 +177,18 @@ def show_one_gpu(local_rank: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[local_rank % len(gpus)]
 
 
+def expand_home(path: str) -> str:
+    """A path as a user writes it in a setting; a leading ``~`` or ``~name`` is a home folder, as in a shell.
+
+    Raises:
+        ValueError: there is no such user.
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise ValueError(f"no home folder of {expanded.split('/')[0]!r} is known; for a folder of that name write ./~")
+    return expanded
+
+
 def die_with_parent(number: int = signal.SIGTERM) -> None:
     """Ask the kernel for a signal when the parent dies: DeepSpeed's runner leaves its ranks behind as orphans.
 

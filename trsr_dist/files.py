@@ -7,6 +7,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import stat
@@ -27,7 +28,9 @@ SILENT_SECONDS = 24 * 3600.0
 """What another host's process is writing is removed after so long without a write."""
 SILENT_LOCKED_SECONDS = 120.0
 """Likewise where this process holds the lock of the place that it is written for."""
-UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM)
+OF_THE_DISK = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
+)  # fmt: skip
 REMEDIES = {
     errno.ENOSPC: "make room, then run the stage again: what is finished is kept",
     errno.EDQUOT: "make room, then run the stage again: what is finished is kept",
@@ -67,17 +70,24 @@ def explain(error: OSError, path: str | Path = "") -> OSError | RunError:
         path: named where the error names none, if the disk alone can have caused it.
     """
     named = isinstance(error.filename, str | bytes | Path)
-    if not error.errno or not (named or path and error.errno in UNWRITABLE):
+    if not error.errno or not (named or path and error.errno in OF_THE_DISK):
         return error
     path = Path(os.fsdecode(error.filename if named else path))
+    if hidden := re.fullmatch(rf"\.(.+)\.({TEMPORARY}|{MOVED})-[^/]*", path.name):
+        path = path.with_name(hidden[1])
     return RunError(f"{path}: {error.strerror}; {_remedy(error.errno, path)}")
+
+
+def remedy_of(error: OSError, path: Path, otherwise: str) -> str:
+    """How to make a file readable, where permission is what is missing; otherwise what the caller knows."""
+    return _remedy(error.errno, path) if isinstance(error, PermissionError) else otherwise
 
 
 def _remedy(number: int, path: Path) -> str:
     for part in (path, *path.parents):
-        if part.is_symlink() and not part.exists():
+        if os.path.islink(part) and not os.path.exists(part):
             return f"{part} is a link to {os.readlink(part)}, which is missing; restore that or remove the link"
-        if number in (errno.ENOTDIR, errno.EEXIST) and part.exists() and not part.is_dir():
+        if number in (errno.ENOTDIR, errno.EEXIST) and os.path.exists(part) and not os.path.isdir(part):
             return f"{part} is a file where a folder is expected; choose another path or move it away"
     if number in (errno.EACCES, errno.EPERM):
         return _permission_remedy(path)
@@ -88,12 +98,11 @@ def _remedy(number: int, path: Path) -> str:
 
 def _permission_remedy(path: Path) -> str:
     """Root may read all and still be refused by the server or by a file's attributes."""
-    with suppress(OSError):
-        if os.path.lexists(path) and not os.access(path, os.R_OK, effective_ids=True):
-            return f"get permission to read it (its owner: chmod +r {path}; a folder also needs +x)"
-        if os.path.lexists(path.parent):
-            return f"get permission to write in {path.parent}, or choose another run.dir or --output"
-    return f"get permission to enter {path.parent} (its owner: chmod +x)"
+    if not os.path.lexists(path) and not os.access(path.parent, os.X_OK, effective_ids=True):
+        return f"get permission to enter {path.parent} (its owner: chmod +x)"
+    if os.path.lexists(path) and not os.access(path, os.R_OK, effective_ids=True):
+        return f"get permission to read it (its owner: chmod +r {path}; a folder also needs +x)"
+    return f"get permission to write in {path.parent}, or choose another run.dir or --output"
 
 
 @contextmanager
@@ -284,7 +293,7 @@ def sync_folder(folder: Path) -> None:
 def read_text(path: Path) -> str:
     """Text of a small file that others replace or remove meanwhile.
 
-    NFS answers that with a stale handle; looked up anew, the name leads to the new file or to none.
+    NFS answers that with a stale handle; looked up again, the name leads to the new file or to none.
 
     Raises:
         FileNotFoundError: it is not there.

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.disks import closed_to_others
 from trsr_dist.base.job import make_base
 from trsr_dist.config import Config, load_config
 from trsr_dist.data.prepare import prepare
@@ -65,6 +66,20 @@ def test_a_second_run_does_nothing_and_force_gives_the_same_bytes(run: Path) -> 
     make_base(config_of(run), force=True)
     assert weights.stat().st_mtime_ns != made
     assert sha256_of(weights) == before
+
+
+def test_what_is_done_writes_its_config_where_it_is_missing(run: Path) -> None:
+    config, folder = config_of(run), run / "config"
+    before = {path.name: path.read_text() for path in folder.iterdir()}
+    assert before.keys() == {"prepare.yaml", "summarize.yaml", "base.yaml"}
+    for path in folder.iterdir():
+        path.unlink()
+    prepare(config), summarize(config), make_base(config)
+    assert {path.name: path.read_text() for path in folder.iterdir()} == before
+
+
+def test_colleagues_may_read_all_of_it(run: Path) -> None:
+    assert closed_to_others(run.rglob("*")) == []
 
 
 def test_other_settings_need_force(run: Path) -> None:

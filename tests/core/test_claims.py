@@ -58,6 +58,17 @@ def test_an_entry_that_is_not_written_yet_counts_from_its_first_moment(tmp_path:
         pass
 
 
+@pytest.mark.parametrize("content", [b"\xff\x00", b"[1]", b'{"host": 1, "since": "now", "what": [3]}'])
+def test_a_claim_that_says_nothing_counts_until_it_is_silent(tmp_path: Path, content: bytes) -> None:
+    path = write_entry(tmp_path, "1" * 12)
+    path.write_bytes(content)
+    with pytest.raises(RunError, match="an unknown process"), claim(tmp_path, "2" * 64, OTHER):
+        pass
+    os.utime(path, (time.time() - LOCK_STALE_SECONDS - 10,) * 2)
+    with claim(tmp_path, "2" * 64, OTHER):
+        assert not path.exists()
+
+
 @pytest.mark.parametrize("end", ["silent", "dead", "earlier start"])
 def test_the_dead_claim_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
     path = write_entry(tmp_path, "1" * 12, **({"started": "0"} if end == "dead" else {}))
@@ -81,27 +92,29 @@ def test_what_others_write_is_not_removed(tmp_path: Path) -> None:
 
 
 RACER = """
-import os, sys, time
+import sys
 from pathlib import Path
 from trsr_dist.errors import RunError
 from trsr_dist.run import claim
-folder, start, number = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
-time.sleep(max(0.0, start - time.time()))
+print("ready", flush=True)
+sys.stdin.readline()
 try:
-    with claim(folder, number * 64, {"number": number}):
-        os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))
-        time.sleep(0.5)
-        (folder / "inside").unlink()
-        print("held")
+    with claim(Path(sys.argv[1]), sys.argv[2] * 64, {"number": sys.argv[2]}):
+        print("held", flush=True)
+        sys.stdin.readline()
 except RunError:
-    print("refused")
+    print("refused", flush=True)
 """
 
 
 def test_of_many_that_begin_at_once_no_two_go_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RACER, str(tmp_path), str(time.time() + 1.0)]
-    racers = [subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, text=True) for number in range(6)]
-    said = [racer.communicate()[0].strip() for racer in racers]
+    command, pipes = [sys.executable, "-c", RACER, str(tmp_path)], {"stdin": -1, "stdout": -1, "text": True}
+    racers = [subprocess.Popen([*command, str(number)], **pipes) for number in range(6)]
+    assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 6
+    for racer in racers:
+        racer.stdin.write("go\n"), racer.stdin.flush()
+    said = [racer.stdout.readline().strip() for racer in racers]
+    assert not any(racer.communicate("end\n", timeout=60)[0] for racer in racers)
     assert [racer.returncode for racer in racers] == [0] * 6
     assert said.count("held") <= 1
     assert said.count("held") + said.count("refused") == 6

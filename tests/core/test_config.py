@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from trsr_dist.cli import config_parser, parse_config
+from trsr_dist.cli import path as path_argument
 from trsr_dist.config import dump_config, load_config
 from trsr_dist.config.loading import known_keys
 from trsr_dist.config.sections import RESERVED
@@ -250,3 +251,33 @@ def test_one_setting_is_printed_for_scripts(
     monkeypatch.setattr(sys, "argv", ["setting.py", "--config", str(ROOT / "configs/quickstart.yaml"), "--key", key])
     main()
     assert capsys.readouterr().out.strip() == printed
+
+
+def test_a_tilde_is_a_home_folder_in_every_path(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Shells leave it as it is in key=value and --name=value, and YAML knows nothing of it."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "ds.json").write_text((ROOT / "ds_configs" / "zero1.json").read_text())
+    config_file.write_text("run: {dir: ~/run}\ndata: {path: ~/raw}\n")
+    overrides = ["model.name_or_path=~/base", "train.init_adapter=~/adapter", "train.deepspeed_config=~/ds.json"]
+    config = load_config(config_file, [*overrides, "summarize.model=~/m", "train.cache_dir=~/cache"])
+    found = (config.run.dir, config.data.path, config.model.name_or_path, config.train.init_adapter)
+    assert found == tuple(f"{tmp_path}/{name}" for name in ("run", "raw", "base", "adapter"))
+    assert (config.summarize.model, config.train.cache_dir) == (f"{tmp_path}/m", f"{tmp_path}/cache")
+    assert config.train.deepspeed_config == f"{tmp_path}/ds.json"
+    assert path_argument("~/out") == tmp_path / "out" and path_argument("a~b") == Path("a~b")
+    parser = config_parser("", "")
+    assert parser.parse_args(["--config=~/run.yaml"]).config == config_file
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--config=~nobody.here/run.yaml"])
+    assert "no home folder of '~nobody.here' is known" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [('"a\\0b"', "holds a control character"), ("~nobody.here/x", "no home folder of '~nobody.here'")],
+)
+def test_paths_that_can_be_none_are_refused(config_file: Path, value: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=rf"run\.dir=[\s\S]*{message}"):
+        load_config(config_file, [f"run.dir={value}"])

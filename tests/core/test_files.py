@@ -1,11 +1,13 @@
 import errno
 import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from trsr_dist.environment import process_start
 from trsr_dist.errors import DataError, RunError
 from trsr_dist.files import (
     atomic_file,
@@ -13,6 +15,7 @@ from trsr_dist.files import (
     read_json,
     recover_folder,
     sha256_of,
+    temporary_name,
     write_json,
 )
 from trsr_dist.run import MANIFEST, check_inputs, is_finished, manifest_hash, write_manifest
@@ -135,3 +138,45 @@ def test_a_file_replaced_while_it_is_read_is_read_anew(tmp_path: Path, monkeypat
     stale += [OSError(errno.ESTALE, "Stale file handle")] * 50
     with pytest.raises(DataError, match="missing"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_link_at_a_temporary_name_is_not_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Names cannot be foreseen; and where somebody has guessed one, nothing is written into what the link names."""
+    assert temporary_name(tmp_path / "a") != temporary_name(tmp_path / "a")
+    monkeypatch.setattr(secrets, "token_hex", lambda size: "0" * 2 * size)
+    victim = tmp_path / "victim"
+    victim.write_text("thesis")
+    for path in (tmp_path / "file", tmp_path / "folder"):
+        temporary_name(path).symlink_to(victim)
+    with pytest.raises(FileExistsError), atomic_file(tmp_path / "file") as stream:
+        stream.write("hostile")
+    with pytest.raises(FileExistsError), atomic_folder(tmp_path / "folder"):
+        pass
+    assert victim.read_text() == "thesis"
+
+
+def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
+    host, parent = os.uname().nodename, os.getppid()
+    alive = f"{host}-{parent}-{process_start(parent)}-0a"
+    names = {".a.tmp-" + alive, f".b.tmp-{host}-{parent}-1-0a", ".c.tmp-elsewhere-7-7-0a", ".d.tmp-elsewhere-7-7-0a"}
+    for name in names:
+        (tmp_path / name).write_text("half")
+    os.utime(tmp_path / ".d.tmp-elsewhere-7-7-0a", (1, 1))
+    os.utime(tmp_path / f".a.tmp-{alive}", (1, 1))
+    write_json(tmp_path / "out.json", {})
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"out.json", f".a.tmp-{alive}", ".c.tmp-elsewhere-7-7-0a"}
+
+
+def test_all_may_read_what_the_umask_lets_them(tmp_path: Path) -> None:
+    """Some libraries write files for their owner alone."""
+    with atomic_folder(tmp_path / "out") as folder:
+        (folder / "sub").mkdir()
+        os.close(os.open(folder / "sub" / "weights", os.O_CREAT, 0o600))
+        os.close(os.open(folder / "script", os.O_CREAT, 0o700))
+    write_json(tmp_path / "a.json", {})
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*")}
+    (tmp_path / "plain").touch()
+    mode = (tmp_path / "plain").stat().st_mode & 0o777
+    assert mode & 0o044, "a test under a umask of 077 would show nothing"
+    assert (modes["weights"], modes["a.json"], modes["script"]) == (mode, mode, mode | 0o700)

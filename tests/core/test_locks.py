@@ -255,30 +255,33 @@ def test_a_disk_that_fails_for_a_moment_loses_no_lock(tmp_path: Path, monkeypatc
 
 
 RACER = """
-import os, sys, time
+import sys
 from pathlib import Path
 from trsr_dist.errors import RunError
 from trsr_dist.run import folder_lock
-folder, start = Path(sys.argv[1]), float(sys.argv[2])
-time.sleep(max(0.0, start - time.time()))
+print("ready", flush=True)
+sys.stdin.readline()
 try:
-    with folder_lock(folder):
-        os.close(os.open(folder.parent / "inside", os.O_CREAT | os.O_EXCL))
-        time.sleep(0.5)
-        (folder.parent / "inside").unlink()
-        print("held")
+    with folder_lock(Path(sys.argv[1])) as lock:
+        print("held", flush=True)
+        sys.stdin.readline()
+        lock.check()
 except RunError:
-    print("refused")
+    print("refused", flush=True)
 """
 
 
-def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path) -> None:
-    gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    (tmp_path / ".shards.lock").write_text(
-        json.dumps({"host": os.uname().nodename, "pid": int(gone.stdout), "started": "1"})
-    )
-    command = [sys.executable, "-c", RACER, str(tmp_path / "shards"), str(time.time() + 1.0)]
-    racers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(6)]
-    said = [racer.communicate()[0].strip() for racer in racers]
-    assert sorted(said) == ["held"] + ["refused"] * 5
-    assert [racer.returncode for racer in racers] == [0] * 6
+@pytest.mark.parametrize("leave_guard", [False, True])
+def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path, leave_guard: bool) -> None:
+    record = json.dumps({"host": os.uname().nodename, "pid": 1, "started": "1"})
+    for name in [".shards.lock", ".shards.lock.takeover"][: 1 + leave_guard]:
+        (tmp_path / name).write_text(record)
+    command, pipes = [sys.executable, "-c", RACER, str(tmp_path / "shards")], {"stdin": -1, "stdout": -1, "text": True}
+    racers = [subprocess.Popen(command, **pipes) for _ in range(6)]
+    assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 6
+    for racer in racers:
+        racer.stdin.write("go\n"), racer.stdin.flush()
+    said = [racer.stdout.readline().strip() for racer in racers]
+    rest = [racer.communicate("end\n", timeout=60)[0] for racer in racers]
+    assert sorted(said) == ["held"] + ["refused"] * 5 and not any(rest)
+    assert [racer.returncode for racer in racers] == [0] * 6 and not list(tmp_path.iterdir())

@@ -104,10 +104,15 @@ def done(alone: Path, tmp_path: Path) -> Path:
 
 
 def test_a_finished_evaluation_is_left_alone(run: Path, done: Path, capsys: pytest.CaptureFixture) -> None:
-    before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}
-    evaluate(load_config(run / "config.yaml"), "RUN/merged", output=str(done))
-    assert "already evaluated" in capsys.readouterr().out
-    assert {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()} == before
+    config = done / "config" / "evaluate.yaml"
+    before = {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file() and path != config}
+    text = config.read_text()
+    config.unlink()
+    for _ in range(2):
+        evaluate(load_config(run / "config.yaml"), "RUN/merged", output=str(done))
+        assert "already evaluated" in capsys.readouterr().out and config.read_text() == text
+        assert {path: path.stat().st_mtime_ns for path in done.rglob("*") if path.is_file()}.items() >= before.items()
+        before[config] = config.stat().st_mtime_ns
 
 
 def test_other_cut_offs_and_baselines_use_the_scores_there_are(run: Path, done: Path, alone: Path) -> None:
@@ -209,3 +214,10 @@ def test_each_split_has_its_turn_on_the_report(run: Path, tmp_path: Path) -> Non
             load_config(run / "config.yaml", [*few, f"evaluate.split={split}"]), "RUN/merged", output=str(tmp_path)
         )
         assert f"8 {split} users" in (tmp_path / "report.html").read_text()
+    results, report = tmp_path / "test.json", tmp_path / "report.html"
+    before = results.stat().st_mtime_ns
+    evaluate(load_config(run / "config.yaml", few), "RUN/merged", output=str(tmp_path))
+    assert results.stat().st_mtime_ns == before, "it was done already"
+    report.write_text("8 test users, in the words of another report")
+    evaluate(load_config(run / "config.yaml", few), "RUN/merged", output=str(tmp_path))
+    assert results.stat().st_mtime_ns > before and "<html" in report.read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -12,12 +13,15 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.disks import FULL, mounted_disk, remount
+from tests.disks import FULL, closed_to_others, mounted_disk, remount
 from tests.evaluate.world import ROOT, numbers_of, parts_of, run_command, scores_of, write_config
+from tests.kills import killed_at_every_change
 from trsr_dist.config import load_config
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import DataError
+from trsr_dist.evaluate import job
 from trsr_dist.evaluate.job import evaluate
+from trsr_dist.evaluate.publish import publish
 from trsr_dist.shards.reader import ShardSet
 
 NUM_USERS = 146
@@ -133,6 +137,35 @@ def test_a_full_disk_keeps_the_parts_that_are_whole(run: Path, alone: Path, tmp_
         assert run_command(run, disk)[0] == 0
         assert kept.items() <= parts_of(disk).items() == parts_of(alone).items()
         assert numbers_of(disk)["metrics"] == numbers_of(alone)["metrics"]
+
+
+def test_colleagues_may_read_all_outputs(run: Path, alone: Path) -> None:
+    """Those of prepare, summarize, merge and evaluate; base and checkpoint of this run are not the stages' own."""
+    parts = [run / name for name in ("histories", "shards", "summaries", "merged", "config", "metrics.jsonl")]
+    files = [path for part in [*parts, alone] for path in (part, *part.rglob("*"))]
+    assert len(files) > 40 and closed_to_others(files) == []
+
+
+def test_killed_at_every_change_of_what_is_published(
+    run: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until the manifest is there again, which comes last, it counts as unfinished and is published again."""
+    output, published = tmp_path / "out", []
+    shutil.copytree(alone, output)
+    (output / "test" / "manifest.json").unlink()
+    monkeypatch.setattr(job, "publish", lambda *arguments: published.append(arguments))
+    evaluate(load_config(run / "config.yaml"), "RUN/merged", output=str(output))
+    (arguments,) = published
+    publish(*arguments)
+    files = [output / name for name in ("test.json", "test/manifest.json", "report.html", "config/evaluate.yaml")]
+    contents = [path.read_bytes() for path in files]
+    done = []
+    for _ in killed_at_every_change(lambda: publish(*arguments), "|".join(map(str, files))):
+        done.append(arguments[0].is_done(force=False))
+        assert all(path.read_bytes() == content for path, content in zip(files, contents, strict=True) if path.exists())
+        assert not [path for path in files if not path.exists() and path.name != "manifest.json"]
+    assert done == [True] + [False] * len(files)
+    assert [path.read_bytes() for path in files] == contents and arguments[0].is_done(force=False)
 
 
 def test_one_user_has_no_control(run: Path, tmp_path: Path) -> None:

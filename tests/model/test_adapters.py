@@ -35,9 +35,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("bases") / "base")
 
 
+@pytest.fixture(scope="module")
+def made(base: Path) -> Path:
+    return make_adapter(base, base.parent / "tuned")
+
+
 @pytest.fixture
-def adapter(base: Path, tmp_path: Path) -> Path:
-    return make_adapter(base, tmp_path / "tuned")
+def adapter(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "tuned"))
 
 
 def ways(base: Path, adapter: Path) -> dict[str, Callable[[], Any]]:

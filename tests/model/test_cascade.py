@@ -131,6 +131,13 @@ def test_who_reads_whom_by_hand() -> None:
     ]
 
 
+def test_all_is_on_the_layouts_device() -> None:
+    layout = Layout(2, (3, 1), ((2, 1), (1,)), torch.device("meta"))
+    made = (layout.mask, layout.segments, layout.copies, *layout.copied_places, layout.answer_index)
+    starts = [one for call in layout.calls for one in (call.query_starts, call.key_starts)]
+    assert {tensor.device.type for tensor in (*made, *starts)} == {"meta"}
+
+
 def test_the_calls_by_hand() -> None:
     suffixes, whole = (2, 1, 1), slice(0, 10)
     assert SMALL.calls == (

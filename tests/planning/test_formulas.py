@@ -107,6 +107,7 @@ def test_training_flops_by_hand() -> None:
 
 def test_workloads_by_hand() -> None:
     assert shared_workload(7, (3, 1, 5)) == Workload(16, 28 + (21 + 6) + (7 + 1) + (35 + 15), 3, 1)
+    assert type(shared_workload(7, (3, 1, 5)).pairs) is int
     assert separate_workload(7, (3, 1, 5)) == Workload(30, 55 + 36 + 78, 3, 1)
     assert Workload(1, 2, 3, 4) + Workload(10, 20, 30, 40) == Workload(11, 22, 33, 44)
     assert Workload(3, 5, 7, 2).scaled(2.6) == Workload(8, 13, 18, 5)

@@ -105,10 +105,10 @@ def test_trimming_goes_on_with_the_summary_then_all_item_texts() -> None:
     assert len(set(user.suffixes)) == 3, "candidates stay distinct"
 
 
-def test_long_candidates_are_capped_and_counted() -> None:
+def test_long_items_are_capped_and_counted() -> None:
     sample = make_sample(words=100)
     user = PromptBuilder(byte_level(), max_tokens=9999, max_candidate_tokens=20).build(sample)
-    assert user.trims == {"candidates_capped": 3}
+    assert user.trims == {"candidates_capped": 3, "recent_capped": 4}
     assert max(map(len, user.suffixes)) < 40
 
 

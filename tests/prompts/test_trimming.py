@@ -17,6 +17,7 @@ from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.words import count_words, cut_words
 
+CAPPED = ("recent_capped", "candidates_capped", "candidates_equal")
 WORDS = ["tennis", "quiet", "final", "rain", "x1", "third", "\u00fcberraschend", "\u5546\u54c1", "http://a.b/c?d=e"]
 
 
@@ -70,15 +71,18 @@ def test_the_cuts_are_those_of_a_search_with_all(
     candidates: list[str], recent: list[str], summary: str, limit: int, cap: int
 ) -> None:
     builder = PromptBuilder(byte_level(), max_tokens=limit, max_candidate_tokens=cap)
-    items = tuple(Candidate(str(place), f"title: {place} {text}", 0) for place, text in enumerate(candidates))
+    items = tuple(Candidate(str(place), f"title: {place} {text}".strip(), 0) for place, text in enumerate(candidates))
     sample = Sample("u", recommend_instruction("news"), summary, tuple(recent), items)
     user = builder.build(sample)
-    capped = tuple(cap_text(c.text, cap, builder._count) for c in items)
-    whole = Parts(summary, tuple(recent[-5:]), capped)
+    shown, capped = (
+        tuple(cap_text(text, cap, builder._count) for text in group)
+        for group in (recent[-5:], [item.text for item in items])
+    )
+    whole = Parts(summary, shown, capped)
     expected = search_with_all(whole, lambda tried: builder._fits(sample.instruction, tried))
     ids = builder._encode_all(sample.instruction, expected)
     assert [list(user.prefix + suffix) for suffix in user.suffixes] == ids
-    assert {name: n for name, n in user.trims.items() if not name.startswith("candidates")} == expected.trims
+    assert {name: n for name, n in user.trims.items() if name not in CAPPED} == expected.trims
 
 
 def test_few_prompts_are_encoded_while_the_cuts_are_searched_for() -> None:
@@ -94,7 +98,7 @@ def test_few_prompts_are_encoded_while_the_cuts_are_searched_for() -> None:
 
 def test_candidates_that_cutting_made_equal_are_counted() -> None:
     candidates = tuple(Candidate(str(n), "the same words " * 10 + str(n), int(n == 0)) for n in range(4))
-    sample = replace(make_sample(), candidates=(*candidates, replace(candidates[0], item="again")))
+    sample = replace(make_sample(recent=0), candidates=(*candidates, replace(candidates[0], item="again")))
     user = PromptBuilder(byte_level(), max_tokens=9999, max_candidate_tokens=20).build(sample)
     assert user.trims == {"candidates_capped": 5, "candidates_equal": 3}
     assert "candidates_equal" not in PromptBuilder(byte_level(), max_tokens=9999).build(sample).trims

@@ -12,7 +12,10 @@ import webdataset as wds
 
 from tests.shards.world import make_sample, make_split, write_split
 from trsr_dist.errors import DataError
+from trsr_dist.files import read_json, write_json
+from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.shards import arrays
+from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.writer import write_shard
 
 
@@ -61,3 +64,16 @@ def test_candidate_hash_sees_candidates_only(tmp_path: Path) -> None:
     splits = [make_split(tmp_path / name, (4, 3)) for name in "ab"]
     other = write_split(tmp_path / "c", [make_sample(number, 5) for number in range(7)], (4, 3))
     assert splits[0].candidate_hash == splits[1].candidate_hash != other.candidate_hash
+
+
+def test_shards_of_older_prompts_are_refused_by_name(tmp_path: Path) -> None:
+    folder = make_split(tmp_path / "train", (3,)).folder
+    manifest = read_json(folder / "manifest.json")
+    for version, fits in ((WORDING_VERSION, True), (WORDING_VERSION - 1, False)):
+        write_json(folder / "manifest.json", manifest | {"settings": {"wording": version}})
+        if fits:
+            assert len(ShardSet(folder)) == 3
+            continue
+        with pytest.raises(DataError, match=rf"train: .* version {version}, now .* {WORDING_VERSION}; .*--force"):
+            ShardSet(folder)
+        assert len(ShardSet(folder, any_wording=True)) == 3, "for those that only look"

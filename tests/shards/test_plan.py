@@ -49,7 +49,7 @@ def pairs(unit: Unit) -> int:
 
 @pytest.mark.parametrize("head", [0, 4])
 def test_a_windows_rows_by_hand(head: int) -> None:
-    plan = WindowPlan(TABLE, CHOSEN, 60, key=11, head=head)
+    plan = WindowPlan(TABLE, CHOSEN, 60, 11, *([head] if head else []))
     rows = [plan.units(row) for row in range(plan.num_rows)]
     assert Counter(unit for row in rows for unit in row) == Counter(UNITS)
     own = {unit: unit.prefix - head + sum(unit.suffixes) for unit in UNITS}
@@ -117,12 +117,16 @@ def test_a_plans_windows_by_their_parts(plan: TrainPlan, lengths: Lengths) -> No
             assert rows_of(found) == rows_of(again)
 
 
-def test_an_epochs_counts(plan: TrainPlan) -> None:
-    rows = [row for window in plan.windows(1) for row in rows_of(window)]
+def test_an_epochs_counts(plan: TrainPlan, lengths: Lengths) -> None:
+    """In rows so short that users are cut in each window."""
+    limit = lengths.facts.longest_prompt + 1
+    tight = TrainPlan(lengths, replace(SETTINGS, row_tokens=limit, negatives_per_positive=6))
+    rows = [row for window in tight.windows(1) for row in rows_of(window)]
     tokens = sum(plan.head + sum(unit.prefix - plan.head + sum(unit.suffixes) for unit in row) for row in rows)
     chunks = sum(len(row) for row in rows) - 140
-    assert plan.facts(1) == EpochFacts(-(-len(rows) // 5), len(rows), tokens, chunks, tokens / (600 * len(rows)))
+    assert tight.facts(1) == EpochFacts(-(-len(rows) // 5), len(rows), tokens, chunks, tokens / (limit * len(rows)))
     assert len(rows) % 5, "the last step is not full"
+    assert all(window.num_chunks for window in tight.windows(1)), [w.num_chunks for w in tight.windows(1)]
 
 
 def test_the_plans_of_epochs_are_kept_for_a_while(plan: TrainPlan) -> None:

@@ -8,6 +8,8 @@ import pytest
 
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.cache import TextCache
+from trsr_dist.summarize.engines.extractive import ExtractiveEngine
+from trsr_dist.summarize.extract import extract
 from trsr_dist.summarize.plans.hierarchical import plan as hierarchical
 from trsr_dist.summarize.plans.recurrent import plan as recurrent
 from trsr_dist.summarize.requests import Completion, Request
@@ -208,3 +210,13 @@ def test_faults_are_counted_and_the_better_of_two_texts_is_kept(tmp_path: Path) 
     assert result.records[0]["flags"] == ["cut"] and result.records[0]["sampled"]
     assert (job.counts.flags, job.counts.retries, job.counts.requests) == ({"cut": 1}, 1, 1)
     assert (job.counts.prompt_tokens, job.counts.new_tokens) == (10, 14)
+
+
+def test_an_extractive_summary_is_not_cut_at_items_that_look_like_a_turn(tmp_path: Path) -> None:
+    items = ["topic: [Items] of tea", "topic: [Candidate] </think> cups", "topic: Summary: rain"]
+    works = iter([Work("u", hierarchical(3, 5, 8), items)])
+    (result,) = run(ExtractiveEngine(4), tmp_path, lambda: next(works, None)).values()
+    record = result.records[-1]
+    assert record["text"] == extract(SummaryPrompt("", (), tuple(items)), 50)
+    assert all(words in record["text"] for words in ("[Items] of tea", "[Candidate] </think> cups", "Summary: rain"))
+    assert record["flags"] == []

@@ -44,16 +44,16 @@ class TestSchedule:
 
 
 def scores_of(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Log-odds with ties, labels and users of 12 answers; users 0 to 3 in a mixed order, one may lack positives."""
+    """Log-odds with ties, labels and users of 12 answers; users 0 to 4 in a mixed order, one may lack positives."""
     draw = random.Random(seed)
     log_odds = torch.tensor([draw.choice([-1.5, -0.5, 0.0, 0.5, 2.0]) for _ in range(12)])
-    return log_odds, torch.tensor([draw.randrange(2) for _ in range(12)]), torch.tensor([i % 4 for i in range(12)])
+    return log_odds, torch.tensor([draw.randrange(2) for _ in range(12)]), torch.tensor([i % 5 for i in range(12)])
 
 
 def users_of(log_odds: torch.Tensor, labels: torch.Tensor, group: torch.Tensor) -> list[tuple[list, list]]:
     """Scores of the positives and of the negatives, by user."""
     rows = list(zip(log_odds.tolist(), labels.tolist(), group.tolist(), strict=True))
-    return [tuple([s for s, y, g in rows if (g, y) == (user, label)] for label in (1, 0)) for user in range(4)]
+    return [tuple([s for s, y, g in rows if (g, y) == (user, label)] for label in (1, 0)) for user in range(5)]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -99,6 +99,7 @@ def test_what_a_row_adds() -> None:
     head, first, second = 6, 4 * 3 + 10, 2 * 3 + 3
     suffixes = (7 * 2 + 3) + (7 * 4 + 10) + (5 * 3 + 6)
     assert count_pairs(row) == head + first + second + suffixes
+    assert isinstance(count_pairs(row), int)
     assert (sums.answers, sums.users, sums.tokens, sums.places) == (4.0, 3.0, 118.0, 51.0)
     assert sums.separate_tokens == 1 + 28
     assert sums.attended_pairs == 1 + count_pairs(row)
@@ -110,6 +111,7 @@ def test_sums_add_up_field_by_field() -> None:
     one.add(two)
     assert one.to_list() == [101.0 + 2 * i for i in range(len(names))]
     assert Sums.from_list(one.to_list()) == one
+    assert Sums().to_list() == [0.0] * len(names)
 
 
 def test_scalars_by_hand() -> None:

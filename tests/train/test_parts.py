@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from tests.disks import closed_to_others
 from tests.kills import killed_at_every_change
 from tests.model.world import make_row
 from trsr_dist.config.zero import read_zero_config
@@ -124,6 +125,7 @@ class TestCheckpoints:
 
     def test_round_trip(self, tmp_path: Path) -> None:
         path = self.save(CheckpointFolder(tmp_path, 2), 7)
+        assert closed_to_others(path.rglob("*")) == []
         found = read_checkpoint(path)
         assert found.state.step == 7
         assert found.tensors[f"weight/{NAME}"].eq(7).all()

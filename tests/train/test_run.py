@@ -127,9 +127,11 @@ def test_tensorboard_and_its_hyperparameters(source: Path, tmp_path: Path) -> No
 
 def test_a_finished_run_is_left_alone_and_force_starts_anew(by_loss: dict) -> None:
     run = by_loss["answer", 1]
-    before = (run / "metrics.jsonl").read_bytes()
+    before, config = (run / "metrics.jsonl").read_bytes(), run / "config" / "train.yaml"
+    text = config.read_text()
+    config.unlink()
     run_ranks(train_all, 1, [run])
-    assert (run / "metrics.jsonl").read_bytes() == before
+    assert (run / "metrics.jsonl").read_bytes() == before and config.read_text() == text
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 from tests.model.world import ANSWERS, CPU, gradients, make_user, model_config, relative
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import ModelError
+from trsr_dist.hashing import hash64
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.rows import PackedRow, pack_row
@@ -72,6 +73,24 @@ def test_dropout_masks_differ_by_seed_step_and_row_and_by_nothing_else(tmp_path:
     assert dropped_loss(tmp_path) == first
     others = {dropped_loss(tmp_path, seed=1), dropped_loss(tmp_path, number=1), dropped_loss(tmp_path, step=4)}
     assert len(others - {first}) == 3
+
+
+def test_the_seed_of_a_mask_is_a_hash_of_seed_step_and_row(tmp_path: Path) -> None:
+    """Of 63 bits, which every generator takes."""
+    hashes = [hash64(5, 3, number) for number in range(4)]
+    assert max(hashes) >= 2**63 > min(hashes)
+    for number, expected in enumerate(hashes):
+        runner(tmp_path, PlainEngine(), seed=5).backward(step_of(ROWS[:1], (number,)))
+        assert torch.initial_seed() == expected % 2**63
+
+
+def test_the_heartbeat_says_what_is_done(tmp_path: Path) -> None:
+    heartbeat = Heartbeat(tmp_path, Ranks(), 100)
+    found = StepRunner(PlainEngine(), "answer", ANSWERS, 100, 0, heartbeat)
+    sums, _ = found.backward(step_of(ROWS))
+    assert heartbeat._state[:2] == (3, "row of 15 tokens")
+    found.reduce(step_of(ROWS), sums, must_stop=False)
+    assert heartbeat._state[:2] == (3, "sums over ranks")
 
 
 def test_masks_do_not_depend_on_which_rows_a_rank_runs(tmp_path: Path) -> None:

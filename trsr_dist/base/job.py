@@ -18,6 +18,7 @@ from trsr_dist.files import atomic_folder, writing
 from trsr_dist.hashing import hash64
 from trsr_dist.log import get_logger, progress, setup_logging, show
 from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.prompts.text import Prompt
 from trsr_dist.run import RunFolder, folder_lock, is_finished, write_manifest
 
 TOKENIZER_DOCUMENTS = 4000
@@ -137,4 +138,5 @@ def encode(document: Document, builder: PromptBuilder) -> list[int]:
     if isinstance(document, PromptDocument):
         user = builder.build(document.sample)
         return [*user.prefix, *user.suffixes[0], builder.answer_ids[document.answer], end]
-    return [*builder.encode(document)[: builder.max_tokens], end]
+    ids = builder.encoder.encode([Prompt(("", ""), (document,))])[0]
+    return [*ids[: builder.max_tokens], end]

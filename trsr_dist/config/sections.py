@@ -19,8 +19,10 @@ from pydantic import (
 )
 
 from trsr_dist.config.contradictions import contradictions
+from trsr_dist.environment import expand_home
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
+FilePath = Annotated[str, AfterValidator(expand_home)]
 Names = Annotated[tuple[str, ...], Field(min_length=1)]
 RESERVED = {
     "self",
@@ -52,6 +54,8 @@ def _are_variables(values: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 TemplateVariables = Annotated[dict[str, JsonValue], AfterValidator(_are_variables)]
+NO_THOUGHTS: TemplateVariables = {"enable_thinking": False}
+"""Variables of chat templates, for the recommender and the summarizer alike."""
 
 
 class Section(BaseModel):
@@ -63,7 +67,7 @@ class Section(BaseModel):
 
 
 class RunSection(Section):
-    dir: str = Field("runs/default", min_length=1)
+    dir: FilePath = Field("runs/default", min_length=1)
     """Folder of this run: everything the stages write lies below it."""
     seed: int = Field(0, ge=0)
     """Fixes data order, negatives, splits of ties, dropout and sampling."""
@@ -81,15 +85,15 @@ class DemoSection(Section):
 class DataSection(Section):
     format: Literal["mind", "amazon_m2", "jsonl", "demo"] = "mind"
     """Layout of the raw files; demo writes a small data set in MIND's layout first."""
-    path: str = ""
+    path: FilePath = ""
     """Folder with the raw files. Ignored by demo, which writes RUN/raw."""
     domain: Literal["auto", "news", "products", "items"] = "auto"
     """Wording of the prompts; auto: news for mind and demo, products for amazon_m2, items for jsonl."""
-    behaviors_file: str = "behaviors.tsv"
+    behaviors_file: FilePath = "behaviors.tsv"
     """MIND: name of the behaviours file in data.path."""
-    items_file: str = ""
+    items_file: FilePath = ""
     """Name of the item file; empty: the format's own (news.tsv, products_train.csv, items.jsonl)."""
-    sessions_file: str = "sessions_train.csv"
+    sessions_file: FilePath = "sessions_train.csv"
     """Amazon-M2: name of the sessions file."""
     locale: str = ""
     """Amazon-M2: keep only this locale (the paper: UK); empty keeps all, with negatives of the target's locale."""
@@ -141,7 +145,7 @@ class SummarizeSection(Section):
     engine: Literal["extractive", "transformers", "openai", "vllm"] = "extractive"
     """extractive: deterministic, no model; transformers: Hugging Face, in this process; openai: any OpenAI-compatible
     server (vLLM serve, SGLang, llama.cpp); vllm: vLLM in this process, in an environment of its own."""
-    model: str = ""
+    model: FilePath = ""
     """Model folder, hub id, or the server's model name."""
     revision: str = ""
     """Pinned revision of a hub model; empty: the default branch. openai: only a part of the texts' keys."""
@@ -158,7 +162,7 @@ class SummarizeSection(Section):
     """Hierarchical: at most this many summaries are merged by one prompt; more make a deeper tree."""
     prompt_style: Literal["auto", "plain", "chat"] = "auto"
     """chat: through the model's chat template; auto: when it has one."""
-    chat_template_kwargs: TemplateVariables = {"enable_thinking": False}
+    chat_template_kwargs: TemplateVariables = NO_THOUGHTS
     """Variables of the chat template: here, models that would think aloud (Qwen3) answer at once. {}: none."""
     max_prompt_tokens: int = Field(2048, ge=64)
     """Longer prompts are trimmed by parts: item descriptions evenly, never the instruction."""
@@ -197,13 +201,16 @@ class PromptSection(Section):
     max_tokens: int = Field(1024, ge=32)
     """Length limit of one prompt with one candidate, in tokens; longer ones are trimmed by parts."""
     max_candidate_tokens: int = Field(256, ge=8)
-    """Limit of one candidate's text, in tokens."""
+    """Limit of one item's text, candidate or recent, in tokens (and in 16 times as many characters)."""
     answers: tuple[str, str] = ("yes", "no")
     """The two answers; each must be one token where the prompt ends."""
+    chat_template_kwargs: TemplateVariables = NO_THOUGHTS
+    """Variables of the chat template: here, the answer of a model that would think aloud (Qwen3) comes at once. {}:
+    none."""
 
 
 class ModelSection(Section):
-    name_or_path: str = ""
+    name_or_path: FilePath = ""
     """Folder or hub id of the base model. RUN/base stands for the model that tools/make_tiny_base.py made."""
     revision: str = ""
     """Pinned revision of a hub model; empty: the default branch."""
@@ -234,7 +241,7 @@ class TrainSection(Section):
     loss: Literal["answer", "full_text", "pairwise", "listwise"] = "answer"
     """answer: cross-entropy of the answer token; full_text: of all tokens, as the paper's code; pairwise and listwise:
     over a user's candidates."""
-    init_adapter: str = ""
+    init_adapter: FilePath = ""
     """Folder of a PEFT adapter, or another run's checkpoint, whose weights the training starts from; empty: a fresh
     adapter, which leaves the base as it is."""
     negatives_per_positive: int = Field(1, ge=1)
@@ -261,7 +268,7 @@ class TrainSection(Section):
     """Length of one packed row, in tokens. Memory grows with it."""
     rows_per_step: int = Field(8, ge=1)
     """Rows in one optimizer step over all ranks: row_tokens * rows_per_step is the global batch in tokens."""
-    deepspeed_config: str = "ds_configs/zero1.json"
+    deepspeed_config: FilePath = "ds_configs/zero1.json"
     """ZeRO stage, buckets and offload. Batch, precision, clipping and schedule stay in this file."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on a GPU that has it, float32 on CPU."""
@@ -269,7 +276,7 @@ class TrainSection(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     num_workers: int = Field(1, ge=0)
     """Reader processes per rank; 0 reads in the training process."""
-    cache_dir: str = ""
+    cache_dir: FilePath = ""
     """Folder on each node's own disk for copies of the train shards, shared by the node's ranks; empty: no copies."""
     cache_gb: float = Field(100.0, gt=0)
     """Limit of all copies in cache_dir, in GB; shards beyond it are read where they lie."""
@@ -311,7 +318,7 @@ class EvaluateSection(Section):
     protocols: tuple[Literal["uniform", "popularity", "targets"], ...] = ()
     """Further candidate lists of the same users, drawn as data.candidates draws them, ranked by model, control and the
     baselines without a language model. Each costs as much again as model and control."""
-    deepspeed_config: str = ""
+    deepspeed_config: FilePath = ""
     """A file with ZeRO stage 3 divides weights that one device cannot hold; empty: the whole model on each device."""
     baselines: tuple[
         Literal["popularity", "recency", "bm25", "gru4rec", "sasrec", "base", "control", "no_summary", "no_recent"],

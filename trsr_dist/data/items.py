@@ -10,24 +10,25 @@ from trsr_dist.data.histories import REMOVED
 from trsr_dist.data.source import Counts, RawItem
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
+from trsr_dist.prompts.text import one_line
 from trsr_dist.records import Item
 from trsr_dist.words import has_text
 
 
 def item_text(fields: dict[str, str], chosen: Sequence[str], counts: Counts) -> str:
-    """``field: value`` pairs joined by ``; ``, without empty ones.
+    """``field: value`` pairs joined by ``; ``, without empty ones; names and values in one line.
 
     A field named ``text`` stands without its name, and alone where no fields are chosen.
-    White space, line ends included, becomes single blanks; texts that this changed are counted.
+    White space, line ends and control characters become single blanks; texts that this changed are counted.
     """
     parts = []
     changed = False
     for name in chosen or (["text"] if fields.get("text", "").strip() else fields):
         value = fields.get(name, "")
-        clean = " ".join(value.split())
+        clean = one_line(value)
         changed |= clean != value
         if has_text(clean):
-            parts.append(clean if name == "text" else f"{name}: {clean}")
+            parts.append(clean if name == "text" else f"{one_line(name)}: {clean}")
     counts["items_with_normalized_white_space"] += changed
     return "; ".join(parts)
 

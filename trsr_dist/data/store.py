@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from trsr_dist.data.splits import SPLITS
 from trsr_dist.errors import DataError
-from trsr_dist.files import sha256_of
+from trsr_dist.files import remedy_of, sha256_of
 from trsr_dist.records import Item
 from trsr_dist.run import MANIFEST, manifest_hash, read_manifest
 
@@ -257,7 +257,7 @@ def checksums(folder: Path) -> dict[str, str]:
         try:
             found[path.name] = sha256_of(path)
         except OSError as error:
-            raise DataError(f"{path}: cannot be read ({error.strerror}); {REMEDY}") from None
+            raise DataError(f"{path}: cannot be read ({error.strerror}); {remedy_of(error, path, REMEDY)}") from None
     return found
 
 

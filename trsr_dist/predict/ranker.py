@@ -19,6 +19,7 @@ from trsr_dist.model.folder import LoadedModel, open_model
 from trsr_dist.model.forward import score_row
 from trsr_dist.model.loading import resolve_precision
 from trsr_dist.predict.history import EXTRACTIVE, HistorySettings, summarize_items
+from trsr_dist.prompts.text import one_line
 from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.words import has_text
@@ -167,7 +168,7 @@ class Ranker:
 
     def _summary(self, request: Request, items: Sequence[str]) -> str:
         if request.summary is not None:
-            return " ".join(request.summary.split())
+            return one_line(request.summary)
         if self.history.engine != EXTRACTIVE and not self._has_warned:
             self._has_warned = True
             log.warning(
@@ -198,7 +199,7 @@ def texts_of(request: Request, field: str, texts: Sequence[str]) -> tuple[str, .
     Raises:
         DataError: one is empty.
     """
-    clean = tuple(" ".join(text.split()) for text in texts)
+    clean = tuple(map(one_line, texts))
     place = next((i for i, text in enumerate(clean) if not has_text(text)), None)
     if place is not None:
         raise DataError(f"request {request.name!r}: {field}[{place}] is empty; every item needs a text")

@@ -8,14 +8,12 @@ from typing import Any
 
 from trsr_dist.errors import ModelError
 from trsr_dist.hashing import digest
-from trsr_dist.prompts.text import recommend_text
-from trsr_dist.prompts.trimming import Cuts, Parts, cap_text, trim
+from trsr_dist.prompts.encoder import Encoder
+from trsr_dist.prompts.text import recommend_prompt
+from trsr_dist.prompts.trimming import CHARACTERS_PER_TOKEN, Cuts, Parts, cap_text, head_of, trim
 from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.records import Sample, TokenizedUser
 from trsr_dist.words import count_words
-
-FIXED_DATE = "{%- macro strftime_now(format) -%}26 Jul 2024{%- endmacro -%}"
-"""Templates that print today's date would change the prompts, and all that is known by their hash, at midnight."""
 
 
 class PromptBuilder:
@@ -25,12 +23,14 @@ class PromptBuilder:
         tokenizer: a Hugging Face tokenizer.
         style: ``plain``, ``chat`` or ``auto`` (chat where the tokenizer has a template).
         max_tokens: limit of one prompt.
-        max_candidate_tokens: limit of one candidate's text.
+        max_candidate_tokens: limit of one item's text, candidate or recent.
         recent_items: at most this many recent items are shown.
         answers: the two answer words, positive first.
+        chat_template_kwargs: further variables of the chat template.
 
     Raises:
-        ModelError: an answer is not a single, known token where a prompt ends, or both are the same token.
+        ModelError: an answer is not a single, known token where a prompt ends, or both are the same token; or the chat
+            template cannot be used.
     """
 
     def __init__(
@@ -41,9 +41,12 @@ class PromptBuilder:
         max_candidate_tokens: int = 256,
         recent_items: int = 5,
         answers: tuple[str, str] = ("yes", "no"),
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.style = resolve_style(tokenizer, style)
+        self.chat_template_kwargs = dict(chat_template_kwargs or {})
+        self.encoder = Encoder(tokenizer, style, self.chat_template_kwargs)
+        self.style = self.encoder.style
         self.max_tokens = max_tokens
         self.max_candidate_tokens = max_candidate_tokens
         self.recent_items = recent_items
@@ -59,6 +62,7 @@ class PromptBuilder:
             "max_candidate_tokens": self.max_candidate_tokens,
             "recent_items": self.recent_items,
             "answers": list(self.answers),
+            "chat_template_kwargs": self.chat_template_kwargs,
         }
 
     @property
@@ -70,15 +74,14 @@ class PromptBuilder:
         return digest([vocabulary, probe, list(self.answer_ids), self.settings, WORDING_VERSION])[:16]
 
     def render(self, instruction: str, summary: str, recent: Sequence[str], candidate: str) -> str:
-        """Prompt text, through the chat template where the style says so."""
-        text = recommend_text(instruction, summary, recent, candidate)
-        if self.style == "plain":
-            return text
-        return chat_text(self.tokenizer, text)
+        """The prompt as the model reads it, for any texts: what would be a control token or a section mark is not."""
+        value = self.encoder.value
+        prompt = recommend_prompt(instruction, value(summary), [value(text) for text in recent], value(candidate))
+        return self.encoder.text(prompt)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a whole prompt. Chat templates write their own special tokens."""
-        return self.tokenizer(text, add_special_tokens=self.style == "plain")["input_ids"]
+        """Token ids of a whole prompt as ``render`` gives it."""
+        return self.encoder.ids([text])[0]
 
     def build(self, sample: Sample) -> TokenizedUser:
         """Trim once for all candidates, tokenize each whole prompt, split off the common prefix.
@@ -98,10 +101,8 @@ class PromptBuilder:
         )
 
     def _encode_within_limit(self, sample: Sample) -> tuple[list[list[int]], dict[str, int]]:
-        recent = sample.recent[-self.recent_items :] if self.recent_items else ()
-        texts = [candidate.text for candidate in sample.candidates]
-        capped = tuple(cap_text(text, self.max_candidate_tokens, self._count) for text in texts)
-        whole = parts = Parts(sample.summary, recent, capped)
+        whole, counts = self._whole(sample)
+        parts = whole
         ids = self._encode_all(sample.instruction, parts)
         # What is cut is searched for with the prompts that are too long, and then tried with all: mostly one decides.
         probes: list[int] = []
@@ -109,12 +110,31 @@ class PromptBuilder:
             probes.append(max(range(len(ids)), key=lambda place: len(ids[place])))
             parts = self._cuts(sample, whole, probes).apply(whole)
             ids = self._encode_all(sample.instruction, parts)
-        counts = {
-            "candidates_capped": sum(text != cap for text, cap in zip(texts, capped, strict=True)),
-            # Different texts that became the same by cutting: the model cannot tell these candidates apart.
-            "candidates_equal": len(set(texts)) - len(set(parts.candidates)),
-        }
+        # Different texts that became the same by cutting: the model cannot tell these candidates apart.
+        counts["candidates_equal"] -= len(set(parts.candidates))
         return ids, parts.trims | {name: count for name, count in counts.items() if count}
+
+    def _whole(self, sample: Sample) -> tuple[Parts, dict[str, int]]:
+        """The sample's texts as they may stand in a prompt, each item capped; how many were, and how many candidates
+        differ."""
+        value = self.encoder.value
+        summary = value(sample.summary)
+        head = head_of(summary, CHARACTERS_PER_TOKEN * self.max_tokens)
+        recent = [value(text) for text in sample.recent[-self.recent_items :]] if self.recent_items else []
+        texts = [value(candidate.text) for candidate in sample.candidates]
+        shown, capped = (tuple(map(self._cap, group)) for group in (recent, texts))
+        counts = {
+            "recent_capped": sum(text != cap for text, cap in zip(recent, shown, strict=True)),
+            "candidates_capped": sum(text != cap for text, cap in zip(texts, capped, strict=True)),
+            "candidates_equal": len(set(texts)),
+        }
+        num_cut = count_words(summary) - count_words(head) if head != summary else 0
+        return Parts(head, shown, capped, summary_words_cut=num_cut), counts
+
+    def _cap(self, text: str) -> str:
+        return cap_text(
+            head_of(text, CHARACTERS_PER_TOKEN * self.max_candidate_tokens), self.max_candidate_tokens, self._count
+        )
 
     def _cuts(self, sample: Sample, whole: Parts, probes: list[int]) -> Cuts:
         """What must be cut for some of the candidates to fit."""
@@ -123,8 +143,8 @@ class PromptBuilder:
         return trim(chosen, lambda tried: self._fits(sample.instruction, tried), longest, sample.user)
 
     def _encode_all(self, instruction: str, parts: Parts) -> list[list[int]]:
-        prompts = [self.render(instruction, parts.summary, parts.recent, text) for text in parts.candidates]
-        return self.tokenizer(prompts, add_special_tokens=self.style == "plain")["input_ids"]
+        prompts = [recommend_prompt(instruction, parts.summary, parts.recent, text) for text in parts.candidates]
+        return self.encoder.encode(prompts)
 
     def _fits(self, instruction: str, parts: Parts) -> bool:
         return max(map(len, self._encode_all(instruction, parts))) <= self.max_tokens
@@ -133,7 +153,7 @@ class PromptBuilder:
         """Tokens of a bare text; short texts cannot exceed the limit (a token holds at least one byte)."""
         if len(text.encode()) <= self.max_candidate_tokens:
             return len(text)
-        return len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return self.encoder.count(text)
 
     def _resolve_answers(self) -> tuple[int, int]:
         """Ids of the answers in context: the prompt's own tokens must stay, and one token must follow.
@@ -157,38 +177,6 @@ class PromptBuilder:
         ids = self.encode(prompt + answer)
         known = ids[-1:] != [self.tokenizer.unk_token_id]
         return ids[-1] if ids[:-1] == base and known else None
-
-
-def chat_text(tokenizer: Any, text: str, template_kwargs: Mapping[str, Any] | None = None) -> str:
-    """A user's message through the tokenizer's chat template, up to where the answer begins: the same on any day.
-
-    Args:
-        tokenizer: with a chat template.
-        text: the message.
-        template_kwargs: further variables of the template, such as ``enable_thinking``.
-    """
-    template = tokenizer.get_chat_template()
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": text}],
-        tokenize=False,
-        add_generation_prompt=True,
-        chat_template=FIXED_DATE + template if "strftime_now" in template else None,
-        **(template_kwargs or {}),
-    )
-
-
-def resolve_style(tokenizer: Any, style: str) -> str:
-    """``auto`` becomes ``chat`` where the tokenizer has a chat template.
-
-    Raises:
-        ModelError: chat was asked for and there is no template.
-    """
-    has_template = bool(getattr(tokenizer, "chat_template", None))
-    if style == "chat" and not has_template:
-        raise ModelError(
-            f"tokenizer {getattr(tokenizer, 'name_or_path', '')!r} has no chat template; use prompt.style=plain"
-        )
-    return "chat" if style == "chat" or (style == "auto" and has_template) else "plain"
 
 
 def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:

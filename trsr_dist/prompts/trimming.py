@@ -8,6 +8,10 @@ from dataclasses import dataclass, replace
 from trsr_dist.errors import DataError
 from trsr_dist.words import count_words, cut_words
 
+CHARACTERS_PER_TOKEN = 16
+"""A text is cut to as many characters for each token that it may have, before its tokens are counted: a text of a
+megabyte costs no more than a long one."""
+
 
 @dataclass(frozen=True, slots=True)
 class Parts:
@@ -46,7 +50,7 @@ class Cuts:
         """The parts without what is cut, which is counted."""
         parts = replace(whole, recent=whole.recent[self.recent_dropped :], recent_dropped=self.recent_dropped)
         if self.summary_words is not None:
-            num_cut = count_words(whole.summary) - self.summary_words
+            num_cut = whole.summary_words_cut + count_words(whole.summary) - self.summary_words
             parts = replace(parts, summary=cut_words(whole.summary, self.summary_words), summary_words_cut=num_cut)
         if self.item_words is not None:
             recent, candidates = (_capped(texts, self.item_words) for texts in (parts.recent, parts.candidates))
@@ -88,6 +92,14 @@ def trim(parts: Parts, fits: Callable[[Parts], bool], longest: int, user: str) -
     return cuts
 
 
+def head_of(text: str, max_characters: int) -> str:
+    """The longest word-wise head of at most so many characters, for texts that are too long to count their tokens."""
+    if len(text) <= max_characters:
+        return text
+    head = text[:max_characters]
+    return cut_words(head, max(1, count_words(head) - 1))
+
+
 def cap_text(text: str, max_tokens: int, count: Callable[[str], int]) -> str:
     """The longest word-wise head of ``text`` within ``max_tokens``; a single longer word is cut by characters."""
     if count(text) <= max_tokens:
@@ -95,7 +107,7 @@ def cap_text(text: str, max_tokens: int, count: Callable[[str], int]) -> str:
     kept = _largest(count_words(text), lambda n: count(cut_words(text, n)) <= max_tokens)
     if kept:
         return cut_words(text, kept)
-    return text[: _largest(len(text), lambda n: count(text[:n]) <= max_tokens)]
+    return text[: _largest(len(text), lambda n: count(text[:n]) <= max_tokens)].strip()
 
 
 def _capped(texts: Sequence[str], num_words: int) -> tuple[str, ...]:

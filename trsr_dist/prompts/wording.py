@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-WORDING_VERSION = 2
+WORDING_VERSION = 3
 """Raised whenever a text below or the way texts are cut changes; it is part of every prompt hash."""
 
 

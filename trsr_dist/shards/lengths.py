@@ -19,9 +19,9 @@ from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.shards.arrays import KeptArrays, open_array
 from trsr_dist.shards.reader import ShardSet
 
-TRIMS = ("recent_dropped", "summary_words_cut", "item_words_cut", "candidates_capped")
+TRIMS = ("recent_dropped", "summary_words_cut", "item_words_cut", "candidates_capped", "recent_capped")
 TRIMS_FOR_ALL = TRIMS[:3]
-"""These depend on all of a user's candidates; the cap on a candidate depends on that candidate alone."""
+"""These depend on all of a user's candidates; the cap on an item depends on that item alone."""
 SUMMARY = "summary.json"
 NUM_HEADER = 5 + len(TRIMS)
 """int32s before a file's table: CRC-32 of all that follows, samples, part of the tar's hash, damaged samples, tokens of

@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from trsr_dist.errors import DataError
-from trsr_dist.files import plain, sha256_of
+from trsr_dist.files import plain, remedy_of, sha256_of
 from trsr_dist.log import get_logger
+from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.records import Sample
 from trsr_dist.run import manifest_hash
 from trsr_dist.shards.arrays import KeptArrays
@@ -104,7 +105,8 @@ class OpenShard:
         try:
             descriptor = plain(self.path, os.O_RDONLY)
         except OSError as error:
-            raise DataError(f"{self.path}: {error.strerror}; restore the shard or make the split again") from None
+            remedy = remedy_of(error, self.path, "restore the shard or make the split again")
+            raise DataError(f"{self.path}: {error.strerror}; {remedy}") from None
         try:
             self._check_source(os.fstat(descriptor))
         except DataError:
@@ -132,16 +134,20 @@ class ShardSet:
     Args:
         folder: ``RUN/shards/{split}``.
         cache: the node's copies of shards; None: the shards are read where they lie.
+        any_wording: read texts that were made with the prompts of another version too.
 
     Raises:
         RunError: there is no manifest.
-        DataError: a shard that the manifest names is missing, or it names none.
+        DataError: a shard that the manifest names is missing, or it names none; or they were made with the prompts of
+            another version.
     """
 
-    def __init__(self, folder: str | Path, cache: ShardCache | None = None) -> None:
+    def __init__(self, folder: str | Path, cache: ShardCache | None = None, any_wording: bool = False) -> None:
         self.folder = Path(folder)
         self.manifest_hash = manifest_hash(self.folder)
         self.manifest = read_split_manifest(self.folder)
+        if not any_wording:
+            self._check_wording()
         self.facts: list[dict] = self.manifest["shards"]
         self.starts = np.cumsum([0, *(facts["num_samples"] for facts in self.facts)])
         self.index = KeptArrays(self._open_index)
@@ -232,6 +238,15 @@ class ShardSet:
         """Index rows of a shard; the tar is not looked at."""
         facts = self.facts[shard]
         return open_index(self.path(shard), facts["sha256"], facts["num_samples"])
+
+    def _check_wording(self) -> None:
+        """Tars of another program tell nothing of it."""
+        found = self.manifest["settings"].get("wording", WORDING_VERSION)
+        if found != WORDING_VERSION:
+            raise DataError(
+                f"{self.folder}: its summaries were made with prompts of version {found}, now they are of version "
+                f"{WORDING_VERSION}; make the shards again: launch/summarize.py with --force, or in another run.dir"
+            )
 
     def _check_present(self) -> None:
         present = {entry.name: entry.is_file() for entry in os.scandir(self.folder)}

@@ -38,6 +38,8 @@ class Completion:
     new_tokens: int = 0
     words_cut: int = 0
     """Trimmed from the prompt, so that it kept to the token limit."""
+    generated: bool = True
+    """A model wrote it, which may have thought aloud first and gone on with turns that it made up."""
     error: str = ""
     """Why there is no text, for good; empty where there is one."""
 

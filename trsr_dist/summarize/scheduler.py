@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trsr_dist.hashing import hash64
-from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.prompts.text import SummaryPrompt, one_line
 from trsr_dist.summarize.cache import TextCache, prompt_hash, text_key
 from trsr_dist.summarize.plans.graph import Plan, children, heights, node_prompt
 from trsr_dist.summarize.quality import clean, flags_of
@@ -223,7 +223,7 @@ class Scheduler:
         self._deliver(record, pending.waiting)
 
     def _record(self, completion: Completion, pending: _Pending) -> dict[str, Any]:
-        text, run_on = clean(completion.text)
+        text, run_on = clean(completion.text) if completion.generated else (one_line(completion.text), False)
         record = {
             "key": completion.key,
             "prompt": pending.prompt,

@@ -9,13 +9,15 @@ from functools import cache
 
 from trsr_dist.errors import DataError
 from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.prompts.trimming import CHARACTERS_PER_TOKEN, head_of
 from trsr_dist.words import count_words, cut_words
 
 
 def trim_prompt(prompt: SummaryPrompt, count: Callable[[SummaryPrompt], int], limit: int) -> tuple[SummaryPrompt, int]:
     """Cut item texts evenly, the longest first, then earlier summaries; never the instruction.
 
-    Texts are cut by words, and by characters where whole words do not fit (scripts without blanks).
+    Texts are cut by words, and by characters where whole words do not fit (scripts without blanks); those of more than
+    16 characters for each token allowed are cut to these before tokens are counted.
 
     Args:
         prompt: the whole prompt.
@@ -29,9 +31,14 @@ def trim_prompt(prompt: SummaryPrompt, count: Callable[[SummaryPrompt], int], li
         DataError: the instruction alone is over the limit.
     """
     count = cache(count)
-    if count(prompt) <= limit:
+    longest = CHARACTERS_PER_TOKEN * limit
+    fitted = replace(
+        prompt,
+        previous=tuple(head_of(text, longest) for text in prompt.previous),
+        items=tuple(head_of(text, longest) for text in prompt.items),
+    )
+    if fitted == prompt and count(prompt) <= limit:
         return prompt, 0
-    fitted = prompt
     for name in ("items", "previous"):
         if count(fitted) > limit:
             fitted = _cap(fitted, name, count, limit)

@@ -21,6 +21,7 @@ from trsr_dist.errors import CheckpointError, DataError
 from trsr_dist.files import (
     atomic_file,
     atomic_folder,
+    explain,
     read_json,
     recover_folder,
     remove_folder,
@@ -219,6 +220,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: incomplete, damaged, or with tensors that are empty or not finite.
+        RunError: a file may not be read.
     """
     try:
         files = read_manifest(folder, CheckpointManifest)["files"]
@@ -231,6 +233,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         tensors |= load_file(folder / OPTIMIZER)
         state = read_json(folder / STATE, TrainerState)
         provenance, digest = read_json(folder / PROVENANCE), sha256_of(folder / MANIFEST)
+    except PermissionError as error:
+        raise explain(error, folder) from None  # going on from an older one would throw work away
     except (DataError, KeyError, TypeError, OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint ({error})") from None
     for name, tensor in tensors.items():

@@ -86,7 +86,7 @@ def _is_split(folder: Path) -> bool:
 
 def _open(folder: Path, findings: Findings) -> ShardSet | None:
     try:
-        return ShardSet(folder)
+        return ShardSet(folder, any_wording=True)
     except TrsrError as error:
         findings.error(f"{error} (tars from elsewhere: tools/inspect_shards.py --index)")
         return None

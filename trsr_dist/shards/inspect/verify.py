@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from trsr_dist.errors import DataError
-from trsr_dist.files import sha256_of
+from trsr_dist.files import remedy_of, sha256_of
 from trsr_dist.hashing import digest
 from trsr_dist.log import progress
 from trsr_dist.run import MANIFEST
@@ -64,7 +64,7 @@ def verify_shard(path: Path, facts: dict) -> Iterator[str]:
         yield str(error)
         return
     except OSError as error:
-        yield f"{path}: {error.strerror}; restore the shard or make the split anew"
+        yield f"{path}: {error.strerror}; {remedy_of(error, path, 'restore the shard or make the split again')}"
         return
     if not is_as_written:
         yield f"{path}: its bytes are not those that the manifest was written for; restore the shard"

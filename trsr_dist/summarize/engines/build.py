@@ -11,9 +11,12 @@ from trsr_dist.environment import show_one_gpu
 from trsr_dist.errors import ConfigError, ModelError
 from trsr_dist.files import read_json, write_json
 from trsr_dist.hashing import digest
+from trsr_dist.log import get_logger
+from trsr_dist.prompts.encoder import Encoder
 from trsr_dist.summarize.extract import EXTRACT_VERSION
 from trsr_dist.summarize.requests import Engine
 
+log = get_logger("summarize")
 SMALL_FILE = 1 << 20
 SAMPLED_BYTES = 1 << 16
 SAMPLES = 16
@@ -132,7 +135,7 @@ def build_engine(settings: SummarizeSection, model: str, revision: str, local_ra
 
         return ExtractiveEngine(settings.max_in_flight)
     if settings.engine == "openai":
-        return _client(settings)
+        return _client(settings, model)
     common = (
         model,
         revision,
@@ -153,7 +156,7 @@ def build_engine(settings: SummarizeSection, model: str, revision: str, local_ra
     return TransformersEngine.load(*common, local_rank)
 
 
-def _client(settings: SummarizeSection) -> Engine:
+def _client(settings: SummarizeSection, model: str) -> Engine:
     try:
         from trsr_dist.summarize.engines.openai import OpenAIEngine
     except ModuleNotFoundError as error:
@@ -167,4 +170,31 @@ def _client(settings: SummarizeSection) -> Engine:
         settings.max_in_flight,
         settings.timeout_seconds,
         settings.max_retries,
+        server_encoder(model, settings.revision),
     )
+
+
+def server_encoder(model: str, revision: str) -> Encoder | None:
+    """An encoder with the tokenizer of a server's model; None where the model's name is neither a folder with one nor a
+    hub id in the local cache."""
+    folder = Path(model) if Path(model).is_dir() else _cached_folder(model, revision)
+    if folder is None or not (folder / "tokenizer_config.json").is_file():
+        return None
+    from trsr_dist.pretrained import BaseSource, load_tokenizer
+
+    try:
+        return Encoder(load_tokenizer(BaseSource(str(folder))), "plain")
+    except ModelError as error:
+        log.warning("%s; what reads like a control token is taken apart in the texts that the server gets", error)
+        return None
+
+
+def _cached_folder(model: str, revision: str) -> Path | None:
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        found = try_to_load_from_cache(model, "tokenizer_config.json", revision=revision or None)
+    except HFValidationError:
+        return None
+    return Path(found).parent if isinstance(found, str) else None

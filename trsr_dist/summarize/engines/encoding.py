@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 from trsr_dist.errors import ModelError
-from trsr_dist.prompts.builder import chat_text, resolve_style
+from trsr_dist.prompts.encoder import Encoder
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.quality import THOUGHTS
 from trsr_dist.summarize.trimming import trim_prompt
@@ -28,15 +28,15 @@ class PromptEncoder:
         self, tokenizer: Any, style: str, max_prompt_tokens: int, template_kwargs: Mapping[str, Any] | None = None
     ) -> None:
         self.tokenizer = tokenizer
-        self.style = resolve_style(tokenizer, style)
         self.max_prompt_tokens = max_prompt_tokens
-        self.template_kwargs = template_kwargs
-        self.opening = THOUGHTS[0] if self._render("a message").rstrip().endswith(THOUGHTS[0]) else ""
+        self._encoder = Encoder(tokenizer, style, template_kwargs, "summarize.prompt_style")
+        self.style = self._encoder.style
+        self.opening = THOUGHTS[0] if self._encoder.tail.rstrip().endswith(THOUGHTS[0]) else ""
         """What belongs before every text: the template itself begins the model's thoughts."""
 
     def encode(self, prompt: SummaryPrompt) -> list[int]:
-        """Token ids. A chat template writes its own special tokens."""
-        return self.tokenizer(self._render(prompt.text()), add_special_tokens=self.style == "plain")["input_ids"]
+        """Token ids."""
+        return self._encoder.encode([prompt.prompt(self._encoder.value)])[0]
 
     def fit(self, prompt: SummaryPrompt) -> tuple[list[int], int]:
         """Token ids of the prompt, trimmed by true token count, and the number of words cut.
@@ -47,9 +47,6 @@ class PromptEncoder:
         encode = cache(self.encode)
         fitted, words_cut = trim_prompt(prompt, lambda tried: len(encode(tried)), self.max_prompt_tokens)
         return encode(fitted), words_cut
-
-    def _render(self, text: str) -> str:
-        return chat_text(self.tokenizer, text, self.template_kwargs) if self.style == "chat" else text
 
 
 @contextmanager

@@ -20,7 +20,7 @@ class ExtractiveEngine:
 
     def submit(self, request: Request) -> None:
         text = extract(request.prompt, request.max_new_tokens)
-        self._done.append(Completion(request.key, text, new_tokens=len(split_words(text))))
+        self._done.append(Completion(request.key, text, new_tokens=len(split_words(text)), generated=False))
 
     def poll(self) -> list[Completion]:
         done, self._done = self._done, []

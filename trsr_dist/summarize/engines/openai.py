@@ -20,6 +20,7 @@ from trsr_dist.environment import secret, server_address
 from trsr_dist.errors import ConfigError, DataError, EngineError
 from trsr_dist.log import get_logger
 from trsr_dist.printable import HALVES, in_one_line
+from trsr_dist.prompts.encoder import Encoder, for_any_tokenizer
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.engines.connection import KEY_VARIABLE, Connection
 from trsr_dist.summarize.engines.replies import MALFORMED, describe, read_reply, refused_option
@@ -64,6 +65,7 @@ class OpenAIEngine:
         max_in_flight: concurrent requests.
         timeout_seconds: of one try.
         max_retries: of one request.
+        encoder: with the model's tokenizer, where that is at hand: which control tokens the texts must not spell.
 
     Raises:
         ConfigError: no address is given, or it or the key cannot be used.
@@ -79,6 +81,7 @@ class OpenAIEngine:
         max_in_flight: int,
         timeout_seconds: float,
         max_retries: int,
+        encoder: Encoder | None = None,
     ) -> None:
         address = base_url or server_address()
         if not address:
@@ -91,6 +94,7 @@ class OpenAIEngine:
         self.template_kwargs = template_kwargs
         self.max_prompt_tokens = max_prompt_tokens
         self.max_retries = max_retries
+        self._encoder, self._encoding = encoder, threading.Lock()  # a tokenizer serves one thread at a time
         self._connection = Connection(address, secret(KEY_VARIABLE), timeout_seconds, max_retries)
         self._client = self._connection.client
         self._instead: dict[str, str] = {}
@@ -183,9 +187,16 @@ class OpenAIEngine:
             EngineError: the server is gone.
         """
         limit = self.max_prompt_tokens - TEMPLATE_TOKENS * self.chat
-        if len(prompt.text().encode()) < limit:
+        if len(self._text(prompt).encode()) < limit:
             return prompt, 0
-        return trim_prompt(prompt, lambda tried: self._count(tried.text()), limit)
+        return trim_prompt(prompt, lambda tried: self._count(self._text(tried)), limit)
+
+    def _text(self, prompt: SummaryPrompt) -> str:
+        """What is sent: the server's tokenizer must find no control token in the texts."""
+        if self._encoder is None:
+            return str(for_any_tokenizer(prompt.prompt()))
+        with self._encoding:
+            return self._encoder.text(prompt.prompt(self._encoder.value))
 
     def _blame(self, request: Request, error: openai.OpenAIError) -> Completion | EngineError:
         """The request has failed, or the server is gone or too slow: then no request is at fault."""
@@ -226,7 +237,7 @@ class OpenAIEngine:
         options: dict[str, Any] = {"max_tokens": request.max_new_tokens, "temperature": request.temperature}
         if request.temperature:
             options["seed"] = request.seed % 2**31
-        text = request.prompt.text()
+        text = self._text(request.prompt)
         if self.chat:
             options |= {"chat_template_kwargs": self.template_kwargs} if self.template_kwargs else {}
             ask = partial(self._client.chat.completions.create, messages=[{"role": "user", "content": text}])
