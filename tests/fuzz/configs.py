@@ -335,4 +335,4 @@ def _means(value: Any, written: Any) -> bool:
         return bool(re.fullmatch(r"0[xob][0-9a-fA-F]+", written)) and int(written, 0) == value
 
 
-KIND = Kind("config", 600, 10.0, lambda folder: folder, make)
+KIND = Kind("config", 600, 40.0, lambda folder: folder, make)

@@ -135,7 +135,7 @@ def _replace(make: Callable[[Path], object]) -> Callable[[Path], None]:
     return change
 
 
-def _sparse(path: Path, size: int = 2 << 30) -> None:
+def _sparse(path: Path, size: int = 1 << 30) -> None:
     os.truncate(path, size)
 
 
@@ -150,7 +150,7 @@ FILES: dict[str, Callable[[Path], None]] = {
     "a dangling link": _replace(lambda path: path.symlink_to("nowhere")),
     "a link to itself": _replace(lambda path: path.symlink_to(path.name)),
     "/dev/zero": _replace(lambda path: path.symlink_to("/dev/zero")),
-    "2 GB of zeros at its end": _sparse,
+    "1 GB of zeros at its end": _sparse,
     "unreadable": lambda path: path.chmod(0),
     "UTF-16": lambda path: path.write_bytes(path.read_bytes().decode("utf-8", "replace").encode("utf-16")),
 }

@@ -63,6 +63,8 @@ def make(draw: random.Random, folder: Path, world: None) -> Case:
     if not before:
         draw.choice(AFTER)(draw, made, raw)
     chosen = draw.sample(sorted(SETTINGS), 0 if made.same else draw.choice((0, 0, 1, 2)))
+    if sum(setting.startswith("data.max_history") for setting in chosen) > 1:
+        del chosen[1:]
     for setting in chosen:
         made.overrides += setting.split()
         made.policy = replace(made.policy, **SETTINGS[setting])
@@ -142,4 +144,4 @@ def _is_equal(user: User, history: tuple[str, ...], targets: set[str], time: int
     return history == user.history and targets == user.targets
 
 
-KIND = Kind("raw", 2000, 15.0, lambda folder: None, make)
+KIND = Kind("raw", 2000, 40.0, lambda folder: None, make)

@@ -33,7 +33,7 @@ SUCCESS, CLEAR, UNCLEAR, TRACEBACK, HANG, SILENT = (
 )
 RESULTS = (SUCCESS, CLEAR, UNCLEAR, TRACEBACK, HANG, SILENT)
 BAD = RESULTS[2:]
-MEMORY_BYTES = 3 << 29
+MEMORY_BYTES = 3 << 28
 """What a case may take beyond what the process has at its start: gigabytes for a line of 10 KB are a fault."""
 MAX_MESSAGE = 20_000
 """Characters; a longer output hides what it says."""

@@ -272,4 +272,4 @@ CHANGES = (
     cut_off, odd_headers, slowly,
 )  # fmt: skip
 
-KIND = Kind("server", 100, 90.0, make_world, make, per_child=10)
+KIND = Kind("server", 100, 120.0, make_world, make, per_child=10)

@@ -254,4 +254,4 @@ def _histories(draw: random.Random, folder: Path, world: Path) -> Case:
     return Case(f"histories/{title}", act, (path.name, "histories"), judge)
 
 
-KIND = Kind("shards", 120, 30.0, make_world, make)
+KIND = Kind("shards", 120, 60.0, make_world, make)

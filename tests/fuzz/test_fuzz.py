@@ -13,7 +13,7 @@ from tests.fuzz.kinds import KINDS
 from tests.fuzz.running import BAD, CLEAR, HANG, SILENT, SUCCESS, TRACEBACK, UNCLEAR, Case, Kind, run_cases
 from trsr_dist.errors import DataError
 
-NUMBERS = {"raw": 60, "config": 60, "shards": 12, "models": 8, "server": 4}
+NUMBERS = {"raw": 50, "config": 50, "shards": 12, "models": 6, "server": 3}
 SEED = 1
 
 
