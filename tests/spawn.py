@@ -22,7 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 TIMEOUT_SECONDS = 240.0
-LIBRARIES = ("torch", "deepspeed", "trsr_dist.train.job", "trsr_dist.evaluate.job")
+LIBRARIES = ("tests.conftest", "torch", "deepspeed", "trsr_dist.train.job", "trsr_dist.evaluate.job")
 
 
 def free_port() -> int:

@@ -293,7 +293,7 @@ def sync_folder(folder: Path) -> None:
 def read_text(path: Path) -> str:
     """Text of a small file that others replace or remove meanwhile.
 
-    NFS answers that with a stale handle; looked up anew, the name leads to the new file or to none.
+    NFS answers that with a stale handle; looked up again, the name leads to the new file or to none.
 
     Raises:
         FileNotFoundError: it is not there.

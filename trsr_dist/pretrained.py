@@ -1,6 +1,6 @@
 """The one place that has transformers read tokenizers, configs and models.
 
-Whatever a folder holds, it is decided here: code of its own runs only where that was allowed (nothing is ever asked on
+Whatever a folder holds, it is decided here: custom code runs only where that was allowed (nothing is ever asked on
 the terminal), no pickle is read, no adapter slips in, tied heads are those that the files hold, and every parameter
 has a stored tensor of its shape.
 """
@@ -70,7 +70,7 @@ def _reading(source: BaseSource, what: str) -> Iterator[None]:
         reason = " ".join(str(error).split())[:SHOWN] or type(error).__name__
         hint = "" if source.is_local else "; a hub model needs network once, or a local folder"
         if "custom code" in str(error):
-            reason = "it needs code of its own, which runs only where that is allowed"
+            reason = "it needs custom code, which runs only where that is allowed"
             hint = (
                 "; read that code, then set model.trust_remote_code=true, summarize.trust_remote_code=true or "
                 "tools/predict.py --trust-remote-code. tools/merge_lora.py runs none: merge with PEFT instead"
@@ -149,7 +149,7 @@ def read_structure(source: BaseSource, config: PretrainedConfig) -> Structure:
     """Build a model without its weights.
 
     Raises:
-        ModelError: transformers does not know this architecture, or not without code of its own.
+        ModelError: transformers does not know this architecture, or not without custom code.
     """
     with torch.device("meta"):
         model = build_model(config, source)

@@ -16,12 +16,13 @@ from typing_extensions import TypedDict
 from trsr_dist import __version__
 from trsr_dist.errors import RunError
 from trsr_dist.files import atomic_file, read_json, real_folder, recover_folder, sha256_of, sweep, write_json
-from trsr_dist.liveness import BEATS_PER_TERM, Lease, LeaseFolder, Owner, read_sign, touching
+from trsr_dist.leases import BEATS_PER_TERM, Lease, LeaseFolder
+from trsr_dist.liveness import Owner, read_sign, touching
 
 MANIFEST = "manifest.json"
 RUN = "RUN/"
 """What names of folders of the run begin with, in settings."""
-ANEW = "use another run.dir, or --force to make it anew"
+ANEW = "use another run.dir, or --force to make it again"
 LOCK_STALE_SECONDS = 120.0
 LOCK_READS = 10
 """Tries, a second apart, to read a lock on a disk that fails."""

@@ -92,27 +92,29 @@ def test_what_others_write_is_not_removed(tmp_path: Path) -> None:
 
 
 RACER = """
-import os, sys, time
+import sys
 from pathlib import Path
 from trsr_dist.errors import RunError
 from trsr_dist.run import claim
-folder, start, number = Path(sys.argv[1]), float(sys.argv[2]), sys.argv[3]
-time.sleep(max(0.0, start - time.time()))
+print("ready", flush=True)
+sys.stdin.readline()
 try:
-    with claim(folder, number * 64, {"number": number}):
-        os.close(os.open(folder / "inside", os.O_CREAT | os.O_EXCL))
-        time.sleep(0.5)
-        (folder / "inside").unlink()
-        print("held")
+    with claim(Path(sys.argv[1]), sys.argv[2] * 64, {"number": sys.argv[2]}):
+        print("held", flush=True)
+        sys.stdin.readline()
 except RunError:
-    print("refused")
+    print("refused", flush=True)
 """
 
 
 def test_of_many_that_begin_at_once_no_two_go_on(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", RACER, str(tmp_path), str(time.time() + 1.0)]
-    racers = [subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, text=True) for number in range(6)]
-    said = [racer.communicate()[0].strip() for racer in racers]
+    command, pipes = [sys.executable, "-c", RACER, str(tmp_path)], {"stdin": -1, "stdout": -1, "text": True}
+    racers = [subprocess.Popen([*command, str(number)], **pipes) for number in range(6)]
+    assert [racer.stdout.readline() for racer in racers] == ["ready\n"] * 6
+    for racer in racers:
+        racer.stdin.write("go\n"), racer.stdin.flush()
+    said = [racer.stdout.readline().strip() for racer in racers]
+    assert not any(racer.communicate("end\n", timeout=60)[0] for racer in racers)
     assert [racer.returncode for racer in racers] == [0] * 6
     assert said.count("held") <= 1
     assert said.count("held") + said.count("refused") == 6

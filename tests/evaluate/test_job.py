@@ -214,3 +214,10 @@ def test_each_split_has_its_turn_on_the_report(run: Path, tmp_path: Path) -> Non
             load_config(run / "config.yaml", [*few, f"evaluate.split={split}"]), "RUN/merged", output=str(tmp_path)
         )
         assert f"8 {split} users" in (tmp_path / "report.html").read_text()
+    results, report = tmp_path / "test.json", tmp_path / "report.html"
+    before = results.stat().st_mtime_ns
+    evaluate(load_config(run / "config.yaml", few), "RUN/merged", output=str(tmp_path))
+    assert results.stat().st_mtime_ns == before, "it was done already"
+    report.write_text("8 test users, in the words of another report")
+    evaluate(load_config(run / "config.yaml", few), "RUN/merged", output=str(tmp_path))
+    assert results.stat().st_mtime_ns > before and "<html" in report.read_text()

@@ -178,7 +178,7 @@ def test_bases_that_cannot_be_streamed(base: Path, checkpoint: Path, tmp_path: P
     write_json(base / "config.json", config | {"quantization_config": {"quant_method": "awq"}})
     refuses(checkpoint / "adapter", tmp_path / "merged", "unquantized original")
     write_json(base / "config.json", config | {"model_type": "unheard_of", "auto_map": {"AutoConfig": "x.Y"}})
-    refuses(checkpoint / "adapter", tmp_path / "merged", "code of its own")
+    refuses(checkpoint / "adapter", tmp_path / "merged", "custom code")
     write_json(base / "config.json", config | {"vocab_size": 7})
     refuses(checkpoint / "adapter", tmp_path / "merged", "config.json says (7, 32)")
     write_json(base / "config.json", config)

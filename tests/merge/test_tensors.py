@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from pathlib import Path
+from pickle import UnpicklingError
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from trsr_dist.errors import ModelError
 from trsr_dist.files import write_json
 from trsr_dist.weights import (
     CODES,
+    PICKLE_ERRORS,
     TensorEntry,
     file_entries,
     folder_entries,
@@ -23,6 +25,7 @@ from trsr_dist.weights import (
     header_bytes,
     is_equal,
     named_entries,
+    pickle_fault,
     read_rows,
 )
 
@@ -145,13 +148,20 @@ def test_a_file_that_is_missing_or_cut_within_its_header(tmp_path: Path, monkeyp
     path = tmp_path / "m.safetensors"
     with pytest.raises(ModelError, match=r"m\.safetensors: missing"):
         file_entries(path)
+    with pytest.raises(ModelError, match="a pipe, socket or device"):
+        file_entries(Path("/dev/null"))
     path.write_bytes(b"1234567")
     with pytest.raises(ModelError, match="not a safetensors file"):
+        file_entries(path)
+    write_raw(path, {}, b"", length=2**64 - 1)
+    with pytest.raises(ModelError, match="header of 18446744073709551615 bytes in a file of 10"):
         file_entries(path)
     write_raw(path, {}, b"", length=11)
     with pytest.raises(ModelError, match="header of 11 bytes in a file of 10: truncated"):
         file_entries(path)
     write_raw(path, {}, b"")
+    assert file_entries(path) == []
+    monkeypatch.setattr(tensors_module, "MAX_HEADER_BYTES", 2)
     assert file_entries(path) == []
     monkeypatch.setattr(tensors_module, "MAX_HEADER_BYTES", 1)
     with pytest.raises(ModelError, match="header of 2 bytes"):
@@ -175,8 +185,19 @@ class TestFolders:
         assert [[entry.name for entry in entries] for entries in folder_entries(tmp_path)] == [["a"]]
         assert load_file(folder_files(tmp_path)[0]).keys() == {"a"}
 
+    def test_files_stand_in_the_order_of_their_names(self, tmp_path: Path) -> None:
+        names = [f"model-{number:05d}-of-00020.safetensors" for number in range(1, 21)]
+        self.save(tmp_path, index={f"t{i}": name for i, name in enumerate(reversed(names))})
+        assert [path.name for path in folder_files(tmp_path)] == names
+
+    @pytest.mark.parametrize("index", [{"weight_map": {"a": 1}}, {"weight_map": ["a"]}, {}])
+    def test_an_index_of_another_form(self, tmp_path: Path, index: dict) -> None:
+        write_json(tmp_path / "model.safetensors.index.json", index)
+        with pytest.raises(ModelError, match=r"index\.json: .*weight_map"):
+            folder_files(tmp_path)
+
     def test_no_weights(self, tmp_path: Path) -> None:
-        with pytest.raises(ModelError, match="only safetensors weights"):
+        with pytest.raises(ModelError, match=r"index\.json\); only safetensors weights"):
             folder_entries(tmp_path)
 
     def test_a_tensor_in_two_files(self, tmp_path: Path) -> None:
@@ -184,13 +205,13 @@ class TestFolders:
         with pytest.raises(ModelError, match="in two files"):
             folder_entries(tmp_path)
 
-    @pytest.mark.parametrize(
-        "index", [{"a": "model-1.safetensors", "z": "model-1.safetensors"}, {"z": "model-1.safetensors"}]
-    )
-    def test_files_and_index_disagree(self, tmp_path: Path, index: dict[str, str]) -> None:
-        self.save(tmp_path, "a", index=index)
+    @pytest.mark.parametrize("names", ["az", "z", "azyxwvutsrqpbc"])
+    def test_files_and_index_disagree(self, tmp_path: Path, names: str) -> None:
+        """The first name that is in one of them only."""
+        self.save(tmp_path, "a", index=dict.fromkeys(names, "model-1.safetensors"))
+        first = {"az": "z", "z": "a", "azyxwvutsrqpbc": "b"}[names]
         with pytest.raises(
-            ModelError, match=r"[az] is in model\.safetensors\.index\.json or in the files, not in both"
+            ModelError, match=rf": {first} is in model\.safetensors\.index\.json or in the files, not in"
         ):
             folder_entries(tmp_path)
 
@@ -226,6 +247,8 @@ def test_equal_values_in_blocks_and_in_other_dtypes(tmp_path: Path, monkeypatch:
     save_file(tensors, tmp_path / "model.safetensors")
     entries = named_entries(tmp_path)
     assert [is_equal(entries["a"], entries[name]) for name in "abcde"] == [True, True, False, False, False]
+    monkeypatch.undo()
+    assert is_equal(entries["a"], entries["b"]) and not is_equal(entries["a"], entries["c"])
 
 
 def test_a_quantized_dtype_is_refused_where_its_values_are_wanted(tmp_path: Path) -> None:
@@ -234,3 +257,17 @@ def test_a_quantized_dtype_is_refused_where_its_values_are_wanted(tmp_path: Path
     assert (quantized.code, plain.num_bytes) == ("F8_E4M3", 24)
     with pytest.raises(ModelError, match=r"m\.safetensors: a has dtype F8_E4M3.*unquantized"):
         list(read_rows(quantized, 10))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (UnpicklingError("Weights only load failed ... GLOBAL os.system"), "it holds code, which is not run"),
+        (UnpicklingError("Unsupported operand 5"), "it holds code, which is not run"),
+        (UnpicklingError("pickle data was truncated\nmore"), "pickle data was truncated"),
+        (ValueError("GLOBAL"), "GLOBAL"),
+        (EOFError(), "EOFError"),
+    ],
+)
+def test_why_a_pickle_cannot_be_read(error: Exception, reason: str) -> None:
+    assert pickle_fault(error) == reason and isinstance(error, PICKLE_ERRORS)

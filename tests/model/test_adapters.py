@@ -35,9 +35,14 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_base(tmp_path_factory.mktemp("bases") / "base")
 
 
+@pytest.fixture(scope="module")
+def made(base: Path) -> Path:
+    return make_adapter(base, base.parent / "tuned")
+
+
 @pytest.fixture
-def adapter(base: Path, tmp_path: Path) -> Path:
-    return make_adapter(base, tmp_path / "tuned")
+def adapter(made: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made, tmp_path / "tuned"))
 
 
 def ways(base: Path, adapter: Path) -> dict[str, Callable[[], Any]]:
@@ -112,6 +117,8 @@ def test_damaged_files_are_named(base: Path, adapter: Path, content: bytes) -> N
     [
         ({"peft_type": "OF_TOMORROW"}, "peft_type is 'OF_TOMORROW'"),
         ({"peft_type": ["LORA"]}, "peft_type is"),
+        ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path is .*expected a text"),
+        ({"revision": 1}, "revision is '1', expected a text"),
         ({"r": "four"}, "adapter_config.json says four|not supported between|lora.r=4"),
         ({"of_tomorrow": 1}, "unknown settings"),
         ({"init_lora_weights": "pissa"}, "changes the base itself"),

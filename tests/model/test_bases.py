@@ -123,7 +123,7 @@ def test_code_of_its_own_runs_only_where_allowed(
     named = {} if model_type is None else {"model_type": model_type}
     write_json(base / "config.json", config | named | {"auto_map": own})
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 20))
-    refused(place, r"code of its own.*trust_remote_code=true.*merge_lora\.py runs none")
+    refused(place, r"custom code.*trust_remote_code=true.*merge_lora\.py runs none")
     assert not mark.exists() and sys.stdin.tell() == 0, "nothing is asked"
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(place / "modules"))
     Ranker.open(str(base), device="cpu", trust_remote_code=True)
@@ -135,7 +135,7 @@ def test_code_of_a_tokenizer(place: Path, monkeypatch: pytest.MonkeyPatch) -> No
     own = {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": ["own.Own", None]}}
     write_json(path, read_json(path) | own)
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n" * 20))
-    refused(place, "tokenizer cannot be read .*code of its own", "plan")
+    refused(place, "tokenizer cannot be read .*custom code", "plan")
     assert sys.stdin.tell() == 0
 
 
@@ -172,6 +172,7 @@ def test_a_damaged_config(place: Path, name: str) -> None:
         ({"num_hidden_layers": 10**9}, "config.json says 1000000000 layers"),
         ({"hidden_size": "wide"}, "config.json|cannot be read"),
         ({"num_attention_heads": 0}, "cannot be read"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected 1 or more"),
     ],
 )
 def test_a_config_of_another_model(place: Path, values: dict, message: str) -> None:

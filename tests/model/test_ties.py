@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in CASES:
         base = make_case(folder / name / "base", name)
         make_adapter(base, folder / name / "tuned")
-        merge(folder / name / "tuned", folder / name / "merged", MergeOptions(verify="scores"))
+        merge(folder / name / "tuned", folder / name / "merged", MergeOptions(verify="weights"))
     return folder
 
 

@@ -95,11 +95,10 @@ def run(
     if not child:
         _run_here(target, source, limit_seconds, log, at_end)
     with _pidfd(child) as ended:
-        if not select.select([ended], [], [], WALL_FACTOR * limit_seconds)[0]:
-            os.killpg(child, signal.SIGKILL)
+        select.select([ended], [], [], WALL_FACTOR * limit_seconds)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # and what it started; before it is waited for, its number is its own
     _, status, usage = os.wait4(child, 0)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # what a mutant started
     shutil.rmtree(target.folder / str(child), ignore_errors=True)
     late = os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL)
     return "timeout" if late else "killed" if status else "survived", usage.ru_utime + usage.ru_stime
@@ -139,17 +138,9 @@ def _pytest(target: Target) -> int:
     phases = (hypothesis.Phase.explicit, hypothesis.Phase.generate)
     hypothesis.settings.register_profile("mutants", derandomize=True, database=None, phases=phases)
     hypothesis.settings.load_profile("mutants")
-    options = [
-        "-q",
-        "--noconftest",
-        "-W",
-        "ignore",
-        "-o",
-        "timeout=0",
-        f"--basetemp={target.folder / str(os.getpid())}",
-    ]
-    unneeded = [word for plugin in UNNEEDED for word in ("-p", f"no:{plugin}")]
-    return int(pytest.main([*options, *unneeded, *target.tests], plugins=[_FirstFailure()]))
+    options = ["-q", "--noconftest", "-Wignore", "-otimeout=0", *(f"-pno:{plugin}" for plugin in UNNEEDED)]
+    options.append(f"--basetemp={target.folder / str(os.getpid())}")
+    return int(pytest.main([*options, *target.tests], plugins=[_FirstFailure()]))
 
 
 class _FirstFailure:

@@ -18,7 +18,7 @@ from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.order import Order
 from trsr_dist.shards.packing import choose_candidates, deal
 from trsr_dist.shards.plan import EpochFacts, PackingSettings, TrainPlan, Unit, WindowPlan, check_fits
-from trsr_dist.shards.steps import StreamState, step_specs
+from trsr_dist.shards.steps import Step, StreamState, step_specs
 
 TABLE = Table(
     samples=np.array([40, 41, 7, 8, 9, 10]),
@@ -207,6 +207,7 @@ def test_a_state_names_the_next_row(plan: TrainPlan) -> None:
     late = states[1]
     assert next(step_specs(plan, late, 0, 1)) == [*islice(step_specs(plan, START, 0, 1), 3)][2]
     assert StreamState.from_dict(late.to_dict()) == late
+    assert Step([], (), 0, 0, 0, late).errors == ()
 
 
 def test_a_step_of_many_rows_goes_over_windows_and_ends_with_the_epoch(plan: TrainPlan) -> None:

@@ -221,6 +221,14 @@ class TestRetries:
         result, counts, _ = self.run(tmp_path, *[Completion("", "Likes tea.\nUser: And coffee?")] * 2)
         assert (result.records[0]["text"], counts.flags) == ("Likes tea.", {"run_on": 1})
 
+    def test_a_text_that_was_not_generated_stays_whole(self, tmp_path: Path) -> None:
+        """What an extractive engine takes from the items may look like a turn."""
+        text = "Likes tea.\nUser: And coffee?"
+        engine = FirstFirst(answer=lambda request: Completion(request.key, text, generated=False))
+        (result,), counts = run(tmp_path, engine, [work("a", chain(1))])
+        assert (result.records[0]["text"], counts.flags) == ("Likes tea. User: And coffee?", {})
+        assert counts.retries == 0
+
     def test_flags_are_counted_over_texts(self, tmp_path: Path) -> None:
         engine = FirstFirst(answer=answers(*[Completion("", FAULTY, cut=True)] * 2))
         _, counts = run(tmp_path, engine, [work("a", chain(2))])

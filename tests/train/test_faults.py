@@ -62,7 +62,7 @@ def newest_step(run: Path) -> int:
 
 
 def assert_saved_where_it_stopped(job: Job) -> None:
-    assert "interrupted, saved" in job.output
+    assert "interrupted, saved" in job.output and "all is saved, run it again to go on" in job.output
     assert newest_step(job.run) == max(losses_of(job.run)) < NUM_STEPS
 
 

@@ -11,6 +11,7 @@ from trsr_dist.config import Config, dump_config
 from trsr_dist.evaluate.identity import model_identity
 from trsr_dist.evaluate.passes import ScoringPass, drawn_protocols, plan_passes
 from trsr_dist.evaluate.scores import IDENTITY, ScoreFolder
+from trsr_dist.files import sha256_of
 from trsr_dist.run import MANIFEST, RunFolder, check_inputs, manifest_hash, read_manifest
 
 REMEDY = "use another --output, or --force to score anew"
@@ -132,8 +133,10 @@ class Evaluation:
         if force or not (self.folder / MANIFEST).is_file():
             return False
         check_inputs(self.folder, self.inputs(), REMEDY)
-        is_same = read_manifest(self.folder).get("settings") == json.loads(json.dumps(self.settings()))
-        is_reported = self.report.is_file() and f" {self.split} users," in self.report.read_text(encoding="utf-8")
+        manifest = read_manifest(self.folder)
+        is_same = manifest.get("settings") == json.loads(json.dumps(self.settings()))
+        # Each split has its turn on the one report.
+        is_reported = self.report.is_file() and sha256_of(self.report) == manifest.get("report")
         return is_same and self.results.is_file() and is_reported
 
     def clear(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -66,8 +67,9 @@ def evaluate(config: Config, model: str, *, output: str = "", force: bool = Fals
 def _evaluate(job: Evaluation, ranks: Ranks, force: bool, stack: ExitStack) -> None:
     with distributed.process_group(ranks, WAIT_SECONDS, always=bool(job.config.evaluate.deepspeed_config)):
         job = complete(job, force)
-        # Rank 0 claims for all, until the results are there.
-        entry = distributed.on_rank_zero(lambda: stack.enter_context(claim_folder(job)))
+        # Rank 0 claims for all, until the results are there; the claim stays in its process.
+        entries: list[Claim] = []
+        distributed.on_rank_zero(lambda: entries.append(stack.enter_context(claim_folder(job))))
         # Rank 0 decides for all: another task of an array may finish between two looks.
         if distributed.on_rank_zero(lambda: job.is_done(force)):
             distributed.on_rank_zero(lambda: job.write_config(only_missing=True))
@@ -78,7 +80,9 @@ def _evaluate(job: Evaluation, ranks: Ranks, force: bool, stack: ExitStack) -> N
         split = StoredSplit(store, job.split)
         users = split_users(job, draw_lists(job, store, split))
         models = open_models(job)
-        folders = score_everything(job, users, models, ranks, entry if force else None)
+        folders = score_everything(
+            job, users, models, ranks, (lambda: clear_folder(job, entries[0])) if force else None
+        )
     if ranks.is_main:
         reduce_scores(job, Reduction(job, users, split, store, folders), models["model"].provenance)
 
@@ -108,7 +112,7 @@ def make_worker(job: Evaluation, users: SplitUsers, ranks: Ranks) -> PartWorker:
 
 
 def score_everything(
-    job: Evaluation, users: SplitUsers, models: dict[str, ModelPrompts], ranks: Ranks, clear: Claim | None
+    job: Evaluation, users: SplitUsers, models: dict[str, ModelPrompts], ranks: Ranks, clear: Callable[[], None] | None
 ) -> dict[str, ScoreFolder]:
     """Score this process's parts of every pass, then wait for the other ranks.
 
@@ -117,7 +121,7 @@ def score_everything(
         users: of the split.
         models: by source.
         ranks: this process.
-        clear: of the folder, where what lies there is to be scored anew. It is removed once all ranks have the model.
+        clear: removes what lies there, where it is to be scored again; rank 0 calls it once all ranks have the model.
 
     Returns:
         The folders of the passes, opened.
@@ -127,7 +131,7 @@ def score_everything(
     scorers[0].load(anew=clear is not None)
     if clear is not None:
         distributed.barrier()
-        distributed.on_rank_zero(lambda: clear_folder(job, clear))
+        distributed.on_rank_zero(clear)
     folders = {}
     for entry in job.passes:
         folders[entry.name] = job.scores(entry)

@@ -66,7 +66,7 @@ class Scorer:
         self._model: nn.Module | None = None
 
     def load(self, anew: bool = False) -> None:
-        """Open the weights where parts are missing (of divided weights: on any rank), or all are scored anew."""
+        """Open the weights where parts are missing (of divided weights: on any rank), or all are scored again."""
         has_work = anew or any(
             not self._job.scores(entry).has(part) for entry in self._passes for part in self._worker.mine
         )

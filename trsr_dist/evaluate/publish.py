@@ -13,7 +13,7 @@ from trsr_dist.evaluate.figures import build_figures
 from trsr_dist.evaluate.reduce import Reduced
 from trsr_dist.evaluate.report import ReportParts, write_report
 from trsr_dist.evaluate.table import gain_line, metric_table, protocol_table
-from trsr_dist.files import write_json
+from trsr_dist.files import sha256_of, write_json
 from trsr_dist.log import MetricLog, read_metrics, show
 from trsr_dist.metric_names import FAMILIES, metric_names
 from trsr_dist.run import MANIFEST, write_manifest
@@ -31,7 +31,7 @@ def publish(job: Evaluation, reduced: Reduced) -> None:
     write_report(job.report, ReportParts(results, figures, reduced.examples, config, metric, job.folder, shards))
     write_tensorboard(job, results, figures)
     job.write_config()
-    write_manifest(job.folder, "evaluate", job.settings(), job.inputs())
+    write_manifest(job.folder, "evaluate", job.settings(), job.inputs(), report=sha256_of(job.report))
     show(summary_text(job, results))
 
 

@@ -40,9 +40,9 @@ class MergeOptions:
     tolerance: float | None = None
     """Largest log-odds difference; None: by dtype."""
     force: bool = False
-    """Make an earlier merge anew."""
+    """Make an earlier merge again."""
     update: bool = False
-    """Make it anew if its checkpoint or settings have changed since."""
+    """Make it again if its checkpoint or settings have changed since."""
     dry_run: bool = False
 
 

@@ -66,7 +66,7 @@ def _is_current(output: Path, settings: dict[str, Any], hashes: dict[str, str], 
         return is_finished(output, settings, hashes, options.force)
     except RunError as error:
         if options.update:
-            logger.info(f"{output}: of another checkpoint or other settings; made anew")
+            logger.info(f"{output}: of another checkpoint or other settings; made again")
             return False
         raise RunError(f"{error} (--update does so only where something has changed)") from None
 

@@ -154,7 +154,7 @@ def _check_changes(entries: dict[str, TensorEntry], changes: dict[str, Change]) 
 
 
 def _shard(outputs: list[Output], max_bytes: int) -> list[list[Output]]:
-    """Greedy, in order; a tensor larger than the limit gets a file of its own."""
+    """Greedy, in order; a tensor larger than the limit gets its own file."""
     files: list[list[Output]] = [[]]
     size = 0
     for output in outputs:

@@ -24,7 +24,7 @@ TOPICS = ("politics", "tennis", "markets", "cooking", "space travel", "theatre",
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
 """Log-odds difference that is accepted at least, by the output's dtype."""
 ROUNDINGS = 4
-"""So many roundings of the largest logit are accepted: both models round both logits."""
+"""This many roundings of the largest logit are accepted: both models round both logits."""
 SPARE = 1.1
 """A model in memory over its weights."""
 NUM_SAMPLES = 6
@@ -91,7 +91,7 @@ def check_scores(
 
 
 def scoring_device(num_bytes: int) -> str:
-    """The GPU where it has room for a model of so many bytes, else the CPU."""
+    """The GPU where it has room for a model of this size, else the CPU."""
     if not torch.cuda.is_available():
         return "cpu"
     return "cuda" if torch.cuda.mem_get_info()[0] > SPARE * num_bytes + ACTIVATION_BYTES else "cpu"
@@ -105,7 +105,7 @@ def _load(folder: Path, dtype: torch.dtype, device: str) -> PreTrainedModel:
 def log_odds(
     model: torch.nn.Module, users: Sequence[TokenizedUser], answer_ids: tuple[int, int]
 ) -> tuple[list[torch.Tensor], float]:
-    """logit(yes) - logit(no) of each candidate, float32, one tensor a user; each prompt is a sequence of its own.
+    """logit(yes) - logit(no) of each candidate, float32, one tensor a user; each prompt is a separate sequence.
 
     The second value is the largest of these logits, by its absolute value.
     """

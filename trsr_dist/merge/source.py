@@ -33,7 +33,7 @@ class Source:
 
     @property
     def tokenizer(self) -> Path | None:
-        """The adapter folder, where it brings a tokenizer of its own."""
+        """The adapter folder, where it brings its own tokenizer."""
         return self.folder if any((self.folder / name).is_file() for name in TOKENIZER_FILES) else None
 
 

@@ -100,7 +100,7 @@ def _copy_bytes(target: int, position: int, output: Output, bar: tqdm) -> None:
                 data = os.pread(source.fileno(), min(count, PASSED_BYTES), start)
                 copied = _write_at(target, data, position + done) - position - done
             if not copied:
-                raise ModelError(f"{entry.file}: ends within {entry.name}: truncated; copy it anew")
+                raise ModelError(f"{entry.file}: ends within {entry.name}: truncated; copy it again")
             done += copied
             bar.update(copied)
 

@@ -46,7 +46,7 @@ class RowInputs:
 
     @cached_property
     def separate(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Every prompt as a sequence of its own, padded on the right: token ids and mask, (num_answers, longest)."""
+        """Every prompt as a separate sequence, padded on the right: token ids and mask, (num_answers, longest)."""
         prompts = separate_prompts(self.row)
         longest = max(map(len, prompts))
         ids = np.zeros((len(prompts), longest), dtype=np.int64)

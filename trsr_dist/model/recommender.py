@@ -28,7 +28,7 @@ class Recommender(nn.Module):
     Args:
         causal: a Hugging Face causal language model, with LoRA layers in it or not.
         answer_ids: tokens of yes and no.
-        backend: of the shared-prefix attention (``choose_backend``); None: every prompt is a sequence of its own.
+        backend: of the shared-prefix attention (``choose_backend``); None: every prompt is a separate sequence.
     """
 
     def __init__(self, causal: nn.Module, answer_ids: tuple[int, int], backend: str | None) -> None:

@@ -14,7 +14,7 @@ def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """Write contiguous tensors as one safetensors file, as PyTorch's (``format: pt``).
 
     Raises:
-        OSError: as of any other file. The library hides what the system said in a type of its own.
+        OSError: as of any other file. The library hides what the system said in its own type.
     """
     try:
         save_file(tensors, path, metadata={"format": "pt"})

@@ -97,7 +97,7 @@ class ShardCache:
     @contextmanager
     def _alone(self) -> Iterator[None]:
         """Only one process of the node looks for copies and room at a time. Opened anew, since a fork shares locks."""
-        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)
+        descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
             yield
@@ -166,7 +166,7 @@ def _allocate(partial: Path, num_bytes: int, victims: Iterator[Path]) -> int | N
     while True:
         try:
             if descriptor is None:
-                descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+                descriptor = os.open(partial, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             os.posix_fallocate(descriptor, 0, max(1, num_bytes))
             return descriptor

@@ -25,7 +25,8 @@ from trsr_dist.environment import Ranks, array_task, detect_ranks
 from trsr_dist.errors import EngineError, RunError, TrsrError
 from trsr_dist.files import recover_folder, sweep, writing
 from trsr_dist.hashing import digest
-from trsr_dist.liveness import LeaseFolder, Owner, touching
+from trsr_dist.leases import LeaseFolder
+from trsr_dist.liveness import Owner, touching
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.printable import strike_addresses
 from trsr_dist.prompts.wording import WORDING_VERSION

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from trsr_dist.liveness import LeaseFolder
+from trsr_dist.leases import LeaseFolder
 from trsr_dist.log import MetricLog, progress
 from trsr_dist.run import RunFolder
 from trsr_dist.summarize.progress import WRITE_SECONDS, ProgressReader, Rates, TaskProgress, write_task

@@ -10,7 +10,7 @@ from typing import Any
 
 from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.errors import EngineError
-from trsr_dist.liveness import Lease, LeaseFolder
+from trsr_dist.leases import Lease, LeaseFolder
 from trsr_dist.log import get_logger
 from trsr_dist.printable import in_one_line
 from trsr_dist.prompts.wording import recommend_instruction

@@ -90,6 +90,8 @@ def _run(build: Build, force: bool) -> Ending:
     verb = "finished" if ending.is_complete else "interrupted, saved"
     because = f": {ending.reason}" if ending.reason else ""
     log.info("%s after %d of %d steps%s", verb, trainer.state.step, build.prepared.num_steps, because)
+    if not ending.is_complete:
+        log.info("all is saved, run it again to go on; launchers call the exit status %d an error", EXIT_REQUEUE)
     return ending
 
 

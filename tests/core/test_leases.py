@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from trsr_dist.liveness import LeaseFolder, Owner, Sign, read_sign
+from trsr_dist.leases import LeaseFolder
+from trsr_dist.liveness import Owner, Sign, read_sign
 
 LONG, SHORT = 1000.0, 0.4
 
@@ -61,7 +62,8 @@ def test_nothing_is_left_after_closing(tmp_path: Path) -> None:
 
 def test_a_dead_process_of_this_host_loses_its_lease_at_once(tmp_path: Path) -> None:
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom trsr_dist.liveness import LeaseFolder, Owner, Sign, read_sign\n"
+        "import os, sys\nfrom pathlib import Path\nfrom trsr_dist.leases import LeaseFolder\n"
+        "from trsr_dist.liveness import Owner\n"
         "LeaseFolder(Path(sys.argv[1]), Owner.myself('dead'), 1000).acquire('u')\nos._exit(9)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, cwd=Path(__file__).parents[2])
