@@ -17,7 +17,7 @@ CARRIED := hjson py-cpuinfo msgpack einops ninja psutil tqdm pydantic pydantic_c
   typing_extensions webdataset braceexpand pytest pytest-timeout pluggy iniconfig Pygments
 QUICKSTART := --config configs/quickstart.yaml run.dir=$(RUN) run.seed=$(SEED)
 
-.PHONY: help env quickstart test test-slurm soak mutants lint format bench wheels gpu-check clean
+.PHONY: help env quickstart test test-slurm soak mutants fuzz lint format bench wheels gpu-check clean
 
 help:  ## list the goals
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -55,6 +55,9 @@ soak: env  ## the long fault runs
 
 mutants: env  ## faults planted in the modules that decide numbers, up to 2 hours (MODULES=shards for some)
 	$(BIN)/python -m tests.mutants $(MODULES)
+
+fuzz: env  ## 3,000 damaged, odd and hostile inputs, about 15 minutes (SEED=1 for others)
+	$(BIN)/python -m tests.fuzz --seed $(SEED) --output build/fuzz.json
 
 lint: env  ## ruff: rules and format
 	$(BIN)/ruff check .

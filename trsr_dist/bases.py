@@ -20,6 +20,8 @@ BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tikto
 CODE_FILES = ["*.py"]
 SECOND_COPIES = ["consolidated*", "original/*"]
 """The weights once more, in the form of the model's authors."""
+LAYERS = ("num_hidden_layers", "n_layer")
+"""Keys of config.json, by architecture."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +112,9 @@ def read_model_config(folder: Path) -> dict[str, Any]:
             raise ModelError(f"{error}: a model's config is needed; name a complete model folder") from None
     if not isinstance(config.get("model_type"), str) and not isinstance(config.get("auto_map"), dict):
         raise ModelError(f"{folder / CONFIG}: names no model_type, so it is no model's config; restore it")
+    for key in LAYERS:
+        if key in config and (type(config[key]) is not int or config[key] < 1):
+            raise ModelError(f"{folder / CONFIG}: {key} is {config[key]!r}, expected 1 or more; restore the file")
     return config
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -16,13 +17,14 @@ SHOWN_CHARACTERS = 60
 """Of a wrong value, in messages."""
 
 
-def parse_json(data: bytes | str, form: Any = dict[str, Any], finite: bool = True) -> Any:
+def parse_json(data: bytes | str, form: Any = dict[str, Any], finite: bool = True, unique: bool = False) -> Any:
     """The value in ``data``, which must be UTF-8.
 
     Args:
         data: the text.
         form: type of the value, such as a dataclass; nothing is converted, so that "1" is no number. ``object``: any.
         finite: refuse the names NaN and Infinity, which are not JSON; Python and some models' configs write them.
+        unique: refuse a key that stands twice, of which readers keep the last; for what people write.
 
     Raises:
         DataError: not JSON (numbers of thousands of digits, nesting without end and halves of surrogate pairs are
@@ -31,6 +33,8 @@ def parse_json(data: bytes | str, form: Any = dict[str, Any], finite: bool = Tru
     try:
         data = data.encode() if isinstance(data, str) else data
         value = from_json(data, allow_inf_nan=not finite)
+        if unique:
+            _decode(data.decode())
         if form not in (object, dict[str, Any]):
             return _adapter(form).validate_json(data, strict=True)
     except ValidationError as error:
@@ -41,6 +45,23 @@ def parse_json(data: bytes | str, form: Any = dict[str, Any], finite: bool = Tru
     if form is not object and not isinstance(value, dict):
         raise DataError(f"a JSON {type(value).__name__}; expected an object")
     return value
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The object of these pairs; an ``object_pairs_hook``.
+
+    Raises:
+        ValueError: a key stands twice.
+    """
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice")
+    return record
+
+
+_decode = json.JSONDecoder(object_pairs_hook=unique_keys).decode
 
 
 def describe_form(error: ValidationError) -> str:

@@ -216,10 +216,11 @@ def test_a_key_that_stands_twice_is_refused(tmp_path: Path, text: str) -> None:
         '{"zero_optimization": 2}',
         '{"zero_optimization": {}}',
         '{"zero_optimization": {"stage": true}}',
+        '{"zero_optimization": {"stage": 1}, "zero_optimization": {"stage": 3}}',
         "[" * 100_000,
         '{"zero_optimization": {"stage": ' + "1" * 5000 + "}}",
     ],
-    ids=range(6),
+    ids=range(7),
 )
 def test_zero_files_of_another_form_are_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "zero.json"

@@ -83,6 +83,13 @@ def test_what_is_no_plain_file_is_refused_before_it_is_read(tmp_path: Path) -> N
     assert len(found) == 6
 
 
+def test_a_key_that_stands_twice_is_refused_where_people_write() -> None:
+    text = '{"a": [{"b": 1, "b": 2}]}'
+    assert parse_json(text) == {"a": [{"b": 2}]}
+    with pytest.raises(DataError, match="the key 'b' stands twice"):
+        parse_json(text, unique=True)
+
+
 def test_nobody_else_reads_json() -> None:
     """The standard reader raises three kinds of errors and lets NaN and halves of characters through."""
     readers = []

@@ -240,6 +240,14 @@ def test_a_byte_order_mark_before_a_bad_byte(tmp_path: Path) -> None:
     assert HistoryStore(tmp_path / "run" / "histories").catalogue.id(0) == "N0"
 
 
+def test_a_long_value_does_not_hide_what_is_said(tmp_path: Path) -> None:
+    raw = write_mind(tmp_path)
+    append("behaviors.tsv", behavior_line(98, ["N1", "N2"], "x" * 100_000))(raw)
+    with pytest.raises(DataError, match=r"behaviors\.tsv:25: impression 'x+\.\.\.x+' is not of the form") as caught:
+        prepare(make_config(tmp_path, "mind", "data.target=impression"))
+    assert len(str(caught.value)) < 1000
+
+
 def test_interactions_need_times(tmp_path: Path) -> None:
     rows = [{"user": "a", "item": item} for item in clicks(1)]
     refused(tmp_path, write_jsonl(tmp_path, rows), lambda raw: None, "jsonl", r"interactions\.jsonl:1: no field 'time'")

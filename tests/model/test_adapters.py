@@ -117,6 +117,8 @@ def test_damaged_files_are_named(base: Path, adapter: Path, content: bytes) -> N
     [
         ({"peft_type": "OF_TOMORROW"}, "peft_type is 'OF_TOMORROW'"),
         ({"peft_type": ["LORA"]}, "peft_type is"),
+        ({"base_model_name_or_path": ["a"]}, "base_model_name_or_path is .*expected a text"),
+        ({"revision": 1}, "revision is '1', expected a text"),
         ({"r": "four"}, "adapter_config.json says four|not supported between|lora.r=4"),
         ({"of_tomorrow": 1}, "unknown settings"),
         ({"init_lora_weights": "pissa"}, "changes the base itself"),

@@ -172,6 +172,7 @@ def test_a_damaged_config(place: Path, name: str) -> None:
         ({"num_hidden_layers": 10**9}, "config.json says 1000000000 layers"),
         ({"hidden_size": "wide"}, "config.json|cannot be read"),
         ({"num_attention_heads": 0}, "cannot be read"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, expected 1 or more"),
     ],
 )
 def test_a_config_of_another_model(place: Path, values: dict, message: str) -> None:

@@ -168,6 +168,7 @@ def test_what_cannot_be_read_or_written_is_named(run: Path, tmp_path: Path) -> N
         ('{"items": ["a"], "candidates": ["bad \\ud83d"]}', "in.jsonl:1: .*an escape such as"),
         ('{"id": ' + "9" * 5000 + ', "items": ["a"], "candidates": ["b"]}', "in.jsonl:1: not valid JSON"),
         ("[" * 200_000, "in.jsonl:1: not valid JSON"),
+        ('{"items": ["a"], "candidates": ["b"], "candidates": ["c"]}', "in.jsonl:1: .*'candidates' stands twice"),
     ],
 )
 def test_lines_that_no_reader_takes_are_named(tmp_path: Path, line: str, message: str) -> None:

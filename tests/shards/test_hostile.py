@@ -66,6 +66,11 @@ def lying(path: Path, size: int, kind: bytes = tarfile.REGTYPE) -> Path:
     return path
 
 
+def renaming(path: Path) -> Path:
+    """A record longer than it says names the next sample, with a line feed at the end."""
+    return write_tar(path, member("x", b"99 path=b.json\n", type=tarfile.XHDTYPE), member("c.json", b"{}"))
+
+
 @pytest.mark.parametrize(
     ("make", "words"),
     [
@@ -81,8 +86,9 @@ def lying(path: Path, size: int, kind: bytes = tarfile.REGTYPE) -> Path:
         (lambda path: lying(path, 2**40, tarfile.GNUTYPE_LONGNAME), "not a readable tar after 1 samples"),
         (lambda path: write_tar(path, member("b\udcff.json", b"{}")), "not UTF-8"),
         (lambda path: write_tar(path, member("a.json", b"{}")), "stands twice"),
+        (renaming, "'b.json.n.*header is damaged"),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_a_tar_that_lies_is_refused_before_it_is_read(tmp_path: Path, make: Callable[[Path], Path], words: str) -> None:
     path = make(tmp_path / "train-000000.tar")

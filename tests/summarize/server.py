@@ -26,14 +26,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         with self.server.guard:
             self.server.requests.append((self.path, body, self.headers.get("Authorization")))
-            self.server.now += 1
-            self.server.most = max(self.server.most, self.server.now)
             tries = sum(seen == body and path == self.path for path, seen, _ in self.server.requests)
-        try:
-            self.server.answer(self, body, tries)
-        finally:
-            with self.server.guard:
-                self.server.now -= 1
+        self.server.answer(self, body, tries)
 
     def reply(self, value: object, status: int = 200, headers: dict[str, str] | None = None) -> None:
         data = value if isinstance(value, bytes) else json.dumps(value).encode()
@@ -84,7 +78,6 @@ class Server(ThreadingHTTPServer):
         self.answer = answer
         self.guard = threading.Lock()
         self.requests: list[tuple[str, dict, str | None]] = []
-        self.now = self.most = 0
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Clients that give up or are killed are part of the tests."""

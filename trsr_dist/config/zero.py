@@ -51,7 +51,7 @@ def read_zero_config(path: str | Path, key: str = "train.deepspeed_config") -> d
             "with pip install -e"
         )
     try:
-        settings = parse_json(read_text(path), object)
+        settings = parse_json(read_text(path), object, unique=True)
     except (DataError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{key}={path}: {str(error).removeprefix(f'{path}: ')}") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from trsr_dist.data.candidates import PoolOf, draw_negatives, draw_shown, pools_of
 from trsr_dist.data.histories import KnownUser, latest
-from trsr_dist.data.source import Counts
+from trsr_dist.data.source import Counts, shown
 from trsr_dist.data.splits import SPLITS, split_by_time, split_by_user
 from trsr_dist.data.spool import Spool
 from trsr_dist.data.store import ITEM_SCHEMA, USER_SCHEMA, ArrowRows, ArrowWriter
@@ -175,7 +175,7 @@ class CandidateMaker:
         if self._rules.too_few_negatives == "fail":
             key = "train.negatives_per_positive" if split == "train" else "evaluate.negatives_per_positive"
             raise DataError(
-                f"{split} user {user.user!r}: {found} catalogue items are eligible as negatives "
+                f"{split} user {shown(user.user)}: {found} catalogue items are eligible as negatives "
                 f"(data.candidates={self._rules.strategy}), {least} are needed; lower {key}, choose another strategy, "
                 "or set data.too_few_negatives=skip"
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from trsr_dist.data.source import Counts
+from trsr_dist.data.source import Counts, shown
 from trsr_dist.errors import DataError
 from trsr_dist.records import UserLog
 
@@ -81,8 +81,8 @@ def _known(
         if row is None:
             if rules.unknown_items == "fail":
                 raise DataError(
-                    f"{log.source}: user {log.user!r} has item {item!r}, which the item file lacks; add the item, or "
-                    "set data.unknown_items=skip to leave such clicks out and count them"
+                    f"{log.source}: user {shown(log.user)} has item {shown(item)}, which the item file lacks; add the "
+                    "item, or set data.unknown_items=skip to leave such clicks out and count them"
                 )
             counts["clicks_on_unknown_items"] += 1
         elif row == REMOVED:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from trsr_dist.data.histories import REMOVED
-from trsr_dist.data.source import Counts, RawItem
+from trsr_dist.data.source import Counts, RawItem, shown
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
 from trsr_dist.prompts.text import one_line
@@ -93,15 +93,15 @@ class CatalogueRules:
             return
         first = f"line {self._lines[row]}" if row != REMOVED else "an earlier line, without text"
         raise DataError(
-            f"{self._path}:{raw.row}: item {raw.id!r} stands here with another text than in {first}; "
-            f"keep one of the two, or set data.duplicate_items=first (here: {text[:80]!r})"
+            f"{self._path}:{raw.row}: item {shown(raw.id)} stands here with another text than in {first}; "
+            f"keep one of the two, or set data.duplicate_items=first (here: {shown(text)})"
         )
 
     def _leave_out(self, raw: RawItem) -> None:
         if self._empty_items == "fail":
             raise DataError(
-                f"{self._path}:{raw.row}: item {raw.id!r} has no text in {', '.join(self._chosen) or 'any field'}; "
-                "fill a field, choose others with data.item_fields, or set data.empty_items=skip"
+                f"{self._path}:{raw.row}: item {shown(raw.id)} has no text in {', '.join(self._chosen) or 'any field'}"
+                "; fill a field, choose others with data.item_fields, or set data.empty_items=skip"
             )
         self._counts["items_without_text"] += 1
         self.rows[raw.id] = REMOVED

@@ -12,7 +12,6 @@ item's ``category`` serves category-hard negatives. Blanks around ids do not cou
 from __future__ import annotations
 
 import json
-import reprlib
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -22,17 +21,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from trsr_dist.data.source import LineReader, RawItem, listed
+from trsr_dist.data.source import LineReader, RawItem, listed, shown
 from trsr_dist.data.times import Times
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
+from trsr_dist.json_text import unique_keys
 from trsr_dist.records import UserLog
 
 CONVERT_LITERALS = (
     "python -c 'import ast, json, sys; [print(json.dumps(ast.literal_eval(row))) for row in sys.stdin]' < OLD > NEW"
 )
-_short = reprlib.Repr()
-_short.maxstring = _short.maxother = 80
 
 
 class Place(NamedTuple):
@@ -48,16 +46,7 @@ class Place(NamedTuple):
 Row = tuple[dict[str, Any], Place]
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
-    return record
-
-
-_decode = json.JSONDecoder(object_pairs_hook=_object).decode
+_decode = json.JSONDecoder(object_pairs_hook=unique_keys).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,7 +143,7 @@ class JsonlReader:
         try:
             return self._times.seconds(value)
         except (TypeError, ValueError, OverflowError):
-            raise DataError(f"{place}: time {_short.repr(value)}, expected {self._times.expected}") from None
+            raise DataError(f"{place}: time {shown(value)}, expected {self._times.expected}") from None
 
     def _records(self, path: Path) -> Iterator[Row]:
         for number, line in self.lines.read(path):
@@ -248,7 +237,7 @@ def _id(record: dict[str, Any], name: str, place: Place) -> str:
 
 def _ids(values: Any, name: str, place: Place) -> tuple[str, ...]:  # noqa: ANN401 (any JSON value)
     if not isinstance(values, list):
-        raise DataError(f"{place}: {name} is {_short.repr(values)}, expected a list of ids; repair the row")
+        raise DataError(f"{place}: {name} is {shown(values)}, expected a list of ids; repair the row")
     return tuple([_checked_id(value, name, place) for value in values])
 
 
@@ -257,7 +246,7 @@ def _checked_id(value: Any, name: str, place: Place) -> str:  # noqa: ANN401 (an
         text = str(value).strip()
         if text:
             return text
-    raise DataError(f"{place}: {name} holds {_short.repr(value)}, expected an id (text or an integer); repair the row")
+    raise DataError(f"{place}: {name} holds {shown(value)}, expected an id (text or an integer); repair the row")
 
 
 def _category(record: dict[str, Any], place: Place) -> str:

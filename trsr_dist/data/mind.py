@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from trsr_dist.data.source import LineReader, RawItem, check_columns
+from trsr_dist.data.source import LineReader, RawItem, check_columns, shown
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
 from trsr_dist.records import UserLog
@@ -95,7 +95,7 @@ def _impressions(cells: list[str], source: str) -> tuple[tuple[str, ...], tuple[
         item, _, label = cell.rpartition("-")
         if label not in parts or not item:
             raise DataError(
-                f"{source}: impression {cell!r} is not of the form ITEM-0 or ITEM-1; repair the row, or set "
+                f"{source}: impression {shown(cell)} is not of the form ITEM-0 or ITEM-1; repair the row, or set "
                 "data.target=last (MIND's test rows carry no labels)"
             )
         parts[label].append(item)
@@ -106,4 +106,6 @@ def _seconds(text: str, source: str) -> int:
     try:
         return int(datetime.strptime(text.strip(), TIME).replace(tzinfo=UTC).timestamp())
     except ValueError:
-        raise DataError(f"{source}: time {text!r}, expected such as 11/13/2019 5:53:12 AM; repair the row") from None
+        raise DataError(
+            f"{source}: time {shown(text)}, expected such as 11/13/2019 5:53:12 AM; repair the row"
+        ) from None

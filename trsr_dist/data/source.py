@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import os
+import reprlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +21,8 @@ from trsr_dist.errors import DataError
 from trsr_dist.files import plain
 from trsr_dist.records import UserLog
 
+_short = reprlib.Repr()
+_short.maxstring = _short.maxother = 80
 MOST_CHARACTERS = 300
 Counts = Counter[str]
 """How often each policy or filter applied; printed and kept in the manifest."""
@@ -153,6 +156,11 @@ def listed(names: Iterable[str]) -> str:
     """Names of fields or columns for a message: control characters escaped, and not without end."""
     text = ", ".join(name if name.isprintable() else repr(name) for name in names)
     return text if len(text) <= MOST_CHARACTERS else f"{text[:MOST_CHARACTERS]}..."
+
+
+def shown(value: object) -> str:
+    """A value for a message: as Python writes it, shortened."""
+    return _short.repr(value)
 
 
 def check_columns(path: Path, row: int, found: int, expected: tuple[str, ...]) -> None:

@@ -133,6 +133,9 @@ def read_adapter_config(path: Path) -> PeftConfig:
     for key, meaning in UNSUPPORTED.items():
         if values.get(key):
             raise ModelError(f"{path}: {key} is set ({meaning}), which is not supported here")
+    for key in ("base_model_name_or_path", "revision"):
+        if not isinstance(values.get(key), str | None):
+            raise ModelError(f"{path}: {key} is {str(values[key])[:SHOWN]!r}, expected a text; restore the file")
     start = str(values.get("init_lora_weights", True)).lower()
     if start.startswith(CHANGED_BASE):
         raise ModelError(

@@ -103,7 +103,7 @@ def parse_line(data: bytes, number: int) -> Line:
     Raises:
         DataError: what was found and what was expected; the caller adds where.
     """
-    value = parse_json(data, object)
+    value = parse_json(data, object, unique=True)
     if not isinstance(value, dict):
         raise DataError(f"found a JSON {type(value).__name__}, expected an object with {', '.join(FIELDS)}")
     unknown = sorted(value.keys() - set(FIELDS))

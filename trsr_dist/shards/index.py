@@ -27,6 +27,7 @@ MAX_SAMPLE_BYTES = 1 << 28
 """Far more than any prompt needs; what a header promises beyond that is not read."""
 BROKEN = (tarfile.TarError, OSError, ValueError, OverflowError, MemoryError, RecursionError)
 """What ``tarfile`` raises over headers that lie."""
+BLANK = " \t\r\n\0"
 END_BYTES = 1024
 """Zero bytes that every tar ends with."""
 
@@ -65,7 +66,8 @@ def scan_tar(path: Path) -> np.ndarray:
 
 
 def _is_sample(member: tarfile.TarInfo) -> bool:
-    return member.name.endswith(EXTENSION) and not member.isdir()
+    """Judged by the name without its blank end: a damaged record of an extended header lets it run on."""
+    return member.name.rstrip(BLANK).endswith(EXTENSION) and not member.isdir()
 
 
 def _problem(member: tarfile.TarInfo, keys: set[str], size: int) -> str:
@@ -85,6 +87,8 @@ def _problem(member: tarfile.TarInfo, keys: set[str], size: int) -> str:
         return f"has {size - member.offset_data} of {member.size} bytes: the tar is truncated; restore it"
     if HALVES.search(member.name):
         return "has a name that is not UTF-8; pack the files again"
+    if not member.name.endswith(EXTENSION):
+        return "has a name that runs on: the header is damaged; restore the tar"
     return "stands twice; pack the files again" if member.name.removesuffix(EXTENSION) in keys else ""
 
 
