@@ -22,7 +22,7 @@ from trsr_dist.shards.steps import Step, StreamState, step_specs
 
 TABLE = Table(
     samples=np.array([40, 41, 7, 8, 9, 10]),
-    prefixes=np.array([30, 25, 20, 70, 43, 10]),
+    prefixes=np.array([30, 5, 20, 70, 43, 10]),
     trimmed=np.array([False, True, False, False, True, False]),
     starts=np.array([0, 3, 5, 11, 12, 13, 14]),
     suffixes=np.array([5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]),
@@ -33,7 +33,7 @@ CHOSEN = np.array([1, 0, 1, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0], dtype=bool)
 and the last have none, though the fourth's prefix is too long; the fifth's 60 tokens fit."""
 UNITS = {
     Unit(40, 30, False, (0, 2), (5, 7)),
-    Unit(41, 25, True, (1,), (9,)),
+    Unit(41, 5, True, (1,), (9,)),
     Unit(7, 20, False, (0, 1, 2), (10, 11, 12)),
     Unit(7, 20, False, (3, 4), (13, 14)),
     Unit(7, 20, False, (5,), (15,)),
@@ -53,7 +53,7 @@ def test_a_windows_rows_by_hand(head: int) -> None:
     rows = [plan.units(row) for row in range(plan.num_rows)]
     assert Counter(unit for row in rows for unit in row) == Counter(UNITS)
     own = {unit: unit.prefix - head + sum(unit.suffixes) for unit in UNITS}
-    assert plan.num_chunks == 2
+    assert plan.num_chunks == 2 and max(map(len, rows)) == 2
     assert plan.num_tokens == sum(own.values()) + head * len(rows)
     for number, row in enumerate(rows):
         tokens = head + sum(own[unit] for unit in row)
