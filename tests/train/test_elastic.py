@@ -35,7 +35,8 @@ def group() -> Iterator[None]:
 
 def make_engine(stage: int, precision: str = "float32") -> Engine:
     config = model_config(num_hidden_layers=1)
-    settings = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
+    small = {"reduce_bucket_size": 10_000, "stage3_prefetch_bucket_size": 10_000}  # the defaults take gigabytes
+    settings = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0} | small}
     zero_config = complete_zero_config(settings, 1, 1, precision, 1.0, on_gpu=False)
     model = make_model(config, getattr(torch, precision))
     return Engine(Recommender(model, ANSWERS, "dense"), zero_config, 0.01, (0.9, 0.99))
