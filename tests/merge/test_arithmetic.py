@@ -36,6 +36,7 @@ class TestChange:
     def test_a_replacement_comes_before_the_update(self) -> None:
         change = Change(replacement=BASE * 10, left=LEFT, right=RIGHT, scale=2.0)
         assert change.rows(BASE[1:2], 1).tolist() == [[40.0, 30.0]]
+        assert Change(replacement=BASE).rows(BASE * 2, 0, torch.float64).dtype == torch.float64
         assert Change(replacement=torch.tensor([7.0, 8.0, 9.0])).rows(torch.zeros(2, 1), 1).tolist() == [[8.0], [9.0]]
 
     def test_magnitudes_are_the_norms_of_the_rows(self) -> None:
@@ -104,6 +105,13 @@ class TestTolerance:
         with pytest.raises(ModelError, match="row 0"):
             check(tmp_path, exact, torch.tensor([[1.0011, 1.0]]), base)
 
+    @pytest.mark.parametrize("changed", [False, True])
+    def test_large_rows_do_not_cover_small_ones(self, tmp_path: Path, changed: bool) -> None:
+        exact = torch.tensor([[64.0], [1.0]], dtype=torch.float64)
+        base = torch.tensor([[640.0], [1.0]]) if changed else None
+        with pytest.raises(ModelError, match="row 1"):
+            check(tmp_path, exact, torch.tensor([[64.0], [1.00001]]), base)
+
     def test_zero_stays_zero(self, tmp_path: Path) -> None:
         zero = torch.zeros(2, 2, dtype=torch.float64)
         assert check(tmp_path, zero, zero.float()) == WeightCheck()
@@ -121,3 +129,5 @@ class TestTolerance:
         exact = torch.tensor([[2.0], [0.5]], dtype=torch.float64)
         found = check(tmp_path, exact, torch.tensor([[2.0 + 2**-20], [0.5 + 2**-21]]))
         assert (found.largest_difference, found.largest_relative) == (2**-20, pytest.approx(2**-20))
+        figures = {"num_changed": 0, "num_copied": 0, "largest_difference": 2**-20, "largest_relative": 2**-20}
+        assert found.to_dict() == pytest.approx(figures)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,14 @@ class TestChanges:
         assert (change.replacement, change.magnitude, change.added) == (None, None, None)
         assert change.rows(torch.zeros(4, 3), 0).equal(3 * UP @ DOWN)
 
+    def test_patterns_hold_for_their_modules(self) -> None:
+        changes = find_changes(adapter(pair() | pair("other"), alpha_pattern={"q_proj": 4}))
+        assert {name: change.scale for name, change in changes.items()} == {f"{Q}.weight": 2.0, "other.weight": 3.0}
+
+    def test_the_first_fault_by_name_is_told(self) -> None:
+        with pytest.raises(ModelError, match="a has no lora_B"):
+            find_changes(adapter({f"{name}.lora_A.weight": DOWN for name in "cab"}))
+
     @pytest.mark.parametrize("kind", ["embedding", "fan in, fan out"])
     def test_transposed_ones(self, kind: str) -> None:
         """The base's tensor is (in, out): A turned over comes first."""
@@ -111,8 +120,8 @@ class TestChanges:
             ({f"{Q}.lora_embedding_A": UP}, {}, f"{Q} has no lora_embedding_B"),
             ({f"{Q}.lora_C.weight": DOWN}, {}, r"lora_C\.weight is no LoRA tensor known here"),
             (pair() | {f"{Q}.lora_B.weight": UP[:, :1]}, {}, r"lora_A \(2, 3\) and lora_B \(4, 1\); expected"),
-            (pair() | {f"{Q}.lora_B.weight": UP[None]}, {}, "expected"),
-            (pair() | {f"{Q}.lora_A.weight": DOWN[None]}, {}, "expected"),
+            (pair() | {f"{Q}.lora_B.weight": UP[:, :, None]}, {}, "expected"),
+            (pair() | {f"{Q}.lora_A.weight": DOWN[:, :, None]}, {}, "expected"),
             (pair(), {"use_dora": True}, f"use_dora=True, but {Q} says otherwise"),
             (pair() | {f"{Q}.lora_magnitude_vector": torch.ones(4)}, {}, f"use_dora=False, but {Q}"),
             (
@@ -134,14 +143,23 @@ class TestMergeable:
         check_mergeable(self.path, adapter().config)
 
     @pytest.mark.parametrize(
-        "key",
-        ["layer_replication", "target_parameters", "trainable_token_indices", "use_qalora", "use_bdlora",
-         "arrow_config", "kasa_config", "velora_config", "monteclora_config"],
-    )  # fmt: skip
-    def test_methods_that_cannot_be_merged(self, key: str) -> None:
+        ("key", "meaning"),
+        [
+            ("layer_replication", "layers used more than once"),
+            ("target_parameters", "LoRA on bare parameters (mixture-of-experts weights)"),
+            ("trainable_token_indices", "trainable tokens"),
+            ("use_qalora", "QALoRA"),
+            ("use_bdlora", "block-diagonal LoRA"),
+            ("arrow_config", "Arrow routing"),
+            ("kasa_config", "KaSA"),
+            ("velora_config", "VeLoRA"),
+            ("monteclora_config", "MonteCLoRA"),
+        ],
+    )
+    def test_methods_that_cannot_be_merged(self, key: str, meaning: str) -> None:
         config = adapter().config
         setattr(config, key, True)
-        with pytest.raises(ModelError, match=f"{key} is set"):
+        with pytest.raises(ModelError, match=re.escape(f"{key} is set ({meaning});")):
             check_mergeable(self.path, config)
 
     def test_biases_and_other_kinds(self) -> None:

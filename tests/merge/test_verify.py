@@ -1,13 +1,17 @@
 """The read-back finds a single wrong value."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.merge.models import make_adapter, make_base
 from trsr_dist.errors import ModelError
+from trsr_dist.merge import verify
 from trsr_dist.merge.adapter import find_changes
 from trsr_dist.merge.plan import MergePlan, make_plan
 from trsr_dist.merge.scores import compare
@@ -62,3 +66,18 @@ def test_rank_flips_are_pairs_in_another_order() -> None:
         compare(before, after, 0.5, "float32", "cpu", "test")
     with pytest.raises(ModelError, match="differ by up to nan"):
         compare(before, [torch.tensor([1.0, 2.0, float("nan")])], 0.5, "float32", "cpu", "test")
+
+
+def test_a_bar_counts_the_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, plan = write(tmp_path, "float32")
+    words, updates = [], []
+
+    @contextmanager
+    def bar(**given: object) -> Iterator[SimpleNamespace]:
+        words.append(given)
+        yield SimpleNamespace(update=lambda: updates.append(1))
+
+    monkeypatch.setattr(verify, "progress", bar)
+    check_weights(output, plan)
+    assert words == [{"total": len(plan.outputs), "description": "verify", "unit": "tensor"}]
+    assert len(updates) == len(plan.outputs)

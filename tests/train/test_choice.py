@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from logging import WARNING
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from trsr_dist.errors import CheckpointError, RunError
-from trsr_dist.files import read_json, write_json
+from trsr_dist.files import read_json, sha256_of, write_json
 from trsr_dist.train import checkpoints
 from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState, read_checkpoint
 
@@ -49,6 +52,21 @@ class TestBest:
         kept = at(4, best_value=0.7, best_step=2, num_bad_evaluations=3).under(VALIDATION)
         assert kept == known
 
+    def test_a_run_begins_without_a_best(self) -> None:
+        assert asdict(TrainerState(1, 2, {"epoch": 0})) == {
+            "step": 1,
+            "adam_step": 2,
+            "stream": {"epoch": 0},
+            "best_value": None,
+            "best_step": 0,
+            "num_bad_evaluations": 0,
+            "awaits_validation": False,
+            "validation": None,
+            "skipped_steps": 0,
+            "seconds": 0.0,
+            "settings": None,
+        }
+
     @pytest.mark.parametrize(
         ("step", "bad", "patience", "is_over"),
         [(9, 0, 0, False), (10, 0, 0, True), (11, 0, 0, True), (9, 5, 0, False), (9, 2, 3, False), (9, 3, 3, True),
@@ -85,6 +103,51 @@ class TestFolders:
         assert all(torch.equal(found.tensors[name], tensor) for name, tensor in tensors.items())
         assert read_json(path / "adapter" / "adapter_config.json") == {"r": 4}
 
+    def test_the_layout_is_a_contract(self, tmp_path: Path) -> None:
+        path = save(CheckpointFolder(tmp_path, 2), 1_234_567)
+        assert path.name == "step-1234567" and save(CheckpointFolder(tmp_path, 2), 1).name == "step-000001"
+        names = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "optimizer.safetensors"]
+        names += ["provenance.json", "state.json"]
+        assert list(read_json(path / "manifest.json")["files"]) == names
+        assert sorted(str(f.relative_to(path)) for f in path.rglob("*") if f.is_file()) == sorted(
+            [*names, "manifest.json"]
+        )
+        assert read_checkpoint(path).digest == sha256_of(path / "manifest.json")
+        assert load_file(path / "adapter" / "adapter_model.safetensors").keys() == {
+            "base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"
+        }
+        assert load_file(path / "optimizer.safetensors").keys() == {f"exp_avg/{NAME}", f"exp_avg_sq/{NAME}"}
+
+    def test_a_file_with_the_name_of_a_checkpoint_is_none(self, tmp_path: Path) -> None:
+        folder = CheckpointFolder(tmp_path, 1)
+        save(folder, 1)
+        (tmp_path / "step-000009").touch()
+        assert folder.newest().state.step == 1
+        save(folder, 2)
+        assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000002", "step-000009"]
+
+    def test_a_damaged_one_is_said_aloud(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        folder = CheckpointFolder(tmp_path, 2)
+        save(folder, 1)
+        path = save(folder, 2) / "state.json"
+        path.unlink()
+        with caplog.at_level("WARNING", "trsr"):
+            assert folder.newest().state.step == 1
+        said = f"{path}: missing, truncated or changed since it was written; falling back to the checkpoint before it"
+        assert caplog.record_tuples == [("trsr.checkpoint", WARNING, said)]
+
+    def test_what_killed_processes_left_is_put_right_for_each_step(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        recovered, dead, root = [], object(), tmp_path / "run" / "checkpoints"
+        monkeypatch.setattr(checkpoints, "recover_folder", lambda *given: recovered.append(given))
+        folder = CheckpointFolder(root, 2)
+        folder.tidy()
+        for left in ("step-000001.tmp-node.local-1", "step-000001.old-node-2", "step-1000000.old-node-1"):
+            (root / f".{left}").mkdir()
+        folder.tidy(dead)
+        assert sorted(recovered) == [(root / "step-000001", dead), (root / "step-1000000", dead)]
+
     def test_clearing_removes_all_but_foreign_files(self, tmp_path: Path) -> None:
         folder = CheckpointFolder(tmp_path, 3)
         for step in (1, 2):
@@ -94,6 +157,7 @@ class TestFolders:
         folder.clear()
         assert [path.name for path in tmp_path.iterdir()] == ["step-notes"]
         assert folder.newest() is None
+        folder.clear()
 
     def test_a_lost_run_clears_nothing(self, tmp_path: Path) -> None:
         def fence() -> None:
@@ -112,6 +176,21 @@ class TestFolders:
         write_json(path / "manifest.json", listed)
         with pytest.raises(CheckpointError, match=r"state\.json: missing, truncated or changed"):
             read_checkpoint(path)
+
+    def test_a_manifest_of_another_form(self, tmp_path: Path) -> None:
+        path = save(CheckpointFolder(tmp_path, 3), 1)
+        listed = read_json(path / "manifest.json")
+        listed["files"]["state.json"]["sha256"] = 1
+        write_json(path / "manifest.json", listed)
+        with pytest.raises(
+            CheckpointError, match=r"not a whole checkpoint .*manifest\.json: files\.state\.json\.sha256"
+        ):
+            read_checkpoint(path)
+
+    def test_one_value_that_is_not_finite_is_enough(self, tmp_path: Path) -> None:
+        tensors = {f"weight/{NAME}": torch.tensor([1.0, float("nan")])}
+        with pytest.raises(CheckpointError, match="not finite"):
+            CheckpointFolder(tmp_path, 3).save(tensors, at(1), {}, {})
 
     def test_an_empty_tensor_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"lora_B.* is empty or not finite"):

@@ -18,6 +18,7 @@ from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.rows import PackedRow, pack_row
 from trsr_dist.shards.steps import Step, StreamState
+from trsr_dist.train import step as step_module
 from trsr_dist.train.heartbeat import Heartbeat
 from trsr_dist.train.losses import row_loss
 from trsr_dist.train.meter import Sums
@@ -117,12 +118,15 @@ def test_gradients_are_those_of_the_mean_over_the_step(tmp_path: Path, loss: str
     assert found.weight(step_of(ROWS)) == weight
 
 
-def test_the_sums_over_ranks_get_the_planned_weight(tmp_path: Path) -> None:
+def test_the_sums_over_ranks_get_the_planned_weight(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``weight`` is not added up: every rank plans the same number."""
+    devices = []
+    monkeypatch.setattr(step_module, "sum_over_ranks", lambda values, device: devices.append(device) or values)
     found = runner(tmp_path, PlainEngine(), "listwise")
     total = found.reduce(step_of(ROWS), Sums(loss=2.0, weight=99.0, stops=7.0), must_stop=True)
     assert total == Sums(loss=2.0, weight=3.0, stops=1.0)
     assert found.reduce(step_of(ROWS), Sums(), must_stop=False).stops == 0.0
+    assert devices == [CPU, CPU]
 
 
 def test_a_loss_that_is_not_finite_spoils_the_gradients_and_names_the_users(tmp_path: Path) -> None:
@@ -133,6 +137,9 @@ def test_a_loss_that_is_not_finite_spoils_the_gradients_and_names_the_users(tmp_
     assert bad == ("a", "b") and sums.bad_rows == 1.0
     assert sums.loss != sums.loss and sums.scored == 2.0
     assert engine.gradients().isnan().all()
+    engine.wrapped.causal.model.embed_tokens.weight.data[:] = float("nan")
+    sums, bad = runner(tmp_path, engine).backward(step_of(ROWS))
+    assert bad == ("a", "b", "c") and sums.bad_rows == 1.0
 
 
 def test_an_infinite_loss_of_one_row_is_no_zero_gradient(tmp_path: Path) -> None:
@@ -157,6 +164,7 @@ def test_an_infinite_loss_of_one_row_is_no_zero_gradient(tmp_path: Path) -> None
 def test_out_of_memory_names_the_row_and_what_helps(tmp_path: Path) -> None:
     class Full(nn.Module):
         def forward(self, inputs: RowInputs, want: str) -> torch.Tensor:
+            assert inputs.device == CPU
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     engine = PlainEngine()
