@@ -48,7 +48,13 @@ class TestChange:
         assert change.rows(torch.tensor([[10.0], [20.0]]), 1).tolist() == [[11.0], [21.5]]
 
 
-def check(folder: Path, exact: torch.Tensor, written: torch.Tensor, base: torch.Tensor | None = None) -> WeightCheck:
+def check(
+    folder: Path,
+    exact: torch.Tensor,
+    written: torch.Tensor,
+    base: torch.Tensor | None = None,
+    change: Change | None = None,
+) -> WeightCheck:
     """Compare ``written`` with the base plus what makes it ``exact``.
 
     Args:
@@ -56,8 +62,10 @@ def check(folder: Path, exact: torch.Tensor, written: torch.Tensor, base: torch.
         exact: float64, shape (rows, columns), representable in float32.
         written: the same shape, in the dtype of the file.
         base: likewise, in float32; None: ``exact`` itself, changed by nothing.
+        change: of the base; None: it is replaced by ``exact``.
     """
-    change = None if base is None else Change(replacement=exact.float())
+    if change is None and base is not None:
+        change = Change(replacement=exact.float())
     entries = []
     for name, tensor in (("base", exact.float() if base is None else base), ("merged", written)):
         save_file({"w": tensor.contiguous()}, folder / f"{name}.safetensors")
@@ -104,6 +112,11 @@ class TestTolerance:
         assert found.largest_relative == pytest.approx(0.9e-6, rel=1e-3)
         with pytest.raises(ModelError, match="row 0"):
             check(tmp_path, exact, torch.tensor([[1.0011, 1.0]]), base)
+
+    def test_the_sum_is_compared_in_float64(self, tmp_path: Path) -> None:
+        """In float32 the update of 2**-30 would vanish on both sides."""
+        one, change = torch.ones(1, 1), Change(left=torch.ones(1, 1), right=torch.full((1, 1), 2.0**-30))
+        assert check(tmp_path, one.double(), one, one, change).largest_difference == 2**-30
 
     @pytest.mark.parametrize("changed", [False, True])
     def test_large_rows_do_not_cover_small_ones(self, tmp_path: Path, changed: bool) -> None:

@@ -22,7 +22,7 @@ from trsr_dist.shards.steps import Step, StreamState, step_specs
 
 TABLE = Table(
     samples=np.array([40, 41, 7, 8, 9, 10]),
-    prefixes=np.array([30, 25, 20, 70, 43, 10]),
+    prefixes=np.array([30, 5, 20, 70, 43, 10]),
     trimmed=np.array([False, True, False, False, True, False]),
     starts=np.array([0, 3, 5, 11, 12, 13, 14]),
     suffixes=np.array([5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18]),
@@ -33,7 +33,7 @@ CHOSEN = np.array([1, 0, 1, 0, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0], dtype=bool)
 and the last have none, though the fourth's prefix is too long; the fifth's 60 tokens fit."""
 UNITS = {
     Unit(40, 30, False, (0, 2), (5, 7)),
-    Unit(41, 25, True, (1,), (9,)),
+    Unit(41, 5, True, (1,), (9,)),
     Unit(7, 20, False, (0, 1, 2), (10, 11, 12)),
     Unit(7, 20, False, (3, 4), (13, 14)),
     Unit(7, 20, False, (5,), (15,)),
@@ -53,7 +53,7 @@ def test_a_windows_rows_by_hand(head: int) -> None:
     rows = [plan.units(row) for row in range(plan.num_rows)]
     assert Counter(unit for row in rows for unit in row) == Counter(UNITS)
     own = {unit: unit.prefix - head + sum(unit.suffixes) for unit in UNITS}
-    assert plan.num_chunks == 2
+    assert plan.num_chunks == 2 and max(map(len, rows)) == 2
     assert plan.num_tokens == sum(own.values()) + head * len(rows)
     for number, row in enumerate(rows):
         tokens = head + sum(own[unit] for unit in row)
@@ -117,16 +117,22 @@ def test_a_plans_windows_by_their_parts(plan: TrainPlan, lengths: Lengths) -> No
             assert rows_of(found) == rows_of(again)
 
 
-def test_an_epochs_counts(plan: TrainPlan, lengths: Lengths) -> None:
-    """In rows so short that users are cut in each window."""
-    limit = lengths.facts.longest_prompt + 1
-    tight = TrainPlan(lengths, replace(SETTINGS, row_tokens=limit, negatives_per_positive=6))
-    rows = [row for window in tight.windows(1) for row in rows_of(window)]
+def counts_of(plan: TrainPlan, epoch: int) -> EpochFacts:
+    rows = [row for window in plan.windows(epoch) for row in rows_of(window)]
     tokens = sum(plan.head + sum(unit.prefix - plan.head + sum(unit.suffixes) for unit in row) for row in rows)
     chunks = sum(len(row) for row in rows) - 140
-    assert tight.facts(1) == EpochFacts(-(-len(rows) // 5), len(rows), tokens, chunks, tokens / (limit * len(rows)))
-    assert len(rows) % 5, "the last step is not full"
-    assert all(window.num_chunks for window in tight.windows(1)), [w.num_chunks for w in tight.windows(1)]
+    fill = tokens / (plan.settings.row_tokens * len(rows))
+    return EpochFacts(-(-len(rows) // 5), len(rows), tokens, chunks, fill)
+
+
+def test_an_epochs_counts(plan: TrainPlan, lengths: Lengths) -> None:
+    """Which differ between epochs; and in rows so short that users are cut in each window."""
+    assert plan.facts(1) == counts_of(plan, 1) != counts_of(plan, 0)
+    limit = lengths.facts.longest_prompt + 1
+    tight = TrainPlan(lengths, replace(SETTINGS, row_tokens=limit, negatives_per_positive=6))
+    assert tight.facts(1) == counts_of(tight, 1)
+    assert tight.facts(1).num_rows % 5, "the last step is not full"
+    assert all(window.num_chunks for window in tight.windows(1))
 
 
 def test_the_plans_of_epochs_are_kept_for_a_while(plan: TrainPlan) -> None:

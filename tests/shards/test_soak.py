@@ -21,12 +21,13 @@ from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.shards.cache import ShardCache
 from trsr_dist.shards.counts import epoch_facts
+from trsr_dist.shards.manifest import ShardFacts, write_split_manifest
 from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.plan import PackingSettings, TrainPlan
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.steps import Step, StreamState, step_specs
 from trsr_dist.shards.stream import TrainStream
-from trsr_dist.shards.writer import ShardFacts, write_shard, write_split_manifest
+from trsr_dist.shards.writer import write_shard
 
 NUM_SAMPLES = 10**6
 SAMPLES_PER_SHARD = 1000
