@@ -14,7 +14,7 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 from trsr_dist.errors import DataError, RunError
 from trsr_dist.json_text import parse_json
@@ -24,6 +24,7 @@ MOVED = "old"
 """Kind of the temporary name of a folder that is being replaced."""
 TEMPORARY = "tmp"
 STALE_READS = 5
+MAX_LINE_BYTES = 1 << 26
 SILENT_SECONDS = 24 * 3600.0
 """What another host's process is writing is removed after so long without a write."""
 SILENT_LOCKED_SECONDS = 120.0
@@ -334,6 +335,20 @@ def read_json(path: str | Path, form: Any = dict[str, Any], finite: bool = True)
         raise DataError(f"{path}: missing") from None
     except (DataError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: {str(error).removeprefix(f'{path}: ')}; restore it, or write it again") from None
+
+
+def numbered_lines(stream: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
+    """Line numbers from 1 and lines, with their ends, of what is opened for reading bytes.
+
+    Raises:
+        DataError: a line has more than ``MAX_LINE_BYTES``: a file without line ends would fill the memory.
+    """
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), 1):
+        if len(line) > MAX_LINE_BYTES:
+            raise DataError(
+                f"{path}:{number}: more than {MAX_LINE_BYTES >> 20} MB without a line end; restore the file"
+            )
+        yield number, line
 
 
 def sha256_of(path: str | Path) -> str:

@@ -1,6 +1,7 @@
 """Bad raw files: one clear error with file and row, and nothing half-written."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -246,6 +247,12 @@ def test_a_long_value_does_not_hide_what_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"behaviors\.tsv:25: impression 'x+\.\.\.x+' is not of the form") as caught:
         prepare(make_config(tmp_path, "mind", "data.target=impression"))
     assert len(str(caught.value)) < 1000
+
+
+def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+    raw = write_jsonl(tmp_path, user_records())
+    message = r"items\.jsonl:61: more than 64 MB without a line end"
+    refused(tmp_path, raw, lambda raw: os.truncate(raw / "items.jsonl", 1 << 27), "jsonl", message)
 
 
 def test_interactions_need_times(tmp_path: Path) -> None:

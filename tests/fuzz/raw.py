@@ -16,7 +16,8 @@ from typing import Any
 
 from tests.fuzz.changes import AFTER, change_rows
 from tests.fuzz.mutations import as_nobody
-from tests.fuzz.reference import SCALES, Meaning, RefusedError, User, meaning, plain
+from tests.fuzz.reference import Meaning, User, meaning
+from tests.fuzz.rows import SCALES, RefusedError, plain
 from tests.fuzz.running import Case, Kind
 from tests.fuzz.sets import Set, make_set, write
 from trsr_dist.config import load_config

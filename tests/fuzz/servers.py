@@ -20,7 +20,7 @@ from typing import Any
 
 from tests.data.raw import make_config, user_records, write_jsonl
 from tests.fuzz.mutations import change_bytes, change_json, dump
-from tests.fuzz.reference import plain
+from tests.fuzz.rows import plain
 from tests.fuzz.running import Case, Kind
 from tests.summarize.server import Handler, Server, good, prompt_of
 from tests.summarize.world import run_here, write_config

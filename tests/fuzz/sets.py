@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz.mutations import dump
-from tests.fuzz.reference import Policy
+from tests.fuzz.rows import Policy
 
 WORDS = [
     "quiet",

@@ -177,6 +177,13 @@ def test_lines_that_no_reader_takes_are_named(tmp_path: Path, line: str, message
         check_lines(tmp_path / "in.jsonl")
 
 
+def test_a_line_without_end_is_named(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_bytes(b"\n")
+    os.truncate(tmp_path / "in.jsonl", 1 << 27)
+    with pytest.raises(DataError, match="in.jsonl:2: more than 64 MB without a line end"):
+        check_lines(tmp_path / "in.jsonl")
+
+
 def test_devices_and_files_that_are_none_are_named(run: Path, tmp_path: Path) -> None:
     for name in ("foo", "cuda:99", "meta"):
         with pytest.raises(ConfigError, match=f"device '{name}': not there"):

@@ -117,16 +117,22 @@ def test_a_plans_windows_by_their_parts(plan: TrainPlan, lengths: Lengths) -> No
             assert rows_of(found) == rows_of(again)
 
 
-def test_an_epochs_counts(plan: TrainPlan, lengths: Lengths) -> None:
-    """In rows so short that users are cut in each window."""
-    limit = lengths.facts.longest_prompt + 1
-    tight = TrainPlan(lengths, replace(SETTINGS, row_tokens=limit, negatives_per_positive=6))
-    rows = [row for window in tight.windows(1) for row in rows_of(window)]
+def counts_of(plan: TrainPlan, epoch: int) -> EpochFacts:
+    rows = [row for window in plan.windows(epoch) for row in rows_of(window)]
     tokens = sum(plan.head + sum(unit.prefix - plan.head + sum(unit.suffixes) for unit in row) for row in rows)
     chunks = sum(len(row) for row in rows) - 140
-    assert tight.facts(1) == EpochFacts(-(-len(rows) // 5), len(rows), tokens, chunks, tokens / (limit * len(rows)))
-    assert len(rows) % 5, "the last step is not full"
-    assert all(window.num_chunks for window in tight.windows(1)), [w.num_chunks for w in tight.windows(1)]
+    fill = tokens / (plan.settings.row_tokens * len(rows))
+    return EpochFacts(-(-len(rows) // 5), len(rows), tokens, chunks, fill)
+
+
+def test_an_epochs_counts(plan: TrainPlan, lengths: Lengths) -> None:
+    """Which differ between epochs; and in rows so short that users are cut in each window."""
+    assert plan.facts(1) == counts_of(plan, 1) != counts_of(plan, 0)
+    limit = lengths.facts.longest_prompt + 1
+    tight = TrainPlan(lengths, replace(SETTINGS, row_tokens=limit, negatives_per_positive=6))
+    assert tight.facts(1) == counts_of(tight, 1)
+    assert tight.facts(1).num_rows % 5, "the last step is not full"
+    assert all(window.num_chunks for window in tight.windows(1))
 
 
 def test_the_plans_of_epochs_are_kept_for_a_while(plan: TrainPlan) -> None:

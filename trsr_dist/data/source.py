@@ -18,7 +18,7 @@ from typing import BinaryIO, Protocol
 import pyarrow as pa
 
 from trsr_dist.errors import DataError
-from trsr_dist.files import plain
+from trsr_dist.files import numbered_lines, plain
 from trsr_dist.records import UserLog
 
 _short = reprlib.Repr()
@@ -73,7 +73,7 @@ class LineReader:
         number = 0
         with open_raw(path) as stream:
             try:
-                for number, line in enumerate(stream, 1):  # noqa: B007 (named in the message)
+                for number, line in numbered_lines(stream, path):  # noqa: B007 (named in the message)
                     yield number, self._decode(line, path, number)
             except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
                 raise DataError(

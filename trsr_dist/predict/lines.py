@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from trsr_dist.errors import DataError
-from trsr_dist.files import atomic_file
+from trsr_dist.files import atomic_file, numbered_lines
 from trsr_dist.json_text import parse_json
 from trsr_dist.log import get_logger, progress
 from trsr_dist.predict.ranker import Ranked, Ranker, Ranking, Request
@@ -88,7 +88,7 @@ def parse_lines(source: Path) -> Iterator[tuple[Line | None, str]]:
         what = "not a plain file, which is read twice" if source.exists() else "no such file"
         raise DataError(f"{source}: {what}; expected a file of JSON lines with {', '.join(FIELDS)}")
     with open(source, "rb") as stream:
-        for number, data in enumerate(stream, 1):
+        for number, data in numbered_lines(stream, source):
             if not data.strip():
                 continue
             try:
