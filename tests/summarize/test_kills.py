@@ -116,13 +116,15 @@ def test_sigterm_gives_the_leases_back_and_asks_to_be_run_again(tmp_path: Path) 
     run_job(config)
 
 
-def test_killed_at_every_change_of_the_folder(tmp_path: Path) -> None:
-    """The process ends without a word before its n-th rename, link or removal, for every n; then it runs again."""
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.soak)])
+def test_killed_at_every_change_of_the_folder(tmp_path: Path, stride: int) -> None:
+    """The process ends without a word before its n-th rename, link or removal, for every (fourth) n; then it runs
+    again."""
     users = {"train": 9, "valid": 1, "test": 1}
     expected = undisturbed(tmp_path / "calm", users)
     run, config = prepared(tmp_path / "wild", users)
     done = subprocess.run(
-        [sys.executable, "-c", _EVERY_STEP, str(config), str(run)],
+        [sys.executable, "-c", _EVERY_STEP, str(config), str(run), str(stride)],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -130,7 +132,7 @@ def test_killed_at_every_change_of_the_folder(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     outcomes = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(outcomes) > 30
+    assert len(outcomes) > 80 // stride
     for kept, hashes in outcomes:
         assert hashes == expected
         assert set(kept.items()) <= set(expected.items()), "something half made had the public name"
@@ -143,7 +145,7 @@ from tests.summarize.world import tree_hash
 from trsr_dist.config import load_config
 from trsr_dist.summarize.job import summarize
 
-config, run = load_config(sys.argv[1]), Path(sys.argv[2])
+config, run, stride = load_config(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 os.fsync = lambda descriptor: None  # a killed process loses nothing that the kernel has
 
 def child(last):
@@ -163,9 +165,9 @@ def child(last):
         setattr(os, name, counting(getattr(os, name)))
     os._exit(summarize(config))
 
-number, status = 0, 9
+number, status = 1 - stride, 9
 while status == 9:
-    number += 1
+    number += stride
     for folder in ("summaries", "shards", "config"):
         shutil.rmtree(run / folder, ignore_errors=True)
     status = child(number)

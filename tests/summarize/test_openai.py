@@ -92,6 +92,15 @@ def ask(client: OpenAIEngine, number: int = 3) -> list[Completion]:
     return sorted(done, key=lambda completion: completion.key)
 
 
+def test_a_closed_engine_leaves_no_thread_behind() -> None:
+    with serving(good) as server:
+        client = engine(server)
+        assert ask(client)[0].text == expected()[0]
+        for thread in client._threads:
+            thread.join(10)
+            assert not thread.is_alive()
+
+
 def expected(number: int = 3) -> list[str]:
     return [f"summary of {len(SummaryPrompt('say', (), ('x' * i,)).text())}" for i in range(number)]
 

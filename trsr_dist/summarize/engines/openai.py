@@ -10,6 +10,7 @@ import queue
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -99,15 +100,17 @@ class OpenAIEngine:
         self._client = self._connection.client
         self._instead: dict[str, str] = {}
         """Options that the server has refused, with what is sent in their place."""
-        self._todo: queue.SimpleQueue[Request] = queue.SimpleQueue()
+        self._todo: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        """None ends a thread."""
         self._done: queue.SimpleQueue[Completion | Exception] = queue.SimpleQueue()
         self._in_flight = 0
         self._error: Exception | None = None
         """What ends the job, once the completions that came with it are handed out."""
         self._counts_tokens = True
-        for _ in range(max_in_flight):
-            # Daemons: at the end of the process nothing waits for a server that hangs.
-            threading.Thread(target=self._serve, daemon=True).start()
+        # Daemons: at the end of the process nothing waits for a server that hangs.
+        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(max_in_flight)]
+        for thread in self._threads:
+            thread.start()
 
     def submit(self, request: Request) -> None:
         self._in_flight += 1
@@ -127,6 +130,11 @@ class OpenAIEngine:
         return done
 
     def close(self) -> None:
+        with suppress(queue.Empty):
+            while True:
+                self._todo.get_nowait()
+        for _ in self._threads:
+            self._todo.put(None)
         self._client.close()
 
     def _next_outcome(self) -> Completion | Exception:
@@ -137,8 +145,8 @@ class OpenAIEngine:
                 self._connection.limits.check()
 
     def _serve(self) -> None:
-        while True:
-            self._work(self._todo.get())
+        while (request := self._todo.get()) is not None:
+            self._work(request)
 
     def _work(self, request: Request) -> None:
         """In a thread: whatever happens, one outcome is put into the queue, and no secret with it."""
