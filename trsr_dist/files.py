@@ -25,6 +25,8 @@ MOVED = "old"
 TEMPORARY = "tmp"
 STALE_READS = 5
 MAX_LINE_BYTES = 1 << 26
+MAX_TEXT_BYTES = 1 << 28
+"""Of a file that is read whole: configs, manifests, JSON."""
 SILENT_SECONDS = 24 * 3600.0
 """What another host's process is writing is removed after so long without a write."""
 SILENT_LOCKED_SECONDS = 120.0
@@ -298,11 +300,13 @@ def read_text(path: Path) -> str:
 
     Raises:
         FileNotFoundError: it is not there.
-        DataError: it is no plain file.
+        DataError: it is no plain file, or far larger than any of its kind.
     """
     for _ in range(STALE_READS):
         try:
             os.close(plain(path, os.O_RDONLY))
+            if (size := path.stat().st_size) > MAX_TEXT_BYTES:
+                raise DataError(f"{path}: {size:,} bytes, expected at most {MAX_TEXT_BYTES:,}; name the right file")
             return path.read_text(encoding="utf-8")
         except OSError as error:
             if error.errno != errno.ESTALE:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from trsr_dist.config import load_config
 from trsr_dist.errors import DataError
 from trsr_dist.files import read_json, sha256_of
 from trsr_dist.json_text import parse_json
@@ -81,6 +82,15 @@ def test_what_is_no_plain_file_is_refused_before_it_is_read(tmp_path: Path) -> N
     reader.start()
     reader.join(20)
     assert len(found) == 6
+
+
+def test_a_huge_file_is_refused_before_it_fills_the_memory(tmp_path: Path) -> None:
+    with open(tmp_path / "huge.json", "wb") as stream:
+        stream.truncate(1 << 40)
+    with pytest.raises(DataError, match=r"huge\.json: 1,099,511,627,776 bytes, expected at most 268,435,456"):
+        read_json(tmp_path / "huge.json")
+    with pytest.raises(DataError, match=r"huge\.json: 1,099,511,627,776 bytes"):
+        load_config(tmp_path / "huge.json")
 
 
 def test_a_key_that_stands_twice_is_refused_where_people_write() -> None:
