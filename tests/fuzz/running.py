@@ -115,11 +115,12 @@ def _batch(kind: Kind, seed: int, numbers: Sequence[int], world: Any, root: Path
         os.close(reader)
         _child(kind, seed, numbers, world, root, writer)
     os.close(writer)
-    received = b""
+    received, waiting = b"", select.poll()  # select() knows no descriptors above 1023, of which pytest may have many
+    waiting.register(reader, select.POLLIN)
     try:
         for number in numbers:
             while b"\n" not in received:
-                ready, _, _ = select.select([reader], [], [], kind.hang_seconds)
+                ready = waiting.poll(kind.hang_seconds * 1000)
                 data = os.read(reader, 1 << 16) if ready else b""
                 if not data:
                     yield _broken(kind, seed, number, root, is_hang=not ready)

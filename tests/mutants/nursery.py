@@ -95,7 +95,9 @@ def run(
     if not child:
         _run_here(target, source, limit_seconds, log, at_end)
     with _pidfd(child) as ended:
-        select.select([ended], [], [], WALL_FACTOR * limit_seconds)
+        waiting = select.poll()
+        waiting.register(ended, select.POLLIN)
+        waiting.poll(WALL_FACTOR * limit_seconds * 1000)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)  # and what it started; before it is waited for, its number is its own
     _, status, usage = os.wait4(child, 0)
