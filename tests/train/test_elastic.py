@@ -141,6 +141,8 @@ def test_a_state_of_another_model_is_refused(change: str, trained: dict[str, tor
         restore_state(engine, state, 2)
     assert_close(gather_state(engine), before, 0.0)
     check_names(engine, trained)
+    with pytest.raises(CheckpointError, match=re.escape(f"{min(trained)} has shape None")):
+        check_names(engine, {})
 
 
 @pytest.mark.parametrize(("rank", "expected"), [(0, [0, 1, 2, 3]), (1, [4, 5, 6, 7]), (2, [8, 9, -1, -1])])
