@@ -27,6 +27,7 @@ from tests.summarize.world import run_here, write_config
 from trsr_dist.data.prepare import prepare
 from trsr_dist.data.splits import SPLITS
 from trsr_dist.files import read_json
+from trsr_dist.log import show
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.status import describe_run
 
@@ -113,7 +114,7 @@ def make(draw: random.Random, folder: Path, world: Path) -> Case:
         finally:
             server.shutdown()
             server.server_close()
-            print(describe_run(run))
+            show(describe_run(run))
 
     names = ("127.0.0.1", "summarize.", "OPENAI_", "user 'u", "users failed")
     return Case(title, act, names, lambda status, output: _judge(run, told, status, output))
