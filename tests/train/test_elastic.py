@@ -158,7 +158,7 @@ def test_a_rank_takes_its_share_and_the_last_one_is_padded(rank: int, expected: 
     part, parameter = torch.full((4,), -1.0), nn.Parameter(torch.zeros(0))
     parameter.ds_tensor = torch.full((4,), -1.0)
     optimizer = SimpleNamespace(
-        _get_fp32_opt_state_partition=partition, _get_param_partition_rank=lambda parameter: rank
+        _get_fp32_opt_state_partition=partition, _get_param_partition_rank=lambda of: {parameter: rank}[of]
     )
     elastic._write_partition(optimizer, parameter, torch.arange(10.0).view(2, 5), key)
     assert part.tolist() == expected and asked == [(parameter, False, key)]
