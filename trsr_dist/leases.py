@@ -173,14 +173,14 @@ class LeaseFolder:
 
     def _remove(self, path: Path, record: dict[str, Any]) -> None:
         """Remove the file that holds this record, and no other: what another process has put there goes back."""
-        tomb = self._hidden(path)
+        aside = self._hidden(path)
         with suppress(FileNotFoundError):
-            os.rename(path, tomb)
-            sign = read_sign(tomb)
+            os.rename(path, aside)
+            sign = read_sign(aside)
             if sign is not None and sign.record != record:
                 with suppress(FileExistsError):
-                    _write_new(path, tomb.read_bytes())
-            tomb.unlink()
+                    _write_new(path, aside.read_bytes())
+            aside.unlink()
 
     def _touch_held(self) -> None:
         with self._guard:
