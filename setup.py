@@ -40,6 +40,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
+        "pytrec-eval-terrier>=0.5.6",
         "hypothesis>=6",
         "mutmut>=3.8,<3.9",
         "ruff>=0.14",

@@ -1,10 +1,23 @@
 """The libraries' environment, as the entry points set it, before any test imports torch."""
 
+from collections.abc import Iterator
+
 import pytest
 
 from trsr_dist.environment import prepare_process
 
 prepare_process(num_threads=1)
+
+from torch.nn import functional  # noqa: E402
+
+LINEAR = functional.linear
+
+
+@pytest.fixture(autouse=True)
+def restore_linear() -> Iterator[None]:
+    """DeepSpeed's ``zero.Init`` replaces the function for the whole process, and leaves it so."""
+    yield
+    functional.linear = LINEAR
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -159,6 +159,9 @@ def test_what_a_layer_keeps_by_hand(targets: tuple[str, ...] | str, inputs: int,
         without = 8 * 10 + size * (2 * (4 + 2) * 6 + 3 * 14)
         assert layer_bytes_per_token(SHAPE, size, targets) == without + size * inputs
         assert layer_bytes_per_token(SHAPE, size, targets, dropout=True) == without + (size + 1) * widths
+        assert layer_bytes_per_token(SHAPE, size, targets, frozen_inputs=True) == without + size * 34
+        both = layer_bytes_per_token(SHAPE, size, targets, dropout=True, frozen_inputs=True)
+        assert both == without + size * 34 + (size + 1) * widths
 
 
 def test_activations_by_hand() -> None:
@@ -175,6 +178,7 @@ def test_activations_by_hand() -> None:
 
 
 WHOLE = RankMemory(8980, adapter=2002, gradients=2002, optimizer=12012, activations=4144)
+FROZEN_INPUTS = {"activations": 4144 + 7 * 2 * (10 + 14)}
 
 
 @pytest.mark.parametrize(
@@ -183,13 +187,16 @@ WHOLE = RankMemory(8980, adapter=2002, gradients=2002, optimizer=12012, activati
         (ZeroSetting(0), {}),
         (ZeroSetting(1), {"optimizer": 1501}),
         (ZeroSetting(2), {"optimizer": 1501, "gradients": 250}),
-        (ZeroSetting(3), {"optimizer": 1501, "gradients": 250, "weights": 5762}),
+        (ZeroSetting(3), {"optimizer": 1501, "gradients": 250, "weights": 5762} | FROZEN_INPUTS),
         (ZeroSetting(2, offload_optimizer=True), {"optimizer": 0, "gradients": 250, "host": 1501}),
         (
             ZeroSetting(3, offload_parameters=True),
-            {"optimizer": 1501, "gradients": 250, "weights": 4640, "host": 5762},
+            {"optimizer": 1501, "gradients": 250, "weights": 4640, "host": 5762} | FROZEN_INPUTS,
         ),
-        (ZeroSetting(3, True, True), {"optimizer": 0, "gradients": 250, "weights": 4640, "host": 1501 + 5762}),
+        (
+            ZeroSetting(3, True, True),
+            {"optimizer": 0, "gradients": 250, "weights": 4640, "host": 1501 + 5762} | FROZEN_INPUTS,
+        ),
     ],
 )
 def test_memory_of_a_rank_by_hand(zero: ZeroSetting, changes: dict[str, int]) -> None:

@@ -119,11 +119,12 @@ def test_sharing_saves_more_with_more_candidates() -> None:
 
 
 def test_each_zero_stage_needs_less_memory_than_the_one_before() -> None:
+    """On a short row: on a long one the inputs that stage 3 keeps weigh more than the weights of a small model."""
     shape = ModelShape.from_config(CONFIGS["llama"].to_dict())
-    devices = [rank_memory(shape, 10_000, 512, 8, ZeroSetting(stage)).device for stage in (0, 1, 2, 3)]
+    devices = [rank_memory(shape, 10_000, 8, 8, ZeroSetting(stage)).device for stage in (0, 1, 2, 3)]
     assert devices == sorted(devices, reverse=True)
     assert len(set(devices)) == 4
-    offloaded = rank_memory(shape, 10_000, 512, 8, ZeroSetting(2, offload_optimizer=True))
+    offloaded = rank_memory(shape, 10_000, 8, 8, ZeroSetting(2, offload_optimizer=True))
     assert offloaded.host == 10_000 * 12 // 8
 
 

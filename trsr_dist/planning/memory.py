@@ -64,7 +64,8 @@ def rank_memory(
     """Bytes of one rank in one training step on a row of ``row_tokens`` tokens.
 
     Stage 1 divides the optimizer's state (float32 master copy and two moments), 2 also the gradients, 3 also the
-    weights; at stage 3 the weights of two layers are whole at a time. The base may be quantized below stage 3.
+    weights; at stage 3 the weights of two layers are whole at a time, and DeepSpeed's linear layers keep the inputs of
+    frozen weights too. The base may be quantized below stage 3.
     """
     size = BYTES[precision]
     if zero.stage >= 3:
@@ -79,7 +80,7 @@ def rank_memory(
         adapter=num_lora_parameters * size,
         gradients=gradients,
         optimizer=0 if zero.offload_optimizer else optimizer,
-        activations=activation_bytes(shape, row_tokens, size, kept or KeptActivations()),
+        activations=activation_bytes(shape, row_tokens, size, kept or KeptActivations(), zero.stage >= 3),
         host=host,
     )
 
@@ -107,6 +108,7 @@ def activation_bytes(
     row_tokens: int,
     size: int,
     kept: KeptActivations,
+    frozen_inputs: bool = False,
 ) -> int:
     """What the backward pass needs of a row, and what it makes in the layer where it is.
 
@@ -117,8 +119,9 @@ def activation_bytes(
         row_tokens: of the row.
         size: bytes of a number.
         kept: what is.
+        frozen_inputs: linear layers without LoRA keep their inputs too (ZeRO-3).
     """
-    layer = row_tokens * layer_bytes_per_token(shape, size, kept.target_modules, kept.dropout)
+    layer = row_tokens * layer_bytes_per_token(shape, size, kept.target_modules, kept.dropout, frozen_inputs)
     keys = 2 * shape.num_kv_heads * shape.head_dim
     last = row_tokens * (4 * shape.hidden_size + size * (shape.hidden_size + keys)) if kept.answers_only else layer
     gradients = row_tokens * size * 2 * (shape.intermediate_size + shape.hidden_size)
@@ -129,21 +132,29 @@ def activation_bytes(
 
 
 def layer_bytes_per_token(
-    shape: ModelShape, size: int, target_modules: Collection[str] | str, dropout: bool = False
+    shape: ModelShape,
+    size: int,
+    target_modules: Collection[str] | str,
+    dropout: bool = False,
+    frozen_inputs: bool = False,
 ) -> int:
     """A layer keeps the inputs of its two norms in float32, queries, keys, values and the attention's output, three
     activations of the MLP, and the inputs of the modules with LoRA layers: with dropout each its own one, and a mask
-    of a byte a value."""
+    of a byte a value. With ``frozen_inputs`` it keeps the inputs of all linear modules, dropped out or not."""
     names = set(shape.linears) if target_modules == "all-linear" else set(target_modules)
-    inputs = shape.hidden_size * bool(names & {"q_proj", "k_proj", "v_proj"})
-    inputs += shape.hidden_size * bool(names & {"gate_proj", "up_proj"})
-    inputs += shape.intermediate_size * ("down_proj" in names)
     attention = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
-    kept = 8 * shape.hidden_size + size * (attention + 3 * shape.intermediate_size + inputs)
+    kept = 8 * shape.hidden_size + size * (attention + 3 * shape.intermediate_size)
+    if frozen_inputs or not dropout:
+        kept += size * _input_widths(shape, set(shape.linears) if frozen_inputs else names)
     if dropout:
-        widths = sum(shape.linears[name][0] for name in names)
-        kept += (size + 1) * widths - size * inputs
+        kept += (size + 1) * sum(shape.linears[name][0] for name in names)
     return kept
+
+
+def _input_widths(shape: ModelShape, names: Collection[str]) -> int:
+    """Sum of the widths of these modules' inputs, shared ones once; that of ``o_proj`` is the attention's output."""
+    groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
+    return sum(shape.linears[group[0]][0] for group in groups if set(group) & set(names))
 
 
 def recommend(choices: dict[str, RankMemory], device_bytes: int) -> str:
