@@ -15,9 +15,17 @@ WHEELS := build/wheels
 GPU_PYTHON ?= 3.12
 CARRIED := hjson py-cpuinfo msgpack einops ninja psutil tqdm pydantic pydantic_core annotated-types typing-inspection \
   typing_extensions webdataset braceexpand pytest pytest-timeout pluggy iniconfig Pygments
+# The small real model, and what one calls a run of it.
+DATA ?=
+FORMAT ?= mind
+MODEL ?= $(HOME)/.cache/trsr_dist/smollm2-135m-instruct
+REAL_RUN ?= runs/real-$(FORMAT)
+DEVICES := $(if $(GPU),$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l),2)
+REAL = --config configs/smollm2.yaml run.dir=$(REAL_RUN) run.seed=$(SEED) data.format=$(FORMAT) data.path=$(DATA) \
+  model.name_or_path=$(MODEL) $(SET)
 QUICKSTART := --config configs/quickstart.yaml run.dir=$(RUN) run.seed=$(SEED)
 
-.PHONY: help env quickstart test test-slurm soak mutants fuzz lint format bench wheels gpu-check clean
+.PHONY: help env quickstart real test test-slurm soak mutants fuzz lint format bench wheels gpu-check clean
 
 help:  ## list the goals
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -43,6 +51,16 @@ quickstart: env  ## the whole method on built-in data, on 2 CPU cores (SEED=1 fo
 	@$(LAUNCHER) --quiet --num_gpus 2 launch/train.py $(QUICKSTART)
 	@$(BIN)/python tools/merge_lora.py --checkpoint $(RUN)/checkpoints/latest --output $(RUN)/merged
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 tools/evaluate.py $(QUICKSTART) --model $(RUN)/merged
+
+real: env  ## the whole method with a small real model: DATA=DIR FORMAT=mind|amazon_m2|jsonl, SET="key=value ..."
+	@test -n "$(DATA)" || { echo "make real DATA=DIR [FORMAT=mind|amazon_m2|jsonl]: DIR holds the raw files"; exit 2; }
+	@$(BIN)/python tools/fetch_smollm2.py --output $(MODEL)
+	@$(BIN)/python tools/prepare_data.py $(REAL)
+	@$(BIN)/python launch/summarize.py $(REAL)
+	@$(BIN)/python tools/plan.py $(REAL) --hardware here --devices-per-node $(DEVICES) --stage train --stage evaluate
+	@OMP_NUM_THREADS=1 $(LAUNCHER) --quiet --num_gpus $(DEVICES) launch/train.py $(REAL)
+	@$(BIN)/python tools/merge_lora.py --checkpoint $(REAL_RUN)/checkpoints/latest --output $(REAL_RUN)/merged
+	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(DEVICES) tools/evaluate.py $(REAL) --model $(REAL_RUN)/merged
 
 test: env  ## all tests that need neither a GPU nor Slurm, about 10 minutes
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm and not soak"

@@ -32,9 +32,11 @@ EXTRAS = {
     "flash-attn": ["flash-attn>=2.7"],
     "openai": ["openai>=2"],
     "quantization": ["bitsandbytes>=0.46"],
+    "gguf": ["gguf>=0.17"],
     "dev": [
         "openai>=2",
         "bitsandbytes>=0.46",
+        "gguf>=0.17",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",

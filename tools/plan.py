@@ -22,7 +22,8 @@ def main() -> None:
     from trsr_dist.log import show
 
     describe = in_json if args.json else in_words
-    show(describe(plan_stages(config, args.stage or stages), Request.of(args).cluster))
+    cluster = Request.of(args).cluster
+    show(describe(plan_stages(config, args.stage or stages, cluster.hardware.precision), cluster))
 
 
 if __name__ == "__main__":

@@ -200,6 +200,19 @@ def load_causal(
     return model
 
 
+def read_gguf(path: Path) -> tuple[PreTrainedModel, Any]:
+    """Model in float32 and tokenizer of a GGUF file, its blocks written out.
+
+    Raises:
+        ModelError: it cannot be read, or the package ``gguf`` is missing.
+    """
+    source = BaseSource(str(path.parent))
+    options = {"gguf_file": path.name, "trust_remote_code": False}
+    with _reading(source, "GGUF file"):
+        model = AutoModelForCausalLM.from_pretrained(source.name_or_path, dtype=torch.float32, **options)
+        return model, AutoTokenizer.from_pretrained(source.name_or_path, **options)
+
+
 def _settle(config: PretrainedConfig, source: BaseSource) -> None:
     """Compare a config with the stored tensors, and write into it whether the head is tied.
 

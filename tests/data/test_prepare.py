@@ -16,6 +16,7 @@ from tests.data.raw import (
     write_mind,
 )
 from tests.kills import check_stage
+from trsr_dist.data.histories import KnownUser, with_more_targets
 from trsr_dist.data.prepare import prepare
 from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.store import HistoryStore, UserRow
@@ -241,3 +242,44 @@ def test_dry_run_touches_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "MISSING" in out
     assert "# write and read" in out
     assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
+def test_train_users_may_have_several_targets(tmp_path: Path) -> None:
+    """The history ends before them; held-out users, orders and click counts stay as they are."""
+    write_mind(tmp_path)
+    assert prepare(make_config(tmp_path, "mind", f"run.dir={tmp_path / 'single'}")) == 0
+    single = HistoryStore(tmp_path / "single" / "histories")
+    store = run(tmp_path, "mind", "data.train_targets=3", "data.min_history=3", "train.negatives_per_positive=2")
+    for user, (split, row) in users_of(store).items():
+        own, num_targets = clicks(int(user[1:])), 3 if split == "train" else 1
+        assert ids(store, row.history) == own[:-num_targets]
+        assert [c for c, label in zip(ids(store, row.candidates), row.labels, strict=True) if label] == (
+            own[-num_targets:]
+        )
+        assert len(row.candidates) == num_targets + (6 if split == "train" else 5)
+    assert [list(found) for found in store.sequences("train", 50)] == [
+        list(found) for found in single.sequences("train", 50)
+    ]
+    assert list(store.catalogue.popularities()) == list(single.catalogue.popularities())
+    assert not (tmp_path / "run" / "histories" / "targets.spool").exists()
+
+
+@pytest.mark.parametrize(
+    ("history", "targets", "num_targets", "min_history", "expected"),
+    [
+        ([1, 2, 3, 4], [9], 1, 1, ([1, 2, 3, 4], [9])),
+        ([1, 2, 3, 4], [9], 3, 1, ([1, 2], [3, 4, 9])),
+        ([1, 2, 3, 4], [9], 9, 3, ([1, 2, 3], [4, 9])),
+        ([1], [9], 4, 0, ([1], [9])),
+        ([1, 2, 1, 3, 3], [9], 4, 1, ([1, 2], [3, 9])),
+        ([1, 2], [8, 9], 2, 1, ([1, 2], [8, 9])),
+        ([1, 2], [2], 2, 1, ([1], [2])),
+        ([1, 2, 3], [2], 2, 1, ([1, 2], [3, 2])),
+    ],
+)
+def test_which_items_become_targets(
+    history: list[int], targets: list[int], num_targets: int, min_history: int, expected: tuple[list[int], list[int]]
+) -> None:
+    user = with_more_targets(KnownUser("u", history, targets, 5, [7]), num_targets, min_history)
+    assert (user.history, user.targets) == expected
+    assert (user.time, user.shown) == (5, [7])

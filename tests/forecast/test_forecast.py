@@ -181,6 +181,19 @@ def test_the_whole_plan_in_words_and_numbers(config: Path) -> None:
         assert numbers[stage]["cost"]["money"] == pytest.approx(2.0 * numbers[stage]["cost"]["device_hours"])
 
 
+def test_this_machine_is_measured_and_its_cores_take_float32(config: Path) -> None:
+    found = Request("here", devices_per_node=2).cluster
+    assert 1e9 < found.hardware.flops_per_second < 1e15 and found.hardware.memory_bytes > 1e8
+    assert found.utilization == found.hardware.utilization
+    if found.hardware.precision == "float32":
+        half, whole = (plan_stages(load_config(config), ["train"], auto)[0] for auto in ("bfloat16", "float32"))
+        weights = [stage.on(cluster(1)).memory["zero1"].weights for stage in (half, whole)]
+        assert weights[1] == 2 * weights[0]
+        fixed = load_config(config, ("train.precision=bfloat16",))
+        (stage,) = plan_stages(fixed, ["train"], "float32")
+        assert stage.on(cluster(1)).memory["zero1"].weights == weights[0]
+
+
 @pytest.mark.parametrize(("script", "stage"), [("launch/summarize.py", "summarize"), ("tools/evaluate.py", "evaluate")])
 def test_a_dry_run_is_the_stages_plan(config: Path, script: str, stage: str) -> None:
     before = tree_hash(config.parent)

@@ -130,6 +130,9 @@ class DataSection(Section):
     within the target's category, or from the impressions shown with the target (MIND)."""
     seen_before_target: bool = False
     """Draw negatives only among items that someone had consumed or was shown before the target's time."""
+    train_targets: int = Field(1, ge=1)
+    """Train users' latest items that are positives, where data.min_history items remain before them: more to learn from
+    few users, at the price of suffixes alone. Valid and test users keep their own target."""
     split: tuple[int, int, int] = (10, 1, 1)
     """Shares of train, valid and test users, from a hash of the user key."""
     split_by: Literal["user", "time"] = "user"

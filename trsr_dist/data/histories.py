@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trsr_dist.data.source import Counts, shown
 from trsr_dist.errors import DataError
@@ -60,6 +60,18 @@ def admit(log: UserLog, rows: Mapping[str, int], rules: HistoryRules, counts: Co
     if not targets:
         return _skip("users_with_repeated_target_dropped", counts)
     return KnownUser(log.user, history, targets, log.time, [row for row in shown if row not in targets])
+
+
+def with_more_targets(user: KnownUser, num_targets: int, min_history: int) -> KnownUser:
+    """The history's latest items join the targets, oldest first, until there are ``num_targets``.
+
+    At least ``min_history`` items, and one, remain; an item that was met before is no target.
+    """
+    remaining = max(min_history, 1, len(user.history) - max(num_targets - len(user.targets), 0))
+    history, moved = user.history[:remaining], user.history[remaining:]
+    known = set(history)
+    targets = [item for item in dict.fromkeys([*moved, *user.targets]) if item not in known or item in user.targets]
+    return replace(user, history=history, targets=targets)
 
 
 def latest(history: Sequence[int], max_history: int) -> Sequence[int]:

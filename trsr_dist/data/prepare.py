@@ -15,14 +15,14 @@ from trsr_dist.data.items import CatalogueRules
 from trsr_dist.data.readers import build_reader, check_data_settings, holds_locales, item_fields
 from trsr_dist.data.source import Counts, LineReader, Reader, open_raw
 from trsr_dist.data.splits import SPLITS
-from trsr_dist.data.spool import Spool, spool_items, spool_users
+from trsr_dist.data.spool import Spool, spool_items, spool_more_targets, spool_users
 from trsr_dist.data.store import ITEMS, POOLS, ArrowRows, check_files, checksums
 from trsr_dist.errors import DataError
 from trsr_dist.files import atomic_folder, recover_folder, sha256_of, writing
 from trsr_dist.log import get_logger, setup_logging, show
 from trsr_dist.run import RunFolder, folder_lock, is_finished, write_manifest
 
-ITEM_SPOOL, USER_SPOOL = "items.spool", "users.spool"
+ITEM_SPOOL, USER_SPOOL, TARGET_SPOOL = "items.spool", "users.spool", "targets.spool"
 LARGE_SHARE = 0.05
 """Of unknown items: from here on they are called the cause of an error."""
 
@@ -83,6 +83,7 @@ def _build(config: Config, reader: Reader, fields: tuple[str, ...], folder: Path
     finally:
         items_path.unlink()
         users_path.unlink()
+        (folder / TARGET_SPOOL).unlink(missing_ok=True)
 
 
 def _assemble(config: Config, reader: Reader, folder: Path, counts: Counts) -> dict[str, object]:
@@ -94,6 +95,9 @@ def _assemble(config: Config, reader: Reader, folder: Path, counts: Counts) -> d
     users = choose_users(spool, data.split, data.split_by, data.max_users)
     counts["users_above_max_users"] += len(spool) - len(users.rows)
     train = users.mask(len(spool), "train")
+    if data.train_targets > 1:
+        path = folder / TARGET_SPOOL
+        spool = spool_more_targets(path, spool, train, data.train_targets, data.min_history)
     popularity = sum(spool.count(column, train, len(items)) for column in ("history", "targets"))
     first_seen = spool.first_seen(users.mask(len(spool), *SPLITS), len(items))
     known = np.where(first_seen == np.iinfo(np.int64).max, 0, np.maximum(first_seen, 0))

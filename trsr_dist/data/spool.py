@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from trsr_dist.data.histories import HistoryRules, KnownUser, admit
+from trsr_dist.data.histories import HistoryRules, KnownUser, admit, with_more_targets
 from trsr_dist.data.items import CatalogueRules
 from trsr_dist.data.source import Counts, Reader
 from trsr_dist.data.store import ITEM_SCHEMA, ROWS_PER_BATCH, ArrowRows, ArrowWriter
@@ -41,6 +41,17 @@ def spool_users(path: Path, logs: Iterable[UserLog], rows: dict[str, int], rules
             user = admit(log, rows, rules, counts)
             if user is not None:
                 writer.add(user.user, user.history, user.targets, user.time, user.shown)
+
+
+def spool_more_targets(path: Path, spool: Spool, users: np.ndarray, num_targets: int, min_history: int) -> Spool:
+    """Write the same users again, those where ``users`` (bool) is true with up to ``num_targets`` targets."""
+    with ArrowWriter(path, SPOOL_USER_SCHEMA) as writer:
+        for row in range(len(spool)):
+            user = spool.user(row)
+            if users[row]:
+                user = with_more_targets(user, num_targets, min_history)
+            writer.add(user.user, user.history, user.targets, user.time, user.shown)
+    return Spool(path)
 
 
 class Spool:

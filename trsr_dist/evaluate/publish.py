@@ -15,7 +15,7 @@ from trsr_dist.evaluate.report import ReportParts, write_report
 from trsr_dist.evaluate.table import gain_line, metric_table, protocol_table
 from trsr_dist.files import sha256_of, write_json
 from trsr_dist.log import MetricLog, read_metrics, show
-from trsr_dist.metric_names import FAMILIES, metric_names
+from trsr_dist.metric_names import FAMILIES, headline, metric_names
 from trsr_dist.run import MANIFEST, write_manifest
 
 
@@ -33,11 +33,6 @@ def publish(job: Evaluation, reduced: Reduced) -> None:
     job.write_config()
     write_manifest(job.folder, "evaluate", job.settings(), job.inputs(), report=sha256_of(job.report))
     show(summary_text(job, results))
-
-
-def headline(top_k: tuple[int, ...]) -> str:
-    """The metric of the sentences and figures that show one only."""
-    return f"recall@{top_k[len(top_k) // 2]}"
 
 
 def write_tensorboard(job: Evaluation, results: Mapping[str, Any], figures: Mapping[str, Figure]) -> None:

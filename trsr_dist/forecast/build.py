@@ -68,8 +68,13 @@ class PlannedStage:
             )
 
 
-def plan_stages(config: Config, names: Sequence[str]) -> list[PlannedStage]:
+def plan_stages(config: Config, names: Sequence[str], precision: str = "bfloat16") -> list[PlannedStage]:
     """The stages, in the order of ``STAGES``.
+
+    Args:
+        config: of the run.
+        names: of the stages.
+        precision: what ``train.precision=auto`` means on the hardware.
 
     Raises:
         ConfigError: a stage of another name is asked for.
@@ -79,7 +84,7 @@ def plan_stages(config: Config, names: Sequence[str]) -> list[PlannedStage]:
     unknown = sorted(set(names) - set(STAGES))
     if unknown:
         raise ConfigError(f"stage {unknown[0]!r}: expected one of {', '.join(STAGES)}")
-    inputs = Inputs(config)
+    inputs = Inputs(config, precision)
     makers = {"summarize": summarize_stage, "train": train_stage, "evaluate": evaluate_stage}
     return [makers[name](config, inputs) for name in STAGES if name in names]
 
@@ -87,8 +92,9 @@ def plan_stages(config: Config, names: Sequence[str]) -> list[PlannedStage]:
 class Inputs:
     """What the stages read, opened once and when needed."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, auto_precision: str) -> None:
         self._config = config
+        self.precision = auto_precision if config.train.precision == "auto" else config.train.precision
         self.run = RunFolder(Path(config.run.dir))
 
     @cached_property
@@ -202,7 +208,7 @@ def train_stage(config: Config, inputs: Inputs) -> PlannedStage:
         row_tokens=train.row_tokens,
         lora_r=lora.r,
         target_modules=lora.target_modules,
-        precision="float32" if train.precision == "float32" else "bfloat16",
+        precision=inputs.precision,
         recompute=train.activation_checkpointing,
         full_head=train.loss == "full_text",
         dropout=lora.dropout > 0,
@@ -232,7 +238,7 @@ def evaluate_stage(config: Config, inputs: Inputs) -> PlannedStage:
     settings = ScoringSettings(
         passes=tuple(entry.name for entry in plan_passes(evaluate.baselines, drawn)),
         row_tokens=evaluate.row_tokens,
-        precision="float32" if config.train.precision == "float32" else "bfloat16",
+        precision=inputs.precision,
         divided=bool(evaluate.deepspeed_config),
         shares_prefix=inputs.shares_prefix,
     )

@@ -13,8 +13,11 @@ from trsr_dist.forecast import text
 from trsr_dist.forecast.build import PlannedStage, plan_stages
 from trsr_dist.log import show
 from trsr_dist.planning.cost import Cluster, Cost
-from trsr_dist.planning.hardware import hardware
+from trsr_dist.planning.hardware import Hardware, hardware
 from trsr_dist.planning.scaling import ScaledStage, ScalePoint, sweep
+
+HERE = "here"
+"""The name of the hardware that is measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +27,8 @@ class Request:
     hardware: str = "h100"
     num_nodes: int = 1
     devices_per_node: int = 8
-    utilization: float = 0.4
+    utilization: float | None = None
+    """None: what is usual on that hardware."""
     price_per_hour: float = 0.0
 
     @classmethod
@@ -38,15 +42,25 @@ class Request:
         Raises:
             ConfigError: the hardware is unknown.
         """
-        return Cluster(
-            hardware(self.hardware), self.num_nodes, self.devices_per_node, self.utilization, self.price_per_hour
-        )
+        device = self._device
+        utilization = device.utilization if self.utilization is None else self.utilization
+        return Cluster(device, self.num_nodes, self.devices_per_node, utilization, self.price_per_hour)
+
+    @property
+    def _device(self) -> Hardware:
+        if self.hardware != HERE:
+            return hardware(self.hardware)
+        from trsr_dist.forecast.here import this_machine
+
+        return this_machine(self.devices_per_node)
 
 
 def dry_run(config: Config, request: Request, stage: str) -> int:
     """Print config and forecast of one stage, from the first process of all."""
     if detect_ranks().is_main and array_task()[0] == 0:
-        show(dump_config(config) + "# plan\n" + in_words(plan_stages(config, [stage]), request.cluster))
+        cluster = request.cluster
+        planned = plan_stages(config, [stage], cluster.hardware.precision)
+        show(dump_config(config) + "# plan\n" + in_words(planned, cluster))
     return 0
 
 

@@ -22,6 +22,10 @@ class Hardware:
     """One device to the others of its node, one direction."""
     network_bytes_per_second: float = 25 * GB
     """One device's share of the network between nodes, one direction; the usual 200 Gb/s a device."""
+    precision: str = "bfloat16"
+    """What ``auto`` means on it."""
+    utilization: float = 0.4
+    """Share of the rate that training usually reaches."""
 
 
 CATALOGUE = {

@@ -1,0 +1,41 @@
+"""Put the evaluations of several runs into one table: OUTPUT.md and OUTPUT.json.
+
+Runs with the same candidate lists share a table. Beside each stand what its settings change in the shared config, the
+control, the paired differences to BM25 and SASRec, and what it cost.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+
+import yaml
+
+from trsr_dist.cli import path, run_command
+from trsr_dist.config import dump_config, load_config
+from trsr_dist.evaluate.leaderboard import flat, read_entries, write_leaderboard
+
+EXAMPLE = "python tools/leaderboard.py runs/real-* --config configs/smollm2.yaml --output docs/real_results"
+
+
+def main() -> None:
+    """Read the runs, write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="folders of runs that are evaluated")
+    parser.add_argument("--config", type=path, required=True, metavar="FILE", help="the shared config")
+    parser.add_argument("--output", type=path, required=True, metavar="NAME", help="without suffix")
+    parser.add_argument("--split", default="test", choices=("valid", "test"))
+    parser.add_argument("--note", type=path, metavar="FILE", help="text that stands above the tables")
+    args = parser.parse_args()
+    shared = flat(yaml.safe_load(dump_config(load_config(args.config))))
+    entries = [entry for run in args.runs for entry in read_entries(run, shared, args.split)]
+    command = f"python tools/leaderboard.py {shlex.join(sys.argv[1:])}"
+    note = args.note.read_text(encoding="utf-8").strip() if args.note else "# Results"
+    write_leaderboard(entries, f"{note}\n\nWritten by `{command}`.", args.output)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,204 @@
+"""Many runs in one table: what was trained on what, how it ranks, against whom, and what it cost.
+
+Rows of one table share their candidate lists, so they can be compared; everything is read from run folders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from trsr_dist.errors import DataError
+from trsr_dist.evaluate.table import SYSTEMS, column_title
+from trsr_dist.files import atomic_file, read_json, write_json
+from trsr_dist.log import read_metrics
+from trsr_dist.metric_names import headline
+
+RIVALS = ("bm25", "sasrec")
+"""What users would take instead."""
+WITHOUT_TRAINING = ("random", "popularity", "recency", "bm25", "gru4rec", "sasrec", "base")
+PAUSE = 10
+"""A step that took so many times the median was an interruption."""
+NOT_SETTINGS = ("run.dir", "run.tensorboard", "data.path", "model.name_or_path")
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One evaluated run."""
+
+    run: str
+    data: str
+    candidates: str
+    candidate_hash: str
+    num_users: int
+    metric: str
+    """That of the intervals and differences."""
+    date: str
+    """Of the evaluation, ISO 8601."""
+    settings: dict[str, Any]
+    """Those that differ from the shared config's."""
+    systems: dict[str, dict[str, float]]
+    """Metrics by system; ``model`` is the fine-tuned one."""
+    intervals: dict[str, list[float]]
+    """95% by system."""
+    gain: dict[str, float]
+    """Over the control: mean, low, high, p_value."""
+    against: dict[str, dict[str, float]]
+    """Minus a rival, paired: as ``gain``."""
+    tokens_per_user: float
+    """Read in training, the prefix counted once."""
+    train_hours: float
+    num_steps: int
+
+
+def read_entries(folder: Path, shared: Mapping[str, Any], split: str) -> list[Entry]:
+    """The results of a run: on its own candidate lists, and on those of further protocols.
+
+    Args:
+        folder: of the run.
+        shared: flat settings that all runs are compared with.
+        split: whose results.
+
+    Raises:
+        DataError: the run has no results.
+    """
+    path = folder / "evaluation" / f"{split}.json"
+    if not path.is_file():
+        raise DataError(f"{path}: not there; run tools/evaluate.py on this run first")
+    results, rows = read_json(path), list(read_metrics(folder))
+    settings = flat(yaml.safe_load((folder / "config" / "evaluate.yaml").read_text(encoding="utf-8")))
+    lists = {results["candidates"]: results, **results["protocols"]}
+    return [_entry(folder.name, name, found, settings, shared, rows) for name, found in lists.items()]
+
+
+def _entry(
+    run: str, candidates: str, found: Any, settings: dict[str, Any], shared: Mapping[str, Any], rows: list[Any]
+) -> Entry:
+    trained = [row for row in rows if row["stage"] == "train" and "train/tokens_per_second" in row]
+    evaluated = [row["time"] for row in rows if row["stage"] == "evaluate"]
+    metric = headline(tuple(settings["evaluate.top_k"]))
+    differences = {rival: values[metric] for rival, values in found["differences"].items()}
+    return Entry(
+        run=run,
+        data=settings["data.format"],
+        candidates=candidates,
+        candidate_hash=found["candidate_hash"],
+        num_users=found["num_users"],
+        metric=metric,
+        date=datetime.fromtimestamp(max(evaluated), UTC).date().isoformat() if evaluated else "",
+        settings={
+            key: value for key, value in settings.items() if shared.get(key) != value and key not in NOT_SETTINGS
+        },
+        systems={**found["baselines"], "model": found["metrics"]},
+        intervals=_intervals(found, metric),
+        gain=found["personalization_gain"].get(metric, {}),
+        against={rival: differences[rival] for rival in RIVALS if rival in differences},
+        tokens_per_user=_tokens_per_user(trained),
+        train_hours=sum(_working_seconds([row["time"] for row in trained])) / 3600,
+        num_steps=max((row["step"] for row in trained), default=0),
+    )
+
+
+def _intervals(found: Mapping[str, Any], metric: str) -> dict[str, list[float]]:
+    intervals = {**found["baseline_confidence"], "model": found["confidence"]}
+    return {name: values[metric] for name, values in intervals.items() if metric in values}
+
+
+def _tokens_per_user(rows: Sequence[Mapping[str, Any]]) -> float:
+    users = sum(row["train/users_per_second"] for row in rows)
+    return sum(row["train/tokens_per_second"] for row in rows) / users if users else 0.0
+
+
+def _working_seconds(times: Sequence[float]) -> Iterator[float]:
+    """Between logged steps, interruptions left out."""
+    gaps = [after - before for before, after in pairwise(times) if after > before]
+    usual = median(gaps) if gaps else 0.0
+    return (gap for gap in gaps if gap <= PAUSE * usual)
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as ``section.key``."""
+    found: dict[str, Any] = {}
+    for key, value in settings.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def markdown(entries: Sequence[Entry], head: str) -> str:
+    """One section a data set and kind of candidate lists."""
+    groups: dict[tuple[str, str, str], list[Entry]] = {}
+    for entry in entries:
+        groups.setdefault((entry.data, entry.candidates, entry.candidate_hash), []).append(entry)
+    return "\n".join([head, *(line for group in groups.values() for line in _section(group))])
+
+
+def _section(group: Sequence[Entry]) -> list[str]:
+    first = group[0]
+    title = f"## {first.data}, negatives: {first.candidates}"
+    scope = f"{first.num_users} test users, candidate lists {first.candidate_hash[:12]}."
+    return ["", title, "", scope, "", *_systems_table(group), "", *_settings_list(group), ""]
+
+
+def _systems_table(group: Sequence[Entry]) -> list[str]:
+    shown, name = _shown(group[0]), column_title(group[0].metric)
+    titles = [*map(column_title, shown), f"{name} 95%", f"control {name}", f"gain in {name} (95%; p)"]
+    titles += [f"{name} - {SYSTEMS[rival]} (p)" for rival in RIVALS] + ["tokens a user", "training", "evaluated"]
+    lines = [_row(["system", *titles]), _row(["---"] * (len(titles) + 1))]
+    found = {name: entry for entry in reversed(group) for name in WITHOUT_TRAINING if name in entry.systems}
+    for name in filter(found.get, WITHOUT_TRAINING):
+        cells = _metrics(found[name], name, shown)
+        lines.append(_row([SYSTEMS[name], *cells, *[""] * (len(titles) - len(cells))]))
+    return lines + [_row([entry.run, *_metrics(entry, "model", shown), *_judgement(entry)]) for entry in group]
+
+
+def _shown(entry: Entry) -> list[str]:
+    """Recall at every cut-off, NDCG at the last."""
+    recalls = [name for name in entry.systems["model"] if name.startswith("recall@")]
+    return [*recalls, f"ndcg@{recalls[-1].partition('@')[2]}"]
+
+
+def _metrics(entry: Entry, system: str, shown: Sequence[str]) -> list[str]:
+    values = [f"{entry.systems[system][metric]:.4f}" for metric in shown]
+    return [*values, "{:.3f} to {:.3f}".format(*entry.intervals[system]) if system in entry.intervals else ""]
+
+
+def _judgement(entry: Entry) -> list[str]:
+    rivals, control = [entry.against.get(rival) for rival in RIVALS], entry.systems.get("control")
+    return [
+        f"{control[entry.metric]:.4f}" if control else "",
+        "{mean:+.4f} ({low:+.3f} to {high:+.3f}; {p_value:.4f})".format(**entry.gain) if entry.gain else "",
+        *("{mean:+.4f} ({p_value:.4f})".format(**found) if found else "" for found in rivals),
+        f"{entry.tokens_per_user:.0f}",
+        f"{entry.num_steps} steps, {entry.train_hours:.2f} h",
+        entry.date,
+    ]
+
+
+def _settings_list(group: Sequence[Entry]) -> list[str]:
+    lines = ["Settings beside the shared config:", ""]
+    for entry in group:
+        changed = " ".join(f"{key}={_value(value)}" for key, value in sorted(entry.settings.items()))
+        lines.append(f"* `{entry.run}`: {f'`{changed}`' if changed else 'none'}")
+    return lines
+
+
+def _value(value: Any) -> str:
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def write_leaderboard(entries: Sequence[Entry], head: str, output: Path) -> None:
+    """``output``.md and ``output``.json."""
+    write_json(output.with_suffix(".json"), {"runs": [asdict(entry) for entry in entries]})
+    with atomic_file(output.with_suffix(".md")) as stream:
+        stream.write(markdown(entries, head))
