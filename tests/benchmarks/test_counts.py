@@ -92,7 +92,7 @@ def test_prompts_of_a_user(num_items: int, tree: int, chain: int) -> None:
     """Blocks of five items; eight summaries are merged at a time."""
     assert len(planner("hierarchical")(num_items, 5, 8)) == tree
     assert len(planner("recurrent")(num_items, 5, 8)) == chain
-    assert len(planner("none")(num_items, 5, 8)) == 0
+    assert len(planner("none")(num_items, 5, 8)) == len(planner("raw")(num_items, 5, 8)) == 0
 
 
 def test_bytes_read_in_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -138,9 +138,14 @@ def config(tmp_path: Path) -> Path:
     )
 
 
-def test_histories_alone_are_enough(config: Path) -> None:
-    """Before anything is paid: without summaries the prompts are those of the shards, to the token."""
-    overrides = ("summarize.scheme=none", "summarize.engine=extractive")
+@pytest.mark.parametrize("scheme", ["none", "raw"])
+def test_histories_alone_are_enough(config: Path, scheme: str) -> None:
+    """Before anything is paid: where no engine is asked the prompts are those of the shards, to the token."""
+    overrides = (f"summarize.scheme={scheme}", "summarize.max_new_tokens=25")
+    (stage,) = plan_stages(load_config(config, overrides), ["summarize"])
+    found = stage.on(cluster(1))
+    assert (found.work.num_prompts, found.work.new_tokens, found.cost) == (0, 0, None)
+    assert "no model" in in_words([stage], cluster(1))
     before = [stage.on(cluster(1)) for stage in plan_stages(load_config(config, overrides), ["train", "evaluate"])]
     run_here(config, *overrides)
     after = [stage.on(cluster(1)) for stage in plan_stages(load_config(config, overrides), ["train", "evaluate"])]

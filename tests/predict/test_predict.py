@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from tests.spawn import run_script
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import ConfigError, DataError, ModelError
 from trsr_dist.predict import Ranker, Request
+from trsr_dist.predict.history import HistorySettings
 from trsr_dist.predict.lines import as_entry, check_lines
 from trsr_dist.shards.reader import ShardSet
+from trsr_dist.summarize.plans import raw
 
 NUM_USERS = 70
 STRANGER = """
@@ -99,6 +102,20 @@ def test_a_ready_summary_stands_in_the_prompt(ranker: Ranker, requests: list[Req
     bare = replace(request, items=())
     assert "[Recent Items]\n(none)" in ranker.prompts(bare)[0]
     assert ranker.rank(bare).candidates[0].score != ranker.rank(request).candidates[0].score
+
+
+def test_a_scheme_without_prompts_needs_no_ready_summary(
+    ranker: Ranker, requests: list[Request], caplog: pytest.LogCaptureFixture
+) -> None:
+    for scheme, shown in (("raw", True), ("none", False)):
+        other, items = copy(ranker), requests[0].items
+        recorded = {"scheme": scheme, "engine": "vllm", "max_new_tokens": 12}
+        other.history = HistorySettings.of({"config": {"summarize": recorded}})
+        expected = raw.text(items, ranker.builder.recent_items, 12) if shown else ""
+        assert other.sample(requests[0]).summary == expected and bool(expected) == shown
+    assert not caplog.records
+    other.history = replace(other.history, scheme="recurrent")
+    assert other.sample(requests[0]).summary and "trained on summaries of the engine 'vllm'" in caplog.text
 
 
 def test_thousands_of_candidates_in_one_request(ranker: Ranker, requests: list[Request]) -> None:

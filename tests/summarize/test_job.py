@@ -32,6 +32,7 @@ from trsr_dist.summarize.engines.build import (
     revision_to_load,
 )
 from trsr_dist.summarize.job import Job, Task
+from trsr_dist.summarize.plans import raw
 
 USERS = {"train": 20, "valid": 3, "test": 3}
 
@@ -117,9 +118,31 @@ def both(domain: str) -> str:
 '''
 
 
+def test_raw_shows_the_older_items_whatever_the_engine(tmp_path: Path) -> None:
+    """No model is named, and no engine asked; the budget is a setting of the shards, the engine is none."""
+    run, config = prepared(tmp_path, scheme="raw", engine="vllm", max_new_tokens=30)
+    run_here(config)
+    store, before = HistoryStore(run / "histories"), tree_hash(run / "shards")
+    texts = {store.catalogue.item(row).id: store.catalogue.text(row) for row in range(len(store.catalogue))}
+    shown = samples(run)
+    assert len(shown) == USERS["train"]
+    for sample in shown.values():
+        history = [texts[item] for item in sample.provenance["history"]]
+        assert sample.recent == tuple(history[-5:]) and sample.provenance["nodes"] == []
+        assert sample.summary == raw.text(history, 5, 30)
+        assert not any(text in sample.summary for text in sample.recent)
+    assert any(sample.summary for sample in shown.values())
+    run_here(config, "summarize.engine=openai", "summarize.model=other")
+    assert tree_hash(run / "shards") == before
+    with pytest.raises(RunError, match="'max_words': 30.* now .*'max_words': 31"):
+        run_here(config, "summarize.max_new_tokens=31")
+    run_here(config, "summarize.scheme=none", force=True)
+    assert {sample.summary for sample in samples(run).values()} == {""}
+
+
 def test_an_unknown_scheme_is_named_with_those_there_are(tmp_path: Path) -> None:
     _, config = prepared(tmp_path)
-    with pytest.raises(ConfigError, match="summarize.scheme='treelike'.*hierarchical, none, recurrent"):
+    with pytest.raises(ConfigError, match="summarize.scheme='treelike'.*hierarchical, none, raw, recurrent"):
         parse_config(config_parser("", ""), ["--config", str(config), "summarize.scheme=treelike"])
 
 

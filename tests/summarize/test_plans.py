@@ -1,10 +1,15 @@
+import random
+
 import pytest
 
+from trsr_dist.config.sections import PROMPTLESS
 from trsr_dist.prompts.wording import block_instruction, merge_instruction, update_instruction
-from trsr_dist.summarize.plans import planner
+from trsr_dist.summarize.plans import planner, schemes, writer
 from trsr_dist.summarize.plans.graph import Plan, children, heights, node_prompt
 from trsr_dist.summarize.plans.hierarchical import plan as hierarchical
+from trsr_dist.summarize.plans.raw import text as raw_text
 from trsr_dist.summarize.plans.recurrent import plan as recurrent
+from trsr_dist.words import count_words
 
 
 def sources(plan: Plan, position: int) -> list[int]:
@@ -58,3 +63,43 @@ def test_prompts_are_built_from_the_parents_texts() -> None:
         ("a",),
         ("item 5", "item 6", "item 7", "item 8", "item 9"),
     )
+
+
+def test_schemes_without_prompts_are_those_that_the_config_knows() -> None:
+    assert {scheme for scheme in schemes() if not planner(scheme)(30, 5, 8)} == set(PROMPTLESS)
+    written = {scheme: writer(scheme)(["one", "two", "three"], 1, 100) for scheme in schemes()}
+    assert written == {"hierarchical": "", "recurrent": "", "none": "", "raw": "one | two"}
+
+
+@pytest.mark.parametrize(
+    ("num_recent", "max_words", "expected"),
+    [
+        (1, 100, "a one | b two | c three"),
+        (0, 100, "a one | b two | c three | d four"),
+        (1, 8, "a one | b two | c three"),
+        (1, 7, "a | b two | c three"),
+        (1, 6, "b two | c three"),
+        (1, 5, "b two | c three"),
+        (1, 2, "c three"),
+        (1, 1, "c"),
+        (4, 100, ""),
+        (9, 100, ""),
+    ],
+)
+def test_raw_shows_the_latest_of_the_older_items_in_their_order(num_recent: int, max_words: int, expected: str) -> None:
+    assert raw_text(["a one", "b two", "c three", "d four"], num_recent, max_words) == expected
+
+
+def test_raw_fills_the_budget_and_never_exceeds_it() -> None:
+    draw = random.Random(0)
+    words = ["tea", "https://example.org/a/very/long/address", "\u6771\u4eac\u90fd\u5185", "cup;", "e\u0301te\u0301"]
+    for _ in range(300):
+        items = [" ".join(draw.choices(words, k=draw.randint(1, 9))) for _ in range(draw.randint(1, 12))]
+        num_recent, budget = draw.randint(0, 3), draw.randint(1, 60)
+        older = items[: max(0, len(items) - num_recent)]
+        whole, found = " | ".join(older), raw_text(items, num_recent, budget)
+        assert count_words(found) <= budget
+        if count_words(whole) <= budget:
+            assert found == whole
+        else:
+            assert count_words(found) >= budget - 1, "a separator has no place where no word follows it"

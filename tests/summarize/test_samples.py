@@ -35,9 +35,8 @@ def test_provenance_names_blocks_by_their_items_and_nodes_by_their_texts() -> No
     assert longer["blocks"][0] == told["blocks"][0] and longer["blocks"][1] != told["blocks"][1]
 
 
-def test_a_sample_shows_the_latest_items_and_the_last_text() -> None:
-    records = [{"text": "first"}, {"text": "last"}]
-    sample = make_sample("u", "say", HISTORY, [Candidate("x", "t", 1)], 2, records, {"scheme": "s"})
+def test_a_sample_shows_the_latest_items_and_the_summary() -> None:
+    sample = make_sample("u", "say", HISTORY, [Candidate("x", "t", 1)], 2, "last", {"scheme": "s"})
     assert sample.summary == "last" and sample.recent == ("title: Stocks rise", "title: Rain")
     assert sample.provenance == {"scheme": "s", "history": ["a", "b", "c"]}
-    assert make_sample("u", "say", HISTORY, [], 0, [], {}).recent == ()
+    assert make_sample("u", "say", HISTORY, [], 0, "", {}).recent == ()

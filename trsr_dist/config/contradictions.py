@@ -43,7 +43,7 @@ def _of_the_prompts(config: Config) -> Iterator[str]:
             f"prompt.max_tokens={prompt.max_tokens} is above train.row_tokens={config.train.row_tokens}: a row must "
             "hold at least one prompt"
         )
-    if summarize.engine != "extractive" and summarize.scheme != "none" and not summarize.model:
+    if summarize.asks_model and not summarize.model:
         yield f"summarize.model is empty: summarize.engine={summarize.engine} needs a model"
     if prompt.answers[0] == prompt.answers[1]:
         yield f"prompt.answers={prompt.answers} are equal: two different answers are needed"

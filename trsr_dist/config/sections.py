@@ -54,6 +54,8 @@ def _are_variables(values: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 TemplateVariables = Annotated[dict[str, JsonValue], AfterValidator(_are_variables)]
+PROMPTLESS = ("none", "raw")
+"""Schemes that ask no engine for anything, whatever ``summarize.engine`` says."""
 NO_THOUGHTS: TemplateVariables = {"enable_thinking": False}
 """Variables of chat templates, for the recommender and the summarizer alike."""
 
@@ -144,7 +146,8 @@ class SummarizeSection(Section):
 
     scheme: str = "hierarchical"
     """hierarchical: a summary of block summaries (as a CNN pools); recurrent: summary t from summary t-1 and block t
-    (as an RNN); none: no summary. A module in trsr_dist/summarize/plans/ adds another one."""
+    (as an RNN); none: no summary; raw: the items before the recent ones, as text of at most max_new_tokens words, the
+    latest where not all fit. A module in trsr_dist/summarize/plans/ adds another one."""
     engine: Literal["extractive", "transformers", "openai", "vllm"] = "extractive"
     """extractive: deterministic, no model; transformers: Hugging Face, in this process; openai: any OpenAI-compatible
     server (vLLM serve, SGLang, llama.cpp); vllm: vLLM in this process, in an environment of its own."""
@@ -170,7 +173,7 @@ class SummarizeSection(Section):
     max_prompt_tokens: int = Field(2048, ge=64)
     """Longer prompts are trimmed by parts: item descriptions evenly, never the instruction."""
     max_new_tokens: int = Field(150, ge=1)
-    """Length limit of one summary, in tokens (extractive: words)."""
+    """Length limit of one summary, in tokens (extractive and raw: words)."""
     temperature: float = Field(0.0, ge=0)
     """0: greedy, which makes the text independent of batch and restart."""
     max_in_flight: int = Field(32, ge=1)
@@ -187,6 +190,11 @@ class SummarizeSection(Section):
     """Samples in one tar shard; also the unit of work that tasks share."""
     lease_seconds: float = Field(120, gt=0)
     """A unit whose holder shows no life for this long is taken over by another task."""
+
+    @property
+    def asks_model(self) -> bool:
+        """Whether a language model writes the summaries."""
+        return self.engine != "extractive" and self.scheme not in PROMPTLESS
 
     @field_validator("base_url")
     @classmethod

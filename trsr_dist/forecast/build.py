@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from trsr_dist.config import Config
+from trsr_dist.config.sections import PROMPTLESS
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import ConfigError, RunError
 from trsr_dist.evaluate.passes import drawn_protocols, plan_passes
@@ -29,11 +30,12 @@ from trsr_dist.forecast.summaries import (
     forecast_summaries,
     summary_work,
 )
-from trsr_dist.forecast.workload import PromptLengths, history_lengths, shard_lengths, split_work
+from trsr_dist.forecast.workload import PromptLengths, filler, history_lengths, shard_lengths, split_work
 from trsr_dist.planning.cost import Cluster
 from trsr_dist.planning.shape import ModelShape
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.run import MANIFEST, RunFolder
+from trsr_dist.summarize.plans import writer
 
 STAGES = ("summarize", "train", "evaluate")
 WORD_BYTES = 6
@@ -154,21 +156,20 @@ class Inputs:
                 split,
                 self.builder,
                 self._config.domain,
-                self._summary_bytes,
+                self._expected_summary,
                 self._config.prompt.recent_items,
             )
         if not found.num_users:
             raise RunError(f"{self.run.root}: no users in {split}; prepare data with another data.split")
         return found
 
-    @property
-    def _summary_bytes(self) -> int:
-        """Of a summary at its longest."""
+    def _expected_summary(self, history: Sequence[str]) -> str:
+        """What will stand in place of the summary, or as many of the history's own words as the longest one has."""
         settings = self._config.summarize
-        if settings.scheme == "none":
-            return 0
+        if settings.scheme in PROMPTLESS:
+            return writer(settings.scheme)(history, self._config.prompt.recent_items, settings.max_new_tokens)
         unit = WORD_BYTES if settings.engine == "extractive" else BYTES_PER_TOKEN
-        return round(settings.max_new_tokens * unit)
+        return filler(history, round(settings.max_new_tokens * unit))
 
 
 def summarize_stage(config: Config, inputs: Inputs) -> PlannedStage:
@@ -187,7 +188,7 @@ def summarize_stage(config: Config, inputs: Inputs) -> PlannedStage:
     )
     work = summary_work(inputs.store, settings)
     shape = None
-    if s.engine != "extractive" and s.scheme != "none":
+    if s.asks_model:
         shape = model_shape(inputs.run.resolve(s.model), s.revision, s.trust_remote_code)
 
     def forecast(cluster: Cluster) -> SummaryForecast:

@@ -40,7 +40,7 @@ def summary_lines(found: SummaryForecast, settings: SummarySettings, cluster: Cl
         f"{big(work.prompt_tokens)} tokens in and at most {big(work.new_tokens)} out (reckoned by the texts' length)"
     ]
     if found.cost is None:
-        return [*lines, f"{INDENT}extractive: no model, minutes"]
+        return [*lines, f"{INDENT}no model, minutes"]
     held = found.weight_bytes + found.key_value_bytes
     texts = f"keys and values of {settings.num_in_flight} texts of at most {settings.most_tokens:,} tokens"
     return [

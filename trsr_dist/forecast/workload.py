@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -83,7 +83,12 @@ def shard_lengths(folder: Path, builder: PromptBuilder) -> PromptLengths:
 
 
 def history_lengths(
-    store: HistoryStore, split: str, builder: PromptBuilder, domain: str, summary_bytes: int, num_recent: int
+    store: HistoryStore,
+    split: str,
+    builder: PromptBuilder,
+    domain: str,
+    summary_of: Callable[[Sequence[str]], str],
+    num_recent: int,
 ) -> PromptLengths:
     """Lengths of the prompts that a split's users will have once their summaries are written.
 
@@ -92,27 +97,33 @@ def history_lengths(
         split: which.
         builder: writes the prompts.
         domain: wording of the prompts.
-        summary_bytes: length of a summary; the histories' own words stand for it.
+        summary_of: from the texts of a history, oldest first, to a text as long as its summary.
         num_recent: items that a sample shows in full.
     """
     size = min(store.num_users(split), TOKENIZED)
     rows = [store.user(split, index) for index in range(size)]
-    users = [builder.build(expected_sample(store, row, domain, summary_bytes, num_recent)) for row in rows]
+    users = [builder.build(expected_sample(store, row, domain, summary_of, num_recent)) for row in rows]
     keys = np.array([hash64(member_key(row.user)) for row in rows], dtype=np.uint64)
     return _tokenized(users, keys, store.num_users(split), "histories")
 
 
-def expected_sample(store: HistoryStore, row: UserRow, domain: str, summary_bytes: int, num_recent: int) -> Sample:
-    """A user's sample, with the beginning of the history in place of the summary."""
+def filler(history: Sequence[str], num_bytes: int) -> str:
+    """The beginning of a history, again and again, in place of a summary of so many bytes."""
+    text = " ".join(history)
+    copies = -(-num_bytes // max(1, len(text.encode())))
+    return " ".join([text] * copies).encode()[:num_bytes].decode(errors="ignore")
+
+
+def expected_sample(
+    store: HistoryStore, row: UserRow, domain: str, summary_of: Callable[[Sequence[str]], str], num_recent: int
+) -> Sample:
+    """A user's sample, as far as it is known before the summary is written; arguments as of ``history_lengths``."""
     catalogue = store.catalogue
     history = [catalogue.text(item) for item in row.history]
-    text = " ".join(history)
-    copies = -(-summary_bytes // max(1, len(text.encode())))
-    summary = " ".join([text] * copies).encode()[:summary_bytes].decode(errors="ignore")
     chosen = [catalogue.item(item) for item in row.candidates]
     candidates = tuple(Candidate(item.id, item.text, label) for item, label in zip(chosen, row.labels, strict=True))
     recent = tuple(history[-num_recent:]) if num_recent else ()
-    return Sample(row.user, recommend_instruction(domain), summary, recent, candidates)
+    return Sample(row.user, recommend_instruction(domain), summary_of(history), recent, candidates)
 
 
 def _tokenized(users: Sequence[TokenizedUser], keys: np.ndarray, num_users: int, source: Source) -> PromptLengths:

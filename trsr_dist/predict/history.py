@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trsr_dist.summarize.extract import extract
-from trsr_dist.summarize.plans import planner
-from trsr_dist.summarize.plans.graph import node_prompt
+from trsr_dist.summarize.plans import planner, writer
+from trsr_dist.summarize.plans.graph import Plan, node_prompt
 
 EXTRACTIVE = "extractive"
 
@@ -41,11 +41,25 @@ class HistorySettings:
         """The latest items that count."""
         return items[-self.max_items :] if self.max_items else items
 
+    def plan(self, num_items: int) -> Plan:
+        """The prompts of so many items; empty where the scheme asks no engine."""
+        return planner(self.scheme)(num_items, self.block_size, self.fan_in)
 
-def summarize_items(items: Sequence[str], settings: HistorySettings, domain: str) -> str:
-    """The extractive summary of item texts, oldest first; empty where the scheme makes none or there are no items."""
+
+def summarize_items(items: Sequence[str], settings: HistorySettings, domain: str, num_recent: int) -> str:
+    """The extractive summary of item texts, oldest first, or what the scheme has in its place; empty without items.
+
+    Args:
+        items: texts of the history.
+        settings: of the training.
+        domain: wording of the prompts.
+        num_recent: so many of the latest items stand in the recommender's prompt already.
+    """
+    plan = settings.plan(len(items))
+    if not plan:
+        return writer(settings.scheme)(items, num_recent, settings.max_words)
     texts: list[str] = []
-    for node in planner(settings.scheme)(len(items), settings.block_size, settings.fan_in):
+    for node in plan:
         prompt = node_prompt(node, items, [texts[parent] for parent in node.parents], domain)
         texts.append(extract(prompt, settings.max_words))
-    return texts[-1] if texts else ""
+    return texts[-1]

@@ -169,14 +169,14 @@ class Ranker:
     def _summary(self, request: Request, items: Sequence[str]) -> str:
         if request.summary is not None:
             return one_line(request.summary)
-        if self.history.engine != EXTRACTIVE and not self._has_warned:
+        if self.history.engine != EXTRACTIVE and self.history.plan(len(items)) and not self._has_warned:
             self._has_warned = True
             log.warning(
                 "the model was trained on summaries of the engine %r and sees extractive ones here; give ready ones "
                 "of that engine for scores like the evaluation's",
                 self.history.engine,
             )
-        return summarize_items(items, self.history, self.domain)
+        return summarize_items(items, self.history, self.domain, self.builder.recent_items)
 
 
 def find_device(name: str) -> torch.device:

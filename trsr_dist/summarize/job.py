@@ -34,7 +34,7 @@ from trsr_dist.run import RunFolder, claim, is_finished
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.engines.build import build_engine, engine_identity, revision_to_load
 from trsr_dist.summarize.engines.lazy import LazyEngine
-from trsr_dist.summarize.plans import planner
+from trsr_dist.summarize.plans import planner, writer
 from trsr_dist.summarize.progress import WRITE_SECONDS, TaskProgress, task_path, work_name, write_job
 from trsr_dist.summarize.report import Reporter
 from trsr_dist.summarize.scheduler import Scheduler
@@ -300,6 +300,9 @@ class Job:
         settings = self.config.summarize
         return Recipe(
             plan=partial(planner(settings.scheme), block_size=settings.block_size, fan_in=settings.fan_in),
+            text=partial(
+                writer(settings.scheme), num_recent=self.config.prompt.recent_items, max_words=settings.max_new_tokens
+            ),
             domain=self.config.domain,
             num_recent=self.config.prompt.recent_items,
             repeated_kept=self.config.data.repeated_target == "keep",

@@ -46,7 +46,7 @@ def make_sample(
     history: Sequence[Item],
     candidates: Sequence[Candidate],
     num_recent: int,
-    records: Sequence[dict[str, Any]],
+    summary: str,
     provenance: dict[str, Any],
 ) -> Sample:
     """A user's sample.
@@ -57,13 +57,13 @@ def make_sample(
         history: the whole history, oldest first.
         candidates: to be scored.
         num_recent: so many of the latest items are shown in full.
-        records: of the plan's nodes, the summary last; empty: no summary.
+        summary: of the history; empty: none.
         provenance: kept with the sample.
     """
     return Sample(
         user=user,
         instruction=instruction,
-        summary=records[-1]["text"] if records else "",
+        summary=summary,
         recent=tuple(item.text for item in history[-num_recent:]) if num_recent else (),
         candidates=tuple(candidates),
         provenance=provenance | {"history": [item.id for item in history]},

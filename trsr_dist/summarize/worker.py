@@ -29,6 +29,8 @@ class Recipe:
 
     plan: Callable[[int], Plan]
     """From the number of items to a plan."""
+    text: Callable[[Sequence[str]], str]
+    """From the items' texts, oldest first, to what stands in place of a summary where the plan makes none."""
     domain: str
     num_recent: int
     repeated_kept: bool
@@ -214,9 +216,14 @@ class Worker:
             history=started.history,
             candidates=[Candidate(item.id, item.text, label) for item, label in zip(chosen, row.labels, strict=True)],
             num_recent=self.recipe.num_recent,
-            records=result.records,
+            summary=self._summary(started, result),
             provenance=self.recipe.provenance | nodes | ({"failed": result.failure.reason} if result.failure else {}),
         )
+
+    def _summary(self, started: Started, result: Result) -> str:
+        if result.records:
+            return result.records[-1]["text"]
+        return self.recipe.text([item.text for item in started.history])
 
     def _finish(self, unit: OpenUnit) -> None:
         self._open.remove(unit)
