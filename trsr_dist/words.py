@@ -1,19 +1,20 @@
 """What counts as a word, in scripts with blanks between words and in those without. Pure.
 
 Han, kana, Thai, Lao, Burmese and Khmer texts have no blanks within a phrase. Where a length counts, two of their
-characters are a word; where words are compared, every two neighbours are (overlapping bigrams, as Lucene's CJK analyzer
-makes them), so that it does not matter where a run begins.
+characters are a word. Where words are compared, overlapping n-grams are, so that it does not matter where a run begins:
+bigrams of Han and kana, and of Korean, whose words carry their particles (as Lucene's CJK analyzer makes them), and
+trigrams of the alphabets of Southeast Asia, whose bigrams say little more than two letters of English would.
 """
 
 from __future__ import annotations
 
 import re
 import unicodedata
-from itertools import pairwise
 
 HAN = r"\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 HIRAGANA = r"\u3040-\u309f"
 KATAKANA = r"\u30a0-\u30ff\u31f0-\u31ff\uff66-\uff9f"
+HANGUL = r"\uac00-\ud7a3"
 SOUTHEAST_ASIAN = r"\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff"
 UNSPACED = SOUTHEAST_ASIAN + HIRAGANA + KATAKANA + HAN
 """Scripts without blanks between words, for use within a character class."""
@@ -31,7 +32,10 @@ _PIECE = re.compile(rf"[\s{INVISIBLE}]*(?:[{UNSPACED}]{{1,2}}|[^\s{UNSPACED}{INV
 _IGNORED = re.compile(rf"[{INVISIBLE}]")
 _LETTERS = re.compile(rf"[\w{MARKS}]+")
 _ASCII_LETTERS = re.compile(r"\w+")
-_RUN = re.compile(rf"(?P<unspaced>[{UNSPACED}]+)|[^{UNSPACED}]+")
+_RUN = re.compile(
+    rf"(?P<bigrams>[{HIRAGANA}{KATAKANA}{HAN}{HANGUL}]+)|(?P<trigrams>[{SOUTHEAST_ASIAN}]+)|[^{UNSPACED}{HANGUL}]+"
+)
+_GRAM_SIZES = {"bigrams": 2, "trigrams": 3}
 
 
 def has_text(text: str) -> bool:
@@ -74,7 +78,7 @@ def comparable(text: str) -> str:
 
 
 def search_terms(text: str) -> list[str]:
-    """Terms that two texts about the same have in common: words in one case, and bigrams in scripts without blanks."""
+    """Terms that two texts about the same have in common: words in one case, n-grams where blanks do not part them."""
     terms: list[str] = []
     for run in letter_runs(text):
         if run.isascii():
@@ -88,8 +92,6 @@ def _terms_of(run: str) -> list[str]:
     terms: list[str] = []
     for match in _RUN.finditer(run):
         part = match[0]
-        if match["unspaced"] and len(part) > 1:
-            terms += map("".join, pairwise(part))
-        else:
-            terms.append(part)
+        size = _GRAM_SIZES.get(match.lastgroup or "", len(part))
+        terms += [part[i : i + size] for i in range(max(1, len(part) - size + 1))]
     return terms

@@ -26,7 +26,33 @@ ENGLISH = {
     "silent mechanical keyboard": "静音メカニカルキーボード",
 }
 ADJECTIVES = {"new": "新しい", "blue": "青い", "small": "小さい", "popular": "人気の"}
+TWINS = {
+    "English": "green tea bags, hiking tent light, drill bits electric, puzzle toy wooden, silent keyboard mechanical",
+    "Chinese": "绿茶 茶包 国产, 登山 帐篷 轻便, 电钻 钻头 替换, 拼图 玩具 木制, 静音 键盘 机械",
+    "Thai": "ชาเขียว แบบถุง พื้นเมือง, เต็นท์ เดินป่า น้ำหนักเบา, สว่าน ไฟฟ้า อะไหล่, ตัวต่อ ของเล่น ไม้สัก, แป้นพิมพ์ เงียบ กลไก",
+    "Korean": "녹차 티백 국산, 등산 텐트 경량, 전동 드릴 비트, 퍼즐 완구 목제, 무소음 키보드 기계식",
+}
+OWN = {
+    "English": "abcdefghijkl",
+    "Chinese": "甲乙丙丁戊己庚辛壬癸子丑",
+    "Thai": "กขคงจฉชซญดตถ",
+    "Korean": "가나다라마바사아자차카타",
+}
+"""One letter for each item of a topic."""
+PARTICLES = ["을", "의", "과", "만", "은", "도"]
 NUM_ITEMS = 60
+
+
+def twins(language: str) -> list[str]:
+    """A catalogue as of ``titles``: the words of topic i % 5 in any order among the item's own letter; Korean ones
+    carry particles."""
+    stream, topics, made = random.Random(0), TWINS[language].split(", "), []
+    for i in range(NUM_ITEMS):
+        words = [*topics[i % 5].split(), OWN[language][i // 5]]
+        if language == "Korean":
+            words = [word + stream.choice(PARTICLES) for word in words]
+        made.append(("" if language in ("Chinese", "Thai") else " ").join(stream.sample(words, 4)))
+    return made
 
 
 def titles(is_japanese: bool) -> list[str]:
@@ -52,6 +78,13 @@ def recall_at_3(texts: Sequence[str]) -> float:
     return hits / 100
 
 
+def test_bm25_ranks_a_mixed_catalogue_by_what_its_texts_share() -> None:
+    texts = ["绿茶茶包 Tea", "国产绿茶", "登山帐篷 Tent", "緑茶のティーバッグ", "军用帐篷"]
+    scores = Bm25(texts)([0], [1, 2, 3, 4])
+    assert (scores > 0).tolist() == [True, False, False, False], "simplified characters are others than Japanese ones"
+    assert Bm25(texts)([2], [0, 1, 3, 4]).argmax() == 3
+
+
 def summary_of(texts: Sequence[str], max_words: int = 30) -> str:
     return extract(SummaryPrompt("", (), tuple(f"title: {text}" for text in texts)), max_words)
 
@@ -60,6 +93,11 @@ def test_bm25_ranks_a_japanese_catalogue_as_its_english_twin() -> None:
     english, japanese = recall_at_3(titles(False)), recall_at_3(titles(True))
     assert english > 0.95
     assert japanese == pytest.approx(english, abs=0.02)
+
+
+@pytest.mark.parametrize("language", list(TWINS))
+def test_bm25_ranks_a_catalogue_in_any_script(language: str) -> None:
+    assert recall_at_3(twins(language)) > 0.98, "Korean words as they stand give 0.95, Chinese and Thai ones 0"
 
 
 def test_a_summary_lists_what_titles_have_in_common_not_the_titles() -> None:
@@ -130,11 +168,16 @@ def test_one_module_counts_words() -> None:
         assert path.name == "words.py" or not counting.search(path.read_text()), path
 
 
-def test_terms_are_words_and_bigrams_in_one_form() -> None:
+def test_terms_are_words_and_n_grams_in_one_form() -> None:
     assert search_terms("Red FOX's 2nd") == ["red", "fox", "s", "2nd"]
     assert search_terms("緑茶Tea") == ["緑茶", "tea"]
     assert search_terms("ﾃｨｰﾊﾞｯｸﾞ ＡＢＣ") == search_terms("ティーバッグ abc")
-    assert search_terms("ภาษา") == ["ภา", "าษ", "ษา"]
+    assert search_terms("绿茶") == ["绿茶"]
+    assert search_terms("绿茶茶包 茶") == ["绿茶", "茶茶", "茶包", "茶"]
+    assert search_terms("緑茶のティー") == ["緑茶", "茶の", "のテ", "ティ", "ィー"]
+    assert search_terms("ภาษา ชา") == ["ภาษ", "าษา", "ชา"]
+    assert search_terms("갤럭시S24를 샀다 차") == ["갤럭", "럭시", "s24", "를", "샀다", "차"]
+    assert search_terms("日本ไทย한국tea") == ["日本", "ไทย", "한국", "tea"]
     assert search_terms("हिन्दी") == ["हिन्दी"], "a word is not cut at its vowel signs"
 
 

@@ -35,7 +35,7 @@ class Bm25:
 
     Args:
         texts: of all items, by row; they give the document frequencies and the mean length. Their terms are words
-            (bigrams of characters in scripts without blanks).
+            (n-grams of characters where words stand without blanks or carry particles).
         k1: saturation of a word's count.
         b: strength of the length normalization.
     """

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.words import (
     HAN,
+    HANGUL,
     HIRAGANA,
     KATAKANA,
     MARKS,
@@ -44,7 +45,7 @@ _PART = re.compile(
 """Parts of a run of letters: where the script changes, a word of Japanese mostly begins."""
 _GRAMS = {"han": 2, "southeast_asian": 4}
 """Characters of the n-grams that stand for words where more than two words run together."""
-_DENSE = re.compile(rf"[{HAN}{KATAKANA}\uac00-\ud7a3]")
+_DENSE = re.compile(rf"[{HAN}{KATAKANA}{HANGUL}]")
 _UNSPACED = re.compile(rf"[{UNSPACED}]")
 _LISTED = re.compile("[,\u3001\uff0c]")
 _FUNCTION_WORDS = """
