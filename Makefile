@@ -24,7 +24,8 @@ FORMAT ?= mind
 MODEL ?= $(HOME)/.cache/trsr_dist/smollm2-135m-instruct
 SERVER ?= $(HOME)/.cache/trsr_dist/vllm
 REAL_RUN ?= runs/real-$(FORMAT)
-DEVICES := $(if $(GPU),$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l),2)
+# As many ranks as configs/smollm2.yaml has rows in a step, at most.
+DEVICES := $(if $(GPU),$(or $(filter 1 2,$(shell nvidia-smi --list-gpus 2>/dev/null | head -n 2 | wc -l)),1),2)
 REAL = --config configs/smollm2.yaml run.dir=$(REAL_RUN) run.seed=$(SEED) data.format=$(FORMAT) data.path=$(DATA) \
   model.name_or_path=$(MODEL) $(SET)
 QUICKSTART := --config configs/quickstart.yaml run.dir=$(RUN) run.seed=$(SEED)
