@@ -18,13 +18,12 @@ from tests.model.world import make_row
 from trsr_dist.config.zero import read_zero_config
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import CheckpointError, ConfigError, RunError
-from trsr_dist.train import stopping
+from trsr_dist.train import lifecycle
 from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState, read_checkpoint
-from trsr_dist.train.heartbeat import Heartbeat, describe_ranks, read_heartbeats
+from trsr_dist.train.lifecycle import Heartbeat, StopReasons, StopSignals, Walltime, describe_ranks, read_heartbeats
 from trsr_dist.train.losses import listwise_sum, pairwise_sum
 from trsr_dist.train.meter import Sums, count_pairs, scalars
-from trsr_dist.train.schedule import learning_rate
-from trsr_dist.train.stopping import StopReasons, StopSignals, Walltime
+from trsr_dist.train.trainer import learning_rate
 from trsr_dist.train.zero_config import complete_zero_config, zero_setting
 
 ROOT = Path(__file__).parents[2]
@@ -272,8 +271,8 @@ class TestStopping:
 
     def test_only_a_later_event_ends_the_process_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock, exits = [100.0], []
-        monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
-        monkeypatch.setattr(stopping.os, "_exit", exits.append)
+        monkeypatch.setattr(lifecycle.time, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(lifecycle.os, "_exit", exits.append)
         signals = StopSignals()
         try:
             signal.raise_signal(signal.SIGUSR1)

@@ -30,8 +30,8 @@ from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.steps import StreamState
 from trsr_dist.shards.stream import TrainStream
 from trsr_dist.train.checkpoints import Checkpoint
-from trsr_dist.train.initial import InitialAdapter, read_initial
 from trsr_dist.train.losses import PER_USER
+from trsr_dist.train.start import InitialAdapter, read_initial
 from trsr_dist.train.validation import Validator
 from trsr_dist.train.zero_config import complete_zero_config, zero_setting
 

@@ -13,7 +13,7 @@ from trsr_dist.model.inputs import RowInputs
 from trsr_dist.rows import PackedRow, filler_row
 from trsr_dist.shards.steps import Step
 from trsr_dist.train.engine import Engine
-from trsr_dist.train.heartbeat import Heartbeat
+from trsr_dist.train.lifecycle import Heartbeat
 from trsr_dist.train.losses import PER_USER, RowLoss, row_loss
 from trsr_dist.train.meter import Sums
 
