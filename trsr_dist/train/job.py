@@ -30,7 +30,7 @@ from trsr_dist.train.start import check_base, check_finished, check_settings, ne
 from trsr_dist.train.trainer import Control, Ending
 
 STUCK_FACTOR = 2.0
-"""A rank ends itself after so many times the collectives' timeout without progress."""
+"""A rank ends itself after this many times the collectives' timeout without progress."""
 
 log = get_logger("train")
 
@@ -40,13 +40,13 @@ def train(config: Config, force: bool = False) -> int:
 
     Args:
         config: of the run.
-        force: start anew; earlier checkpoints of the run are removed.
+        force: start from scratch; earlier checkpoints of the run are removed.
 
     Returns:
         0 when all steps are made, ``EXIT_REQUEUE`` when the training was interrupted and saved.
 
     Raises:
-        TrsrError: what a user can mend; all ranks raise it.
+        TrsrError: what a user can fix; all ranks raise it.
     """
     ranks = detect_ranks()
     setup_logging(ranks.rank, "train")

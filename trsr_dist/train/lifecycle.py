@@ -1,7 +1,7 @@
 """How a rank lives and ends: with its launcher, with signs of life, and for reasons that all ranks agree on.
 
 A collective with a dead or stuck rank fails on the others after the process group's timeout. What each was doing
-stands in RUN/heartbeats, so that the error can say who was where.
+is in RUN/heartbeats, so that the error can say who was where.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ EXIT_STUCK = 74
 STOP_FILE = "STOP"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 ONE_EVENT_SECONDS = 10.0
-"""One event may come as several signals within so long: from the kernel, the launcher and the scheduler."""
+"""One event may send several signals within this time: from the kernel, the launcher and the scheduler."""
 SAFETY = 1.5
-"""A step, a save and a validation are reckoned to take so much longer than the longest seen."""
+"""A step, a save and a validation are assumed to take up to this many times the longest seen."""
 
 
 def follow_launcher() -> None:
@@ -92,7 +92,7 @@ class Heartbeat:
     Args:
         run_dir: the run's folder.
         ranks: this process.
-        stuck_seconds: without a change for so long the process ends; the collectives' timeout should come first.
+        stuck_seconds: without a change for this time the process ends; the collectives' timeout should come first.
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks, stuck_seconds: float) -> None:
@@ -233,7 +233,7 @@ class Walltime:
         return not self._has(self._longest_step + self._longest_save)
 
     def has_time_for_validation(self) -> bool:
-        """Whether a validation and a save still fit; the first one is reckoned to take as long as a step."""
+        """Whether a validation and a save still fit; the first one is assumed to take as long as a step."""
         return self._has(max(self._longest_validation, self._longest_step) + self._longest_save)
 
     def _has(self, seconds: float) -> bool:

@@ -1,4 +1,4 @@
-"""Where a training starts: at a checkpoint of its own, which all ranks read, or from an earlier training's adapter."""
+"""Where a training starts: at its newest checkpoint, which all ranks read, or from an earlier training's adapter."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def check_base(checkpoint: Checkpoint, name: str, fingerprint: str) -> None:
         raise CheckpointError(
             f"{checkpoint.folder}: trained on base {recorded.get('name_or_path')!r} with fingerprint "
             f"{recorded['fingerprint'][:12]}..., model.name_or_path={name!r} has {fingerprint[:12]}...; name or "
-            "restore that base, use another run.dir, or --force to train anew"
+            "restore that base, use another run.dir, or --force to train from the start"
         )
 
 
@@ -91,7 +91,7 @@ def check_settings(checkpoint: Checkpoint, settings: dict[str, Any], marks: dict
         if marks.get(key) is OnResume.REFUSED:
             raise CheckpointError(
                 f"{checkpoint.folder}: made with {key}={before!r}, now {now!r}, which its weights do not fit; go on "
-                "with the former, use another run.dir, or --force to train anew"
+                "with the former, use another run.dir, or --force to train from the start"
             )
         log.warning("%s was %r up to step %d, now it is %r", key, before, checkpoint.state.step, now)
 
@@ -105,7 +105,7 @@ def check_finished(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
     for key, before, now in _changes(checkpoint, settings):
         raise RunError(
             f"{checkpoint.folder}: this finished training was made with {key}={before!r}, now {now!r}; use another "
-            "run.dir, --force to train anew, or a larger train.max_steps or train.num_epochs to go on"
+            "run.dir, --force to train from the start, or a larger train.max_steps or train.num_epochs to go on"
         )
 
 

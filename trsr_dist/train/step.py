@@ -22,7 +22,7 @@ class StepRunner:
     """Runs steps on one rank.
 
     Args:
-        engine: see there.
+        engine: whose model runs.
         loss: ``train.loss``.
         answer_ids: tokens of yes and no.
         row_tokens: what a row can hold.

@@ -21,7 +21,7 @@ from trsr_dist.train.step import StepRunner
 from trsr_dist.train.validation import Validator
 
 NAMED_USERS = 10
-"""So many users of a bad step are named in an error."""
+"""At most this many users of a bad step are named in an error."""
 
 log = get_logger("train")
 
