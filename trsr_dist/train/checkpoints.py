@@ -144,7 +144,9 @@ class CheckpointFolder:
                 for path in files
             }
             write_json(target / MANIFEST, {"files": listed})
-            _verify(read_checkpoint(target), tensors)
+            read = read_checkpoint(target).tensors
+            if read.keys() != tensors.keys() or not all(torch.equal(read[name], tensors[name]) for name in read):
+                raise CheckpointError(f"{target}: read back, it is not what was written; check the disk")
         self.point("latest", folder)
         self._remove_old()
         return folder
@@ -241,11 +243,3 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if not tensor.numel() or not torch.isfinite(tensor).all():
             raise CheckpointError(f"{folder}: {name} is empty or not finite")
     return Checkpoint(folder, tensors, state, provenance, digest)
-
-
-def _verify(read: Checkpoint, written: dict[str, torch.Tensor]) -> None:
-    same = read.tensors.keys() == written.keys() and all(
-        torch.equal(tensor, written[name]) for name, tensor in read.tensors.items()
-    )
-    if not same:
-        raise CheckpointError(f"{read.folder}: read back, it is not what was written; check the disk")

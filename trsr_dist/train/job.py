@@ -15,7 +15,7 @@ from trsr_dist.files import writing
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.run import FolderLock, RunFolder, folder_lock
 from trsr_dist.train.build import build_trainer, first_state, resume_settings
-from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState
+from trsr_dist.train.checkpoints import CheckpointFolder
 from trsr_dist.train.lifecycle import (
     Heartbeat,
     StopReasons,
@@ -25,7 +25,7 @@ from trsr_dist.train.lifecycle import (
     follow_launcher,
     walltime_of,
 )
-from trsr_dist.train.prepare import Prepared, prepare
+from trsr_dist.train.prepare import prepare
 from trsr_dist.train.start import check_base, check_finished, check_settings, newest_for_all
 from trsr_dist.train.trainer import Control, Ending
 
@@ -80,7 +80,8 @@ def _train(
     state = first_state(config, run, prepared, checkpoint, settings)
     if checkpoint is not None:
         check_base(checkpoint, prepared.name, prepared.fingerprint)
-        if _is_finished(state, prepared, config.train.early_stopping_patience):
+        is_validated = prepared.validator is None or not state.awaits_validation
+        if is_validated and state.is_over(prepared.num_steps, config.train.early_stopping_patience):
             check_finished(checkpoint, settings)
             distributed.on_rank_zero(lambda: run.write_config("train", dump_config(config), only_missing=True))
             log.info("%s: finished; nothing to do (--force redoes it)", checkpoint.folder)
@@ -91,12 +92,6 @@ def _train(
     ending = trainer.run()
     _say_ending(ending, trainer.state.step, prepared.num_steps)
     return ending
-
-
-def _is_finished(state: TrainerState, prepared: Prepared, patience: int) -> bool:
-    """Whether the checkpoint is that of a finished training."""
-    is_validated = prepared.validator is None or not state.awaits_validation
-    return is_validated and state.is_over(prepared.num_steps, patience)
 
 
 def _begin(config: Config, run: RunFolder, checkpoints: CheckpointFolder, best_step: int, force: bool) -> None:

@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 from typing_extensions import TypedDict
 
@@ -24,7 +24,7 @@ from trsr_dist.errors import DataError, RunError
 from trsr_dist.files import read_json, write_json
 from trsr_dist.liveness import Beat, Owner, read_sign, reader_time
 
-LAUNCHER = "deepspeed.launcher.launch"
+LAUNCHER = b"deepspeed.launcher.launch"
 POLL_SECONDS = 1.0
 BEAT_SECONDS = 5.0
 START = "start"
@@ -43,8 +43,10 @@ SAFETY = 1.5
 def follow_launcher() -> None:
     """From now on this process gets SIGTERM when its launcher dies, or the runner that started the launcher."""
     die_with_parent()
-    launcher = os.getppid()
-    if LAUNCHER in _command(launcher):
+    launcher, command = os.getppid(), b""
+    with suppress(OSError):
+        command = Path(f"/proc/{launcher}/cmdline").read_bytes()
+    if LAUNCHER in command:
         runner = _parent(launcher)
         threading.Thread(target=_watch, args=(launcher, runner), daemon=True).start()
 
@@ -54,13 +56,6 @@ def _watch(launcher: int, runner: int) -> None:
     while _parent(launcher) == runner:
         wait(POLL_SECONDS)
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _command(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-    except OSError:
-        return ""
 
 
 def _parent(pid: int) -> int:
@@ -215,28 +210,15 @@ class Walltime:
 
     def __init__(self, end: float | None) -> None:
         self._end = end
-        self._longest_step = 0.0
-        self._longest_save = 1.0
-        self._longest_validation = 0.0
+        self._longest = {"step": 0.0, "save": 1.0, "validation": 0.0}
 
-    def saw_step(self, seconds: float) -> None:
-        self._longest_step = max(self._longest_step, seconds)
+    def saw(self, what: Literal["step", "save", "validation"], seconds: float) -> None:
+        """Note how long one took."""
+        self._longest[what] = max(self._longest[what], seconds)
 
-    def saw_save(self, seconds: float) -> None:
-        self._longest_save = max(self._longest_save, seconds)
-
-    def saw_validation(self, seconds: float) -> None:
-        self._longest_validation = max(self._longest_validation, seconds)
-
-    def is_over(self) -> bool:
-        """Whether the next step would leave too little time to save."""
-        return not self._has(self._longest_step + self._longest_save)
-
-    def has_time_for_validation(self) -> bool:
-        """Whether a validation and a save still fit; the first one is assumed to take as long as a step."""
-        return self._has(max(self._longest_validation, self._longest_step) + self._longest_save)
-
-    def _has(self, seconds: float) -> bool:
+    def has_time_for(self, what: Literal["step", "validation"]) -> bool:
+        """Whether one more and a save still fit; the first validation is assumed to take as long as a step."""
+        seconds = max(self._longest["step"], self._longest[what]) + self._longest["save"]
         return self._end is None or time.time() + SAFETY * seconds <= self._end
 
 
@@ -263,7 +245,7 @@ class StopReasons:
 
     def allow_validation(self, at_start: bool) -> bool:
         """Whether this rank has the time for one. No later start has more of it, so that at a start it may begin."""
-        return not self._signals.received and (at_start or self.walltime.has_time_for_validation())
+        return not self._signals.received and (at_start or self.walltime.has_time_for("validation"))
 
     def reason(self) -> str:
         """Why to stop at this step's end; empty: go on."""
@@ -271,6 +253,6 @@ class StopReasons:
             return f"signal {self._signals.received}"
         if self._is_main and self._file.exists():
             return f"{self._file} was touched; remove it before the next start"
-        if self.walltime.is_over():
+        if not self.walltime.has_time_for("step"):
             return "the job's time is nearly over"
         return ""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig
+from peft import LoraConfig
 
 from trsr_dist.bases import ADAPTER_CONFIG
 from trsr_dist.config.on_resume import OnResume
@@ -147,16 +147,7 @@ def read_initial(place: str, lora: dict[str, Any], base: BaseSource, fingerprint
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(f"train.init_adapter={place}: no {ADAPTER_CONFIG} there; name a PEFT adapter")
     adapter = read_adapter(folder)
-    _check_config(folder, adapter.config, lora)
-    recorded = provenance.get("base", {}).get("fingerprint", "")
-    check_same_base(base.name_or_path, fingerprint, recorded, f"name the base of {folder} with model.name_or_path")
-    attach(read_structure(base, load_config(base)).model, adapter)
-    weights = {parameter_name(name): tensor for name, tensor in adapter.tensors.items()}
-    return InitialAdapter(folder, weights, sha256_of(adapter_file(folder)))
-
-
-def _check_config(folder: Path, config: PeftConfig, lora: dict[str, Any]) -> None:
-    path = folder / ADAPTER_CONFIG
+    path, config = folder / ADAPTER_CONFIG, adapter.config
     if not isinstance(config, LoraConfig):
         raise ModelError(f"{path}: peft_type={config.peft_type.value!r}, expected 'LORA'")
     for key in UNKNOWN:
@@ -165,3 +156,8 @@ def _check_config(folder: Path, config: PeftConfig, lora: dict[str, Any]) -> Non
     for key, own in OWNED.items():
         if getattr(config, key) != lora[own]:
             raise ConfigError(f"{path}: {key}={getattr(config, key)}, lora.{own}={lora[own]}; set the latter so")
+    recorded = provenance.get("base", {}).get("fingerprint", "")
+    check_same_base(base.name_or_path, fingerprint, recorded, f"name the base of {folder} with model.name_or_path")
+    attach(read_structure(base, load_config(base)).model, adapter)
+    weights = {parameter_name(name): tensor for name, tensor in adapter.tensors.items()}
+    return InitialAdapter(folder, weights, sha256_of(adapter_file(folder)))

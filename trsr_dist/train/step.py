@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 
 import torch
 
@@ -72,7 +73,7 @@ class StepRunner:
         """Sums over the ranks."""
         self._heartbeat.at(step.state.step, "sums over ranks")
         sums.stops = float(must_stop)
-        total = Sums.from_list(sum_over_ranks(sums.to_list(), self._engine.device))
+        total = Sums(*sum_over_ranks(astuple(sums), self._engine.device))
         total.weight = self.weight(step)
         return total
 

@@ -119,13 +119,9 @@ class Trainer:
                 self._save()
             self._validate()
         self._save()
-        self._close()
-        return self._ending(reason)
-
-    def _close(self) -> None:
-        """Write the hyperparameters with what became of them."""
         best = {} if self.state.best_value is None else {self._settings.best_metric: self.state.best_value}
         self._monitor.close(self.state.settings or {}, best)
+        return self._ending(reason)
 
     def _ending(self, reason: str) -> Ending:
         if self._awaits_validation:
@@ -137,7 +133,7 @@ class Trainer:
     def _step(self, steps: Iterator[Step]) -> str:
         """One step; returns a reason to stop that some rank has."""
         started = time.perf_counter()
-        self._at(self.state.step + 1, "waiting for data")
+        self._control.heartbeat.at(self.state.step + 1, "waiting for data")
         step = next(steps)
         waited = time.perf_counter() - started
         own, bad_users = self._runner.backward(step)
@@ -147,12 +143,20 @@ class Trainer:
             self._gradients_checked = True
         reason = self._control.reasons.reason()
         total = self._runner.reduce(step, own, bool(reason))
-        self._at(step.state.step, "optimizer step")
-        rate = self._rate()
+        self._control.heartbeat.at(step.state.step, "optimizer step")
+        s = self._settings
+        rate = learning_rate(self.state.step, s.num_steps, s.learning_rate, s.warmup_ratio, s.schedule)
         outcome = self._engine.step(rate)
         seconds = time.perf_counter() - started
-        self._control.reasons.walltime.saw_step(seconds)
-        self._advance(step, outcome, seconds)
+        self._control.reasons.walltime.saw("step", seconds)
+        self.state = replace(
+            self.state,
+            step=step.state.step,
+            adam_step=self.state.adam_step + outcome.is_applied,
+            skipped_steps=self.state.skipped_steps + (not outcome.is_applied),
+            stream=step.state.to_dict(),
+            seconds=self.state.seconds + seconds,
+        )
         made = Progress(self.state.step, step.epoch, rate, outcome.grad_norm, seconds, outcome.is_applied)
         self._monitor.add(made, total)
         self._note_outcome(step, outcome, bad_users)
@@ -163,23 +167,6 @@ class Trainer:
         reasons = gather_objects(own)
         first = {reason: rank for rank, reason in reversed(list(enumerate(reasons))) if reason}
         return "; ".join(f"{reason} (rank {rank})" for reason, rank in sorted(first.items(), key=lambda pair: pair[1]))
-
-    def _rate(self) -> float:
-        s = self._settings
-        return learning_rate(self.state.step, s.num_steps, s.learning_rate, s.warmup_ratio, s.schedule)
-
-    def _at(self, step: int, phase: str) -> None:
-        self._control.heartbeat.at(step, phase)
-
-    def _advance(self, step: Step, outcome: StepOutcome, seconds: float) -> None:
-        self.state = replace(
-            self.state,
-            step=step.state.step,
-            adam_step=self.state.adam_step + outcome.is_applied,
-            skipped_steps=self.state.skipped_steps + (not outcome.is_applied),
-            stream=step.state.to_dict(),
-            seconds=self.state.seconds + seconds,
-        )
 
     def _note_outcome(self, step: Step, outcome: StepOutcome, bad_users: tuple[str, ...]) -> None:
         """Count steps that were skipped. Without a bad loss the gradient was: then any user of the step may be why."""
@@ -206,11 +193,11 @@ class Trainer:
         if self._saved == self.state:
             return
         started = time.perf_counter()
-        self._at(self.state.step, "saving")
+        self._control.heartbeat.at(self.state.step, "saving")
         self._saving.save(self.state)
         self._saved = self.state
         seconds = time.perf_counter() - started
-        self._control.reasons.walltime.saw_save(seconds)
+        self._control.reasons.walltime.saw("save", seconds)
         self._monitor.saved(self.state.step, seconds)
 
     def _validate(self, at_start: bool = False) -> None:
@@ -222,9 +209,9 @@ class Trainer:
             return
         self._save()
         started = time.perf_counter()
-        self._at(self.state.step, "validation")
+        self._control.heartbeat.at(self.state.step, "validation")
         self.state = self.state.validated(self._rank_validation_users())
-        self._control.reasons.walltime.saw_validation(time.perf_counter() - started)
+        self._control.reasons.walltime.saw("validation", time.perf_counter() - started)
         self._save()
         if self.state.best_step == self.state.step:
             self._saving.mark_best(self.state.step)
@@ -232,7 +219,7 @@ class Trainer:
     def _rank_validation_users(self) -> float:
         """The value of the metric that names the best step."""
         step, name = self.state.step, self._settings.best_metric
-        metrics = self._validator.run(self._engine, lambda: self._at(step, "validation"))
+        metrics = self._validator.run(self._engine, lambda: self._control.heartbeat.at(step, "validation"))
         self._monitor.evaluated(step, metrics)
         log.info("step %d  validation of %d users  %s %.4f", step, self._validator.num_users, name, metrics[name])
         return metrics[name]
