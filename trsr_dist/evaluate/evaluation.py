@@ -46,6 +46,11 @@ class Evaluation:
         return self.output / f"{self.split}.json"
 
     @property
+    def baselines(self) -> Path:
+        """Models that were trained as baselines, and the results of an evaluation without a model."""
+        return self.output / "baselines"
+
+    @property
     def report(self) -> Path:
         return self.output / "report.html"
 

@@ -73,6 +73,15 @@ def check_histories(job: Evaluation) -> None:
             f"{folder}: made from the histories {recorded[:12]}..., {job.run.histories} now holds {current[:12]}...; "
             "run launch/summarize.py anew"
         )
+    check_draws(job)
+
+
+def check_draws(job: Evaluation) -> None:
+    """The candidate lists of the histories must have been drawn as the config says.
+
+    Raises:
+        ConfigError: they were not.
+    """
     data, evaluate = job.config.data, job.config.evaluate
     drawn = read_manifest(job.run.histories).get("settings", {})
     for key, name, asked in (

@@ -2,33 +2,63 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
 from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.errors import DataError
 from trsr_dist.evaluate.baselines import Bm25, Ranker, by_count, one_by_one
+from trsr_dist.evaluate.grid import GRID, SequentialSettings, make_grid
 from trsr_dist.evaluate.metrics import average
 from trsr_dist.evaluate.outcomes import OutcomeTable
-from trsr_dist.evaluate.sequential import MODELS, SequentialRanker, SequentialSettings, make_ranker, train_sequential
+from trsr_dist.evaluate.sequential import MODELS, SequentialRanker, Trained, make_ranker, train_sequential
 from trsr_dist.files import atomic_file
 from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger
 from trsr_dist.metric_names import metric_names
 
 MAX_VALIDATION_USERS = 5000
-"""As many choose the best epoch: more say little more."""
+"""As many choose settings and epoch: more say little more."""
 USERS_AT_ONCE = 256
+FACTS = "trained"
+"""In the header of a kept model: how it came about."""
 
 log = get_logger("evaluate")
 
 
-def build_rankers(store: HistoryStore, asked: Sequence[str], seed: int, folder: Path) -> dict[str, Ranker]:
+@dataclass(frozen=True, slots=True)
+class Baselines:
+    """Rankers that need no language model."""
+
+    rankers: dict[str, Ranker]
+    tuning: dict[str, Any]
+    """By trained model: its softmax, the chosen point of the grid, all points with their validation metric."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingData:
+    """What the sequential models are made from."""
+
+    store: HistoryStore
+    sequences: Sequence[np.ndarray]
+    """Of the train users: item rows, int32, oldest first, the targets last."""
+    valid: Sequence[UserRow]
+    """Users whose candidates choose settings and epoch."""
+    seed: int
+
+    @property
+    def num_items(self) -> int:
+        return len(self.store.catalogue)
+
+
+def build_rankers(store: HistoryStore, asked: Sequence[str], seed: int, folder: Path) -> Baselines:
     """The asked baselines that need no language model.
 
     Args:
@@ -36,6 +66,9 @@ def build_rankers(store: HistoryStore, asked: Sequence[str], seed: int, folder: 
         asked: names of ``evaluate.baselines``.
         seed: of the models that are trained.
         folder: keeps them.
+
+    Raises:
+        DataError: a model is to be trained without validation users, or a kept one is damaged.
     """
     rankers: dict[str, Ranker] = {}
     if "popularity" in asked:
@@ -44,50 +77,87 @@ def build_rankers(store: HistoryStore, asked: Sequence[str], seed: int, folder: 
         rankers["recency"] = one_by_one(by_count(store.count_items("train", "targets")))
     if "bm25" in asked:
         rankers["bm25"] = one_by_one(Bm25(store.catalogue.texts()))
-    for name in MODELS:
-        if name in asked:
-            rankers[name] = trained(store, name, seed, folder)
-    return rankers
+    tuning, names = {}, [name for name in MODELS if name in asked]
+    data = read_training_data(store, names, seed) if names else None
+    for name in names:
+        rankers[name], tuning[name] = tuned(data, name, folder)
+    return Baselines(rankers, tuning)
 
 
-def trained(store: HistoryStore, name: str, seed: int, folder: Path) -> SequentialRanker:
-    """A sequential model of these histories and this seed: the one that is kept, or one trained here.
-
-    Raises:
-        DataError: there are no validation users, or the kept one is damaged.
-    """
-    settings = SequentialSettings()
-    path = folder / f"{name}-{digest([store.manifest_hash, seed, asdict(settings)])[:16]}.safetensors"
-    if not path.is_file():
-        ranker = train_on(store, name, seed, settings)
-        with atomic_file(path, "wb") as stream:
-            stream.write(save(ranker.model.state_dict()))
-        return ranker
-    ranker = make_ranker(name, len(store.catalogue), settings)
-    try:
-        ranker.model.load_state_dict(load_file(path))
-    except (SafetensorError, RuntimeError) as error:
-        raise DataError(f"{path}: not a {name} of these histories ({error}); remove it") from None
-    log.info("%s: trained before: %s", name, path)
-    return ranker
-
-
-def train_on(store: HistoryStore, name: str, seed: int, settings: SequentialSettings) -> SequentialRanker:
-    """A sequential model of the train users; its best epoch is chosen on the first validation users' candidates.
+def read_training_data(store: HistoryStore, names: Sequence[str], seed: int) -> TrainingData:
+    """Sequences of the train users, and the first validation users.
 
     Raises:
         DataError: there are no validation users.
     """
     if not store.num_users("valid"):
         raise DataError(
-            f"evaluate.baselines: {name} chooses its best epoch on the validation users, and there are none; give "
-            "data.split a share for them, or leave it out"
+            f"evaluate.baselines: {' and '.join(names)} are tuned on the validation users, and there are none; give "
+            "data.split a share for them, or leave them out"
         )
-    sequences = store.sequences("train", settings.max_length + 1)
     valid = [store.user("valid", index) for index in range(min(store.num_users("valid"), MAX_VALIDATION_USERS))]
-    log.info("%s: training on %d users, the best epoch by NDCG@10 of %d others", name, len(sequences), len(valid))
-    num_items = len(store.catalogue)
-    return train_sequential(name, sequences, num_items, lambda ranker: mean_ndcg(ranker, valid), seed, settings)
+    return TrainingData(store, store.sequences("train", SequentialSettings().max_length + 1), valid, seed)
+
+
+def tuned(data: TrainingData, name: str, folder: Path) -> tuple[SequentialRanker, dict[str, Any]]:
+    """The model of the grid that ranks the validation users best, and how it was found."""
+    grid = make_grid(list(map(len, data.sequences)), data.num_items)
+    num_negatives = grid[0].num_negatives
+    softmax = f"{num_negatives} of {data.num_items} items, sampled" if num_negatives else f"all {data.num_items} items"
+    log.info("%s: softmax over %s; %d of %d settings are tried", name, softmax, len(grid), len(GRID))
+    found = []
+    for settings in grid:
+        model = trained(data, name, settings, folder)
+        found.append(model)
+        log.info("%s: %s", name, _in_words(settings, model))
+    best = max(found, key=lambda model: model.ndcg)
+    return best.ranker, {
+        "softmax": softmax,
+        "batch_size": grid[0].batch_size,
+        "train_users": len(data.sequences),
+        "valid_users": len(data.valid),
+        "chosen": grid[found.index(best)].point,
+        "tried": [settings.point | model.facts for settings, model in zip(grid, found, strict=True)],
+        "not_tried": len(GRID) - len(grid),
+    }
+
+
+def _in_words(settings: SequentialSettings, model: Trained) -> str:
+    point = ", ".join(f"{key} {value}" for key, value in settings.point.items())
+    return f"{point}: validation NDCG@10 {model.ndcg:.4f}, epoch {model.best_epoch} of {model.num_epochs}"
+
+
+def trained(data: TrainingData, name: str, settings: SequentialSettings, folder: Path) -> Trained:
+    """A model of these histories, seed and settings: the one that is kept, or one trained here.
+
+    Raises:
+        DataError: the kept one is damaged.
+    """
+    key = digest([data.store.manifest_hash, data.seed, asdict(settings)])
+    path = folder / f"{name}-{key[:16]}.safetensors"
+    if path.is_file():
+        return read_trained(path, name, data.num_items, settings)
+    model = train_sequential(
+        name, data.sequences, data.num_items, lambda ranker: mean_ndcg(ranker, data.valid), data.seed, settings
+    )
+    with atomic_file(path, "wb") as stream:
+        stream.write(save(model.ranker.model.state_dict(), {FACTS: json.dumps(model.facts)}))
+    return model
+
+
+def read_trained(path: Path, name: str, num_items: int, settings: SequentialSettings) -> Trained:
+    """A kept model.
+
+    Raises:
+        DataError: it is damaged.
+    """
+    ranker = make_ranker(name, num_items, settings)
+    try:
+        with safe_open(path, "pt") as kept:
+            ranker.model.load_state_dict({key: kept.get_tensor(key) for key in kept.keys()})  # noqa: SIM118
+            return Trained(ranker, **json.loads(kept.metadata()[FACTS]))
+    except (SafetensorError, RuntimeError, TypeError, ValueError, KeyError) as error:
+        raise DataError(f"{path}: not a {name} of these histories ({error}); remove it") from None
 
 
 def mean_ndcg(ranker: Ranker, rows: Sequence[UserRow]) -> float:

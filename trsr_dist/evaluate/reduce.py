@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from trsr_dist.data.store import HistoryStore
-from trsr_dist.evaluate.baselines import Ranker
 from trsr_dist.evaluate.calibration import has_scale
 from trsr_dist.evaluate.coverage import Expected
 from trsr_dist.evaluate.evaluation import Evaluation
@@ -19,13 +18,13 @@ from trsr_dist.evaluate.examples import NUM_EXAMPLES, build_example
 from trsr_dist.evaluate.outcomes import OutcomeTable
 from trsr_dist.evaluate.parts import split_parts
 from trsr_dist.evaluate.passes import ScoringPass
-from trsr_dist.evaluate.rankers import build_rankers
+from trsr_dist.evaluate.rankers import Baselines, build_rankers
 from trsr_dist.evaluate.results import ModelScores, RankedSystems, ResultSettings, build_results, system_results
 from trsr_dist.evaluate.score_files import UserScores
 from trsr_dist.evaluate.scores import ScoreFolder
 from trsr_dist.evaluate.slices import UserFacts
 from trsr_dist.evaluate.split import SplitUsers
-from trsr_dist.evaluate.stored import StoredSplit, StoredUser, rank_all, user_facts
+from trsr_dist.evaluate.stored import StoredSplit, StoredUser, labels_of, rank_all, user_facts
 from trsr_dist.hashing import ListDigest
 from trsr_dist.log import progress
 from trsr_dist.records import Sample
@@ -109,9 +108,9 @@ class Reduction:
         self._folders = folders
 
     @cached_property
-    def _rankers(self) -> dict[str, Ranker]:
-        config, folder = self._job.config, self._job.output / "baselines"
-        return build_rankers(self._store, config.evaluate.baselines, config.run.seed, folder)
+    def _baselines(self) -> Baselines:
+        config = self._job.config
+        return build_rankers(self._store, config.evaluate.baselines, config.run.seed, self._job.baselines)
 
     def missing(self, entry: ScoringPass) -> list[int]:
         """Parts of a pass that nobody has scored yet."""
@@ -144,6 +143,7 @@ class Reduction:
         }
         tail = {
             "protocols": {protocol: self._protocol(protocol, settings) for protocol in self._job.protocols},
+            "baseline_training": self._baselines.tuning,
             "trims": dict(sorted(own.trims.items())),
             "provenance": provenance,
         }
@@ -192,12 +192,11 @@ class Reduction:
         """Of all systems, those without a language model too."""
         scores = {"random": [np.zeros(len(user.candidates)) for user in stored]}
         scores |= {name: [user.scores for user in found] for name, found in scored.items()}
-        return scores | {name: rank_all(ranker, stored) for name, ranker in self._rankers.items()}
+        return scores | {name: rank_all(ranker, stored) for name, ranker in self._baselines.rankers.items()}
 
     def _expected(self, user: StoredUser) -> Expected:
-        labels = dict(zip(user.row.candidates, user.row.labels, strict=True))
         items = [self._store.catalogue.id(item) for item in user.candidates]
-        return user.row.user, items, [labels.get(item, 0) for item in user.candidates]
+        return user.row.user, items, labels_of(user)
 
     def _settings(self, provenance: dict[str, Any]) -> ResultSettings:
         evaluate, train = self._job.config.evaluate, provenance.get("train", {})

@@ -73,19 +73,25 @@ def build_results(
 
 def system_results(systems: RankedSystems, settings: ResultSettings) -> dict[str, Any]:
     """The systems' metrics on one kind of candidate lists, with intervals and paired differences."""
-    outcomes = systems.outcomes
-    others = [name for name in outcomes if name != "model"]
-    return {
-        "num_users": len(outcomes["model"]),
-        "num_candidates": systems.num_candidates,
+    others = [name for name in systems.outcomes if name != "model"]
+    return baseline_results(systems, settings) | {
         "metrics": _means(systems, "model", settings),
         "confidence": _intervals(systems, "model", settings),
         "tie_rate": _tie_rate(systems, "model"),
-        "baselines": {name: _means(systems, name, settings) for name in others},
-        "baseline_confidence": {name: _intervals(systems, name, settings) for name in others},
-        "baseline_tie_rate": {name: _tie_rate(systems, name) for name in others if name != "random"},
         "personalization_gain": _differences(systems, "control", settings) if "control" in others else {},
         "differences": {name: _differences(systems, name, settings) for name in others if name != "control"},
+    }
+
+
+def baseline_results(systems: RankedSystems, settings: ResultSettings) -> dict[str, Any]:
+    """The metrics of all but the model, with intervals."""
+    names = [name for name in systems.outcomes if name != "model"]
+    return {
+        "num_users": len(systems.outcomes["random"]),
+        "num_candidates": systems.num_candidates,
+        "baselines": {name: _means(systems, name, settings) for name in names},
+        "baseline_confidence": {name: _intervals(systems, name, settings) for name in names},
+        "baseline_tie_rate": {name: _tie_rate(systems, name) for name in names if name != "random"},
     }
 
 

@@ -41,6 +41,11 @@ class StoredSplit:
             raise self._stale(f"user {user!r} of the shards is not in the history store")
         return self._store.user(self._split, self._places[user])
 
+    def stored(self, user: str) -> StoredUser:
+        """A user with the prepared candidates."""
+        row = self.row(user)
+        return StoredUser(row, row.candidates)
+
     def find(self, user: str, items: list[str]) -> StoredUser:
         """The row of a user and the item rows of the sample's candidates."""
         row = self.row(user)
@@ -51,6 +56,12 @@ class StoredSplit:
 
     def _stale(self, what: str) -> DataError:
         return DataError(f"{self._split}: {what}; run launch/summarize.py again")
+
+
+def labels_of(user: StoredUser) -> list[int]:
+    """Of the candidates: 1 for a target, 0 for a negative."""
+    labels = dict(zip(user.row.candidates, user.row.labels, strict=True))
+    return [labels.get(item, 0) for item in user.candidates]
 
 
 def rank_all(ranker: Ranker, users: Sequence[StoredUser]) -> list[np.ndarray]:

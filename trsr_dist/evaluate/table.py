@@ -38,10 +38,11 @@ def format_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, S
 
 
 def metric_table(results: Mapping[str, Any], metrics: Sequence[str], title: str) -> str:
-    """The systems' metrics in the order of ``SYSTEMS``, and below them the personalization gain."""
-    systems = {**results["baselines"], "model": results["metrics"]}
+    """The systems' metrics in the order of ``SYSTEMS``, and below them the personalization gain; of the baselines alone
+    where no model was ranked."""
+    systems = results["baselines"] | ({"model": results["metrics"]} if "metrics" in results else {})
     rows = [(SYSTEMS[name], [f"{values[metric]:.4f}" for metric in metrics]) for name, values in ordered(systems)]
-    gain = results["personalization_gain"]
+    gain = results.get("personalization_gain")
     if gain:
         rows.append((GAIN, [f"{gain[metric]['mean']:+.4f}" for metric in metrics]))
     return format_table(title, [column_title(metric) for metric in metrics], rows)
