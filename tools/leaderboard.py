@@ -10,11 +10,9 @@ import argparse
 import shlex
 import sys
 
-import yaml
-
 from trsr_dist.cli import path, run_command
-from trsr_dist.config import dump_config, load_config
-from trsr_dist.evaluate.leaderboard import flat, read_entries, write_leaderboard
+from trsr_dist.config import load_config
+from trsr_dist.evaluate.leaderboard import read_entries, write_leaderboard
 
 EXAMPLE = "python tools/leaderboard.py runs/real-* --config configs/smollm2.yaml --output docs/real_results"
 
@@ -30,7 +28,7 @@ def main() -> None:
     parser.add_argument("--split", default="test", choices=("valid", "test"))
     parser.add_argument("--note", type=path, metavar="FILE", help="text that stands above the tables")
     args = parser.parse_args()
-    shared = flat(yaml.safe_load(dump_config(load_config(args.config))))
+    shared = load_config(args.config)
     entries = [entry for run in args.runs for entry in read_entries(run, shared, args.split)]
     command = f"python tools/leaderboard.py {shlex.join(sys.argv[1:])}"
     note = args.note.read_text(encoding="utf-8").strip() if args.note else "# Results"

@@ -46,7 +46,7 @@ def cluster_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--hardware", default="h100", metavar="H", help=f"device: {names} (default: %(default)s)")
     add("--nodes", type=int, default=1, metavar="N", help="default: %(default)s")
     add("--devices-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
-    add("--mfu", type=float, metavar="X", help="share of the peak that is reached (default: 0.4, 0.6 on CPU cores)")
+    add("--mfu", type=float, metavar="X", help="share of the peak that is reached (default: as usual on that hardware)")
     add("--price", type=float, default=0.0, metavar="X", help="of one device for an hour")
     return parser
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import pytest
 
 from tests.evaluate.world import numbers_of
 from tests.spawn import run_script
+from trsr_dist.config import load_config
 from trsr_dist.errors import DataError
-from trsr_dist.evaluate.leaderboard import read_entries
+from trsr_dist.evaluate.leaderboard import markdown, read_entries
 
 
 @pytest.fixture
@@ -31,15 +33,15 @@ def folder(run: Path, alone: Path, tmp_path: Path) -> Path:
     return made
 
 
-def test_a_row_has_the_results_and_the_costs(alone: Path, folder: Path) -> None:
-    (entry,) = read_entries(folder, {}, "test")
+def test_a_row_has_the_results_and_the_costs(run: Path, alone: Path, folder: Path) -> None:
+    (entry,) = read_entries(folder, load_config(run / "config.yaml"), "test")
     results = numbers_of(alone)
     assert entry.metric == "recall@3" and entry.systems["model"] == results["metrics"]
     assert entry.systems["bm25"] == results["baselines"]["popularity"]
     assert entry.gain == results["personalization_gain"]["recall@3"]
     assert entry.against["bm25"] == results["differences"]["popularity"]["recall@3"]
     assert entry.tokens_per_user == pytest.approx(400)
-    assert entry.num_steps == 50
+    assert entry.num_steps == 50 and entry.settings == {}
     assert entry.train_hours == pytest.approx(180 / 3600), "the night without a node is no work"
 
 
@@ -60,6 +62,21 @@ def test_the_command_writes_both_files(run: Path, folder: Path, tmp_path: Path) 
     assert [entry["run"] for entry in runs] == ["one", "two"]
 
 
-def test_a_run_without_results_is_named(tmp_path: Path) -> None:
+def test_baselines_that_differ_between_runs_have_a_row_each(run: Path, folder: Path, tmp_path: Path) -> None:
+    """Runs of equal candidates may have other histories, so another BM25; and another model is a setting."""
+    other = shutil.copytree(folder, tmp_path / "two")
+    results = json.loads((other / "evaluation" / "test.json").read_text())
+    results["baselines"]["bm25"]["recall@1"] = 0.5
+    (other / "evaluation" / "test.json").write_text(json.dumps(results))
+    config = other / "config" / "evaluate.yaml"
+    config.write_text(re.sub(r"name_or_path: \S+", "name_or_path: /models/Other-1B", config.read_text()))
+    shared = load_config(run / "config.yaml")
+    entries = [entry for place in (folder, other) for entry in read_entries(place, shared, "test")]
+    table = markdown(entries, "# Head")
+    assert "| BM25 (one) |" in table and "| BM25 (two) | 0.5000 |" in table and "| random |" in table
+    assert "* `two`: `model.name_or_path=other-1b`" in table
+
+
+def test_a_run_without_results_is_named(run: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="none/evaluation/test.json: not there; run tools/evaluate.py"):
-        read_entries(tmp_path / "none", {}, "test")
+        read_entries(tmp_path / "none", load_config(run / "config.yaml"), "test")

@@ -30,13 +30,15 @@ BACKENDS = ["cpu", "dense"]
 HEADS = [0, 12]
 
 
-def one_by_one(model: nn.Module, row: PackedRow) -> tuple[torch.Tensor, torch.Tensor]:
+def one_by_one(
+    model: nn.Module, row: PackedRow, answers: tuple[int, int] = ANSWERS
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The oracle: every prompt alone through the stock model, nothing of this project in it."""
     model.zero_grad()
     logits = []
     for prompt, label in zip(separate_prompts(row), row.labels, strict=True):
         output = model(input_ids=torch.tensor(prompt)[None]).logits[:, -1]
-        target = torch.tensor([ANSWERS[0] if label else ANSWERS[1]])
+        target = torch.tensor([answers[0] if label else answers[1]])
         nn.functional.cross_entropy(output.float(), target, reduction="sum").backward()
         logits.append(output.detach().float())
     return torch.cat(logits), gradients(model)

@@ -105,7 +105,7 @@ def run(model: Recommender, row: PackedRow, want: str = "logits") -> tuple[torch
     """Outputs, and the LoRA gradients of the answers' cross-entropy."""
     inputs = RowInputs(row, CPU)
     output = model(inputs, want)
-    targets = torch.where(inputs.labels > 0, *ANSWERS) if want == "logits" else 1 - inputs.labels
+    targets = torch.where(inputs.labels > 0, *model.answer_ids) if want == "logits" else 1 - inputs.labels
     nn.functional.cross_entropy(output.float(), targets, reduction="sum").backward()
     return output.detach().float(), gradients(model)
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.prompts.real import NAMES, real_tokenizer
 from tests.prompts.test_builder import make_sample
+from tests.real.assets import REAL, real_tokenizer
 from tests.tokenizers import (
     CHAT_TEMPLATE,
     TEXTS,
@@ -105,7 +105,7 @@ def prompts_of(
 
 
 @pytest.mark.parametrize("style", ["plain", "auto"])
-@pytest.mark.parametrize("name", [*MADE, *NAMES])
+@pytest.mark.parametrize("name", [*MADE, *REAL])
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_texts_make_no_control_token(name: str, style: str, data: st.DataObject) -> None:
@@ -125,7 +125,7 @@ def test_texts_make_no_control_token(name: str, style: str, data: st.DataObject)
 
 
 @pytest.mark.parametrize("style", ["plain", "auto"])
-@pytest.mark.parametrize("name", [*MADE, *NAMES])
+@pytest.mark.parametrize("name", [*MADE, *REAL])
 def test_ordinary_prompts_are_tokenized_as_one_string(name: str, style: str) -> None:
     """Control tokens spelt in texts are the only ones that the plain way would read otherwise."""
     tokenizer = tokenizer_of(name)
@@ -143,7 +143,7 @@ def test_ordinary_prompts_are_tokenized_as_one_string(name: str, style: str) -> 
         assert ids[0] == tokenizer.bos_token_id and ids.count(tokenizer.bos_token_id) == 1
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", REAL)
 def test_answers_of_real_tokenizers_are_single_tokens_and_suffixes_short(name: str) -> None:
     tokenizer = real_tokenizer(name)
     builder = PromptBuilder(tokenizer, **PromptSection().model_dump())
@@ -152,7 +152,7 @@ def test_answers_of_real_tokenizers_are_single_tokens_and_suffixes_short(name: s
     assert len(user.prefix) > 60 and max(map(len, user.suffixes)) < 60
 
 
-@pytest.mark.parametrize("name", [*MADE, *NAMES])
+@pytest.mark.parametrize("name", [*MADE, *REAL])
 def test_the_attack_of_a_title_stays_a_title(name: str) -> None:
     tokenizer = tokenizer_of(name)
     names = [str(token) for token in tokenizer.added_tokens_decoder.values()]
@@ -266,7 +266,7 @@ def test_variables_that_no_template_can_have_are_refused() -> None:
         PromptBuilder(byte_level(chat=True), chat_template_kwargs={"tokenize": True})
 
 
-@pytest.mark.parametrize("name", ["made", "qwen3"])
+@pytest.mark.parametrize("name", ["made", *(case for case in REAL if case.values == ("qwen3",))])
 def test_the_answer_comes_before_any_thought(name: str) -> None:
     tokenizer = real_tokenizer(name) if name == "qwen3" else with_template(THINKING_TEMPLATE)
     builder = PromptBuilder(tokenizer, **PromptSection().model_dump())

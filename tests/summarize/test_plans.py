@@ -7,6 +7,7 @@ from trsr_dist.prompts.wording import block_instruction, merge_instruction, upda
 from trsr_dist.summarize.plans import planner, schemes, writer
 from trsr_dist.summarize.plans.graph import Plan, children, heights, node_prompt
 from trsr_dist.summarize.plans.hierarchical import plan as hierarchical
+from trsr_dist.summarize.plans.raw import VERSION
 from trsr_dist.summarize.plans.raw import text as raw_text
 from trsr_dist.summarize.plans.recurrent import plan as recurrent
 from trsr_dist.words import count_words
@@ -88,6 +89,7 @@ def test_schemes_without_prompts_are_those_that_the_config_knows() -> None:
 )
 def test_raw_shows_the_latest_of_the_older_items_in_their_order(num_recent: int, max_words: int, expected: str) -> None:
     assert raw_text(["a one", "b two", "c three", "d four"], num_recent, max_words) == expected
+    assert VERSION == 1, "other texts have another version"
 
 
 def test_raw_fills_the_budget_and_never_exceeds_it() -> None:

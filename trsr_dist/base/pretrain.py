@@ -8,9 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn import functional
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from trsr_dist.base.muon import Muon
 
 WARMUP_SHARE = 0.05
 ADAM_RATE = 0.5

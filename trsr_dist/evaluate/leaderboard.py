@@ -13,8 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
+from trsr_dist.config import Config, load_config
 from trsr_dist.errors import DataError
 from trsr_dist.evaluate.table import SYSTEMS, column_title
 from trsr_dist.files import atomic_file, read_json, write_json
@@ -23,10 +22,12 @@ from trsr_dist.metric_names import headline
 
 RIVALS = ("bm25", "sasrec")
 """What users would take instead."""
-WITHOUT_TRAINING = ("random", "popularity", "recency", "bm25", "gru4rec", "sasrec", "base")
+OF_A_RUN = ("model", "no_summary", "no_recent", "control")
+"""Systems that are the run's own model; the others may be the same in several runs."""
 PAUSE = 10
 """A step that took so many times the median was an interruption."""
-NOT_SETTINGS = ("run.dir", "run.tensorboard", "data.path", "model.name_or_path")
+NOT_SETTINGS = ("run.dir", "run.tensorboard", "data.path")
+MODEL = "model.name_or_path"
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ class Entry:
 
     run: str
     data: str
+    split: str
     candidates: str
     candidate_hash: str
     num_users: int
@@ -55,47 +57,49 @@ class Entry:
     tokens_per_user: float
     """Read in training, the prefix counted once."""
     train_hours: float
+    """From the first logged step to the last, interruptions left out."""
     num_steps: int
 
 
-def read_entries(folder: Path, shared: Mapping[str, Any], split: str) -> list[Entry]:
+def read_entries(folder: Path, shared: Config, split: str) -> list[Entry]:
     """The results of a run: on its own candidate lists, and on those of further protocols.
 
     Args:
         folder: of the run.
-        shared: flat settings that all runs are compared with.
+        shared: the config that the runs' settings are compared with.
         split: whose results.
 
     Raises:
         DataError: the run has no results.
+        ConfigError: the config it was evaluated with is gone or unreadable.
     """
     path = folder / "evaluation" / f"{split}.json"
     if not path.is_file():
         raise DataError(f"{path}: not there; run tools/evaluate.py on this run first")
     results, rows = read_json(path), list(read_metrics(folder))
-    settings = flat(yaml.safe_load((folder / "config" / "evaluate.yaml").read_text(encoding="utf-8")))
+    config = load_config(folder / "config" / "evaluate.yaml")
+    changed = changed_settings(config, shared)
     lists = {results["candidates"]: results, **results["protocols"]}
-    return [_entry(folder.name, name, found, settings, shared, rows) for name, found in lists.items()]
+    return [_entry(folder.name, split, name, found, config, changed, rows) for name, found in lists.items()]
 
 
 def _entry(
-    run: str, candidates: str, found: Any, settings: dict[str, Any], shared: Mapping[str, Any], rows: list[Any]
+    run: str, split: str, candidates: str, found: Any, config: Config, changed: dict[str, Any], rows: list[Any]
 ) -> Entry:
     trained = [row for row in rows if row["stage"] == "train" and "train/tokens_per_second" in row]
     evaluated = [row["time"] for row in rows if row["stage"] == "evaluate"]
-    metric = headline(tuple(settings["evaluate.top_k"]))
+    metric = headline(config.evaluate.top_k)
     differences = {rival: values[metric] for rival, values in found["differences"].items()}
     return Entry(
         run=run,
-        data=settings["data.format"],
+        data=config.data.format,
+        split=split,
         candidates=candidates,
         candidate_hash=found["candidate_hash"],
         num_users=found["num_users"],
         metric=metric,
         date=datetime.fromtimestamp(max(evaluated), UTC).date().isoformat() if evaluated else "",
-        settings={
-            key: value for key, value in settings.items() if shared.get(key) != value and key not in NOT_SETTINGS
-        },
+        settings=changed,
         systems={**found["baselines"], "model": found["metrics"]},
         intervals=_intervals(found, metric),
         gain=found["personalization_gain"].get(metric, {}),
@@ -123,12 +127,16 @@ def _working_seconds(times: Sequence[float]) -> Iterator[float]:
     return (gap for gap in gaps if gap <= PAUSE * usual)
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as ``section.key``."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
+def changed_settings(config: Config, shared: Config) -> dict[str, Any]:
+    """Settings as ``section.key`` that differ; of a model its name alone, wherever its folder lies."""
+    found, before = _flat(config), _flat(shared)
+    return {key: value for key, value in found.items() if before[key] != value and key not in NOT_SETTINGS}
+
+
+def _flat(config: Config) -> dict[str, Any]:
+    sections = config.model_dump(mode="json").items()
+    found = {f"{section}.{key}": value for section, keys in sections for key, value in keys.items()}
+    return found | {MODEL: Path(found[MODEL]).name.lower()}
 
 
 def markdown(entries: Sequence[Entry], head: str) -> str:
@@ -142,7 +150,7 @@ def markdown(entries: Sequence[Entry], head: str) -> str:
 def _section(group: Sequence[Entry]) -> list[str]:
     first = group[0]
     title = f"## {first.data}, negatives: {first.candidates}"
-    scope = f"{first.num_users} test users, candidate lists {first.candidate_hash[:12]}."
+    scope = f"{first.num_users} {first.split} users, candidate lists {first.candidate_hash[:12]}."
     return ["", title, "", scope, "", *_systems_table(group), "", *_settings_list(group), ""]
 
 
@@ -151,11 +159,17 @@ def _systems_table(group: Sequence[Entry]) -> list[str]:
     titles = [*map(column_title, shown), f"{name} 95%", f"control {name}", f"gain in {name} (95%; p)"]
     titles += [f"{name} - {SYSTEMS[rival]} (p)" for rival in RIVALS] + ["tokens a user", "training", "evaluated"]
     lines = [_row(["system", *titles]), _row(["---"] * (len(titles) + 1))]
-    found = {name: entry for entry in reversed(group) for name in WITHOUT_TRAINING if name in entry.systems}
-    for name in filter(found.get, WITHOUT_TRAINING):
-        cells = _metrics(found[name], name, shown)
-        lines.append(_row([SYSTEMS[name], *cells, *[""] * (len(titles) - len(cells))]))
+    for label, cells in _shared_systems(group, shown):
+        lines.append(_row([label, *cells, *[""] * (len(titles) - len(cells))]))
     return lines + [_row([entry.run, *_metrics(entry, "model", shown), *_judgement(entry)]) for entry in group]
+
+
+def _shared_systems(group: Sequence[Entry], shown: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Names and cells of systems that are not a run's own; where runs differ in one, a row for each."""
+    for name in (name for name in SYSTEMS if name not in OF_A_RUN):
+        rows = {tuple(_metrics(entry, name, shown)): entry.run for entry in reversed(group) if name in entry.systems}
+        for cells, run in reversed(rows.items()):
+            yield SYSTEMS[name] if len(rows) == 1 else f"{SYSTEMS[name]} ({run})", list(cells)
 
 
 def _shown(entry: Entry) -> list[str]:
@@ -199,6 +213,6 @@ def _row(cells: Sequence[str]) -> str:
 
 def write_leaderboard(entries: Sequence[Entry], head: str, output: Path) -> None:
     """``output``.md and ``output``.json."""
-    write_json(output.with_suffix(".json"), {"runs": [asdict(entry) for entry in entries]})
-    with atomic_file(output.with_suffix(".md")) as stream:
+    write_json(f"{output}.json", {"runs": [asdict(entry) for entry in entries]})
+    with atomic_file(f"{output}.md") as stream:
         stream.write(markdown(entries, head))

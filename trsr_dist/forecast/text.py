@@ -27,7 +27,7 @@ def cluster_lines(cluster: Cluster) -> list[str]:
     device = cluster.hardware
     return [
         f"cluster    {cluster.num_nodes} x {cluster.devices_per_node} {device.name}: "
-        f"{device.flops_per_second / 1e12:.3g} TFLOP/s and {device.memory_bytes / GB:.0f} GB each, "
+        f"{device.flops_per_second / 1e12:,.4g} TFLOP/s and {device.memory_bytes / GB:.0f} GB each, "
         f"utilization {cluster.utilization:.0%} (--mfu)"
     ]
 
