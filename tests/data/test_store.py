@@ -108,7 +108,7 @@ def test_rankers_and_lists_read_columns_not_cells(
 
     split = StoredSplit(store, "test")
     monkeypatch.setattr("trsr_dist.data.store.ArrowRows.value", refuse)
-    rankers = build_rankers(store, ["popularity", "recency", "bm25"], 0, tmp_path)
+    rankers = build_rankers(store, ["popularity", "recency", "bm25"], 0, tmp_path).rankers
     items = list(range(len(store.catalogue)))
     assert rankers["recency"]([[0]], [items])[0].tolist() == expected.tolist()
     weights = item_weights("popularity", store)

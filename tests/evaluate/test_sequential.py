@@ -1,6 +1,7 @@
 """The sequential models learn what can only be learned from the order of items."""
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import DataError
-from trsr_dist.evaluate import rankers
+from trsr_dist.evaluate import rankers, sequential
 from trsr_dist.evaluate.grid import GRID, MAX_WORK, NUM_NEGATIVES, WORK_OF_BODY, SequentialSettings, make_grid
 from trsr_dist.evaluate.rankers import build_rankers
 from trsr_dist.evaluate.sequential import MODELS, SequentialRanker, make_embedding, softmax_loss, train_sequential
@@ -89,11 +90,14 @@ def test_trained_models_are_kept_by_histories_settings_and_seed(
     first = build_rankers(store, ["gru4rec"], 0, tmp_path)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 + len(small_grid), "one for each settings"
+    assert "2 of 4 settings are tried, each in at most 1 epochs of " in lines[0]
     assert "gru4rec: hidden_size 8, dropout 0.2, learning_rate 0.001: validation NDCG@10 0." in lines[2]
     times = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     again = build_rankers(store, ["gru4rec"], 0, tmp_path)
     assert again.tuning == first.tuning
-    assert capsys.readouterr().out.splitlines() == lines
+    seconds = re.compile(r", \d+ s$")
+    said = [seconds.sub("", line) for line in capsys.readouterr().out.splitlines()]
+    assert said == [seconds.sub("", line) for line in lines]
     users = ([[1, 2], [3]], [[4, 5], [6]])
     pairs = zip(first.rankers["gru4rec"](*users), again.rankers["gru4rec"](*users), strict=True)
     assert all((one == other).all() for one, other in pairs)
@@ -184,6 +188,14 @@ def test_the_best_epoch_is_kept_and_training_ends_when_it_gets_no_better() -> No
     found = train_sequential("gru4rec", cycles(40, 1), NUM_ITEMS, validate, 3, settings)
     assert found.facts == {"ndcg": 0.3, "best_epoch": 2, "num_epochs": 6}
     assert (found.ranker.model.items.weight == states[1]).all() and (states[1] != states[5]).any()
+
+
+def test_a_long_training_says_where_it_stands(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    setup_logging()
+    monkeypatch.setattr(sequential, "LOG_SECONDS", 0.0)
+    train_sequential("gru4rec", cycles(20, 1), NUM_ITEMS, lambda r: 0.5, 3, replace(SMALL, max_epochs=2))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].endswith("gru4rec: epoch 2 of at most 2, validation NDCG@10 0.5000")
 
 
 def test_arrays_train_as_lists_do() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,12 +105,16 @@ def tuned(data: TrainingData, name: str, folder: Path) -> tuple[SequentialRanker
     grid = make_grid(list(map(len, data.sequences)), data.num_items)
     num_negatives = grid[0].num_negatives
     softmax = f"{num_negatives} of {data.num_items} items, sampled" if num_negatives else f"all {data.num_items} items"
-    log.info("%s: softmax over %s; %d of %d settings are tried", name, softmax, len(grid), len(GRID))
+    log.info(
+        "%s: softmax over %s; %d of %d settings are tried, each in at most %d epochs of %d steps on one core",
+        name, softmax, len(grid), len(GRID), grid[0].max_epochs, -(-len(data.sequences) // grid[0].batch_size),
+    )  # fmt: skip
     found = []
     for settings in grid:
+        started = time.monotonic()
         model = trained(data, name, settings, folder)
         found.append(model)
-        log.info("%s: %s", name, _in_words(settings, model))
+        log.info("%s: %s, %.0f s", name, _in_words(settings, model), time.monotonic() - started)
     best = max(found, key=lambda model: model.ndcg)
     return best.ranker, {
         "softmax": softmax,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +20,16 @@ from torch import nn
 from torch.nn import functional
 
 from trsr_dist.evaluate.grid import SequentialSettings
-from trsr_dist.log import progress
+from trsr_dist.log import get_logger, progress
 
 PADDING = 0
 """Embedding row of padding; item row i has embedding row i + 1."""
 INITIAL_DEVIATION = 0.1
 """Of item embeddings. With the published 0.01 to 0.02 the softmax stands at chance for as many steps again."""
+LOG_SECONDS = 600.0
+"""A long training says after so many where it stands; on a terminal a bar does."""
+
+log = get_logger("evaluate")
 
 
 class Gru4Rec(nn.Module):
@@ -172,7 +177,7 @@ def train_sequential(
         ranker = make_ranker(name, num_items, settings)
         model = ranker.model
         generator, optimizers = torch.Generator().manual_seed(seed), make_optimizers(model, settings.learning_rate)
-        best, best_epoch, best_state, epoch = -math.inf, 0, model.state_dict(), 0
+        best, best_epoch, best_state, epoch, said = -math.inf, 0, model.state_dict(), 0, time.monotonic()
         for epoch in progress(range(1, settings.max_epochs + 1), description=name, unit="epoch"):
             _train_epoch(model, optimizers, sequences, generator, settings)
             metric = validate(ranker)
@@ -180,6 +185,9 @@ def train_sequential(
                 best, best_epoch, best_state = metric, epoch, copy.deepcopy(model.state_dict())
             if epoch >= settings.min_epochs and epoch - best_epoch >= settings.patience_epochs:
                 break
+            if time.monotonic() - said >= LOG_SECONDS:
+                said = time.monotonic()
+                log.info("%s: epoch %d of at most %d, validation NDCG@10 %.4f", name, epoch, settings.max_epochs, best)
         model.load_state_dict(best_state)
     return Trained(ranker, best, best_epoch, epoch)
 
