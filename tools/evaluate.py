@@ -30,7 +30,7 @@ def main() -> int:
 
         return dry_run(config, Request.of(args), "evaluate")
     if not args.model:
-        from trsr_dist.evaluate.bar import evaluate_baselines
+        from trsr_dist.evaluate.job import evaluate_baselines
 
         return evaluate_baselines(config, args.output)
     from trsr_dist.evaluate.job import evaluate

@@ -10,9 +10,8 @@ from trsr_dist.data.prepare import prepare
 from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.errors import DataError, TrsrError
-from trsr_dist.evaluate.protocols import DrawnLists, first_times, item_weights, targets_of
-from trsr_dist.evaluate.rankers import build_rankers
-from trsr_dist.evaluate.stored import StoredSplit
+from trsr_dist.evaluate.baselines import build_rankers
+from trsr_dist.evaluate.users import DrawnLists, StoredSplit, first_times, item_weights, targets_of
 from trsr_dist.files import read_json, write_json
 from trsr_dist.summarize.job import summarize
 

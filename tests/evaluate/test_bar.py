@@ -9,8 +9,7 @@ from tests.evaluate.world import numbers_of, write_config
 from tests.spawn import run_script
 from trsr_dist.config import load_config
 from trsr_dist.errors import ConfigError, RunError
-from trsr_dist.evaluate.bar import evaluate_baselines
-from trsr_dist.evaluate.job import evaluate
+from trsr_dist.evaluate.job import evaluate, evaluate_baselines
 from trsr_dist.files import read_json
 
 ASKED = ["evaluate.baselines=[popularity,recency,bm25]"]

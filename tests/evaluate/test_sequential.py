@@ -11,10 +11,21 @@ import torch
 
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import DataError
-from trsr_dist.evaluate import rankers, sequential
-from trsr_dist.evaluate.grid import GRID, MAX_WORK, NUM_NEGATIVES, WORK_OF_BODY, SequentialSettings, make_grid
-from trsr_dist.evaluate.rankers import build_rankers
-from trsr_dist.evaluate.sequential import MODELS, SequentialRanker, make_embedding, softmax_loss, train_sequential
+from trsr_dist.evaluate import baselines, sequential
+from trsr_dist.evaluate.baselines import build_rankers
+from trsr_dist.evaluate.sequential import (
+    GRID,
+    MAX_WORK,
+    MODELS,
+    NUM_NEGATIVES,
+    WORK_OF_BODY,
+    SequentialRanker,
+    SequentialSettings,
+    make_embedding,
+    make_grid,
+    softmax_loss,
+    train_sequential,
+)
 from trsr_dist.log import setup_logging
 
 NUM_ITEMS = 30
@@ -78,7 +89,7 @@ TINY = SequentialSettings(hidden_size=8, max_epochs=2)
 @pytest.fixture
 def small_grid(monkeypatch: pytest.MonkeyPatch) -> list[SequentialSettings]:
     grid = [replace(TINY, hidden_size=4, max_epochs=1), TINY]
-    monkeypatch.setattr(rankers, "make_grid", lambda lengths, num_items: grid)
+    monkeypatch.setattr(baselines, "make_grid", lambda lengths, num_items: grid)
     return grid
 
 
