@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trsr_dist.evaluate.parts import split_parts
+from trsr_dist.evaluate.passes import split_parts
 from trsr_dist.forecast.workload import SplitWork
 from trsr_dist.planning.communication import bytes_sent_per_step
 from trsr_dist.planning.cost import Cluster, Cost, scoring_cost, training_cost
