@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.data_plane import mix_windows
+from benchmarks.mixes import MIND
 from tests.shards.world import make_builder, make_split
-from trsr_dist.benchmarks.data_plane import mix_windows
-from trsr_dist.benchmarks.mixes import MIND
 from trsr_dist.forecast.simulation import EpochRows, divide, epoch_rows, run_with_failures
 from trsr_dist.hashing import random_stream
 from trsr_dist.planning.restarts import Restarts, best_interval

@@ -3,8 +3,8 @@
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from trsr_dist.benchmarks.common import peak_bytes
-from trsr_dist.benchmarks.ways import ANSWERS, make_user
+from benchmarks.common import peak_bytes
+from benchmarks.ways import ANSWERS, make_user
 from trsr_dist.environment import return_large_blocks
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.lora import add_lora

@@ -14,7 +14,7 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
-from trsr_dist.benchmarks.ways import ANSWERS, make_user
+from benchmarks.ways import ANSWERS, make_user
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.loading import load_base
 from trsr_dist.model.lora import add_lora

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from trsr_dist.benchmarks.common import Row
-from trsr_dist.benchmarks.ways import (
+from benchmarks.common import Row
+from benchmarks.ways import (
     ANSWERS,
     INSTRUCTION,
     PREFIXES,

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from trsr_dist.benchmarks.common import Row, rate_row, ratio_row, timed
+from benchmarks.common import Row, rate_row, ratio_row, timed
 from trsr_dist.planning.shape import ATTENTION_MODULES
 from trsr_dist.planning.tokens import Workload, shared_workload, triangle
 from trsr_dist.records import TokenizedUser

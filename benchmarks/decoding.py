@@ -7,8 +7,8 @@ from statistics import median
 
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trsr_dist.benchmarks.common import Row, timed
-from trsr_dist.benchmarks.summarize import TOKENS_IN, answers_of, ragged
+from benchmarks.common import Row, timed
+from benchmarks.summarize import TOKENS_IN, answers_of, ragged
 from trsr_dist.forecast.summaries import SummaryWork, generation
 from trsr_dist.planning.cost import Cluster, generation_cost
 from trsr_dist.planning.hardware import Hardware

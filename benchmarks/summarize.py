@@ -18,8 +18,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trsr_dist.benchmarks.common import Row, rate_row, ratio_row, timed
-from trsr_dist.benchmarks.ways import matrix_rate
+from benchmarks.common import Row, rate_row, ratio_row, timed
+from benchmarks.ways import matrix_rate
 from trsr_dist.hashing import random_stream
 from trsr_dist.planning.flops import forward_flops
 from trsr_dist.planning.shape import ModelShape

@@ -15,9 +15,9 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from trsr_dist.benchmarks.common import Row, in_child, peak_bytes
-from trsr_dist.benchmarks.data_plane import simulations
-from trsr_dist.benchmarks.ways import (
+from benchmarks.common import Row, in_child, peak_bytes
+from benchmarks.data_plane import simulations
+from benchmarks.ways import (
     ANSWERS,
     LORA_RANK,
     TARGETS,

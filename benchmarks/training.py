@@ -22,9 +22,9 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from trsr_dist.benchmarks.common import Row
-from trsr_dist.benchmarks.mixes import AMAZON, MIND, Mix
-from trsr_dist.benchmarks.ways import (
+from benchmarks.common import Row
+from benchmarks.mixes import AMAZON, MIND, Mix
+from benchmarks.ways import (
     ANSWERS,
     INSTRUCTION,
     LORA_RANK,

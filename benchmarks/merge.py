@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from trsr_dist.benchmarks.common import Row, in_child, peak_bytes, rate_row, ratio_row, timed
+from benchmarks.common import Row, in_child, peak_bytes, rate_row, ratio_row, timed
 from trsr_dist.files import sync_path, write_json
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge

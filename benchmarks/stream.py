@@ -15,7 +15,7 @@ import webdataset as wds
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from trsr_dist.benchmarks.common import Row, Timer, rate_row, ratio_row, timed
+from benchmarks.common import Row, Timer, rate_row, ratio_row, timed
 from trsr_dist.files import sync_path
 from trsr_dist.hashing import random_stream
 from trsr_dist.planning.flops import training_flops

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from trsr_dist.benchmarks.common import Row
-from trsr_dist.benchmarks.mixes import AMAZON, MIND, Mix
+from benchmarks.common import Row
+from benchmarks.mixes import AMAZON, MIND, Mix
 from trsr_dist.forecast.simulation import Loads, divide, epoch_rows, run_with_failures
 from trsr_dist.hashing import random_stream
 from trsr_dist.planning.restarts import Restarts, best_interval

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from trsr_dist.benchmarks.common import Row
+from benchmarks.common import Row
 
 SUITES = ("training", "scoring", "stream", "summarize", "merge", "planner", "trl", "gpu")
 ALL = "all"
@@ -36,7 +36,7 @@ def run_suites(asked: str, scale: float | None, show: Callable[[list[Row]], str]
 
 def load_suite(name: str) -> Callable[[float], list[Row]]:
     """The ``run`` of a suite; its argument multiplies the suite's sizes."""
-    return importlib.import_module(f"trsr_dist.benchmarks.{name}").run
+    return importlib.import_module(f"benchmarks.{name}").run
 
 
 def chosen(asked: str) -> tuple[str, ...]:

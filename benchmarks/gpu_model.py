@@ -16,8 +16,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from trsr_dist.benchmarks.common import Row, rate_row, ratio_row
-from trsr_dist.benchmarks.ways import ANSWERS, INSTRUCTION, LORA_RANK, TARGETS, make_user, row_work, suffix_lengths
+from benchmarks.common import Row, rate_row, ratio_row
+from benchmarks.ways import ANSWERS, INSTRUCTION, LORA_RANK, TARGETS, make_user, row_work, suffix_lengths
 from trsr_dist.model.attention.backends import choose_backend
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.lora import add_lora

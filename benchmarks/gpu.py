@@ -15,11 +15,11 @@ from statistics import median
 
 import torch
 
-from trsr_dist.benchmarks import summarize
-from trsr_dist.benchmarks.common import Row
-from trsr_dist.benchmarks.decoding import by_in_flight
-from trsr_dist.benchmarks.gpu_model import SUFFIX, Bench, Setting, copy_rate, matrix_rate, times_of
-from trsr_dist.benchmarks.ways import INSTRUCTION
+from benchmarks import summarize
+from benchmarks.common import Row
+from benchmarks.decoding import by_in_flight
+from benchmarks.gpu_model import SUFFIX, Bench, Setting, copy_rate, matrix_rate, times_of
+from benchmarks.ways import INSTRUCTION
 from trsr_dist.errors import ConfigError
 from trsr_dist.model.attention.backends import build_backend, choose_backend
 from trsr_dist.model.attention.layout import Layout

@@ -9,12 +9,12 @@ from pathlib import Path
 
 from transformers import LlamaConfig
 
-from trsr_dist.benchmarks.common import Row, rate_row, ratio_row
-from trsr_dist.benchmarks.training import Bench
-from trsr_dist.benchmarks.ways import REPEATS, SHAPE, make_user, matrix_rate, measure, suffix_lengths
+from benchmarks.common import Row, rate_row, ratio_row
+from benchmarks.training import Bench
+from benchmarks.ways import REPEATS, SHAPE, make_user, matrix_rate, measure, suffix_lengths
 from trsr_dist.records import TokenizedUser
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
 PYTHON = ROOT / ".venv/trl/bin/python"
 INSTALL = "python3 -m venv .venv/trl && .venv/trl/bin/pip install torch==2.13.0 trl peft"
 TIMEOUT_SECONDS = 400
@@ -78,7 +78,7 @@ def epochs(case: Case) -> list[float]:
     """CPU seconds of TRL's epochs, without the first."""
     prompts = [[*user.prefix, *suffix] for user in case.users() for suffix in user.suffixes]
     task = json.dumps({"prompts": prompts, "row_tokens": case.row_tokens, "num_epochs": 1 + REPEATS})
-    command = [str(PYTHON), "-m", "trsr_dist.benchmarks.trl_worker"]
+    command = [str(PYTHON), "-m", "benchmarks.trl_worker"]
     done = subprocess.run(
         command, cwd=ROOT, input=task, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=True
     )

@@ -22,8 +22,8 @@ from transformers import (
 )
 from trl import SFTConfig, SFTTrainer
 
-from trsr_dist.benchmarks.common import Timer, timed
-from trsr_dist.benchmarks.ways import LORA_RANK, SHAPE, TARGETS
+from benchmarks.common import Timer, timed
+from benchmarks.ways import LORA_RANK, SHAPE, TARGETS
 
 
 class Epochs(TrainerCallback):
