@@ -9,11 +9,12 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from benchmarks.common import Row, timed
 from benchmarks.summarize import TOKENS_IN, answers_of, ragged
-from trsr_dist.forecast.summaries import SummaryWork, generation
-from trsr_dist.planning.cost import Cluster, generation_cost
-from trsr_dist.planning.hardware import Hardware
-from trsr_dist.planning.shape import ModelShape
-from trsr_dist.planning.tokens import triangle
+from trsr_dist.planner.cost import Cluster, generation_cost
+from trsr_dist.planner.flops import triangle
+from trsr_dist.planner.hardware import Hardware
+from trsr_dist.planner.shape import ModelShape
+from trsr_dist.planner.stages import generation
+from trsr_dist.planner.work import SummaryWork
 from trsr_dist.summarize.engines.encoding import PromptEncoder
 from trsr_dist.summarize.engines.transformers import TransformersEngine
 from trsr_dist.summarize.requests import Completion, Request

@@ -23,10 +23,15 @@ from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.lora import add_lora
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.model.recomputation import enable_recomputation
-from trsr_dist.planning.flops import forward_flops, last_layer_savings, training_flops
-from trsr_dist.planning.memory import KeptActivations, ZeroSetting, rank_memory
-from trsr_dist.planning.shape import ModelShape
-from trsr_dist.planning.tokens import separate_workload, shared_workload
+from trsr_dist.planner.flops import (
+    forward_flops,
+    last_layer_savings,
+    separate_workload,
+    shared_workload,
+    training_flops,
+)
+from trsr_dist.planner.memory import KeptActivations, ZeroSetting, rank_memory
+from trsr_dist.planner.shape import ModelShape
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import pack_row
 

@@ -31,10 +31,9 @@ from benchmarks.ways import (
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.lora import add_lora
 from trsr_dist.model.recommender import Recommender
-from trsr_dist.planning.flops import forward_flops, last_layer_savings, training_flops
-from trsr_dist.planning.memory import KeptActivations, ZeroSetting, forward_bytes, rank_memory
-from trsr_dist.planning.shape import ModelShape
-from trsr_dist.planning.weights import BYTES
+from trsr_dist.planner.flops import forward_flops, last_layer_savings, training_flops
+from trsr_dist.planner.memory import BYTES, KeptActivations, ZeroSetting, forward_bytes, rank_memory
+from trsr_dist.planner.shape import ModelShape
 from trsr_dist.rows import PackedRow, pack_row
 
 

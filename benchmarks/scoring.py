@@ -40,9 +40,8 @@ from benchmarks.ways import (
 )
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
-from trsr_dist.planning.flops import forward_flops, last_layer_savings
-from trsr_dist.planning.shape import ModelShape
-from trsr_dist.planning.tokens import separate_workload, shared_workload
+from trsr_dist.planner.flops import forward_flops, last_layer_savings, separate_workload, shared_workload
+from trsr_dist.planner.shape import ModelShape
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import PackedRow, pack_row
 

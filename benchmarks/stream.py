@@ -18,10 +18,9 @@ from transformers import PreTrainedTokenizerFast
 from benchmarks.common import Row, Timer, rate_row, ratio_row, timed
 from trsr_dist.files import sync_path
 from trsr_dist.hashing import random_stream
-from trsr_dist.planning.flops import training_flops
-from trsr_dist.planning.hardware import hardware
-from trsr_dist.planning.shape import ModelShape
-from trsr_dist.planning.tokens import Workload, shared_workload
+from trsr_dist.planner.flops import Workload, shared_workload, training_flops
+from trsr_dist.planner.hardware import hardware
+from trsr_dist.planner.shape import ModelShape
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Sample

@@ -21,9 +21,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from benchmarks.common import Row, rate_row, ratio_row, timed
 from benchmarks.ways import matrix_rate
 from trsr_dist.hashing import random_stream
-from trsr_dist.planning.flops import forward_flops
-from trsr_dist.planning.shape import ModelShape
-from trsr_dist.planning.tokens import Workload, triangle
+from trsr_dist.planner.flops import Workload, forward_flops, triangle
+from trsr_dist.planner.shape import ModelShape
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.engines.encoding import PromptEncoder

@@ -49,9 +49,8 @@ from benchmarks.ways import (
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.model.text_targets import text_targets
-from trsr_dist.planning.flops import training_flops
-from trsr_dist.planning.shape import ModelShape
-from trsr_dist.planning.tokens import Workload, separate_workload
+from trsr_dist.planner.flops import Workload, separate_workload, training_flops
+from trsr_dist.planner.shape import ModelShape
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import PackedRow, pack_row
 

@@ -86,13 +86,3 @@ class TokenizedUser:
             tuple(self.items[i] for i in candidates),
             self.trims,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """The log-odds that the model gave to one candidate of a user."""
-
-    user: str
-    item: str
-    label: int
-    score: float

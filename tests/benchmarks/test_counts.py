@@ -19,8 +19,7 @@ from tests.tokenizers import byte_level
 from trsr_dist.evaluate.score import PartScorer
 from trsr_dist.model.forward import score_row
 from trsr_dist.model.recommender import Recommender
-from trsr_dist.planning.flops import training_flops
-from trsr_dist.planning.tokens import Workload
+from trsr_dist.planner.flops import Workload, training_flops
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.rows import PackedRow, pack_row
 from trsr_dist.shards.plan import PackingSettings

@@ -1,13 +1,17 @@
-"""Memory of one rank by ZeRO stage (arXiv 1910.02054), for LoRA on a frozen base."""
+"""Memory of one rank by ZeRO stage (arXiv 1910.02054), for LoRA on a frozen base, and what it sends in a step."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from trsr_dist.planning.shape import ATTENTION_MODULES, ModelShape
-from trsr_dist.planning.weights import BYTES, weight_bytes
+from trsr_dist.planner.shape import ATTENTION_MODULES, ModelShape
 
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of a number."""
+QUANTIZED_BITS = {"4bit": 4 + 8 / 64 + 32 / (64 * 256), "8bit": 8.0}
+"""Of a weight in a linear module. NF4 with double quantization (arXiv 2305.14314): an 8-bit scale for 64 weights, and a
+float32 one for 256 of these. LLM.int8 (arXiv 2208.07339): its scale of a row is not counted."""
 KEPT_BY_CPU = 3
 """A process on CPU cores keeps up to so many times what it needs, where the machine has it free (see
 ``environment.return_large_blocks``): 5.1 GB of 1.9 were measured."""
@@ -86,6 +90,21 @@ def rank_memory(
     )
 
 
+def weight_bytes(shape: ModelShape, precision: str, quantization: str = "none") -> int:
+    """All weights of the base.
+
+    Args:
+        shape: the base model.
+        precision: of what is not quantized: embeddings, output head, norms, biases.
+        quantization: of the linear modules of the layers; ``none``, ``4bit`` or ``8bit``.
+    """
+    if quantization == "none":
+        return shape.num_parameters * BYTES[precision]
+    linear = shape.num_linear_parameters
+    quantized = round(linear * QUANTIZED_BITS[quantization] / 8)
+    return quantized + (shape.num_parameters - linear) * BYTES[precision]
+
+
 def divided_weights(shape: ModelShape, precision: str, world_size: int) -> int:
     """Bytes of a rank's share of the weights under ZeRO-3, and of the two layers that are whole at a time."""
     whole = 2 * shape.num_layer_parameters * BYTES[precision] if world_size > 1 else 0
@@ -146,19 +165,35 @@ def layer_bytes_per_token(
     attention = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
     kept = 8 * shape.hidden_size + size * (attention + 3 * shape.intermediate_size)
     if frozen_inputs or not dropout:
-        kept += size * _input_widths(shape, set(shape.linears) if frozen_inputs else names)
+        # Shared inputs are kept once; that of o_proj is the attention's output, which is counted above.
+        read = set(shape.linears) if frozen_inputs else names
+        groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
+        kept += size * sum(shape.linears[group[0]][0] for group in groups if set(group) & read)
     if dropout:
         kept += (size + 1) * sum(shape.linears[name][0] for name in names)
     return kept
-
-
-def _input_widths(shape: ModelShape, names: Collection[str]) -> int:
-    """Sum of the widths of these modules' inputs, shared ones once; that of ``o_proj`` is the attention's output."""
-    groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
-    return sum(shape.linears[group[0]][0] for group in groups if set(group) & set(names))
 
 
 def recommend(choices: dict[str, RankMemory], available_bytes: int) -> str:
     """The first choice that fits, in the given order; empty where none does."""
     fitting = (name for name, memory in choices.items() if memory.device <= available_bytes)
     return next(fitting, "")
+
+
+def bytes_sent_per_step(
+    shape: ModelShape,
+    num_lora_parameters: int,
+    world_size: int,
+    stage: int,
+    rows_per_rank: int = 1,
+    precision: str = "bfloat16",
+) -> int:
+    """Ring collectives: an all-reduce sends ``2 (w-1)/w`` of its operand, an all-gather or reduce-scatter half of that.
+
+    Only the adapter has gradients. Stage 3 gathers the weights twice a row: for the forward and for the backward pass.
+    """
+    size, ring = BYTES[precision], (world_size - 1) / world_size
+    sent = 2 * num_lora_parameters * size * ring
+    if stage >= 3:
+        sent += 2 * rows_per_rank * shape.num_parameters * size * ring
+    return round(sent)

@@ -9,8 +9,8 @@ from trsr_dist.environment import return_large_blocks
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.lora import add_lora
 from trsr_dist.model.recommender import Recommender
-from trsr_dist.planning.memory import KeptActivations, activation_bytes
-from trsr_dist.planning.shape import ATTENTION_MODULES, ModelShape
+from trsr_dist.planner.memory import KeptActivations, activation_bytes
+from trsr_dist.planner.shape import ATTENTION_MODULES, ModelShape
 from trsr_dist.rows import pack_row
 
 CONFIG = LlamaConfig(

@@ -1,71 +1,97 @@
-"""From a run's config and what lies in its folder to the stages that can be forecast."""
+"""The plan of a run: from its config and what lies in its folder to the time, memory and money of its stages. Writes
+nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trsr_dist.config import Config
+from trsr_dist.config import Config, dump_config
 from trsr_dist.config.sections import PROMPTLESS
 from trsr_dist.data.store import HistoryStore
+from trsr_dist.environment import array_task, detect_ranks
 from trsr_dist.errors import ConfigError, RunError
 from trsr_dist.evaluate.passes import drawn_protocols, plan_passes
-from trsr_dist.forecast import text
-from trsr_dist.forecast.models import model_shape
-from trsr_dist.forecast.stages import (
+from trsr_dist.log import show
+from trsr_dist.planner import text
+from trsr_dist.planner.cost import Cluster
+from trsr_dist.planner.hardware import hardware
+from trsr_dist.planner.shape import ModelShape
+from trsr_dist.planner.stages import (
+    PlannedStage,
     ScoringForecast,
     ScoringSettings,
+    SummaryForecast,
     TrainingForecast,
     TrainingSettings,
     forecast_scoring,
+    forecast_summaries,
     forecast_training,
 )
-from trsr_dist.forecast.summaries import (
+from trsr_dist.planner.work import (
     BYTES_PER_TOKEN,
-    SummaryForecast,
+    PromptLengths,
     SummarySettings,
-    forecast_summaries,
+    filler,
+    history_lengths,
+    shard_lengths,
+    split_work,
     summary_work,
 )
-from trsr_dist.forecast.workload import PromptLengths, filler, history_lengths, shard_lengths, split_work
-from trsr_dist.planning.cost import Cluster
-from trsr_dist.planning.shape import ModelShape
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.run import MANIFEST, RunFolder
 from trsr_dist.summarize.plans import writer
 
+HERE = "here"
+"""The name of the hardware that is measured."""
 STAGES = ("summarize", "train", "evaluate")
 WORD_BYTES = 6
 """An English word with its blank: the extractive engine's limit counts words."""
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedStage:
-    """A stage whose cost can be told for any cluster."""
+class Request:
+    """For which cluster to plan."""
 
-    name: str
-    on: Callable[[Cluster], Any]
-    """The forecast: a dataclass of numbers with a ``cost``, which is None where no model runs."""
-    words: Callable[[Any, Cluster], list[str]]
-    """The forecast in lines."""
-    most_devices: int | None = None
-    """The stage refuses more; None: it takes any number."""
-    limit: str = ""
-    """The setting that says so."""
+    hardware: str = "h100"
+    num_nodes: int = 1
+    devices_per_node: int = 8
+    utilization: float | None = None
+    """None: what is usual on that hardware."""
+    price_per_hour: float = 0.0
 
-    def check(self, cluster: Cluster) -> None:
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Request:
+        """From the options of ``cluster_options``."""
+        return cls(args.hardware, args.nodes, args.devices_per_node, args.mfu, args.price)
+
+    @property
+    def cluster(self) -> Cluster:
         """
         Raises:
-            ConfigError: the stage would refuse to start on so many devices.
+            ConfigError: the hardware is unknown.
         """
-        if self.most_devices is not None and cluster.world_size > self.most_devices:
-            raise ConfigError(
-                f"{self.name}: {cluster.world_size} devices ({cluster.num_nodes} x {cluster.devices_per_node}) would "
-                f"share {self.limit}={self.most_devices}; raise it, or plan with fewer --nodes"
-            )
+        if self.hardware == HERE:
+            from trsr_dist.planner.here import this_machine
+
+            device = this_machine(self.devices_per_node)
+        else:
+            device = hardware(self.hardware)
+        utilization = device.utilization if self.utilization is None else self.utilization
+        return Cluster(device, self.num_nodes, self.devices_per_node, utilization, self.price_per_hour)
+
+
+def dry_run(config: Config, request: Request, stage: str) -> int:
+    """Print config and forecast of one stage, from the first process of all."""
+    if detect_ranks().is_main and array_task()[0] == 0:
+        cluster = request.cluster
+        planned = plan_stages(config, [stage], cluster.hardware.precision)
+        show(dump_config(config) + "# plan\n" + text.in_words(planned, cluster))
+    return 0
 
 
 def plan_stages(config: Config, names: Sequence[str], precision: str = "bfloat16") -> list[PlannedStage]:
@@ -170,6 +196,18 @@ class Inputs:
             return writer(settings.scheme)(history, self._config.prompt.recent_items, settings.max_new_tokens)
         unit = WORD_BYTES if settings.engine == "extractive" else BYTES_PER_TOKEN
         return filler(history, round(settings.max_new_tokens * unit))
+
+
+def model_shape(name_or_path: str, revision: str = "", trust_remote_code: bool = False) -> ModelShape:
+    """Sizes of a local model or one of the hub, of which only its config is fetched.
+
+    Raises:
+        ModelError: there is no config, or it lacks a size.
+    """
+    from trsr_dist.pretrained import BaseSource, load_config
+
+    source = BaseSource(name_or_path, revision, trust_remote_code)
+    return ModelShape.from_config(load_config(source).to_dict())
 
 
 def summarize_stage(config: Config, inputs: Inputs) -> PlannedStage:

@@ -1,16 +1,34 @@
-"""Forecasts in words. Pure."""
+"""A plan in words or as JSON. Pure."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
 
-from trsr_dist.forecast.stages import STAGES, ScoringForecast, TrainingForecast, TrainingSettings
-from trsr_dist.forecast.summaries import SummaryForecast, SummarySettings
-from trsr_dist.forecast.workload import SplitWork
-from trsr_dist.planning.cost import GENERATION_FORMULA, SCORING_FORMULA, TRAINING_FORMULA, Cluster, Cost
-from trsr_dist.planning.memory import KEPT_BY_CPU
-from trsr_dist.planning.scaling import PAYING_SPEEDUP, ScalePoint, pays_up_to
-from trsr_dist.planning.shape import ModelShape
+from trsr_dist.planner.cost import (
+    GENERATION_FORMULA,
+    PAYING_SPEEDUP,
+    SCORING_FORMULA,
+    TRAINING_FORMULA,
+    Cluster,
+    Cost,
+    ScaledStage,
+    ScalePoint,
+    pays_up_to,
+    sweep,
+)
+from trsr_dist.planner.memory import KEPT_BY_CPU
+from trsr_dist.planner.shape import ModelShape
+from trsr_dist.planner.stages import (
+    ZERO_SETTINGS,
+    PlannedStage,
+    ScoringForecast,
+    SummaryForecast,
+    TrainingForecast,
+    TrainingSettings,
+)
+from trsr_dist.planner.work import SummarySettings
 
 GB = 1e9
 INDENT = " " * 11
@@ -22,14 +40,45 @@ SOURCES = {
 FORMULAS = {"summarize": GENERATION_FORMULA, "train": TRAINING_FORMULA, "evaluate": SCORING_FORMULA}
 
 
-def cluster_lines(cluster: Cluster) -> list[str]:
-    """What is reckoned with."""
+def in_words(stages: Sequence[PlannedStage], cluster: Cluster) -> str:
+    """What is reckoned with, each stage, then how all scale.
+
+    Raises:
+        ConfigError: a stage would refuse to start on so many devices.
+    """
     device = cluster.hardware
-    return [
+    lines = [
         f"cluster    {cluster.num_nodes} x {cluster.devices_per_node} {device.name}: "
         f"{device.flops_per_second / 1e12:,.4g} TFLOP/s and {device.memory_bytes / GB:.0f} GB each, "
         f"utilization {cluster.utilization:.0%} (--mfu)"
     ]
+    for stage in stages:
+        stage.check(cluster)
+        lines += stage.words(stage.on(cluster), cluster)
+    return "\n".join([*lines, *scaling_lines(_points(stages, cluster), cluster)])
+
+
+def in_json(stages: Sequence[PlannedStage], cluster: Cluster) -> str:
+    """The same in numbers: seconds, bytes and counts.
+
+    Raises:
+        ConfigError: a stage would refuse to start on so many devices.
+    """
+    for stage in stages:
+        stage.check(cluster)
+    found = {stage.name: asdict(stage.on(cluster)) for stage in stages}
+    points = [asdict(point) for point in _points(stages, cluster)]
+    return json.dumps({"cluster": asdict(cluster), **found, "scaling": points}, indent=2)
+
+
+def _points(stages: Sequence[PlannedStage], cluster: Cluster) -> list[ScalePoint]:
+    """Of the stages in which a model runs."""
+
+    def scaled(stage: PlannedStage) -> ScaledStage:
+        return ScaledStage(lambda cluster: stage.on(cluster).cost, stage.most_devices)
+
+    costly = {stage.name: scaled(stage) for stage in stages if stage.on(cluster).cost is not None}
+    return sweep(cluster, costly) if costly else []
 
 
 def summary_lines(found: SummaryForecast, settings: SummarySettings, cluster: Cluster) -> list[str]:
@@ -57,35 +106,29 @@ def training_lines(
     """The training: data, steps, time, memory and traffic by stage."""
     work = found.work
     shared, separate = work.shared, work.separate
+    computed = (shared if settings.shares_prefix else separate).tokens
     lines = [
         f"model      {big(shape.num_parameters)} parameters, {big(found.num_lora_parameters)} trainable "
         f"(LoRA r {settings.lora_r})",
         f"train      {work.num_users:,} users, {shared.answers / work.num_users:.1f} answers each: "
         f"{shared.tokens / work.num_users:,.0f} tokens a user in rows, {separate.tokens / work.num_users:,.0f} as "
         f"separate sequences ({separate.tokens / shared.tokens:.2f}x){SOURCES[work.source]}",
-        *sharing_lines(settings.shares_prefix),
-        f"{INDENT}an epoch: {work.num_rows:,} rows of {settings.row_tokens:,}, {big(computed_tokens(work, settings))} "
-        f"tokens, {big(found.flops_per_epoch)} FLOPs" + (" with recomputation" if settings.recompute else ""),
+    ]
+    if not settings.shares_prefix:
+        lines.append(f"{INDENT}this model's prompts run as separate sequences (docs/training.md)")
+    lines += [
+        f"{INDENT}an epoch: {work.num_rows:,} rows of {settings.row_tokens:,}, {big(computed)} tokens, "
+        f"{big(found.flops_per_epoch)} FLOPs" + (" with recomputation" if settings.recompute else ""),
         f"{INDENT}{found.num_steps:,} steps of {settings.rows_per_step} rows in all",
         f"{INDENT}{cost_text(found.cost)}",
     ]
     return [*lines, *memory_lines(found, cluster, chosen)]
 
 
-def sharing_lines(shares_prefix: bool) -> list[str]:
-    """Said only where it cannot be done."""
-    return [] if shares_prefix else [f"{INDENT}this model's prompts run as separate sequences (docs/training.md)"]
-
-
-def computed_tokens(work: SplitWork, settings: TrainingSettings) -> int:
-    """Of a pass."""
-    return (work.shared if settings.shares_prefix else work.separate).tokens
-
-
 def memory_lines(found: TrainingForecast, cluster: Cluster, chosen: str) -> list[str]:
     """Memory of a rank and its traffic, by stage."""
     lines = [f"{INDENT}GB a rank:      weights  adapter  gradients  optimizer  activations    sum   sent a step"]
-    for name in STAGES:
+    for name in ZERO_SETTINGS:
         if name not in found.memory:
             continue
         m = found.memory[name]

@@ -1,11 +1,12 @@
-"""From counted work to hours and money."""
+"""From counted work to hours and money, on a cluster and on ever more of its nodes."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from trsr_dist.errors import ConfigError
-from trsr_dist.planning.hardware import Hardware
+from trsr_dist.planner.hardware import Hardware
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,11 @@ class Cost:
     links."""
 
 
+PAYING_SPEEDUP = 1.5
+"""Twice the nodes pay while they make a stage at least so many times as fast: a third of the time is saved, for a third
+more money."""
+LAST_DOUBLING = 20
+"""A million nodes: no sweep goes on beyond."""
 TRAINING_FORMULA = "steps * (ceil(rows / devices) / rows * FLOPs / rate + bytes / link)"
 SCORING_FORMULA = "ceil(parts / devices) / parts * FLOPs / rate"
 GENERATION_FORMULA = (
@@ -127,3 +133,73 @@ def _cost(cluster: Cluster, seconds: float, one_device_seconds: float) -> Cost:
     device_hours = seconds * cluster.world_size / 3600
     efficiency = one_device_seconds / cluster.world_size / seconds if seconds else 1.0
     return Cost(seconds, device_hours, device_hours * cluster.price_per_hour, efficiency)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledStage:
+    """A stage on any cluster."""
+
+    cost_on: Callable[[Cluster], Cost]
+    most_devices: int | None = None
+    """More are refused; None: any number works."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScalePoint:
+    """All stages on so many nodes."""
+
+    num_nodes: int
+    num_devices: int
+    costs: dict[str, Cost | None]
+    """By stage; None: that many devices are refused."""
+
+    @property
+    def whole(self) -> Cost | None:
+        """All stages, one after the other; None: one of them is refused."""
+        costs = [cost for cost in self.costs.values() if cost is not None]
+        if len(costs) < len(self.costs):
+            return None
+        seconds = sum(cost.seconds for cost in costs)
+        busy = sum(cost.seconds * cost.efficiency for cost in costs)
+        hours, money = sum(cost.device_hours for cost in costs), sum(cost.money for cost in costs)
+        return Cost(seconds, hours, money, busy / seconds if seconds else 1.0)
+
+
+def sweep(cluster: Cluster, stages: Mapping[str, ScaledStage]) -> list[ScalePoint]:
+    """One node, two, four and so on, with the cluster's own number, until twice the nodes pay for no stage.
+
+    Args:
+        cluster: its number of nodes is in the sweep.
+        stages: by name.
+    """
+    points: list[ScalePoint] = []
+    for doubling in range(LAST_DOUBLING):
+        points.append(_scale_point(cluster.of_nodes(2**doubling), stages))
+        if points[-1].num_nodes > cluster.num_nodes:
+            fewer, more = points[-2:]
+            if not any(_is_worth_it(fewer.costs[stage], more.costs[stage]) for stage in stages):
+                break
+    if cluster.num_nodes not in [point.num_nodes for point in points]:
+        points.append(_scale_point(cluster, stages))
+    return sorted(points, key=lambda point: point.num_nodes)
+
+
+def pays_up_to(points: Sequence[ScalePoint], stage: str) -> int:
+    """Nodes from which on twice as many do not pay for the stage."""
+    costs = {point.num_nodes: point.costs[stage] for point in points}
+    nodes = 1
+    while 2 * nodes in costs and _is_worth_it(costs[nodes], costs[2 * nodes]):
+        nodes *= 2
+    return nodes
+
+
+def _is_worth_it(fewer: Cost | None, more: Cost | None) -> bool:
+    return fewer is not None and more is not None and fewer.seconds >= PAYING_SPEEDUP * more.seconds > 0
+
+
+def _scale_point(cluster: Cluster, stages: Mapping[str, ScaledStage]) -> ScalePoint:
+    costs: dict[str, Cost | None] = {}
+    for name, stage in stages.items():
+        is_refused = stage.most_devices is not None and cluster.world_size > stage.most_devices
+        costs[name] = None if is_refused else stage.cost_on(cluster)
+    return ScalePoint(cluster.num_nodes, cluster.world_size, costs)

@@ -9,7 +9,6 @@ from typing import Any
 from trsr_dist.errors import ModelError
 
 ATTENTION_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
-MLP_MODULES = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True, slots=True)

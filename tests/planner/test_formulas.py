@@ -4,29 +4,33 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 
 from trsr_dist.errors import ConfigError, ModelError
-from trsr_dist.planning.communication import bytes_sent_per_step
-from trsr_dist.planning.flops import forward_flops, last_layer_savings, training_flops
-from trsr_dist.planning.hardware import CATALOGUE, Hardware, hardware, recognize
-from trsr_dist.planning.memory import (
+from trsr_dist.planner.flops import (
+    Workload,
+    forward_flops,
+    last_layer_savings,
+    separate_workload,
+    shared_workload,
+    training_flops,
+)
+from trsr_dist.planner.hardware import CATALOGUE, Hardware, hardware, recognize
+from trsr_dist.planner.memory import (
     KeptActivations,
     RankMemory,
     ZeroSetting,
     activation_bytes,
+    bytes_sent_per_step,
     divided_weights,
     forward_bytes,
     key_value_bytes,
     layer_bytes_per_token,
     rank_memory,
     recommend,
+    weight_bytes,
 )
-from trsr_dist.planning.restarts import Restarts, best_interval
-from trsr_dist.planning.shape import ATTENTION_MODULES, MLP_MODULES, ModelShape
-from trsr_dist.planning.tokens import Workload, separate_workload, shared_workload
-from trsr_dist.planning.weights import weight_bytes
+from trsr_dist.planner.shape import ATTENTION_MODULES, ModelShape
 
 SHAPE = ModelShape(10, 3, 4, 2, head_dim=6, intermediate_size=14, vocab_size=50)
 """Linear weights of a layer: 240 + 2 * 120 + 240 + 3 * 140 = 1140."""
@@ -39,13 +43,12 @@ CONFIG = {
 }
 WORK = Workload(tokens=100, pairs=700, answers=5, users=2)
 GB = 10**9
-RESTART = 300.0
 
 
 def test_parameters_by_hand() -> None:
     assert SHAPE.num_linear_parameters == 3420
     assert (SHAPE.num_layer_parameters, type(SHAPE.num_layer_parameters)) == (1140 + 20, int)
-    assert tuple(SHAPE.linears) == (*ATTENTION_MODULES, *MLP_MODULES)
+    assert tuple(SHAPE.linears) == (*ATTENTION_MODULES, "gate_proj", "up_proj", "down_proj")
     assert SHAPE.num_parameters == 3 * 1160 + 2 * 500 + 10
     assert replace(SHAPE, tied_embeddings=True).num_parameters == 3 * 1160 + 500 + 10
     assert replace(SHAPE, qkv_bias=True).num_layer_parameters == 1160 + 24 + 12 + 12
@@ -235,28 +238,6 @@ def test_bytes_sent_by_hand() -> None:
     assert bytes_sent_per_step(SHAPE, 1001, 3, 1) == 2669, "rounded"
     assert bytes_sent_per_step(SHAPE, 1001, 2, 1) == 2 * 1001
     assert bytes_sent_per_step(SHAPE, 1001, 1, 3) == 0
-
-
-def test_restarts_agree_with_failures_at_random() -> None:
-    """A segment is done where no failure comes within it; a restart where none comes within that."""
-    mean, stream = 2000.0, np.random.default_rng(0)
-
-    def seconds_until_done(length: float, count: int) -> np.ndarray:
-        spent, open_ones = np.zeros(count), np.arange(count)
-        while len(open_ones):
-            failure = stream.exponential(mean, len(open_ones))
-            failed = failure < length
-            spent[open_ones] += np.minimum(failure, length)
-            open_ones = open_ones[failed]
-            if length > RESTART and len(open_ones):
-                spent[open_ones] += seconds_until_done(RESTART, len(open_ones))
-        return spent
-
-    found = Restarts(save=50, interval=600, restart=RESTART, between_failures=mean).overhead
-    simulated = seconds_until_done(650, 200_000).mean() / 600 - 1
-    assert found == pytest.approx(simulated, abs=0.01)
-    assert Restarts(50, 600, RESTART, 1e12).overhead == pytest.approx(50 / 600, rel=1e-6)
-    assert best_interval(50, 10_000) == 1000
 
 
 def test_the_catalogue_is_that_of_the_data_sheets() -> None:

@@ -8,19 +8,22 @@ from math import ceil
 import pytest
 
 from trsr_dist.errors import ConfigError
-from trsr_dist.planning.cost import (
+from trsr_dist.planner.cost import (
     GENERATION_FORMULA,
     SCORING_FORMULA,
     TRAINING_FORMULA,
     Cluster,
     Cost,
     Generation,
+    ScaledStage,
+    ScalePoint,
     generation_cost,
+    pays_up_to,
     scoring_cost,
+    sweep,
     training_cost,
 )
-from trsr_dist.planning.hardware import Hardware, hardware
-from trsr_dist.planning.scaling import ScaledStage, ScalePoint, pays_up_to, sweep
+from trsr_dist.planner.hardware import Hardware, hardware
 
 WEIGHTS = 15 * 10**9
 TOKENS = 10**9

@@ -19,10 +19,16 @@ from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.loading import load_base
 from trsr_dist.model.lora import add_lora
 from trsr_dist.model.recommender import Recommender
-from trsr_dist.planning.hardware import CPU_PROCESS_BYTES
-from trsr_dist.planning.memory import KeptActivations, ZeroSetting, forward_bytes, key_value_bytes, rank_memory
-from trsr_dist.planning.shape import ATTENTION_MODULES, ModelShape
-from trsr_dist.planning.weights import weight_bytes
+from trsr_dist.planner.hardware import CPU_PROCESS_BYTES
+from trsr_dist.planner.memory import (
+    KeptActivations,
+    ZeroSetting,
+    forward_bytes,
+    key_value_bytes,
+    rank_memory,
+    weight_bytes,
+)
+from trsr_dist.planner.shape import ATTENTION_MODULES, ModelShape
 from trsr_dist.pretrained import BaseSource
 from trsr_dist.rows import pack_row
 from trsr_dist.train import build
@@ -81,7 +87,7 @@ def test_activations_are_those_that_autograd_keeps(
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library returns memory in its own way")
 def test_a_process_on_cpu_cores_holds_what_is_planned() -> None:
-    command = [sys.executable, "-m", "tests.planning.step_memory"]
+    command = [sys.executable, "-m", "tests.planner.step_memory"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     peak, planned = map(int, done.stdout.split())
     assert peak == pytest.approx(planned, rel=0.15)

@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from trsr_dist.planning.hardware import CPU_PROCESS_BYTES, GB, Hardware, recognize
+from trsr_dist.planner.hardware import CPU_PROCESS_BYTES, GB, Hardware, recognize
 
 ROUNDS = 7
 CPU_SIZES = (1024, 1024, 2048)

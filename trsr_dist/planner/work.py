@@ -1,17 +1,19 @@
-"""Tokens, pairs and rows of a split under a run's settings: from measured lengths, or from a sample of prompts."""
+"""What there is to do under a run's settings: tokens, pairs and rows of a split, from measured lengths or a sample of
+prompts; prompts of the summarization, from the histories."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.hashing import hash64
-from trsr_dist.planning.tokens import Workload
+from trsr_dist.planner.flops import Workload, triangle
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Sample, TokenizedUser
@@ -20,6 +22,8 @@ from trsr_dist.shards.codec import member_key
 from trsr_dist.shards.lengths import SUMMARY, Lengths, Table, lengths_folder
 from trsr_dist.shards.packing import attended_pairs, choose_candidates
 from trsr_dist.shards.reader import ShardSet
+from trsr_dist.summarize.plans import planner as scheme_of
+from trsr_dist.summarize.plans.graph import node_prompt
 
 LOOKED_AT = 8192
 """Samples whose measured lengths stand for all."""
@@ -27,6 +31,10 @@ TOKENIZED = 200
 """Samples that are tokenized where no lengths were measured."""
 FILL = 0.98
 """Share of a row that packing fills."""
+BYTES_PER_TOKEN = 4.0
+"""Of English text under common tokenizers; used where no tokenizer is at hand."""
+SUMMARIZED = 300
+"""Users of a split whose summaries stand for all."""
 
 Source = Literal["measured", "sampled", "histories"]
 
@@ -127,21 +135,17 @@ def expected_sample(
 
 
 def _tokenized(users: Sequence[TokenizedUser], keys: np.ndarray, num_users: int, source: Source) -> PromptLengths:
-    head = head_length([np.asarray(user.prefix) for user in users])
-    return PromptLengths(table_of(users), keys, head, num_users, source)
-
-
-def table_of(users: Sequence[TokenizedUser]) -> Table:
     """Lengths of tokenized users, as they would be measured."""
     counts = [len(user.suffixes) for user in users]
-    return Table(
+    table = Table(
         samples=np.arange(len(users)),
-        prefixes=_integers(len(user.prefix) for user in users),
+        prefixes=np.array([len(user.prefix) for user in users], dtype=np.int64),
         trimmed=np.zeros(len(users), dtype=bool),
         starts=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]),
-        suffixes=_integers(len(suffix) for user in users for suffix in user.suffixes),
+        suffixes=np.array([len(suffix) for user in users for suffix in user.suffixes], dtype=np.int64),
         labels=np.array([label > 0 for user in users for label in user.labels], dtype=bool),
     )
+    return PromptLengths(table, keys, head_length([np.asarray(user.prefix) for user in users]), num_users, source)
 
 
 def split_work(lengths: PromptLengths, row_tokens: int, negatives: int | None, seed: int) -> SplitWork:
@@ -177,5 +181,60 @@ def split_work(lengths: PromptLengths, row_tokens: int, negatives: int | None, s
     )
 
 
-def _integers(values: Iterable[int]) -> np.ndarray:
-    return np.fromiter(values, dtype=np.int64)
+@dataclass(frozen=True, slots=True)
+class SummarySettings:
+    """What the prompts depend on, beside the histories."""
+
+    scheme: str
+    block_size: int
+    fan_in: int
+    max_prompt_tokens: int
+    max_new_tokens: int
+    users_per_unit: int
+    domain: str
+    num_in_flight: int
+    engine: str
+
+    @property
+    def most_tokens(self) -> int:
+        """Of a prompt with its answer."""
+        return self.max_prompt_tokens + self.max_new_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class SummaryWork:
+    """Prompts of all splits."""
+
+    num_users: int
+    num_units: int
+    """Of users, each worked on by one task."""
+    num_prompts: int
+    prompt_tokens: int
+    new_tokens: int
+    """At most: every summary as long as it may be."""
+    pairs: int
+    """Query-key pairs of the prompts."""
+
+
+def summary_work(store: HistoryStore, settings: SummarySettings) -> SummaryWork:
+    """Estimated from the first users of each split; tokens by the length of the texts."""
+    totals = [0.0] * 4
+    for split in SPLITS:
+        size = store.num_users(split)
+        looked_at = min(size, SUMMARIZED)
+        for index in range(looked_at):
+            items = [store.catalogue.text(item) for item in store.user(split, index).history]
+            for tokens in summary_prompt_tokens(items, settings):
+                for place, count in enumerate((1, tokens, settings.max_new_tokens, triangle(tokens))):
+                    totals[place] += count * size / looked_at
+    num_users = [store.num_users(split) for split in SPLITS]
+    num_units = sum(-(-users // settings.users_per_unit) for users in num_users)
+    return SummaryWork(sum(num_users), num_units, *(round(total) for total in totals))
+
+
+def summary_prompt_tokens(items: list[str], settings: SummarySettings) -> Iterator[int]:
+    """Estimated tokens of a user's prompts; summaries that they read are taken for as long as they may be."""
+    summary = "x" * round(settings.max_new_tokens * BYTES_PER_TOKEN)
+    for node in scheme_of(settings.scheme)(len(items), settings.block_size, settings.fan_in):
+        prompt = node_prompt(node, items, [summary] * len(node.parents), settings.domain)
+        yield min(settings.max_prompt_tokens, round(len(prompt.text().encode()) / BYTES_PER_TOKEN))

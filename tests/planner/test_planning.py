@@ -12,12 +12,17 @@ from tests.model.world import make_row
 from trsr_dist.errors import ConfigError, ModelError
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
-from trsr_dist.planning.communication import bytes_sent_per_step
-from trsr_dist.planning.flops import forward_flops, last_layer_savings, training_flops
-from trsr_dist.planning.hardware import hardware
-from trsr_dist.planning.memory import ZeroSetting, rank_memory, recommend
-from trsr_dist.planning.shape import ModelShape
-from trsr_dist.planning.tokens import Workload, separate_workload, shared_workload
+from trsr_dist.planner.flops import (
+    Workload,
+    forward_flops,
+    last_layer_savings,
+    separate_workload,
+    shared_workload,
+    training_flops,
+)
+from trsr_dist.planner.hardware import hardware
+from trsr_dist.planner.memory import ZeroSetting, bytes_sent_per_step, rank_memory, recommend
+from trsr_dist.planner.shape import ModelShape
 
 SIZES = {
     "hidden_size": 64,

@@ -9,16 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.data_plane import mix_windows
+from benchmarks.data_plane import EpochRows, Restarts, best_interval, divide, epoch_rows, mix_windows, run_with_failures
 from benchmarks.mixes import MIND
 from tests.shards.world import make_builder, make_split
-from trsr_dist.forecast.simulation import EpochRows, divide, epoch_rows, run_with_failures
 from trsr_dist.hashing import random_stream
-from trsr_dist.planning.restarts import Restarts, best_interval
 from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.plan import PackingSettings, TrainPlan
 from trsr_dist.shards.steps import StreamState, step_specs
 
+RESTART = 300.0
 SETTINGS = PackingSettings(row_tokens=1000, rows_per_step=6, negatives_per_positive=2, seed=0)
 
 
@@ -71,3 +70,25 @@ def test_failures_cost_what_the_formula_says(ranks: int) -> None:
     for factor in (0.2, 5):
         other = Restarts(5, factor * plan.interval, 300, failing)
         assert other.overhead > plan.overhead
+
+
+def test_restarts_agree_with_failures_at_random() -> None:
+    """A segment is done where no failure comes within it; a restart where none comes within that."""
+    mean, stream = 2000.0, np.random.default_rng(0)
+
+    def seconds_until_done(length: float, count: int) -> np.ndarray:
+        spent, open_ones = np.zeros(count), np.arange(count)
+        while len(open_ones):
+            failure = stream.exponential(mean, len(open_ones))
+            failed = failure < length
+            spent[open_ones] += np.minimum(failure, length)
+            open_ones = open_ones[failed]
+            if length > RESTART and len(open_ones):
+                spent[open_ones] += seconds_until_done(RESTART, len(open_ones))
+        return spent
+
+    found = Restarts(save=50, interval=600, restart=RESTART, between_failures=mean).overhead
+    simulated = seconds_until_done(650, 200_000).mean() / 600 - 1
+    assert found == pytest.approx(simulated, abs=0.01)
+    assert Restarts(50, 600, RESTART, 1e12).overhead == pytest.approx(50 / 600, rel=1e-6)
+    assert best_interval(50, 10_000) == 1000

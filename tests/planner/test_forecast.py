@@ -15,20 +15,20 @@ from tests.tokenizers import byte_level
 from trsr_dist.config import load_config
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import ConfigError, RunError
-from trsr_dist.forecast.build import plan_stages
-from trsr_dist.forecast.job import Request, in_json, in_words
-from trsr_dist.forecast.stages import (
+from trsr_dist.planner.cost import Cluster
+from trsr_dist.planner.hardware import Hardware, hardware, recognize
+from trsr_dist.planner.job import Request, in_json, in_words, plan_stages
+from trsr_dist.planner.shape import ModelShape
+from trsr_dist.planner.stages import (
+    LAYER_SECONDS,
     ScoringSettings,
     TrainingForecast,
     TrainingSettings,
     forecast_scoring,
+    forecast_summaries,
     forecast_training,
 )
-from trsr_dist.forecast.summaries import LAYER_SECONDS, SummarySettings, forecast_summaries, summary_work
-from trsr_dist.forecast.workload import shard_lengths, split_work
-from trsr_dist.planning.cost import Cluster
-from trsr_dist.planning.hardware import Hardware, hardware, recognize
-from trsr_dist.planning.shape import ModelShape
+from trsr_dist.planner.work import SummarySettings, shard_lengths, split_work, summary_work
 from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.plan import PackingSettings, TrainPlan
 
