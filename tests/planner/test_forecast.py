@@ -17,7 +17,7 @@ from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import ConfigError, RunError
 from trsr_dist.planner.cost import Cluster
 from trsr_dist.planner.hardware import Hardware, hardware, recognize
-from trsr_dist.planner.job import Request, in_json, in_words, plan_stages
+from trsr_dist.planner.job import Request, plan_stages
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.planner.stages import (
     LAYER_SECONDS,
@@ -28,6 +28,7 @@ from trsr_dist.planner.stages import (
     forecast_summaries,
     forecast_training,
 )
+from trsr_dist.planner.text import in_json, in_words
 from trsr_dist.planner.work import SummarySettings, shard_lengths, split_work, summary_work
 from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.plan import PackingSettings, TrainPlan
