@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tests.merge.models import load, make_adapter, make_base, rename_tensors
 from trsr_dist.errors import ModelError, TrsrError
 from trsr_dist.files import read_json, write_json
-from trsr_dist.merge.adapter import check_mergeable
+from trsr_dist.merge.changes import check_mergeable
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
 from trsr_dist.model.adapters import attach, read_adapter
