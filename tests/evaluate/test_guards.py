@@ -11,9 +11,9 @@ from tests.evaluate.world import numbers_of, parts_of, write_config
 from tests.merge.models import make_base
 from trsr_dist.config import Config, load_config
 from trsr_dist.errors import ConfigError, DataError, ModelError, RunError
-from trsr_dist.evaluate import publish
+from trsr_dist.evaluate import report
 from trsr_dist.evaluate.job import evaluate
-from trsr_dist.evaluate.scores import ScoreFolder
+from trsr_dist.evaluate.score_files import ScoreFolder
 from trsr_dist.files import read_json, write_json
 from trsr_dist.log import read_metrics
 from trsr_dist.run import CLAIMS
@@ -133,7 +133,7 @@ def test_a_kill_while_publishing_leaves_nothing_that_passes_for_finished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "write_tensorboard", die)
+        patch.setattr(report, "write_tensorboard", die)
         with pytest.raises(KeyboardInterrupt):
             evaluate(few(run, "evaluate.top_k=[2]"), "RUN/merged", output=str(done))
     evaluate(few(run), "RUN/merged", output=str(done))
