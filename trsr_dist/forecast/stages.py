@@ -98,7 +98,7 @@ def forecast_training(
         name: bytes_sent_per_step(shape, lora, size, zero.stage, rows_per_rank, settings.precision)
         for name, zero in stages.items()
     }
-    recommended = recommend(memory, cluster.hardware.memory_bytes)
+    recommended = recommend(memory, cluster.hardware.memory_bytes - cluster.hardware.process_bytes)
     traffic = sent.get(chosen or recommended, sent["zero2"])
     cost = training_cost(cluster, flops * num_steps / epoch_steps, num_steps, settings.rows_per_step, traffic)
     return TrainingForecast(work, lora, num_steps, flops, memory, recommended, sent, cost)
