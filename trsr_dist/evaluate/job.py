@@ -31,7 +31,7 @@ from trsr_dist.run import Claim, RunFolder, claim, folder_lock
 from trsr_dist.shards.reader import ShardSet
 
 WAIT_SECONDS = 24 * 3600.0
-"""A rank that is done waits so long for the others, who score on; the launcher ends all when one dies."""
+"""How long a rank that is done waits for the others, which still score; the launcher ends all when one dies."""
 
 log = get_logger("evaluate")
 
@@ -43,7 +43,7 @@ def evaluate(config: Config, model: str, *, output: str = "", force: bool = Fals
         config: of the run.
         model: merged folder, checkpoint or adapter; ``RUN/merged`` and the like stand for folders of the run.
         output: empty: ``RUN/evaluation``.
-        force: score anew.
+        force: score again.
 
     Raises:
         RunError: the output holds another evaluation, or another job is at work there.
