@@ -21,11 +21,7 @@ from trsr_dist.log import setup_logging  # noqa: E402
 from trsr_dist.prompts.builder import PromptBuilder  # noqa: E402
 from trsr_dist.run import MANIFEST, RunFolder, read_manifest  # noqa: E402
 from trsr_dist.shards.inspect.content import ItemFacts  # noqa: E402
-from trsr_dist.shards.inspect.job import (  # noqa: E402
-    Options,
-    Tokens,  # noqa: E402
-    inspect_shards,
-)
+from trsr_dist.shards.inspect.job import Options, Tokens, inspect_shards  # noqa: E402
 from trsr_dist.shards.plan import PackingSettings  # noqa: E402
 
 

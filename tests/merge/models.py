@@ -22,7 +22,7 @@ from transformers import (
 
 from tests.tokenizers import byte_level
 from trsr_dist.files import read_json, sha256_of, write_json
-from trsr_dist.model.fingerprint import base_fingerprint
+from trsr_dist.model.artifacts import base_fingerprint
 from trsr_dist.prompts.builder import PromptBuilder
 
 CONFIGS = {

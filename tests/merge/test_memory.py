@@ -22,7 +22,7 @@ from trsr_dist.benchmarks.common import peak_bytes as peak
 from trsr_dist.merge import inputs, job
 from trsr_dist.merge.source import base_of, find_source
 from trsr_dist.bases import base_folder
-from trsr_dist.model.fingerprint import base_fingerprint
+from trsr_dist.model.artifacts import base_fingerprint
 
 source = find_source(Path(sys.argv[1]))
 adapter = source.read()

@@ -20,7 +20,7 @@ from trsr_dist.merge.changes import check_mergeable
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
 from trsr_dist.model.adapters import attach, read_adapter
-from trsr_dist.model.fingerprint import base_fingerprint
+from trsr_dist.model.artifacts import base_fingerprint
 from trsr_dist.predict import Ranker
 from trsr_dist.pretrained import BaseSource
 from trsr_dist.train.start import read_initial

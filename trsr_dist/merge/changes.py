@@ -16,9 +16,8 @@ from peft.utils.other import get_pattern_key
 
 from trsr_dist.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from trsr_dist.errors import ModelError
-from trsr_dist.model.adapters import Adapter
-from trsr_dist.model.lora import PREFIX
-from trsr_dist.model.tensor_file import write_tensors
+from trsr_dist.model.adapters import PREFIX, Adapter
+from trsr_dist.model.artifacts import write_tensors
 
 PART = re.compile(
     r"^(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"

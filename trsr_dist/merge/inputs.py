@@ -17,7 +17,7 @@ from trsr_dist.merge.changes import find_changes
 from trsr_dist.merge.plan import MergePlan, make_plan
 from trsr_dist.merge.source import Source
 from trsr_dist.model.adapters import Adapter, attach
-from trsr_dist.model.fingerprint import check_same_base
+from trsr_dist.model.artifacts import check_same_base
 from trsr_dist.pretrained import BaseSource, declared_config, is_tied, load_config, load_tokenizer, read_structure
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.run import MANIFEST

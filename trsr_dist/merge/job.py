@@ -24,8 +24,7 @@ from trsr_dist.merge.scores import (
 )
 from trsr_dist.merge.source import Source, base_of, find_source
 from trsr_dist.merge.verify import check_weights
-from trsr_dist.model.fingerprint import base_fingerprint
-from trsr_dist.model.places import PROVENANCE
+from trsr_dist.model.artifacts import PROVENANCE, base_fingerprint
 from trsr_dist.records import Sample
 from trsr_dist.run import MANIFEST, FolderLock, folder_lock, is_finished, write_manifest
 from trsr_dist.shards.reader import ShardSet

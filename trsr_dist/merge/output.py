@@ -23,7 +23,7 @@ from trsr_dist.errors import ModelError
 from trsr_dist.files import read_json, write_json
 from trsr_dist.log import progress
 from trsr_dist.merge.plan import MergePlan, Output
-from trsr_dist.model.places import PROVENANCE
+from trsr_dist.model.artifacts import PROVENANCE
 from trsr_dist.run import MANIFEST
 from trsr_dist.weights import DTYPES, INDEX, header_bytes, read_rows
 

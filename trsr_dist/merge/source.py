@@ -18,7 +18,7 @@ from trsr_dist.environment import restricted_pickles
 from trsr_dist.errors import CheckpointError, ModelError
 from trsr_dist.merge.changes import check_mergeable
 from trsr_dist.model.adapters import Adapter, make_adapter, read_adapter, read_adapter_config
-from trsr_dist.model.places import check_checkpoint, follow, is_checkpoint, read_provenance, run_of
+from trsr_dist.model.artifacts import check_checkpoint, follow, is_checkpoint, read_provenance, run_of
 from trsr_dist.weights import PICKLE_ERRORS, pickle_fault
 
 WEIGHTS = (ADAPTER_WEIGHTS, ADAPTER_PICKLE)

@@ -16,9 +16,8 @@ from trsr_dist.environment import detect_ranks
 from trsr_dist.errors import ConfigError, DataError, ModelError
 from trsr_dist.evaluate.score import PartScorer
 from trsr_dist.log import get_logger
-from trsr_dist.model.folder import LoadedModel, open_model
-from trsr_dist.model.forward import score_row
-from trsr_dist.model.loading import resolve_precision
+from trsr_dist.model.loading import LoadedModel, open_model, resolve_precision
+from trsr_dist.model.recommender import score_row
 from trsr_dist.prompts.text import one_line
 from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Sample
