@@ -17,8 +17,7 @@ from tests.merge.models import load, make_base
 from tests.shards.world import make_builder, make_sample, make_split
 from tests.tokenizers import byte_level
 from trsr_dist.evaluate.score import PartScorer
-from trsr_dist.model.forward import score_row
-from trsr_dist.model.recommender import Recommender
+from trsr_dist.model.recommender import Recommender, score_row
 from trsr_dist.planner.flops import Workload, training_flops
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.rows import PackedRow, pack_row

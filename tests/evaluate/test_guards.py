@@ -65,7 +65,7 @@ def test_shards_of_other_histories_are_refused(other_run: Path, tmp_path: Path) 
     path = other_run / "shards" / "test" / "manifest.json"
     manifest = read_json(path)
     write_json(path, manifest | {"inputs": {"histories": "0" * 64}})
-    with pytest.raises(RunError, match=r"shards/test: made from the histories 000000000000\.\.\., .*summarize.py anew"):
+    with pytest.raises(RunError, match=r"shards/test: made from the histories 0{12}\.\.\., .*summarize.py again"):
         evaluate(few(other_run), "RUN/merged", output=str(tmp_path / "out"))
     write_json(path, manifest | {"shards": []})
     with pytest.raises(DataError, match=r"shards/test: no user .* data.split a share for test"):

@@ -42,7 +42,7 @@ Scorer = Callable[[Sequence[int], Sequence[int]], np.ndarray]
 Ranker = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[np.ndarray]]
 """The same for many users: histories, candidates, scores."""
 MAX_VALIDATION_USERS = 5000
-"""As many choose settings and epoch: more say little more."""
+"""Users that choose settings and epoch: more add little."""
 USERS_AT_ONCE = 256
 FACTS = "trained"
 """In the header of a kept model: how it came about."""

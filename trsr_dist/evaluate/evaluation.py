@@ -17,14 +17,12 @@ from trsr_dist.evaluate.score_files import IDENTITY, ScoreFolder
 from trsr_dist.files import sha256_of
 from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger
-from trsr_dist.model.adapters import adapter_file
-from trsr_dist.model.fingerprint import base_fingerprint
-from trsr_dist.model.folder import find_base
-from trsr_dist.model.loading import resolve_precision
+from trsr_dist.model.artifacts import adapter_file, base_fingerprint
+from trsr_dist.model.loading import find_base, resolve_precision
 from trsr_dist.run import MANIFEST, RunFolder, check_inputs, manifest_hash, read_manifest
 from trsr_dist.shards.reader import ShardSet
 
-REMEDY = "use another --output, or --force to score anew"
+REMEDY = "use another --output, or --force to score again"
 
 log = get_logger("evaluate")
 
@@ -133,9 +131,9 @@ class Evaluation:
         return {"histories": histories, "shards": shards, "model": model}
 
     def is_done(self, force: bool) -> bool:
-        """Whether the results of exactly this evaluation stand there.
+        """Whether the results of exactly this evaluation are there.
 
-        A half-done one is taken up again, and one with other settings too: the scores that fit are used anew, and
+        A half-done one is resumed, and one with other settings too: the scores that fit are used again, and
         ``ScoreFolder.open`` refuses those that do not.
 
         Raises:
@@ -185,7 +183,7 @@ def complete(job: Evaluation, force: bool) -> Evaluation:
     """
     check_place(job.model)
     precision = on_rank_zero(lambda: _check(job, force))
-    # Each node may have a hub cache of its own.
+    # Each node may have its own hub cache.
     return replace(job, base=base_of(job), precision=precision)
 
 
@@ -224,7 +222,7 @@ def check_histories(job: Evaluation) -> None:
     if recorded != current:
         raise RunError(
             f"{folder}: made from the histories {recorded[:12]}..., {job.run.histories} now holds {current[:12]}...; "
-            "run launch/summarize.py anew"
+            "run launch/summarize.py again"
         )
     check_draws(job)
 
@@ -245,7 +243,7 @@ def check_draws(job: Evaluation) -> None:
         if drawn.get(key, asked) != asked:
             raise ConfigError(
                 f"{name}={asked}: the candidate lists were drawn with {drawn[key]} when the data was prepared; set it "
-                "to that (evaluate.protocols ranks other kinds of lists beside them), or prepare anew"
+                "to that (evaluate.protocols ranks other kinds of lists beside them), or prepare again"
             )
 
 

@@ -25,13 +25,13 @@ from trsr_dist.evaluate.users import DrawnLists, SplitUsers, StoredSplit
 from trsr_dist.files import write_json, writing
 from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger, setup_logging, show
-from trsr_dist.model.folder import ModelPrompts
-from trsr_dist.model.places import follow
+from trsr_dist.model.artifacts import follow
+from trsr_dist.model.loading import ModelPrompts
 from trsr_dist.run import Claim, RunFolder, claim, folder_lock
 from trsr_dist.shards.reader import ShardSet
 
 WAIT_SECONDS = 24 * 3600.0
-"""A rank that is done waits so long for the others, who score on; the launcher ends all when one dies."""
+"""How long a rank that is done waits for the others, which still score; the launcher ends all when one dies."""
 
 log = get_logger("evaluate")
 
@@ -43,7 +43,7 @@ def evaluate(config: Config, model: str, *, output: str = "", force: bool = Fals
         config: of the run.
         model: merged folder, checkpoint or adapter; ``RUN/merged`` and the like stand for folders of the run.
         output: empty: ``RUN/evaluation``.
-        force: score anew.
+        force: score again.
 
     Raises:
         RunError: the output holds another evaluation, or another job is at work there.

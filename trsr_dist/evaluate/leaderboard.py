@@ -25,7 +25,7 @@ RIVALS = ("bm25", "sasrec")
 OF_A_RUN = ("model", "no_summary", "no_recent", "control")
 """Systems that are the run's own model; the others may be the same in several runs."""
 PAUSE = 10
-"""A step that took so many times the median was an interruption."""
+"""A step that took this many times the median was an interruption."""
 NOT_SETTINGS = ("run.dir", "run.tensorboard", "data.path")
 MODEL = "model.name_or_path"
 

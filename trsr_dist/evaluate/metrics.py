@@ -113,7 +113,7 @@ def check_user(user: str, scores: np.ndarray, labels: np.ndarray, items: Sequenc
         )
     if not labels.any() or labels.all():
         kind = "negative" if labels.any() else "positive"
-        raise DataError(f"user {user!r}: no {kind} among {len(labels)} candidates; prepare the data anew")
+        raise DataError(f"user {user!r}: no {kind} among {len(labels)} candidates; prepare the data again")
 
 
 class OutcomeTable:

@@ -85,7 +85,7 @@ def pack_part(users: Sequence[TokenizedUser], row_tokens: int) -> list[list[RowE
     """Fill rows of at most ``row_tokens`` tokens, first fit by decreasing length.
 
     A user who is longer than a row is cut into groups of candidates, each behind a copy of the prefix; one candidate
-    that is longer than a row has a row of its own.
+    that is longer than a row gets its own row.
     """
     pieces = [piece for index, user in enumerate(users) for piece in _pieces(index, user, row_tokens)]
     pieces.sort(key=lambda piece: (-piece[0], piece[1].user, piece[1].candidates))

@@ -173,7 +173,7 @@ class ScoreFolder:
         self._identity: dict[str, Any] | None = None
 
     def open(self, identity: dict[str, Any], num_users: int, name: str) -> None:
-        """Take up a folder for these inputs, or begin it. From then on it must stay theirs.
+        """Resume a folder for these inputs, or begin it. From then on it must stay theirs.
 
         Args:
             identity: what the scores depend on.
@@ -191,7 +191,7 @@ class ScoreFolder:
         elif has_parts:
             raise RunError(
                 f"{self.folder}: holds scores but no {IDENTITY}, so whose they are is unknown; use another --output, "
-                "or --force to score anew"
+                "or --force to score again"
             )
         else:
             write_json(self.folder / IDENTITY, self._identity | dict(zip(FACTS, (num_users, name), strict=True)))
@@ -209,7 +209,7 @@ class ScoreFolder:
             if recorded.get(key) != self._identity.get(key):
                 raise RunError(
                     f"{self.folder}: holds scores made with {key}={recorded.get(key)!r}, now "
-                    f"{self._identity.get(key)!r}; use another --output, or --force to score anew"
+                    f"{self._identity.get(key)!r}; use another --output, or --force to score again"
                 )
 
     def recorded(self) -> dict[str, Any]:
@@ -259,7 +259,7 @@ class ScoreFolder:
             yield from read_scores(path)
 
     def check_names(self, num_users: int) -> None:
-        """Refuse files that are no parts of so many users.
+        """Refuse files that are not parts of a pass with this many users.
 
         Raises:
             DataError: names one.

@@ -33,7 +33,7 @@ MAX_LOGITS = 2**25
 NUM_NEGATIVES = 1024
 STEPS_PER_EPOCH = 50
 BATCH_SIZES = (16, 128)
-"""Users of a step, at least and at most; between them as many as give an epoch its steps."""
+"""Users of a step, at least and at most; between them the number that gives an epoch ``STEPS_PER_EPOCH``."""
 MAX_WORK = 4 * 10**9
 """Logits of an epoch, summed over the grid: beyond them the settings' defaults alone are trained."""
 WORK_OF_BODY = 4096
@@ -41,9 +41,9 @@ WORK_OF_BODY = 4096
 PADDING = 0
 """Embedding row of padding; item row i has embedding row i + 1."""
 INITIAL_DEVIATION = 0.1
-"""Of item embeddings. With the published 0.01 to 0.02 the softmax stands at chance for as many steps again."""
+"""Of item embeddings. With the published 0.01 to 0.02 the softmax stays at chance for twice the steps."""
 LOG_SECONDS = 600.0
-"""A long training says after so many where it stands; on a terminal a bar does."""
+"""How often a long training logs its progress; a terminal shows a bar."""
 
 log = get_logger("evaluate")
 
@@ -64,10 +64,10 @@ class SequentialSettings:
     num_negatives: int = 0
     """Items that a step's sampled softmax draws; 0: the softmax over the whole catalogue."""
     min_epochs: int = 8
-    """Both models stand at chance for the first hundreds of steps."""
+    """Both models stay at chance for the first hundreds of steps."""
     max_epochs: int = 30
     patience_epochs: int = 3
-    """Training stops after so many epochs without a better validation metric."""
+    """Training stops after this many epochs without a better validation metric."""
 
     @property
     def point(self) -> dict[str, Any]:

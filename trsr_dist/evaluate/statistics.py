@@ -16,7 +16,7 @@ from trsr_dist.evaluate.metrics import average
 
 LEVEL = 0.95
 CHUNK_NUMBERS = 10_000_000
-"""So many drawn numbers are in memory at once."""
+"""Drawn numbers that are in memory at once."""
 NUM_BINS = 10
 RANKING_LOSSES = ("pairwise", "listwise")
 """They do not change where a number is added to all scores of a user: the log-odds stand nowhere in particular."""
