@@ -20,6 +20,7 @@ from trsr_dist.leases import BEATS_PER_TERM, Lease, LeaseFolder
 from trsr_dist.liveness import Owner, read_sign, touching
 
 MANIFEST = "manifest.json"
+SPLITS = ("train", "valid", "test")
 RUN = "RUN/"
 """What names of folders of the run begin with, in settings."""
 ANEW = "use another run.dir, or --force to make it again"

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trsr_dist.data.splits import SPLITS
 from trsr_dist.errors import DataError, RunError
 from trsr_dist.evaluate.parts import split_parts
 from trsr_dist.evaluate.scores import IDENTITY, ScoreFolder
@@ -15,7 +14,7 @@ from trsr_dist.liveness import reader_time
 from trsr_dist.log import MetricRow, read_metrics
 from trsr_dist.model.places import PROVENANCE
 from trsr_dist.printable import in_one_line
-from trsr_dist.run import MANIFEST, RunFolder
+from trsr_dist.run import MANIFEST, SPLITS, RunFolder
 from trsr_dist.summarize.progress import Overview, ProgressReader, TaskProgress
 from trsr_dist.train.heartbeat import BEAT_SECONDS, describe_ranks, read_heartbeats
 

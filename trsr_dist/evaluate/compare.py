@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from trsr_dist.data.splits import SPLITS
 from trsr_dist.errors import DataError
 from trsr_dist.evaluate.confidence import Difference, paired_differences
 from trsr_dist.evaluate.metrics import average
@@ -20,6 +19,7 @@ from trsr_dist.evaluate.scores import ScoreFolder
 from trsr_dist.evaluate.table import column_title, format_table
 from trsr_dist.hashing import hash64
 from trsr_dist.metric_names import metric_names
+from trsr_dist.run import SPLITS
 
 USERS_AT_ONCE = 1024
 SHOWN_PARTS = 5

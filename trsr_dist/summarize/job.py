@@ -19,7 +19,6 @@ from typing import Any
 
 from trsr_dist.cli import EXIT_REQUEUE
 from trsr_dist.config import Config, dump_config
-from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.environment import Ranks, array_task, detect_ranks
 from trsr_dist.errors import EngineError, RunError, TrsrError
@@ -30,7 +29,7 @@ from trsr_dist.liveness import Owner, touching
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.printable import strike_addresses
 from trsr_dist.prompts.wording import WORDING_VERSION
-from trsr_dist.run import RunFolder, claim, is_finished
+from trsr_dist.run import SPLITS, RunFolder, claim, is_finished
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.engines.build import build_engine, engine_identity, revision_to_load
 from trsr_dist.summarize.engines.lazy import LazyEngine
