@@ -76,4 +76,4 @@ def test_a_filler_is_one_prompt_of_two_tokens_whose_answer_is_no() -> None:
     ],
 )
 def test_the_head_ends_at_the_first_difference_of_any(prefixes: list[list[int]], expected: int) -> None:
-    assert head_length([np.array(prefix) for prefix in prefixes]) == expected
+    assert head_length(prefixes) == expected

@@ -23,11 +23,11 @@ from trsr_dist.log import get_logger
 from trsr_dist.printable import HALVES, in_one_line
 from trsr_dist.prompts.encoder import Encoder, for_any_tokenizer
 from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.prompts.trimming import trim_prompt
 from trsr_dist.summarize.engines.connection import KEY_VARIABLE, Connection
 from trsr_dist.summarize.engines.replies import MALFORMED, describe, read_reply, refused_option
 from trsr_dist.summarize.quality import TURN_MARKERS
 from trsr_dist.summarize.requests import Completion, Request
-from trsr_dist.summarize.trimming import trim_prompt
 
 TEMPLATE_TOKENS = 64
 """Kept free for the server's chat template (Llama 3's adds 36)."""
