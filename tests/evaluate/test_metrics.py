@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from trsr_dist.errors import DataError
 from trsr_dist.evaluate.metrics import average, check_user, tie_rate, user_metrics
-from trsr_dist.metric_names import metric_names
+from trsr_dist.records import metric_names
 
 TOP_K = (1, 3, 5)
 

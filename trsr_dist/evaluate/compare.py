@@ -18,7 +18,7 @@ from trsr_dist.evaluate.score_files import UserScores
 from trsr_dist.evaluate.scores import ScoreFolder
 from trsr_dist.evaluate.table import column_title, format_table
 from trsr_dist.hashing import hash64
-from trsr_dist.metric_names import metric_names
+from trsr_dist.records import metric_names
 from trsr_dist.run import SPLITS
 
 USERS_AT_ONCE = 1024

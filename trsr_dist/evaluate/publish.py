@@ -15,7 +15,7 @@ from trsr_dist.evaluate.report import ReportParts, write_report
 from trsr_dist.evaluate.table import gain_line, metric_table, protocol_table
 from trsr_dist.files import sha256_of, write_json
 from trsr_dist.log import MetricLog, read_metrics, show
-from trsr_dist.metric_names import FAMILIES, headline, metric_names
+from trsr_dist.records import FAMILIES, headline, metric_names
 from trsr_dist.run import MANIFEST, write_manifest
 
 

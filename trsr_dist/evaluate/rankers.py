@@ -19,7 +19,7 @@ from trsr_dist.evaluate.sequential import MODELS, SequentialRanker, SequentialSe
 from trsr_dist.files import atomic_file
 from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger
-from trsr_dist.metric_names import metric_names
+from trsr_dist.records import metric_names
 
 MAX_VALIDATION_USERS = 5000
 """As many choose the best epoch: more say little more."""

@@ -13,7 +13,7 @@ from trsr_dist.evaluate.confidence import bootstrap_interval, paired_differences
 from trsr_dist.evaluate.metrics import average
 from trsr_dist.evaluate.outcomes import OutcomeTable
 from trsr_dist.evaluate.slices import UserFacts, slice_table
-from trsr_dist.metric_names import metric_names
+from trsr_dist.records import metric_names
 
 
 @dataclass(frozen=True, slots=True)

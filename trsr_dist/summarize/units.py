@@ -20,7 +20,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from trsr_dist.errors import DataError
-from trsr_dist.files import read_json, remove_folder, replace_folder, sync_folder, write_json
+from trsr_dist.files import read_json, remove_folder, replace_folder, sync_path, write_json
 from trsr_dist.records import Sample
 from trsr_dist.run import MANIFEST
 from trsr_dist.shards.manifest import ShardFacts, write_split_manifest
@@ -125,7 +125,7 @@ class SplitWork:
             shard = write_shard(attempt / f"{self.split}-{unit:06d}.tar", samples)
             write_json(attempt / FACTS, {"shard": asdict(shard), **facts})
             is_first = _is_first(lambda: os.rename(attempt, self._unit(unit)))
-            sync_folder(self._unit(unit).parent)
+            sync_path(self._unit(unit).parent)
             self._done.add(unit)
             return is_first
         except FileNotFoundError:
