@@ -15,7 +15,7 @@ from trsr_dist.shards.inspect.checks import NO_TEXT, TARGET_IN_SUMMARY, sample_f
 from trsr_dist.shards.inspect.similar import near_duplicates
 from trsr_dist.summarize.extract import extract, informative_words, split_fields
 from trsr_dist.summarize.quality import flags_of, is_echo, is_preamble, is_repetitive
-from trsr_dist.summarize.samples import check_leaks
+from trsr_dist.summarize.worker import check_leaks
 from trsr_dist.words import comparable, count_words, cut_words, has_text, search_terms, split_words
 
 ENGLISH = {

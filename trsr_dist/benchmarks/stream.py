@@ -29,6 +29,7 @@ from trsr_dist.rows import PackedRow
 from trsr_dist.shards.codec import decode_sample, encode_sample
 from trsr_dist.shards.index import index_path
 from trsr_dist.shards.lengths import Lengths, length_path, lengths_folder
+from trsr_dist.shards.manifest import ShardFacts, write_split_manifest
 from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.order import Order
 from trsr_dist.shards.packing import deal
@@ -36,7 +37,7 @@ from trsr_dist.shards.plan import PackingSettings, TrainPlan
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.steps import StepSpec, StreamState, step_specs
 from trsr_dist.shards.stream import TrainStream, advise_ahead
-from trsr_dist.shards.writer import ShardFacts, write_shard, write_split_manifest
+from trsr_dist.shards.writer import write_shard
 
 NUM_SHARDS = 4
 """Written and measured; larger sets are made of links to them."""

@@ -216,7 +216,8 @@ def check_data_settings(config: Config) -> None:
     if data.time_format and data.format != "jsonl":
         raise ConfigError(f"data.time_format is for data.format=jsonl; the times of {data.format} have one form")
     try:
-        datetime.strptime(datetime(2001, 2, 3, 16, 5, 6).strftime(data.time_format), data.time_format)
+        if data.time_format:
+            datetime.strptime(datetime(2001, 2, 3, 16, 5, 6).strftime(data.time_format), data.time_format)
     except ValueError as error:
         raise ConfigError(
             f"data.time_format={data.time_format!r}: {error}; expected such as '%d.%m.%Y %H:%M' (Python's strptime)"

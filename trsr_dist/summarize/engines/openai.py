@@ -24,8 +24,14 @@ from trsr_dist.printable import HALVES, in_one_line
 from trsr_dist.prompts.encoder import Encoder, for_any_tokenizer
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.prompts.trimming import trim_prompt
-from trsr_dist.summarize.engines.connection import KEY_VARIABLE, Connection
-from trsr_dist.summarize.engines.replies import MALFORMED, describe, read_reply, refused_option
+from trsr_dist.summarize.engines.connection import (
+    KEY_VARIABLE,
+    MALFORMED,
+    Connection,
+    describe,
+    read_reply,
+    refused_option,
+)
 from trsr_dist.summarize.quality import TURN_MARKERS
 from trsr_dist.summarize.requests import Completion, Request
 
@@ -119,7 +125,11 @@ class OpenAIEngine:
     def poll(self) -> list[Completion]:
         done = []
         while self._in_flight and (not (done or self._error) or not self._done.empty()):
-            outcome = self._next_outcome()
+            try:
+                outcome = self._done.get(timeout=self._connection.limits.timeout_seconds)
+            except queue.Empty:
+                self._connection.limits.check()
+                continue
             self._in_flight -= 1
             if isinstance(outcome, Exception):
                 self._error = self._error or outcome
@@ -137,26 +147,16 @@ class OpenAIEngine:
             self._todo.put(None)
         self._client.close()
 
-    def _next_outcome(self) -> Completion | Exception:
-        while True:
-            try:
-                return self._done.get(timeout=self._connection.limits.timeout_seconds)
-            except queue.Empty:
-                self._connection.limits.check()
-
     def _serve(self) -> None:
-        while (request := self._todo.get()) is not None:
-            self._work(request)
-
-    def _work(self, request: Request) -> None:
         """In a thread: whatever happens, one outcome is put into the queue, and no secret with it."""
-        try:
-            outcome = self._answer(request)
-        except Exception as error:  # a reply of any form may come from a server
-            outcome = self._gone(self._say(error))
-        finally:
-            self._connection.limits.end()
-        self._done.put(self._struck(outcome))
+        while (request := self._todo.get()) is not None:
+            try:
+                outcome = self._answer(request)
+            except Exception as error:  # a reply of any form may come from a server
+                outcome = self._gone(self._say(error))
+            finally:
+                self._connection.limits.end()
+            self._done.put(self._struck(outcome))
 
     def _struck(self, outcome: Completion | EngineError) -> Completion | EngineError:
         """Without secrets, which a server may put anywhere, and without halves of characters, which no file takes."""
@@ -185,7 +185,11 @@ class OpenAIEngine:
         except FATAL as error:
             return self._gone(self._say(error), "check base_url, model and key")
         except openai.OpenAIError as error:
-            return self._blame(request, error)
+            # The request has failed, or the server is gone or too slow: then no request is at fault.
+            is_lost = isinstance(error, openai.APIStatusError) and error.status_code in UNAVAILABLE
+            if isinstance(error, openai.APIConnectionError):
+                is_lost = isinstance(error, openai.APITimeoutError) or not self._server_answers()
+            return self._lost(error) if is_lost else Completion(request.key, error=self._say(error))
 
     def _fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
         """Trim by the server's token count. A token holds at least one byte, so short prompts need no counting.
@@ -205,16 +209,6 @@ class OpenAIEngine:
             return str(for_any_tokenizer(prompt.prompt()))
         with self._encoding:
             return self._encoder.text(prompt.prompt(self._encoder.value))
-
-    def _blame(self, request: Request, error: openai.OpenAIError) -> Completion | EngineError:
-        """The request has failed, or the server is gone or too slow: then no request is at fault."""
-        if isinstance(error, openai.APITimeoutError):
-            return self._lost(error)
-        if isinstance(error, openai.APIConnectionError) and not self._server_answers():
-            return self._lost(error)
-        if isinstance(error, openai.APIStatusError) and error.status_code in UNAVAILABLE:
-            return self._lost(error)
-        return Completion(request.key, error=self._say(error))
 
     def _lost(self, error: openai.OpenAIError) -> EngineError:
         remedy = "start the server"
