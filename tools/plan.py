@@ -1,6 +1,6 @@
 """Forecast time, memory, device hours and money of a run, before it is paid; for any number of nodes, in seconds.
 
-Summaries are reckoned from RUN/histories, training and evaluation from RUN/shards, or from the histories where there
+Summaries are estimated from RUN/histories, training and evaluation from RUN/shards, or from the histories where there
 are no shards yet; of the models only config.json is read, and the tokenizer.
 """
 

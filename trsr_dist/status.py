@@ -16,7 +16,7 @@ from trsr_dist.model.places import PROVENANCE
 from trsr_dist.printable import in_one_line
 from trsr_dist.run import MANIFEST, SPLITS, RunFolder
 from trsr_dist.summarize.progress import ProgressReader, TaskProgress
-from trsr_dist.train.heartbeat import BEAT_SECONDS, describe_ranks, read_heartbeats
+from trsr_dist.train.lifecycle import BEAT_SECONDS, describe_ranks, read_heartbeats
 
 SHOWN_FAILURES = 5
 SHOWN_CHARACTERS = 500

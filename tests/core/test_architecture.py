@@ -1,6 +1,7 @@
 """Promises of the structure: what may import what, and who reads the environment."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -115,3 +116,12 @@ def test_one_module_has_libraries_read_models() -> None:
             if call.func.attr in READERS and ast.unparse(call.func) != "ModelShape.from_config":
                 given = {word.arg for word in call.keywords}
                 assert given & {"trust_remote_code", None}, f"{path} lets transformers ask on the terminal"
+
+
+def test_what_the_architecture_page_names_exists() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    named = set(re.findall(r"`((?:trsr_dist|tests|launch|tools)/[\w/]+\.py)`", text))
+    named |= {f"trsr_dist/{folder}" for folder in re.findall(r"\b(\w+)/(?=[,|])", text)}
+    missing = sorted(name for name in named if not (ROOT / name).exists() and not (ROOT / Path(name).name).exists())
+    assert len(named) > 20
+    assert not missing

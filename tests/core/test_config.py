@@ -9,7 +9,8 @@ from trsr_dist.cli import config_parser, parse_config
 from trsr_dist.cli import path as path_argument
 from trsr_dist.config import dump_config, load_config
 from trsr_dist.config.loading import known_keys
-from trsr_dist.config.sections import RESERVED
+from trsr_dist.config.on_resume import marked_settings
+from trsr_dist.config.sections import RESERVED, LoraSection, TrainSection
 from trsr_dist.config.zero import read_zero_config
 from trsr_dist.errors import ConfigError
 
@@ -282,3 +283,39 @@ def test_a_tilde_is_a_home_folder_in_every_path(
 def test_paths_that_can_be_none_are_refused(config_file: Path, value: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"run\.dir=[\s\S]*{message}"):
         load_config(config_file, [f"run.dir={value}"])
+
+
+FREE_ON_RESUME = {
+    "negatives_per_positive",  # the stream's state holds it
+    "pool_size",  # the shards' manifest does
+    "num_epochs",  # through the number of steps, which is compared
+    "max_steps",
+    "row_tokens",  # the stream's state
+    "rows_per_step",
+    "deepspeed_config",
+    "precision",
+    "activation_checkpointing",
+    "num_workers",
+    "cache_dir",
+    "cache_gb",
+    "save_every_steps",
+    "keep_checkpoints",
+    "evaluate_every_steps",
+    "evaluate_users",  # the trainer's state holds what the best value depends on
+    "best_metric",
+    "early_stopping_patience",
+    "log_every_steps",
+    "timeout_seconds",
+    "data_errors",
+    "max_data_errors",
+    "max_bad_steps",
+    "walltime_seconds",
+}
+"""Settings of a training that may change when it goes on, or that something else compares."""
+
+
+def test_every_setting_of_a_training_says_what_a_change_means() -> None:
+    sections = (TrainSection(), LoraSection())
+    marked = {name for section in sections for name in marked_settings(section)}
+    names = {name for section in sections for name in type(section).model_fields}
+    assert names - marked == FREE_ON_RESUME, "mark a new setting with OnResume, or list it here with the reason"

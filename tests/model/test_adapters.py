@@ -23,7 +23,7 @@ from trsr_dist.model.adapters import attach, read_adapter
 from trsr_dist.model.fingerprint import base_fingerprint
 from trsr_dist.predict import Ranker
 from trsr_dist.pretrained import BaseSource
-from trsr_dist.train.initial import read_initial
+from trsr_dist.train.start import read_initial
 
 LORA = {"r": 4, "alpha": 8, "use_rslora": False}
 WEIGHTS = "adapter_model.safetensors"

@@ -32,7 +32,7 @@ from trsr_dist.summarize.progress import (
     write_task,
 )
 from trsr_dist.summarize.requests import Completion
-from trsr_dist.train.heartbeat import Heartbeat
+from trsr_dist.train.lifecycle import Heartbeat
 
 USERS = {"train": 30, "valid": 3, "test": 3}
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tests.spawn import Script, Scripts, free_port
 from tests.train.world import losses_of
-from trsr_dist.train.heartbeat import read_heartbeats
+from trsr_dist.train.lifecycle import read_heartbeats
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent

@@ -19,9 +19,8 @@ from trsr_dist.model.recommender import Recommender
 from trsr_dist.rows import pack_row
 from trsr_dist.train import elastic
 from trsr_dist.train.elastic import adam_step, check_names, gather_state, restore_state, start_from
-from trsr_dist.train.engine import Engine
+from trsr_dist.train.engine import Engine, complete_zero_config
 from trsr_dist.train.losses import row_loss
-from trsr_dist.train.zero_config import complete_zero_config
 
 ROW = pack_row([make_user("a", 9, (3, 2)), make_user("b", 7, (4,))])
 KINDS = ("weight", "exp_avg", "exp_avg_sq")

@@ -18,14 +18,13 @@ from tests.model.world import make_row
 from trsr_dist.config.zero import read_zero_config
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import CheckpointError, ConfigError, RunError
-from trsr_dist.train import stopping
+from trsr_dist.train import lifecycle
 from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState, read_checkpoint
-from trsr_dist.train.heartbeat import Heartbeat, describe_ranks, read_heartbeats
+from trsr_dist.train.engine import complete_zero_config, zero_setting
+from trsr_dist.train.lifecycle import Heartbeat, StopReasons, StopSignals, Walltime, describe_ranks, read_heartbeats
 from trsr_dist.train.losses import listwise_sum, pairwise_sum
 from trsr_dist.train.meter import Sums, count_pairs, scalars
-from trsr_dist.train.schedule import learning_rate
-from trsr_dist.train.stopping import StopReasons, StopSignals, Walltime
-from trsr_dist.train.zero_config import complete_zero_config, zero_setting
+from trsr_dist.train.trainer import learning_rate
 
 ROOT = Path(__file__).parents[2]
 NAME = "model.layers.0.self_attn.q_proj.lora_B.default.weight"
@@ -242,12 +241,12 @@ class TestCheckpoints:
 class TestStopping:
     def test_time_for_a_step_and_a_save_is_kept(self) -> None:
         walltime = Walltime(time.time() + 100)
-        walltime.saw_step(10)
-        walltime.saw_save(20)
-        assert not walltime.is_over()
-        walltime.saw_step(60)
-        assert walltime.is_over()
-        assert not Walltime(None).is_over()
+        walltime.saw("step", 10)
+        walltime.saw("save", 20)
+        assert walltime.has_time_for("step")
+        walltime.saw("step", 60)
+        assert not walltime.has_time_for("step")
+        assert Walltime(None).has_time_for("step")
 
     def test_time_for_a_validation_is_kept(self, tmp_path: Path) -> None:
         walltime = Walltime(time.time() + 100)
@@ -255,8 +254,8 @@ class TestStopping:
         signals.restore()
         reasons = StopReasons(tmp_path, signals, walltime, is_main=True)
         assert reasons.allow_validation(at_start=False)
-        walltime.saw_validation(80)
-        assert not walltime.is_over()
+        walltime.saw("validation", 80)
+        assert walltime.has_time_for("step")
         assert not reasons.allow_validation(at_start=False)
         assert reasons.allow_validation(at_start=True), "no later start has more time"
 
@@ -272,8 +271,8 @@ class TestStopping:
 
     def test_only_a_later_event_ends_the_process_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock, exits = [100.0], []
-        monkeypatch.setattr(stopping.time, "monotonic", lambda: clock[0])
-        monkeypatch.setattr(stopping.os, "_exit", exits.append)
+        monkeypatch.setattr(lifecycle.time, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(lifecycle.os, "_exit", exits.append)
         signals = StopSignals()
         try:
             signal.raise_signal(signal.SIGUSR1)
@@ -319,7 +318,7 @@ def test_sums_add_up_whatever_the_split() -> None:
         for _ in range(times):
             sums.add_row(row, 1000)
     two.add(two)
-    assert one.to_list() == two.to_list()
+    assert one == two
     assert scalars(one, 2.0, 6e9, 12e9)["train/mfu"] == pytest.approx(0.25)
 
 

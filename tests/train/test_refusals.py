@@ -94,7 +94,7 @@ def test_force_removes_nothing_before_all_is_checked(found: dict) -> None:
 
 def read_unequally(rank: int, world_size: int, root: Path) -> list[str]:
     """One rank meets a disk that fails once, then another folder than the others."""
-    from trsr_dist.train import resumption
+    from trsr_dist.train import start
     from trsr_dist.train.checkpoints import Checkpoint, CheckpointFolder, read_checkpoint
 
     def fail(folder: Path) -> Checkpoint:
@@ -105,9 +105,9 @@ def read_unequally(rank: int, world_size: int, root: Path) -> list[str]:
 
     errors = []
     for read in (fail, differ, read_checkpoint):
-        resumption.read_checkpoint = read if rank else read_checkpoint
+        start.read_checkpoint = read if rank else read_checkpoint
         try:
-            errors.append(resumption.newest_for_all(CheckpointFolder(root, 3)).folder.name)
+            errors.append(start.newest_for_all(CheckpointFolder(root, 3)).folder.name)
         except CheckpointError as error:
             errors.append(str(error))
     return errors

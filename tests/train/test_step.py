@@ -19,7 +19,7 @@ from trsr_dist.model.recommender import Recommender
 from trsr_dist.rows import PackedRow, pack_row
 from trsr_dist.shards.steps import Step, StreamState
 from trsr_dist.train import step as step_module
-from trsr_dist.train.heartbeat import Heartbeat
+from trsr_dist.train.lifecycle import Heartbeat
 from trsr_dist.train.losses import row_loss
 from trsr_dist.train.meter import Sums
 from trsr_dist.train.step import StepRunner

@@ -19,30 +19,17 @@ from pydantic import (
 )
 
 from trsr_dist.config.contradictions import contradictions
+from trsr_dist.config.on_resume import OnResume
 from trsr_dist.environment import expand_home
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 FilePath = Annotated[str, AfterValidator(expand_home)]
-Names = Annotated[tuple[str, ...], Field(min_length=1)]
+Modules = Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"]
 RESERVED = {
-    "self",
-    "conversation",
-    "messages",
-    "tools",
-    "documents",
-    "chat_template",
-    "add_generation_prompt",
-    "continue_final_message",
-    "tokenize",
-    "sanitize_control_tokens",
-    "padding",
-    "truncation",
-    "max_length",
-    "return_tensors",
-    "return_dict",
-    "return_assistant_tokens_mask",
-    "tokenizer_kwargs",
-}
+    "self", "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+}  # fmt: skip
 """Arguments of a tokenizer's ``apply_chat_template``, which are no variables of a template."""
 
 
@@ -234,42 +221,42 @@ class ModelSection(Section):
 
 
 class LoraSection(Section):
-    r: int = Field(8, ge=1)
+    r: Annotated[int, OnResume.REFUSED] = Field(8, ge=1)
     """Rank: higher raises accuracy and memory."""
-    alpha: float = Field(16, gt=0)
+    alpha: Annotated[float, OnResume.REFUSED] = Field(16, gt=0)
     """Scale: the update is alpha / r * BA."""
-    dropout: float = Field(0.05, ge=0, lt=1)
+    dropout: Annotated[float, OnResume.SAID] = Field(0.05, ge=0, lt=1)
     """Dropout on the adapter's input while training."""
-    target_modules: Names | Literal["all-linear"] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    target_modules: Annotated[Modules, OnResume.REFUSED] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Names of linear modules, or all-linear."""
-    use_rslora: bool = False
+    use_rslora: Annotated[bool, OnResume.REFUSED] = False
     """Scale by alpha / sqrt(r) instead (arXiv 2312.03732)."""
-    init: Literal["kaiming", "gaussian"] = "kaiming"
+    init: Annotated[Literal["kaiming", "gaussian"], OnResume.SAID] = "kaiming"
     """How A starts; B starts at 0."""
 
 
 class TrainSection(Section):
-    loss: Literal["answer", "full_text", "pairwise", "listwise"] = "answer"
+    loss: Annotated[Literal["answer", "full_text", "pairwise", "listwise"], OnResume.SAID] = "answer"
     """answer: cross-entropy of the answer token; full_text: of all tokens, as the paper's code; pairwise and listwise:
     over a user's candidates."""
-    init_adapter: FilePath = ""
+    init_adapter: Annotated[FilePath, OnResume.REFUSED] = ""
     """Folder of a PEFT adapter, or another run's checkpoint, whose weights the training starts from; empty: a fresh
     adapter, which leaves the base as it is."""
     negatives_per_positive: int = Field(1, ge=1)
     """Negatives drawn per epoch from the sample's pool (the paper: 1)."""
     pool_size: int = Field(20, ge=1, le=100_000)
     """Negatives kept in each train sample, to draw from: a sample holds the texts of all of them, hence the limit."""
-    learning_rate: float = Field(1e-4, gt=0)
+    learning_rate: Annotated[float, OnResume.SAID] = Field(1e-4, gt=0)
     """Peak learning rate of AdamW."""
-    warmup_ratio: float = Field(0.03, ge=0, lt=1)
+    warmup_ratio: Annotated[float, OnResume.SAID] = Field(0.03, ge=0, lt=1)
     """Share of the steps in which the rate rises linearly from 0."""
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Annotated[Literal["linear", "cosine", "constant"], OnResume.SAID] = "linear"
     """What the rate does after the warm-up; linear and cosine end at 0."""
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: Annotated[float, OnResume.SAID] = Field(0.0, ge=0)
     """AdamW's decoupled weight decay."""
-    adam_betas: tuple[Beta, Beta] = (0.9, 0.95)
+    adam_betas: Annotated[tuple[Beta, Beta], OnResume.SAID] = (0.9, 0.95)
     """AdamW's betas (the paper's code: 0.9, 0.95)."""
-    max_grad_norm: float = Field(1.0, ge=0)
+    max_grad_norm: Annotated[float, OnResume.SAID] = Field(1.0, ge=0)
     """Gradients are clipped to this global norm; 0: no clipping."""
     num_epochs: float = Field(1.0, gt=0)
     """Passes over the train users."""

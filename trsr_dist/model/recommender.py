@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -42,6 +41,8 @@ class Recommender(nn.Module):
             causal.set_attn_implementation(NAME)
             answer_at_last_layer(causal.model)
             self._attend = build_backend(backend)
+        # Here and not when they are first needed: under ZeRO-3 this is a collective of all ranks.
+        self._answer_rows = _rows_of(causal.lm_head, answer_ids)
 
     @property
     def device(self) -> torch.device:
@@ -68,16 +69,9 @@ class Recommender(nn.Module):
 
     def pair_logits(self, states: torch.Tensor) -> torch.Tensor:
         """float32 logits of yes and no: only these two rows of the output head are multiplied, in full precision."""
-        if type(self.causal.lm_head) is not nn.Linear:  # quantized, or adapted
+        if self._answer_rows is None:
             return self.causal.lm_head(states)[:, list(self.answer_ids)].float()
-        return linear(states.float(), self._answer_rows)
-
-    @cached_property
-    def _answer_rows(self) -> torch.Tensor:
-        """The frozen output head's rows of yes and no, float32, (2, hidden_size)."""
-        weight = self.causal.lm_head.weight
-        with gathered(weight):
-            return weight[list(self.answer_ids)].detach().float()
+        return linear(states.float(), self._answer_rows.to(states.device))
 
     def _states(self, inputs: RowInputs, answers_only: bool) -> torch.Tensor:
         out = self.causal.model(
@@ -115,6 +109,14 @@ class Recommender(nn.Module):
 def _batches(ids: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     size = max(1, SEPARATE_TOKENS // ids.shape[1])
     return zip(ids.split(size), mask.split(size), strict=True)
+
+
+def _rows_of(head: nn.Module, answer_ids: tuple[int, int]) -> torch.Tensor | None:
+    """The frozen head's rows of yes and no, float32, (2, hidden_size); None where it is quantized or adapted."""
+    if type(head) is not nn.Linear:
+        return None
+    with gathered(head.weight):
+        return head.weight[list(answer_ids)].detach().float()
 
 
 def gathered(weight: nn.Parameter) -> Any:

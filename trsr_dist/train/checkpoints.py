@@ -83,7 +83,7 @@ class TrainerState:
         return replace(self, validation=validation, best_value=None, best_step=0, num_bad_evaluations=0)
 
     def is_over(self, num_steps: int, patience: int) -> bool:
-        """Whether all steps are made, or so many validations in a row were no better (0: never)."""
+        """Whether all steps are made, or `patience` validations in a row were no better (0: never)."""
         return self.step >= num_steps or bool(patience) and self.num_bad_evaluations >= patience
 
 
@@ -144,7 +144,9 @@ class CheckpointFolder:
                 for path in files
             }
             write_json(target / MANIFEST, {"files": listed})
-            _verify(read_checkpoint(target), tensors)
+            read = read_checkpoint(target).tensors
+            if read.keys() != tensors.keys() or not all(torch.equal(read[name], tensors[name]) for name in read):
+                raise CheckpointError(f"{target}: read back, it is not what was written; check the disk")
         self.point("latest", folder)
         self._remove_old()
         return folder
@@ -161,7 +163,7 @@ class CheckpointFolder:
             stream.write(folder.name + "\n")
 
     def newest(self) -> Checkpoint | None:
-        """The newest checkpoint that is whole; damaged ones are passed over and said aloud.
+        """The newest checkpoint that is whole; damaged ones are skipped with a warning.
 
         Raises:
             CheckpointError: there are checkpoints, and none of them can be read.
@@ -190,7 +192,7 @@ class CheckpointFolder:
             remove_folder(folder)
 
     def tidy(self, dead: Owner | None = None) -> None:
-        """Make the folder, and put right what killed processes have left in it. Call while holding its lock.
+        """Make the folder, and clean up what killed processes left in it. Call while holding its lock.
 
         Args:
             dead: the owner that the lock was taken from.
@@ -241,11 +243,3 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         if not tensor.numel() or not torch.isfinite(tensor).all():
             raise CheckpointError(f"{folder}: {name} is empty or not finite")
     return Checkpoint(folder, tensors, state, provenance, digest)
-
-
-def _verify(read: Checkpoint, written: dict[str, torch.Tensor]) -> None:
-    same = read.tensors.keys() == written.keys() and all(
-        torch.equal(tensor, written[name]) for name, tensor in read.tensors.items()
-    )
-    if not same:
-        raise CheckpointError(f"{read.folder}: read back, it is not what was written; check the disk")

@@ -6,6 +6,8 @@ megabytes, and know nothing of ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +19,10 @@ from deepspeed.utils import (
 )
 from torch import nn
 
+from trsr_dist.distributed import on_rank_zero
 from trsr_dist.errors import CheckpointError
+from trsr_dist.files import writing
+from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState
 from trsr_dist.train.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -38,6 +43,37 @@ def gather_state(engine: Engine) -> dict[str, torch.Tensor]:
             value = torch.zeros(shape) if value is None else value
             state[f"{kind}/{name}"] = value.detach().to("cpu", torch.float32, copy=True).reshape(shape)
     return state
+
+
+@dataclass(frozen=True, slots=True)
+class Saving:
+    """Writes checkpoints of one engine; each method is called by all ranks."""
+
+    engine: Engine
+    checkpoints: CheckpointFolder
+    is_main: bool
+    adapter_config: dict[str, Any]
+    provenance: Callable[[TrainerState], dict[str, Any]]
+
+    def save(self, state: TrainerState) -> None:
+        """Write a checkpoint; a problem of rank 0 is raised on all ranks.
+
+        Raises:
+            CheckpointError: what was read back is not what was written.
+            RunError: the disk is full, or the folder was lost to another process. The checkpoints before it are intact.
+        """
+        tensors = gather_state(self.engine)
+
+        def write() -> None:
+            with writing(self.checkpoints.root):
+                self.checkpoints.save(tensors, state, self.adapter_config, self.provenance(state))
+
+        on_rank_zero(write)
+
+    def mark_best(self, step: int) -> None:
+        """The checkpoint of this step is the best so far."""
+        if self.is_main:
+            self.checkpoints.mark_best(step)
 
 
 def restore_state(engine: Engine, state: dict[str, torch.Tensor], step: int) -> None:

@@ -14,17 +14,23 @@ from trsr_dist.errors import TrsrError
 from trsr_dist.files import writing
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.run import FolderLock, RunFolder, folder_lock
-from trsr_dist.train.build import Build
+from trsr_dist.train.build import build_trainer, first_state, resume_settings
 from trsr_dist.train.checkpoints import CheckpointFolder
-from trsr_dist.train.heartbeat import Heartbeat, describe_ranks
-from trsr_dist.train.launcher import follow_launcher
+from trsr_dist.train.lifecycle import (
+    Heartbeat,
+    StopReasons,
+    StopSignals,
+    check_stop_file,
+    describe_ranks,
+    follow_launcher,
+    walltime_of,
+)
 from trsr_dist.train.prepare import prepare
-from trsr_dist.train.resumption import check_base, check_finished, check_settings, newest_for_all
-from trsr_dist.train.stopping import StopReasons, StopSignals, check_stop_file, walltime_of
+from trsr_dist.train.start import check_base, check_finished, check_settings, newest_for_all
 from trsr_dist.train.trainer import Control, Ending
 
 STUCK_FACTOR = 2.0
-"""A rank ends itself after so many times the collectives' timeout without progress."""
+"""A rank ends itself after this many times the collectives' timeout without progress."""
 
 log = get_logger("train")
 
@@ -34,13 +40,13 @@ def train(config: Config, force: bool = False) -> int:
 
     Args:
         config: of the run.
-        force: start anew; earlier checkpoints of the run are removed.
+        force: start from scratch; earlier checkpoints of the run are removed.
 
     Returns:
         0 when all steps are made, ``EXIT_REQUEUE`` when the training was interrupted and saved.
 
     Raises:
-        TrsrError: what a user can mend; all ranks raise it.
+        TrsrError: what a user can fix; all ranks raise it.
     """
     ranks = detect_ranks()
     setup_logging(ranks.rank, "train")
@@ -70,38 +76,39 @@ def _train(
     distributed.on_rank_zero(lambda: checkpoints.tidy(lock.lease.former if lock else None))
     checkpoint = None if force else newest_for_all(checkpoints)
     prepared = prepare(config, run, ranks, checkpoint)
-    build = Build(config, run, ranks, prepared, checkpoints, checkpoint, control)
+    settings, marks = resume_settings(config, prepared.num_steps)
+    state = first_state(config, run, prepared, checkpoint, settings)
     if checkpoint is not None:
         check_base(checkpoint, prepared.name, prepared.fingerprint)
-        if build.is_finished:
-            check_finished(checkpoint, build.settings)
+        is_validated = prepared.validator is None or not state.awaits_validation
+        if is_validated and state.is_over(prepared.num_steps, config.train.early_stopping_patience):
+            check_finished(checkpoint, settings)
             distributed.on_rank_zero(lambda: run.write_config("train", dump_config(config), only_missing=True))
             log.info("%s: finished; nothing to do (--force redoes it)", checkpoint.folder)
             return Ending(True, "")
-        check_settings(checkpoint, build.settings)
-    return _run(build, force)
-
-
-def _run(build: Build, force: bool) -> Ending:
-    trainer = build.trainer()
-    distributed.on_rank_zero(lambda: _begin(build, force))
+        check_settings(checkpoint, settings, marks)
+    trainer = build_trainer(config, run, ranks, prepared, checkpoints, checkpoint, state, control)
+    distributed.on_rank_zero(lambda: _begin(config, run, checkpoints, state.best_step, force))
     ending = trainer.run()
-    build.close(trainer.state)
-    verb = "finished" if ending.is_complete else "interrupted, saved"
-    because = f": {ending.reason}" if ending.reason else ""
-    log.info("%s after %d of %d steps%s", verb, trainer.state.step, build.prepared.num_steps, because)
-    if not ending.is_complete:
-        log.info("all is saved, run it again to go on; launchers call the exit status %d an error", EXIT_REQUEUE)
+    _say_ending(ending, trainer.state.step, prepared.num_steps)
     return ending
 
 
-def _begin(build: Build, force: bool) -> None:
+def _begin(config: Config, run: RunFolder, checkpoints: CheckpointFolder, best_step: int, force: bool) -> None:
     """Only now, when all is checked and loaded, is anything of an earlier training replaced."""
     if force:
-        build.checkpoints.clear()
-    build.run.write_config("train", dump_config(build.config))
-    if build.state.best_step:
-        build.checkpoints.mark_best(build.state.best_step)  # a kill may have come between the checkpoint and its mark
+        checkpoints.clear()
+    run.write_config("train", dump_config(config))
+    if best_step:
+        checkpoints.mark_best(best_step)  # a kill may have come between the checkpoint and its mark
+
+
+def _say_ending(ending: Ending, step: int, num_steps: int) -> None:
+    verb = "finished" if ending.is_complete else "interrupted, saved"
+    because = f": {ending.reason}" if ending.reason else ""
+    log.info("%s after %d of %d steps%s", verb, step, num_steps, because)
+    if not ending.is_complete:
+        log.info("all is saved, run it again to go on; launchers call the exit status %d an error", EXIT_REQUEUE)
 
 
 @contextmanager

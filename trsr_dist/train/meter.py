@@ -42,13 +42,6 @@ class Sums:
     stops: float = 0.0
     """Ranks that have a reason to stop."""
 
-    def to_list(self) -> list[float]:
-        return [getattr(self, field.name) for field in fields(self)]
-
-    @classmethod
-    def from_list(cls, values: list[float]) -> Sums:
-        return cls(*values)
-
     def add(self, other: Sums) -> None:
         for field in fields(self):
             setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))

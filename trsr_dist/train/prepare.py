@@ -30,10 +30,10 @@ from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.steps import StreamState
 from trsr_dist.shards.stream import TrainStream
 from trsr_dist.train.checkpoints import Checkpoint
-from trsr_dist.train.initial import InitialAdapter, read_initial
+from trsr_dist.train.engine import complete_zero_config, zero_setting
 from trsr_dist.train.losses import PER_USER
+from trsr_dist.train.start import InitialAdapter, read_initial
 from trsr_dist.train.validation import Validator
-from trsr_dist.train.zero_config import complete_zero_config, zero_setting
 
 log = get_logger("train")
 
@@ -97,18 +97,25 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
         settings, rows_per_rank, ranks.world_size, precision, train.max_grad_norm, device.type == "cuda"
     )
     zero = zero_setting(zero_config)
-    check_quantization(config.model.quantization, zero)
     if zero.stage == 3:
+        if config.model.quantization != "none":
+            raise ConfigError(
+                f"model.quantization={config.model.quantization} and ZeRO stage 3 exclude each other: quantized "
+                "weights cannot be divided; take ds_configs/zero1.json"
+            )
         check_equal_calls(backend, ranks.world_size)
     validator = open_validator(config, run, ranks, builder)
     stream = open_stream(config, run, ranks, builder, checkpoint)
     check_loss(train.loss, backend, stream, train.row_tokens)
     fingerprint = on_rank_zero(lambda: base_fingerprint(source.name_or_path))
+    initial = None
+    if train.init_adapter and checkpoint is None:
+        initial = read_initial(run.resolve(train.init_adapter), config.lora.model_dump(), source, fingerprint)
     return Prepared(
         source=source,
         name=name,
         fingerprint=fingerprint,
-        initial=None if checkpoint is not None else open_initial(config, run, source, fingerprint),
+        initial=initial,
         model_config=model_config,
         builder=builder,
         tokenizer=tokenizer,
@@ -191,12 +198,6 @@ def open_validator(config: Config, run: RunFolder, ranks: Ranks, builder: Prompt
     )
 
 
-def open_initial(config: Config, run: RunFolder, base: BaseSource, fingerprint: str) -> InitialAdapter | None:
-    """The adapter that a new training starts from, None where the config names none."""
-    place = config.train.init_adapter
-    return read_initial(run.resolve(place), config.lora.model_dump(), base, fingerprint) if place else None
-
-
 def check_loss(loss: str, backend: str | None, stream: TrainStream, row_tokens: int) -> None:
     """Some losses need all of a user's candidates in one row, or shared prefixes.
 
@@ -210,19 +211,6 @@ def check_loss(loss: str, backend: str | None, stream: TrainStream, row_tokens: 
         raise ConfigError(
             f"train.loss={loss} compares a user's candidates, so they must share a row: the longest user has {longest} "
             f"tokens, train.row_tokens is {row_tokens}; raise it, or lower train.pool_size or prompt.max_tokens"
-        )
-
-
-def check_quantization(quantization: str, zero: ZeroSetting) -> None:
-    """A quantized base lies whole on every rank.
-
-    Raises:
-        ConfigError: ZeRO-3 is asked to divide it.
-    """
-    if quantization != "none" and zero.stage == 3:
-        raise ConfigError(
-            f"model.quantization={quantization} and ZeRO stage 3 exclude each other: quantized weights cannot be "
-            "divided; take ds_configs/zero1.json"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple
 
 import torch
 
@@ -13,7 +14,7 @@ from trsr_dist.model.inputs import RowInputs
 from trsr_dist.rows import PackedRow, filler_row
 from trsr_dist.shards.steps import Step
 from trsr_dist.train.engine import Engine
-from trsr_dist.train.heartbeat import Heartbeat
+from trsr_dist.train.lifecycle import Heartbeat
 from trsr_dist.train.losses import PER_USER, RowLoss, row_loss
 from trsr_dist.train.meter import Sums
 
@@ -22,7 +23,7 @@ class StepRunner:
     """Runs steps on one rank.
 
     Args:
-        engine: see there.
+        engine: whose model runs.
         loss: ``train.loss``.
         answer_ids: tokens of yes and no.
         row_tokens: what a row can hold.
@@ -72,7 +73,7 @@ class StepRunner:
         """Sums over the ranks."""
         self._heartbeat.at(step.state.step, "sums over ranks")
         sums.stops = float(must_stop)
-        total = Sums.from_list(sum_over_ranks(sums.to_list(), self._engine.device))
+        total = Sums(*sum_over_ranks(astuple(sums), self._engine.device))
         total.weight = self.weight(step)
         return total
 

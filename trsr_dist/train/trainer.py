@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from trsr_dist.distributed import gather_objects
@@ -12,15 +13,15 @@ from trsr_dist.log import get_logger
 from trsr_dist.shards.steps import Step
 from trsr_dist.shards.stream import TrainStream
 from trsr_dist.train.checkpoints import TrainerState
+from trsr_dist.train.elastic import Saving
 from trsr_dist.train.engine import Engine, StepOutcome, check_gradients
-from trsr_dist.train.heartbeat import Heartbeat
+from trsr_dist.train.lifecycle import Heartbeat, StopReasons
 from trsr_dist.train.monitor import Monitor, Progress
-from trsr_dist.train.schedule import learning_rate
 from trsr_dist.train.step import StepRunner
-from trsr_dist.train.stopping import StopReasons
+from trsr_dist.train.validation import Validator
 
 NAMED_USERS = 10
-"""So many users of a bad step are named in an error."""
+"""At most this many users of a bad step are named in an error."""
 
 log = get_logger("train")
 
@@ -36,21 +37,10 @@ class LoopSettings:
     save_every_steps: int
     evaluate_every_steps: int
     """0: never."""
+    best_metric: str
     early_stopping_patience: int
     """0: never."""
     max_bad_steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class Hooks:
-    """What the loop calls; each is called by all ranks."""
-
-    save: Callable[[TrainerState], None]
-    """Write a checkpoint."""
-    evaluate: Callable[[int], float] | None
-    """Rank the validation users; the value of the metric that names the best step."""
-    mark_best: Callable[[int], None]
-    """The checkpoint of this step is the best so far."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +68,12 @@ class Trainer:
         engine: built and restored.
         stream: from where the state stands.
         runner: of steps.
-        settings: see there.
-        hooks: see there.
+        settings: of the loop.
+        saving: writes the checkpoints.
+        validator: ranks the validation users; None: never.
         state: where to go on.
-        monitor: see there.
-        control: see there.
+        monitor: shows what happens.
+        control: what watches over this rank.
     """
 
     def __init__(
@@ -91,7 +82,8 @@ class Trainer:
         stream: TrainStream,
         runner: StepRunner,
         settings: LoopSettings,
-        hooks: Hooks,
+        saving: Saving,
+        validator: Validator | None,
         state: TrainerState,
         monitor: Monitor,
         control: Control,
@@ -100,7 +92,8 @@ class Trainer:
         self._stream = stream
         self._runner = runner
         self._settings = settings
-        self._hooks = hooks
+        self._saving = saving
+        self._validator = validator
         self.state = state
         self._monitor = monitor
         self._control = control
@@ -120,12 +113,14 @@ class Trainer:
         self._validate(at_start=True)
         while not reason and not self._is_over():
             reason = self._step(steps)
-            if self._hooks.evaluate is not None and self._is_due(self._settings.evaluate_every_steps):
+            if self._validator is not None and self._is_due(self._settings.evaluate_every_steps):
                 self.state = replace(self.state, awaits_validation=True)
             if self._is_due(self._settings.save_every_steps):
                 self._save()
             self._validate()
         self._save()
+        best = {} if self.state.best_value is None else {self._settings.best_metric: self.state.best_value}
+        self._monitor.close(self.state.settings or {}, best)
         return self._ending(reason)
 
     def _ending(self, reason: str) -> Ending:
@@ -138,7 +133,7 @@ class Trainer:
     def _step(self, steps: Iterator[Step]) -> str:
         """One step; returns a reason to stop that some rank has."""
         started = time.perf_counter()
-        self._at(self.state.step + 1, "waiting for data")
+        self._control.heartbeat.at(self.state.step + 1, "waiting for data")
         step = next(steps)
         waited = time.perf_counter() - started
         own, bad_users = self._runner.backward(step)
@@ -148,12 +143,20 @@ class Trainer:
             self._gradients_checked = True
         reason = self._control.reasons.reason()
         total = self._runner.reduce(step, own, bool(reason))
-        self._at(step.state.step, "optimizer step")
-        rate = self._rate()
+        self._control.heartbeat.at(step.state.step, "optimizer step")
+        s = self._settings
+        rate = learning_rate(self.state.step, s.num_steps, s.learning_rate, s.warmup_ratio, s.schedule)
         outcome = self._engine.step(rate)
         seconds = time.perf_counter() - started
-        self._control.reasons.walltime.saw_step(seconds)
-        self._advance(step, outcome, seconds)
+        self._control.reasons.walltime.saw("step", seconds)
+        self.state = replace(
+            self.state,
+            step=step.state.step,
+            adam_step=self.state.adam_step + outcome.is_applied,
+            skipped_steps=self.state.skipped_steps + (not outcome.is_applied),
+            stream=step.state.to_dict(),
+            seconds=self.state.seconds + seconds,
+        )
         made = Progress(self.state.step, step.epoch, rate, outcome.grad_norm, seconds, outcome.is_applied)
         self._monitor.add(made, total)
         self._note_outcome(step, outcome, bad_users)
@@ -164,23 +167,6 @@ class Trainer:
         reasons = gather_objects(own)
         first = {reason: rank for rank, reason in reversed(list(enumerate(reasons))) if reason}
         return "; ".join(f"{reason} (rank {rank})" for reason, rank in sorted(first.items(), key=lambda pair: pair[1]))
-
-    def _rate(self) -> float:
-        s = self._settings
-        return learning_rate(self.state.step, s.num_steps, s.learning_rate, s.warmup_ratio, s.schedule)
-
-    def _at(self, step: int, phase: str) -> None:
-        self._control.heartbeat.at(step, phase)
-
-    def _advance(self, step: Step, outcome: StepOutcome, seconds: float) -> None:
-        self.state = replace(
-            self.state,
-            step=step.state.step,
-            adam_step=self.state.adam_step + outcome.is_applied,
-            skipped_steps=self.state.skipped_steps + (not outcome.is_applied),
-            stream=step.state.to_dict(),
-            seconds=self.state.seconds + seconds,
-        )
 
     def _note_outcome(self, step: Step, outcome: StepOutcome, bad_users: tuple[str, ...]) -> None:
         """Count steps that were skipped. Without a bad loss the gradient was: then any user of the step may be why."""
@@ -207,11 +193,11 @@ class Trainer:
         if self._saved == self.state:
             return
         started = time.perf_counter()
-        self._at(self.state.step, "saving")
-        self._hooks.save(self.state)
+        self._control.heartbeat.at(self.state.step, "saving")
+        self._saving.save(self.state)
         self._saved = self.state
         seconds = time.perf_counter() - started
-        self._control.reasons.walltime.saw_save(seconds)
+        self._control.reasons.walltime.saw("save", seconds)
         self._monitor.saved(self.state.step, seconds)
 
     def _validate(self, at_start: bool = False) -> None:
@@ -223,16 +209,39 @@ class Trainer:
             return
         self._save()
         started = time.perf_counter()
-        self._at(self.state.step, "validation")
-        self.state = self.state.validated(self._hooks.evaluate(self.state.step))
-        self._control.reasons.walltime.saw_validation(time.perf_counter() - started)
+        self._control.heartbeat.at(self.state.step, "validation")
+        self.state = self.state.validated(self._rank_validation_users())
+        self._control.reasons.walltime.saw("validation", time.perf_counter() - started)
         self._save()
         if self.state.best_step == self.state.step:
-            self._hooks.mark_best(self.state.step)
+            self._saving.mark_best(self.state.step)
+
+    def _rank_validation_users(self) -> float:
+        """The value of the metric that names the best step."""
+        step, name = self.state.step, self._settings.best_metric
+        metrics = self._validator.run(self._engine, lambda: self._control.heartbeat.at(step, "validation"))
+        self._monitor.evaluated(step, metrics)
+        log.info("step %d  validation of %d users  %s %.4f", step, self._validator.num_users, name, metrics[name])
+        return metrics[name]
 
     @property
     def _awaits_validation(self) -> bool:
-        return self._hooks.evaluate is not None and self.state.awaits_validation
+        return self._validator is not None and self.state.awaits_validation
 
     def _is_over(self) -> bool:
         return self.state.is_over(self._settings.num_steps, self._settings.early_stopping_patience)
+
+
+def learning_rate(step: int, num_steps: int, peak: float, warmup_ratio: float, schedule: str) -> float:
+    """Rate of step ``step`` (from 0) of ``num_steps``. Pure: a resumed training has nothing to restore.
+
+    Rises linearly to ``peak`` over the warm-up, whose first step is not 0; then stays (constant), or falls to 0 at the
+    end linearly or along a half cosine.
+    """
+    warmup = round(num_steps * warmup_ratio)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return peak
+    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+    return peak * (1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)

@@ -32,7 +32,7 @@ class Validator:
         shards: of the validation split.
         builder: writes the prompts.
         row_tokens: length limit of a row.
-        max_users: only the first so many; 0: all.
+        max_users: at most this many, the first; 0: all.
         top_k: cut-offs of the metrics.
         ranks: this process.
         leave_out: damaged samples are left out and said; False: one ends the training.

@@ -1,0 +1,258 @@
+"""How a rank lives and ends: with its launcher, with signs of life, and for reasons that all ranks agree on.
+
+A collective with a dead or stuck rank fails on the others after the process group's timeout. What each was doing
+is in RUN/heartbeats, so that the error can say who was where.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from contextlib import suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+from typing_extensions import TypedDict
+
+from trsr_dist.environment import Ranks, die_with_parent, slurm_end_time
+from trsr_dist.errors import DataError, RunError
+from trsr_dist.files import read_json, write_json
+from trsr_dist.liveness import Beat, Owner, read_sign, reader_time
+
+LAUNCHER = b"deepspeed.launcher.launch"
+POLL_SECONDS = 1.0
+BEAT_SECONDS = 5.0
+START = "start"
+WARNING_SHARE = 0.45
+"""Of the time without progress after which a rank ends itself: shortly before the collectives' timeout."""
+EXIT_STUCK = 74
+"""EX_IOERR: this rank made no progress and has ended itself."""
+STOP_FILE = "STOP"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+ONE_EVENT_SECONDS = 10.0
+"""One event may send several signals within this time: from the kernel, the launcher and the scheduler."""
+SAFETY = 1.5
+"""A step, a save and a validation are assumed to take up to this many times the longest seen."""
+
+
+def follow_launcher() -> None:
+    """From now on this process gets SIGTERM when its launcher dies, or the runner that started the launcher."""
+    die_with_parent()
+    launcher, command = os.getppid(), b""
+    with suppress(OSError):
+        command = Path(f"/proc/{launcher}/cmdline").read_bytes()
+    if LAUNCHER in command:
+        runner = _parent(launcher)
+        threading.Thread(target=_watch, args=(launcher, runner), daemon=True).start()
+
+
+def _watch(launcher: int, runner: int) -> None:
+    wait = threading.Event().wait
+    while _parent(launcher) == runner:
+        wait(POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _parent(pid: int) -> int:
+    """Parent of a process; 0 where the process is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return 0
+    return int(text.rpartition(")")[2].split()[1])
+
+
+class RankFile(TypedDict):
+    """What a rank tells of itself, beside what ``Owner`` holds."""
+
+    __pydantic_config__ = {"extra": "allow"}
+    rank: int
+    world_size: int
+    host: str
+    pid: int
+    step: int
+    phase: str
+    idle_seconds: float
+    """For which it is in this phase, at the time of writing."""
+
+
+class Heartbeat:
+    """This rank's step and phase, written every few seconds by a thread.
+
+    Args:
+        run_dir: the run's folder.
+        ranks: this process.
+        stuck_seconds: without a change for this time the process ends; the collectives' timeout should come first.
+    """
+
+    def __init__(self, run_dir: Path, ranks: Ranks, stuck_seconds: float) -> None:
+        self._folder = run_dir / "heartbeats"
+        self._path = self._folder / f"rank-{ranks.rank:05d}.json"
+        self._ranks = ranks
+        self._owner = replace(Owner.myself(), host=ranks.host, job=ranks.job_id, restart=ranks.restart)
+        self._stuck_seconds = stuck_seconds
+        self._state: tuple[int, str, float] = (0, START, time.monotonic())
+        self._warned = 0.0
+        self._beat: Beat | None = None
+
+    def start(self) -> None:
+        self._write()
+        self._beat = Beat(BEAT_SECONDS, self._watch)
+
+    def at(self, step: int, phase: str) -> None:
+        """Note what this rank does now."""
+        self._state = (step, phase, time.monotonic())
+
+    def stop(self) -> None:
+        if self._beat is not None:
+            self._beat.stop()
+        self._write()
+
+    def _watch(self) -> None:
+        with suppress(OSError):  # a full disk must not end the watch over this rank
+            self._write()
+        step, phase, since = self._state
+        if phase == START:
+            return  # loading takes what it takes; its collectives have limits of their own
+        idle = time.monotonic() - since
+        if idle > WARNING_SHARE * self._stuck_seconds and self._warned != since:
+            # In time: NCCL's watchdog ends the process at its own limit without a word of ours.
+            self._warned = since
+            sys.stderr.write(f"rank {self._ranks.rank}: no progress; all ranks:\n{describe_ranks(self._folder)}\n")
+        if idle > self._stuck_seconds:
+            text = describe_ranks(self._folder)
+            sys.stderr.write(f"rank {self._ranks.rank}: stuck in step {step}, phase {phase}; ending\n{text}\n")
+            sys.stderr.flush()
+            os._exit(EXIT_STUCK)
+
+    def _write(self) -> None:
+        there = read_sign(self._path)
+        if there is not None and self._owner.is_superseded_by(there.owner):
+            return  # this process was cut off and its job runs elsewhere
+        step, phase, since = self._state
+        value = {
+            **asdict(self._owner),
+            "rank": self._ranks.rank,
+            "world_size": self._ranks.world_size,
+            "step": step,
+            "phase": phase,
+            "idle_seconds": round(time.monotonic() - since, 3),
+        }
+        write_json(self._path, value, durable=False)
+
+
+def read_heartbeats(folder: Path) -> list[dict[str, Any]]:
+    """The last sign of life of every rank of the newest start, by rank, each with ``time``: Unix seconds of its writing
+    by the file server's clock. Files that are not whole are left out.
+    """
+    beats = []
+    for path in folder.glob("rank-*.json"):
+        with suppress(DataError, OSError):
+            beats.append(read_json(path, RankFile) | {"time": path.stat().st_mtime})
+    beats.sort(key=lambda beat: beat["rank"])
+    newest = max(beats, key=lambda beat: beat["time"], default=None)
+    return [beat for beat in beats if beat["rank"] < newest["world_size"]] if newest else []
+
+
+def describe_ranks(folder: Path) -> str:
+    """Who was where: one line a rank, those furthest behind first."""
+    beats = sorted(read_heartbeats(folder), key=lambda beat: (beat["step"], beat["time"]))
+    now = reader_time(folder) if beats else 0.0
+    return "\n".join(
+        f"  rank {beat['rank']} on {beat['host']} (pid {beat['pid']}): step {beat['step']}, {beat['phase']} for "
+        f"{beat['idle_seconds'] + now - beat['time']:.0f} s; last sign of life {now - beat['time']:.0f} s ago"
+        for beat in beats
+    )
+
+
+def check_stop_file(run_dir: Path) -> None:
+    """A run that was told to stop must not start: it would make one step at every start.
+
+    Raises:
+        RunError: the run folder holds a file named STOP.
+    """
+    if (run_dir / STOP_FILE).exists():
+        raise RunError(f"{run_dir / STOP_FILE}: the run was told to stop; remove this file to go on")
+
+
+class StopSignals:
+    """Remembers the first signal; one of a later event ends the process at once, the last checkpoint is intact then."""
+
+    def __init__(self) -> None:
+        self.received = ""
+        self._since = 0.0
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if not self.received:
+            self.received, self._since = signal.Signals(number).name, time.monotonic()
+        elif time.monotonic() - self._since > ONE_EVENT_SECONDS:
+            os._exit(128 + number)
+
+    def restore(self) -> None:
+        """Give the signals back their usual meaning."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_DFL)
+
+
+class Walltime:
+    """Whether another step, or a validation, and a save still fit.
+
+    Args:
+        end: Unix seconds at which the job is killed; None: never.
+    """
+
+    def __init__(self, end: float | None) -> None:
+        self._end = end
+        self._longest = {"step": 0.0, "save": 1.0, "validation": 0.0}
+
+    def saw(self, what: Literal["step", "save", "validation"], seconds: float) -> None:
+        """Note how long one took."""
+        self._longest[what] = max(self._longest[what], seconds)
+
+    def has_time_for(self, what: Literal["step", "validation"]) -> bool:
+        """Whether one more and a save still fit; the first validation is assumed to take as long as a step."""
+        seconds = max(self._longest["step"], self._longest[what]) + self._longest["save"]
+        return self._end is None or time.time() + SAFETY * seconds <= self._end
+
+
+def walltime_of(limit_seconds: float) -> Walltime:
+    """The limit of the config, counted from now; else the end of the Slurm job; else none."""
+    return Walltime(time.time() + limit_seconds if limit_seconds else slurm_end_time())
+
+
+class StopReasons:
+    """What this rank knows; ``reason`` is asked once a step.
+
+    Args:
+        run_dir: watched for a file named STOP, by rank 0.
+        signals: of this process.
+        walltime: of the job.
+        is_main: whether this is rank 0.
+    """
+
+    def __init__(self, run_dir: Path, signals: StopSignals, walltime: Walltime, is_main: bool) -> None:
+        self._file = run_dir / STOP_FILE
+        self._signals = signals
+        self.walltime = walltime
+        self._is_main = is_main
+
+    def allow_validation(self, at_start: bool) -> bool:
+        """Whether this rank has the time for one. No later start has more of it, so that at a start it may begin."""
+        return not self._signals.received and (at_start or self.walltime.has_time_for("validation"))
+
+    def reason(self) -> str:
+        """Why to stop at this step's end; empty: go on."""
+        if self._signals.received:
+            return f"signal {self._signals.received}"
+        if self._is_main and self._file.exists():
+            return f"{self._file} was touched; remove it before the next start"
+        if not self.walltime.has_time_for("step"):
+            return "the job's time is nearly over"
+        return ""

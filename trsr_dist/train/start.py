@@ -1,0 +1,163 @@
+"""Where a training starts: at its newest checkpoint, which all ranks read, or from an earlier training's adapter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+
+from trsr_dist.bases import ADAPTER_CONFIG
+from trsr_dist.config.on_resume import OnResume
+from trsr_dist.distributed import gather_objects, on_rank_zero
+from trsr_dist.errors import CheckpointError, ConfigError, ModelError, RunError
+from trsr_dist.files import sha256_of
+from trsr_dist.log import get_logger
+from trsr_dist.model.adapters import adapter_file, attach, read_adapter
+from trsr_dist.model.fingerprint import check_same_base
+from trsr_dist.model.lora import parameter_name
+from trsr_dist.model.places import check_checkpoint, follow, is_checkpoint, read_provenance
+from trsr_dist.pretrained import BaseSource, load_config, read_structure
+from trsr_dist.train.checkpoints import Checkpoint, CheckpointFolder, read_checkpoint
+
+OWNED = {"r": "r", "lora_alpha": "alpha", "use_rslora": "use_rslora"}
+"""Keys of adapter_config.json that belong to keys of ``lora``."""
+UNKNOWN = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save")
+"""Kinds of adapter that are not trained here."""
+
+log = get_logger("train")
+
+
+def newest_for_all(checkpoints: CheckpointFolder) -> Checkpoint | None:
+    """The newest whole checkpoint: rank 0 chooses it, all ranks read that one. All ranks call it.
+
+    Raises:
+        CheckpointError: a rank cannot read it, or finds another one in its place; all ranks raise it.
+    """
+
+    def choose() -> Any:
+        newest = checkpoints.newest()
+        return None if newest is None else newest.folder
+
+    folder = on_rank_zero(choose)
+    if folder is None:
+        return None
+    found, error = None, ""
+    try:
+        found = read_checkpoint(folder)
+    except CheckpointError as problem:
+        error = str(problem)
+    everywhere = gather_objects((error, "" if found is None else f"step {found.state.step}, manifest {found.digest}"))
+    for rank, (error, content) in enumerate(everywhere):
+        if error:
+            raise CheckpointError(f"rank {rank} cannot read the checkpoint that rank 0 has chosen: {error}")
+        if content != everywhere[0][1]:
+            raise CheckpointError(
+                f"{folder}: rank {rank} finds {content}, rank 0 {everywhere[0][1]}; run.dir must lie on storage that "
+                "all nodes share"
+            )
+    return found
+
+
+def check_base(checkpoint: Checkpoint, name: str, fingerprint: str) -> None:
+    """The base must be the one that the checkpoint was trained on.
+
+    Raises:
+        CheckpointError: names both.
+    """
+    recorded = checkpoint.provenance.get("base", {})
+    if recorded.get("fingerprint", fingerprint) != fingerprint:
+        raise CheckpointError(
+            f"{checkpoint.folder}: trained on base {recorded.get('name_or_path')!r} with fingerprint "
+            f"{recorded['fingerprint'][:12]}..., model.name_or_path={name!r} has {fingerprint[:12]}...; name or "
+            "restore that base, use another run.dir, or --force to train from the start"
+        )
+
+
+def check_settings(checkpoint: Checkpoint, settings: dict[str, Any], marks: dict[str, OnResume]) -> None:
+    """Say what has changed since the checkpoint was made.
+
+    Args:
+        checkpoint: to go on from.
+        settings: of this run.
+        marks: of the settings that have one.
+
+    Raises:
+        CheckpointError: a setting that must not change.
+    """
+    for key, before, now in _changes(checkpoint, settings):
+        if marks.get(key) is OnResume.REFUSED:
+            raise CheckpointError(
+                f"{checkpoint.folder}: made with {key}={before!r}, now {now!r}, which its weights do not fit; go on "
+                "with the former, use another run.dir, or --force to train from the start"
+            )
+        log.warning("%s was %r up to step %d, now it is %r", key, before, checkpoint.state.step, now)
+
+
+def check_finished(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
+    """A finished training that is left alone must be the one that was asked for.
+
+    Raises:
+        RunError: names the first setting that differs.
+    """
+    for key, before, now in _changes(checkpoint, settings):
+        raise RunError(
+            f"{checkpoint.folder}: this finished training was made with {key}={before!r}, now {now!r}; use another "
+            "run.dir, --force to train from the start, or a larger train.max_steps or train.num_epochs to go on"
+        )
+
+
+def _changes(checkpoint: Checkpoint, settings: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+    recorded = checkpoint.state.settings or {}
+    return [(key, recorded[key], now) for key, now in settings.items() if recorded.get(key, now) != now]
+
+
+@dataclass(frozen=True, slots=True)
+class InitialAdapter:
+    """What a training starts from."""
+
+    folder: Path
+    weights: dict[str, torch.Tensor]
+    """By their names in the causal language model with LoRA layers; float32."""
+    digest: str
+    """SHA-256 of the weights' file."""
+
+
+def read_initial(place: str, lora: dict[str, Any], base: BaseSource, fingerprint: str) -> InitialAdapter:
+    """Read a PEFT adapter, a checkpoint or a pointer to one.
+
+    Args:
+        place: path.
+        lora: the run's ``lora`` section.
+        base: the run's, in a local folder.
+        fingerprint: of it.
+
+    Raises:
+        CheckpointError: a checkpoint is damaged, or tensors are not finite or were never trained.
+        ConfigError: ``lora`` does not describe this adapter.
+        ModelError: it cannot be read, does not fit the base, is of another kind, or was trained on another base.
+    """
+    folder = follow(Path(place))
+    provenance = read_provenance(folder)
+    if is_checkpoint(folder):
+        check_checkpoint(folder)
+        folder = folder / "adapter"
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ModelError(f"train.init_adapter={place}: no {ADAPTER_CONFIG} there; name a PEFT adapter")
+    adapter = read_adapter(folder)
+    path, config = folder / ADAPTER_CONFIG, adapter.config
+    if not isinstance(config, LoraConfig):
+        raise ModelError(f"{path}: peft_type={config.peft_type.value!r}, expected 'LORA'")
+    for key in UNKNOWN:
+        if getattr(config, key):
+            raise ModelError(f"{path}: {key}={getattr(config, key)!r} is not trained here; merge it into a base first")
+    for key, own in OWNED.items():
+        if getattr(config, key) != lora[own]:
+            raise ConfigError(f"{path}: {key}={getattr(config, key)}, lora.{own}={lora[own]}; set the latter so")
+    recorded = provenance.get("base", {}).get("fingerprint", "")
+    check_same_base(base.name_or_path, fingerprint, recorded, f"name the base of {folder} with model.name_or_path")
+    attach(read_structure(base, load_config(base)).model, adapter)
+    weights = {parameter_name(name): tensor for name, tensor in adapter.tensors.items()}
+    return InitialAdapter(folder, weights, sha256_of(adapter_file(folder)))
