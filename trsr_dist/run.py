@@ -30,43 +30,19 @@ LOCK_READS = 10
 CLAIMS = ".claims"
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
     """Where each stage of a run keeps its files (the layout is a contract with scripts and users)."""
 
-    root: Path
-
-    @property
-    def raw(self) -> Path:
-        return self.root / "raw"
-
-    @property
-    def histories(self) -> Path:
-        return self.root / "histories"
-
-    @property
-    def base(self) -> Path:
-        return self.root / "base"
-
-    @property
-    def summaries(self) -> Path:
-        return self.root / "summaries"
-
-    @property
-    def shards(self) -> Path:
-        return self.root / "shards"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def merged(self) -> Path:
-        return self.root / "merged"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.root / "evaluation"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.raw = root / "raw"
+        self.histories = root / "histories"
+        self.base = root / "base"
+        self.summaries = root / "summaries"
+        self.shards = root / "shards"
+        self.checkpoints = root / "checkpoints"
+        self.merged = root / "merged"
+        self.evaluation = root / "evaluation"
 
     def split(self, name: str) -> Path:
         """Shard folder of ``train``, ``valid`` or ``test``."""

@@ -46,7 +46,10 @@ def _load(path: str | Path, overrides: list[str] | tuple[str, ...]) -> Config:
     settings = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(settings, override)
-    _reject_unknown_keys(settings)
+    for section, values in settings.items():
+        _check_section(section)
+        for name in values:
+            check_key(f"{section}.{name}")
     try:
         # As JSON, whose lists may be tuples; nothing else is converted: yes is no 1, and "3" no number.
         config = Config.model_validate_json(json.dumps(settings), strict=True)
@@ -113,13 +116,6 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     settings.setdefault(section, {})[name] = "" if value is None else value
 
 
-def _reject_unknown_keys(settings: dict[str, Any]) -> None:
-    for section, values in settings.items():
-        _check_section(section)
-        for name in values:
-            check_key(f"{section}.{name}")
-
-
 def _check_section(section: str) -> None:
     if section not in _sections():
         raise ConfigError(f"unknown section '{section}'{_nearest(section, list(_sections()))}")
@@ -144,20 +140,15 @@ def _describe(error: ValidationError, path: str | Path) -> str:
     lines = []
     for entry in error.errors():
         key = ".".join(str(part) for part in entry["loc"][:2])
-        message = entry["msg"].removeprefix("Value error, ")
-        message += _hint(entry["type"], entry["input"])
-        lines.append(f"{key}={entry['input']!r}: {message}" if key else message)
+        message, kind, value = entry["msg"].removeprefix("Value error, "), entry["type"], entry["input"]
+        if isinstance(value, bool) and kind != "bool_type":
+            message += " (YAML reads yes, no, on and off as true and false: write it in quotes, or a number)"
+        elif kind == "string_type" and isinstance(value, int | float):
+            message += " (a text of digits is written in quotes)"
+        elif isinstance(value, str) and kind in ("int_type", "float_type", "bool_type"):
+            message += " (without quotes)"
+        lines.append(f"{key}={value!r}: {message}" if key else message)
     return f"{path}: " + "; ".join(lines)
-
-
-def _hint(kind: str, value: Any) -> str:
-    if isinstance(value, bool) and kind != "bool_type":
-        return " (YAML reads yes, no, on and off as true and false: write it in quotes, or a number)"
-    if kind == "string_type" and isinstance(value, int | float):
-        return " (a text of digits is written in quotes)"
-    if isinstance(value, str) and kind in ("int_type", "float_type", "bool_type"):
-        return " (without quotes)"
-    return ""
 
 
 class Loader(yaml.SafeLoader):

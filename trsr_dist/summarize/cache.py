@@ -78,17 +78,6 @@ def scan(path: Path, offset: int = 0) -> Iterator[tuple[int, int, str | None]]:
             offset += len(line)
 
 
-def read_at(descriptor: int, offset: int) -> dict[str, Any] | None:
-    """The record at an offset; None where it is damaged."""
-    line = b""
-    while b"\n" not in line:
-        more = os.pread(descriptor, PIECE, offset + len(line))
-        if not more:
-            return None
-        line += more
-    return unpack(line[: line.index(b"\n") + 1])
-
-
 class JournalWriter:
     """Appends records, each by one write, so that a kill tears at most the last one.
 
@@ -214,7 +203,10 @@ class TextCache:
         if place is None:
             return None
         number, offset = place
-        record = read_at(self._reader(number), offset)
+        descriptor, line = self._reader(number), b""
+        while b"\n" not in line and (more := os.pread(descriptor, PIECE, offset + len(line))):
+            line += more
+        record = unpack(line[: line.find(b"\n") + 1])
         self.num_damaged += record is None
         return record if record is not None and record["key"] == key else None
 

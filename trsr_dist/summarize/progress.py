@@ -195,11 +195,22 @@ class ProgressReader:
         """The state of the job at this moment."""
         tasks = read_tasks(self.folder)
         alive = [task for task in tasks if task.state == "running"]
-        parts = [self._read_split(split, work) for split, work in self._works.items()]
-        failures = [failure for _, _, failed in parts for failure in failed]
+        states, failures, users_done = {}, [], sum(task.uncommitted for task in alive)
+        for split, work in self._works.items():
+            path = self.run.split(split) / MANIFEST
+            manifest = read_manifest(path.parent, PublishedManifest) if path.is_file() else {}
+            name = work_name(split, manifest.get("settings", {}), manifest.get("inputs", {}))
+            if manifest and name == work.folder.name:
+                states[split], failed = PUBLISHED, manifest.get("failed", [])
+                users_done += work.num_users
+            else:
+                units = work.committed() if work.folder.exists() else ()
+                states[split], failed = f"{len(units)} of {work.num_units} units", work.failures()
+                users_done += sum(len(work.users(unit)) for unit in units)
+            failures += failed
         return Overview(
             num_users=sum(work.num_users for work in self._works.values()),
-            users_done=sum(users for _, users, _ in parts) + sum(task.uncommitted for task in alive),
+            users_done=users_done,
             in_flight=sum(task.in_flight for task in alive),
             quarantined=len(failures) + sum(task.quarantined for task in alive),
             nodes=sum(task.nodes for task in tasks),
@@ -207,21 +218,10 @@ class ProgressReader:
             tokens=sum(task.prompt_tokens + task.new_tokens for task in tasks),
             users_per_second=sum(task.users_per_second for task in alive),
             tokens_per_second=sum(task.tokens_per_second for task in alive),
-            splits={split: state for split, (state, _, _) in zip(self._works, parts, strict=True)},
+            splits=states,
             failures=failures,
             tasks=[task for task in tasks if task.state in ("running", "failed")],
         )
-
-    def _read_split(self, split: str, work: SplitWork) -> tuple[str, int, list[dict[str, Any]]]:
-        """State, users whose unit is committed, failures."""
-        path = self.run.split(split) / MANIFEST
-        if path.is_file():
-            manifest = read_manifest(path.parent, PublishedManifest)
-            if work.folder.name == work_name(split, manifest.get("settings", {}), manifest.get("inputs", {})):
-                return PUBLISHED, work.num_users, manifest.get("failed", [])
-        units = work.committed() if work.folder.exists() else ()
-        users = sum(len(work.users(unit)) for unit in units)
-        return f"{len(units)} of {work.num_units} units", users, work.failures()
 
 
 def work_name(split: str, settings: dict[str, Any], inputs: dict[str, str]) -> str:

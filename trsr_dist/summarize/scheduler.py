@@ -207,7 +207,12 @@ class Scheduler:
             return
         record = pending.first if completion.error else self._record(completion, pending)
         if record["flags"] and pending.first is None:
-            self._retry(pending, record)
+            # Once more, alone and sampled: the same greedy text would come again.
+            self.counts.retries += 1
+            old, temperature = pending.request, self.temperature or RETRY_TEMPERATURE
+            request = replace(old, temperature=temperature, seed=hash64("retry", old.key) >> 1)
+            self._pending[old.key] = _Pending(request, pending.prompt, pending.waiting, record)
+            self.engine.submit(request)
             return
         if pending.first is not None and len(pending.first["flags"]) <= len(record["flags"]):
             record = pending.first
@@ -240,14 +245,6 @@ class Scheduler:
         if pending.first is not None:
             record["sampled"] = True
         return record
-
-    def _retry(self, pending: _Pending, record: dict[str, Any]) -> None:
-        """Once more, alone and sampled: the same greedy text would come again."""
-        self.counts.retries += 1
-        old = pending.request
-        request = replace(old, temperature=self.temperature or RETRY_TEMPERATURE, seed=hash64("retry", old.key) >> 1)
-        self._pending[old.key] = _Pending(request, pending.prompt, pending.waiting, record)
-        self.engine.submit(request)
 
     def _deliver(self, record: dict[str, Any], waiting: list[tuple[_User, int]]) -> None:
         for user, position in waiting:

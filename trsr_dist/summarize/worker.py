@@ -20,7 +20,7 @@ from trsr_dist.printable import in_one_line
 from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Item, Sample
 from trsr_dist.summarize.plans.graph import Plan
-from trsr_dist.summarize.scheduler import Failure, Result, Work
+from trsr_dist.summarize.scheduler import Result, Work
 from trsr_dist.summarize.units import SplitWork
 from trsr_dist.words import comparable
 
@@ -160,7 +160,19 @@ class Worker:
             user = started.row.user
             unit.failed.append({"user": user, "node": failure.node, "key": failure.key, "reason": failure.reason})
             log.warning("no summary for user %s: node %d: %s", in_one_line(user, 100), failure.node, failure.reason)
-            self._check_failures(user, failure)
+            if self.recipe.failed_users == "fail":
+                raise EngineError(
+                    f"user {user!r}: node {failure.node}: {failure.reason}; set summarize.failed_users to skip or "
+                    "recent_only to go on without"
+                )
+            num_failed = len(self.uncommitted_failures) + sum(
+                len(work.failures(self.leases.look_seconds)) for work in self.works
+            )
+            if num_failed > self.recipe.max_failures:
+                raise EngineError(
+                    f"{num_failed} users failed, the last one {user!r}: {failure.reason}; summarize.max_failures "
+                    f"allows {self.recipe.max_failures}"
+                )
         if not (result.failure and self.recipe.failed_users == "skip"):
             unit.samples[started.position] = self._sample(started, result)
         if not unit.left:
@@ -196,21 +208,6 @@ class Worker:
             return self._open[-1]
         self._last_scan = now
         return None
-
-    def _check_failures(self, user: str, failure: Failure) -> None:
-        if self.recipe.failed_users == "fail":
-            raise EngineError(
-                f"user {user!r}: node {failure.node}: {failure.reason}; set summarize.failed_users to skip or "
-                "recent_only to go on without"
-            )
-        num_failed = len(self.uncommitted_failures) + sum(
-            len(work.failures(self.leases.look_seconds)) for work in self.works
-        )
-        if num_failed > self.recipe.max_failures:
-            raise EngineError(
-                f"{num_failed} users failed, the last one {user!r}: {failure.reason}; summarize.max_failures allows "
-                f"{self.recipe.max_failures}"
-            )
 
     def _sample(self, started: Started, result: Result) -> Sample:
         catalogue, row, unit = self.store.catalogue, started.row, started.unit

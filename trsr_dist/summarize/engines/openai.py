@@ -156,15 +156,14 @@ class OpenAIEngine:
                 outcome = self._gone(self._say(error))
             finally:
                 self._connection.limits.end()
-            self._done.put(self._struck(outcome))
-
-    def _struck(self, outcome: Completion | EngineError) -> Completion | EngineError:
-        """Without secrets, which a server may put anywhere, and without halves of characters, which no file takes."""
-        secrets, private = self._connection.secrets, self._connection.private
-        if isinstance(outcome, EngineError):
-            return EngineError(private.strike(str(outcome)))
-        text = HALVES.sub("\ufffd", outcome.text)
-        return replace(outcome, text=secrets.strike(text), error=private.strike(outcome.error))
+            # A server may put secrets anywhere, and halves of characters, which no file takes.
+            secrets, private = self._connection.secrets, self._connection.private
+            if isinstance(outcome, EngineError):
+                outcome = EngineError(private.strike(str(outcome)))
+            else:
+                text = secrets.strike(HALVES.sub("\ufffd", outcome.text))
+                outcome = replace(outcome, text=text, error=private.strike(outcome.error))
+            self._done.put(outcome)
 
     def _say(self, error: object) -> str:
         """The words of an error, or of a server; struck first, since a part of a secret is one too."""
@@ -278,26 +277,19 @@ class OpenAIEngine:
     def _count(self, text: str) -> int:
         """Tokens of a text; vLLM, SGLang and llama.cpp have ``/tokenize`` beside ``/v1``."""
         if self._counts_tokens:
-            number = self._ask_for_count(text)
-            if number is not None:
-                return number
+            root = str(self._client.base_url).rstrip("/").removesuffix("/v1")
+            body, reply = {"model": self.model, "prompt": text, "content": text}, None
+            try:
+                reply = self._client.with_options(base_url=root).post("/tokenize", cast_to=object, body=body)
+            except openai.APIConnectionError as error:
+                raise self._lost(error) from None
+            except (openai.APIStatusError, *MALFORMED):
+                pass
+            match reply:
+                case {"count": int(count)} if count > 0:
+                    return count
+                case {"tokens": list(tokens)}:
+                    return len(tokens)
             self._counts_tokens = False
             log.warning("%s counts no tokens; taking %d bytes for one", self._connection.address, BYTES_PER_TOKEN)
         return len(text.encode()) // BYTES_PER_TOKEN
-
-    def _ask_for_count(self, text: str) -> int | None:
-        """The server's count; None where it has none to give."""
-        root = str(self._client.base_url).rstrip("/").removesuffix("/v1")
-        body = {"model": self.model, "prompt": text, "content": text}
-        try:
-            reply = self._client.with_options(base_url=root).post("/tokenize", cast_to=object, body=body)
-        except openai.APIConnectionError as error:
-            raise self._lost(error) from None
-        except (openai.APIStatusError, *MALFORMED):
-            return None
-        match reply:
-            case {"count": int(count)} if count > 0:
-                return count
-            case {"tokens": list(tokens)}:
-                return len(tokens)
-        return None

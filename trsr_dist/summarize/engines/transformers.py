@@ -251,22 +251,19 @@ class TransformersEngine:
         blame for the last halvings, so all places are tried again."""
         started = [*self._active, *self._prefilling]
         self._active, self._prefilling = [], []
-        if self.num_slots > 1:
-            self._resize(self.num_slots // 2)
-        else:
+        num_slots = self.num_slots // 2
+        if not num_slots:
+            num_slots = self._given_slots
             failed = started.pop()
             reason = f"out of memory with a prompt of {len(failed.prompt)} tokens alone"
             self._done.append(Completion(failed.request.key, error=reason))
-            self._resize(self._given_slots)
-        self._waiting.extendleft(reversed([Sequence(s.request, s.prompt, s.words_cut) for s in started]))
-
-    def _resize(self, num_slots: int) -> None:
         self.num_slots, self.capacity = num_slots, 2 * num_slots
         self._slots.clear()
         self._slots = self._new_slots()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         log.warning("out of memory: going on with %d sequences at once", num_slots)
+        self._waiting.extendleft(reversed([Sequence(s.request, s.prompt, s.words_cut) for s in started]))
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
