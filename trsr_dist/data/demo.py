@@ -21,7 +21,7 @@ DEMO_FILES = ("news.tsv", "behaviors.tsv")
 NUM_INTERESTS = (2, 3)
 HISTORY_CLICKS = (9, 41)
 """The target, which is the last click, included."""
-DRIFT = 0.06
+DRIFT = 0.03
 """Chance per click that an interest is replaced."""
 NOISE = 0.05
 """Share of history clicks outside the interests."""
