@@ -1,7 +1,7 @@
 """Rank the held-out users' candidates with a merged model, a checkpoint or an adapter, beside control and baselines.
 
 One process, or any number of ranks under srun, torchrun or deepspeed, or tasks of a Slurm array. Run it again to
-complete what a kill left open.
+complete what a kill left open. Without --model it ranks with the baselines alone, from the prepared histories.
 """
 
 from trsr_dist.environment import expand_home, prepare_process
@@ -15,7 +15,11 @@ def main() -> int:
     example = "python tools/evaluate.py --config configs/quickstart.yaml --model RUN/merged"
     parser = cluster_options(config_parser(__doc__, example))
     parser.add_argument(
-        "--model", required=True, type=expand_home, metavar="DIR", help="merged folder, checkpoint or adapter"
+        "--model",
+        default="",
+        type=expand_home,
+        metavar="DIR",
+        help="merged folder, checkpoint or adapter; without it, the baselines that need no language model",
     )
     parser.add_argument(
         "--output", default="", type=expand_home, metavar="DIR", help="where results go; default RUN/evaluation"
@@ -25,6 +29,10 @@ def main() -> int:
         from trsr_dist.forecast.job import Request, dry_run
 
         return dry_run(config, Request.of(args), "evaluate")
+    if not args.model:
+        from trsr_dist.evaluate.job import evaluate_baselines
+
+        return evaluate_baselines(config, args.output)
     from trsr_dist.evaluate.job import evaluate
 
     return evaluate(config, args.model, output=args.output, force=args.force)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from trsr_dist.errors import DataError, RunError
-from trsr_dist.evaluate.parts import split_parts
-from trsr_dist.evaluate.scores import IDENTITY, ScoreFolder
+from trsr_dist.evaluate.passes import split_parts
+from trsr_dist.evaluate.score_files import IDENTITY, ScoreFolder
 from trsr_dist.files import read_json
 from trsr_dist.liveness import reader_time
 from trsr_dist.log import MetricRow, read_metrics

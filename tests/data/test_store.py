@@ -9,9 +9,8 @@ from tests.data.raw import make_config, user_records, write_jsonl
 from trsr_dist.data.prepare import prepare
 from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.errors import DataError, TrsrError
-from trsr_dist.evaluate.protocols import DrawnLists, first_times, item_weights, targets_of
-from trsr_dist.evaluate.rankers import build_rankers
-from trsr_dist.evaluate.stored import StoredSplit
+from trsr_dist.evaluate.baselines import build_rankers
+from trsr_dist.evaluate.users import DrawnLists, StoredSplit, first_times, item_weights, targets_of
 from trsr_dist.files import read_json, write_json
 from trsr_dist.run import SPLITS
 from trsr_dist.summarize.job import summarize
@@ -108,7 +107,7 @@ def test_rankers_and_lists_read_columns_not_cells(
 
     split = StoredSplit(store, "test")
     monkeypatch.setattr("trsr_dist.data.store.ArrowRows.value", refuse)
-    rankers = build_rankers(store, ["popularity", "recency", "bm25"], 0, tmp_path)
+    rankers = build_rankers(store, ["popularity", "recency", "bm25"], 0, tmp_path).rankers
     items = list(range(len(store.catalogue)))
     assert rankers["recency"]([[0]], [items])[0].tolist() == expected.tolist()
     weights = item_weights("popularity", store)

@@ -11,9 +11,8 @@ import pytest
 
 from trsr_dist.errors import DataError
 from trsr_dist.evaluate.compare import compare
-from trsr_dist.evaluate.parts import split_parts
-from trsr_dist.evaluate.score_files import UserScores
-from trsr_dist.evaluate.scores import ScoreFolder
+from trsr_dist.evaluate.passes import split_parts
+from trsr_dist.evaluate.score_files import ScoreFolder, UserScores
 
 ROOT = Path(__file__).parents[2]
 NUM_USERS = 130

@@ -11,9 +11,9 @@ from tests.evaluate.world import numbers_of, parts_of, write_config
 from tests.merge.models import make_base
 from trsr_dist.config import Config, load_config
 from trsr_dist.errors import ConfigError, DataError, ModelError, RunError
-from trsr_dist.evaluate import publish
+from trsr_dist.evaluate import report
 from trsr_dist.evaluate.job import evaluate
-from trsr_dist.evaluate.scores import ScoreFolder
+from trsr_dist.evaluate.score_files import ScoreFolder
 from trsr_dist.files import read_json, write_json
 from trsr_dist.log import read_metrics
 from trsr_dist.run import CLAIMS
@@ -65,7 +65,7 @@ def test_shards_of_other_histories_are_refused(other_run: Path, tmp_path: Path) 
     path = other_run / "shards" / "test" / "manifest.json"
     manifest = read_json(path)
     write_json(path, manifest | {"inputs": {"histories": "0" * 64}})
-    with pytest.raises(RunError, match=r"shards/test: made from the histories 000000000000\.\.\., .*summarize.py anew"):
+    with pytest.raises(RunError, match=r"shards/test: made from the histories 0{12}\.\.\., .*summarize.py again"):
         evaluate(few(other_run), "RUN/merged", output=str(tmp_path / "out"))
     write_json(path, manifest | {"shards": []})
     with pytest.raises(DataError, match=r"shards/test: no user .* data.split a share for test"):
@@ -133,7 +133,7 @@ def test_a_kill_while_publishing_leaves_nothing_that_passes_for_finished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "write_tensorboard", die)
+        patch.setattr(report, "write_tensorboard", die)
         with pytest.raises(KeyboardInterrupt):
             evaluate(few(run, "evaluate.top_k=[2]"), "RUN/merged", output=str(done))
     evaluate(few(run), "RUN/merged", output=str(done))

@@ -16,7 +16,7 @@ from tests.merge.models import seal
 from tests.spawn import run_ranks
 from trsr_dist.config import load_config
 from trsr_dist.errors import ConfigError, DataError, ModelError, RunError
-from trsr_dist.evaluate.identity import model_identity
+from trsr_dist.evaluate.evaluation import model_identity
 from trsr_dist.evaluate.job import evaluate
 from trsr_dist.files import read_json, write_json
 from trsr_dist.run import manifest_hash
@@ -68,7 +68,7 @@ def test_an_adapter_over_divided_weights_scores_as_the_merged_model(together: Pa
     assert parts_of(together / "adapter", "base") == parts_of(alone, "base")
 
 
-def test_a_killed_evaluation_goes_on_without_scoring_anew(run: Path, alone: Path, tmp_path: Path) -> None:
+def test_a_killed_evaluation_goes_on_without_scoring_again(run: Path, alone: Path, tmp_path: Path) -> None:
     process = start(run, tmp_path)
     deadline = time.monotonic() + 120
     while not parts_of(tmp_path):
@@ -136,7 +136,7 @@ def test_scores_of_another_evaluation_are_refused(run: Path, done: Path) -> None
         evaluate(write_config(run, "rows.yaml", evaluate={"row_tokens": 1024}), "RUN/merged", output=str(done))
 
 
-def test_force_scores_anew(run: Path, done: Path, alone: Path) -> None:
+def test_force_scores_again(run: Path, done: Path, alone: Path) -> None:
     part = done / "test" / "model" / "part-000001.jsonl"
     part.write_bytes(b"")
     evaluate(load_config(run / "config.yaml"), "RUN/merged", output=str(done), force=True)

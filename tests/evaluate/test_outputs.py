@@ -21,7 +21,7 @@ from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import DataError
 from trsr_dist.evaluate import job
 from trsr_dist.evaluate.job import evaluate
-from trsr_dist.evaluate.publish import publish
+from trsr_dist.evaluate.report import publish
 from trsr_dist.shards.reader import ShardSet
 
 NUM_USERS = 146

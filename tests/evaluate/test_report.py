@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from tests.evaluate.test_results import SETTINGS, facts_of, scores_of, systems_of
-from trsr_dist.evaluate.examples import NUM_EXAMPLES, build_example
 from trsr_dist.evaluate.figures import build_figures, training_values
 from trsr_dist.evaluate.report import ReportParts, write_report
-from trsr_dist.evaluate.results import build_results, system_results
+from trsr_dist.evaluate.results import NUM_EXAMPLES, build_example, build_results, system_results
 from trsr_dist.records import Candidate, Sample
 
 HOSTILE = "</td><script>alert('x')</script><img src=x onerror=alert(1)> & \"quoted\""

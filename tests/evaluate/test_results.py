@@ -2,14 +2,22 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from trsr_dist.evaluate.outcomes import OutcomeTable
+from trsr_dist.evaluate.metrics import OutcomeTable
 from trsr_dist.evaluate.reduce import Outcomes
-from trsr_dist.evaluate.results import ModelScores, RankedSystems, ResultSettings, build_results
-from trsr_dist.evaluate.slices import UserFacts, length_slice, slice_table
+from trsr_dist.evaluate.results import (
+    ModelScores,
+    RankedSystems,
+    ResultSettings,
+    UserFacts,
+    build_results,
+    length_slice,
+    slice_table,
+)
 from trsr_dist.evaluate.table import gain_line, metric_table
 
 SETTINGS = ResultSettings(top_k=(3, 5, 10), num_samples=200, seed=0, train_negatives=1)
@@ -78,7 +86,8 @@ def test_slices_need_more_than_30_users_and_stand_in_order() -> None:
     table, labels = OutcomeTable(()), [np.array([1, 0])] * 124
     best, worst = table.add([np.array([1.0, 0.0])] * 124, labels), table.add([np.array([0.0, 1.0])] * 124, labels)
     facts = facts_of([{}, *({"history length": kind, "trimmed": "no"} for kind in kinds)])
-    rows = slice_table(facts, table, best, worst, ["auc"], 10, 0)
+    systems = RankedSystems(table, {"model": best, "control": worst}, 248)
+    rows = slice_table(facts, systems, ResultSettings((), 10, 0, None))
     found = [(row["slice"], row["value"], row["num_users"]) for row in rows]
     lengths = [("history length", kind, 31) for kind in ("6-10", "11-15", "over 50")]
     assert found == [*lengths, ("trimmed", "no", 123)]
@@ -90,11 +99,7 @@ def test_slices_hold_the_values_of_their_users() -> None:
     systems, _ = systems_of(120)
     values = [systems.table.rows[systems.outcomes[name]] for name in ("model", "control")]
     kinds = ["a" if user % 3 else "b" for user in range(120)]
-    names = list(map(str, range(10)))
-    rows = slice_table(
-        facts_of([{"kind": kind} for kind in kinds]), systems.table, systems.outcomes["model"],
-        systems.outcomes["control"], names, 0, 0,
-    )  # fmt: skip
+    rows = slice_table(facts_of([{"kind": kind} for kind in kinds]), systems, replace(SETTINGS, num_samples=0))
     for row in rows:
         chosen = np.array(kinds) == row["value"]
         assert list(row["metrics"].values()) == pytest.approx(values[0][chosen].mean(axis=0).tolist())

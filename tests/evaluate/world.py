@@ -15,7 +15,7 @@ from tests.spawn import free_port, run_script
 from tests.tokenizers import byte_level
 from trsr_dist.config import Config, load_config
 from trsr_dist.data.prepare import prepare
-from trsr_dist.evaluate.scores import ScoreFolder
+from trsr_dist.evaluate.score_files import ScoreFolder
 from trsr_dist.files import read_json, write_json
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge

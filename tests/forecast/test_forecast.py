@@ -27,7 +27,7 @@ from trsr_dist.forecast.stages import (
 from trsr_dist.forecast.summaries import LAYER_SECONDS, SummarySettings, forecast_summaries, summary_work
 from trsr_dist.forecast.workload import shard_lengths, split_work
 from trsr_dist.planning.cost import Cluster
-from trsr_dist.planning.hardware import hardware, recognize
+from trsr_dist.planning.hardware import Hardware, hardware, recognize
 from trsr_dist.planning.shape import ModelShape
 from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.plan import PackingSettings, TrainPlan
@@ -192,6 +192,15 @@ def test_this_machine_is_measured_and_its_cores_take_float32(config: Path) -> No
         fixed = load_config(config, ("train.precision=bfloat16",))
         (stage,) = plan_stages(fixed, ["train"], "float32")
         assert stage.on(cluster(1)).memory["zero1"].weights == weights[0]
+
+
+def test_cores_are_told_of_their_own_memory(config: Path) -> None:
+    cores = Cluster(Hardware("CPU core", 1e11, 10**10, 1e10, 1e9, process_bytes=6 * 10**8, is_cpu=True), 1, 2, 0.5)
+    for on, libraries in ((cores, "0.6 GB for Python and"), (cluster(1), "2.1 GB for CUDA and")):
+        stages = plan_stages(load_config(config), ["train", "evaluate"])
+        words = in_words(stages, on)
+        assert libraries in words and libraries.replace(" GB", "").removesuffix(" and") in words
+        assert ("keeps freed memory" in words) == on.hardware.is_cpu
 
 
 @pytest.mark.parametrize(("script", "stage"), [("launch/summarize.py", "summarize"), ("tools/evaluate.py", "evaluate")])

@@ -1,7 +1,11 @@
-"""Planned memory against what autograd keeps, what a forward pass allocates, and what bitsandbytes stores."""
+"""Planned memory against what autograd keeps, what a forward pass allocates, what a process on CPU cores holds at most,
+and what bitsandbytes stores."""
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +19,13 @@ from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.loading import load_base
 from trsr_dist.model.lora import add_lora
 from trsr_dist.model.recommender import Recommender
+from trsr_dist.planning.hardware import CPU_PROCESS_BYTES
 from trsr_dist.planning.memory import KeptActivations, ZeroSetting, forward_bytes, key_value_bytes, rank_memory
 from trsr_dist.planning.shape import ATTENTION_MODULES, ModelShape
 from trsr_dist.planning.weights import weight_bytes
 from trsr_dist.pretrained import BaseSource
 from trsr_dist.rows import pack_row
+from trsr_dist.train import build
 
 CONFIG = LlamaConfig(
     hidden_size=256,
@@ -71,6 +77,25 @@ def test_activations_are_those_that_autograd_keeps(
     kept = KeptActivations(False, targets, answers_only, dropout > 0)
     planned = rank_memory(shape, 0, num_tokens, 1, ZeroSetting(stage), "float32", kept).activations - gradients
     assert planned == pytest.approx(found, rel=0.08)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library returns memory in its own way")
+def test_a_process_on_cpu_cores_holds_what_is_planned() -> None:
+    command = [sys.executable, "-m", "tests.planning.step_memory"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    peak, planned = map(int, done.stdout.split())
+    assert peak == pytest.approx(planned, rel=0.15)
+
+
+@pytest.mark.parametrize(("planned", "is_scarce"), [(3 * 10**9, False), (3 * 10**9 + 1, True)])
+def test_freed_memory_is_returned_where_the_node_has_too_little(
+    planned: int, is_scarce: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(build, "available_memory_bytes", lambda: 2 * (3 * 3 * 10**9 + CPU_PROCESS_BYTES))
+    monkeypatch.setattr(build, "return_large_blocks", lambda: calls.append(1))
+    build.spare_memory(planned, ranks_on_node=2)
+    assert bool(calls) == is_scarce
 
 
 @pytest.mark.parametrize("sizes", [{}, {"hidden_size": 512, "intermediate_size": 1408}, {"intermediate_size": 512}])

@@ -15,7 +15,7 @@ from tests.summarize.server import Handler, Server, good, refusing, serving
 from tests.summarize.world import ROOT, run_here, start, write_config, write_histories
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import EngineError, RunError
-from trsr_dist.evaluate.scores import ScoreFolder
+from trsr_dist.evaluate.score_files import ScoreFolder
 from trsr_dist.files import write_json
 from trsr_dist.liveness import touching
 from trsr_dist.log import MetricLog, read_metrics

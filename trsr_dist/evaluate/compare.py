@@ -10,12 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from trsr_dist.errors import DataError
-from trsr_dist.evaluate.confidence import Difference, paired_differences
-from trsr_dist.evaluate.metrics import average
-from trsr_dist.evaluate.outcomes import OutcomeTable
-from trsr_dist.evaluate.parts import split_parts
-from trsr_dist.evaluate.score_files import UserScores
-from trsr_dist.evaluate.scores import ScoreFolder
+from trsr_dist.evaluate.metrics import OutcomeTable, average
+from trsr_dist.evaluate.passes import split_parts
+from trsr_dist.evaluate.score_files import ScoreFolder, UserScores
+from trsr_dist.evaluate.statistics import paired_differences
 from trsr_dist.evaluate.table import column_title, format_table
 from trsr_dist.hashing import hash64
 from trsr_dist.records import metric_names
@@ -58,10 +56,10 @@ def compare(
     numbers = [np.array(column) for column in zip(*pairs, strict=True)]
     means = [average(*table.counted(found)) for found in numbers]
     differences = paired_differences(*table.paired(*numbers), num_samples, seed)
-    rows = [
-        (column_title(name), _cells(*entry))
-        for name, *entry in zip(metric_names(top_k), *means, differences, strict=True)
-    ]
+    rows = []
+    for name, mean, other_mean, found in zip(metric_names(top_k), *means, differences, strict=True):
+        signed = [f"{value:+.4f}" for value in (found.mean, found.low, found.high)]
+        rows.append((column_title(name), [f"{mean:.4f}", f"{other_mean:.4f}", *signed, f"{found.p_value:.4f}"]))
     heads = [f"{name}: {side.folder} (model {side.model})" for name, side in (("A", one), ("B", other))]
     lines = [*heads, format_table("metric", ["A", "B", "A - B", "95% low", "95% high", "p"], rows)]
     return "\n".join([*lines, f"{len(pairs)} users, {num_samples} resamples"])
@@ -154,8 +152,3 @@ def pair_users(one: Side, other: Side, unfinished: bool) -> list[tuple[int, int]
 def candidates_of(user: UserScores) -> int:
     """A hash of the items with their labels, whatever their order."""
     return hash64(*sorted(zip(user.items, user.labels.tolist(), strict=True)))
-
-
-def _cells(one: float, other: float, difference: Difference) -> list[str]:
-    signed = [f"{value:+.4f}" for value in (difference.mean, difference.low, difference.high)]
-    return [f"{one:.4f}", f"{other:.4f}", *signed, f"{difference.p_value:.4f}"]

@@ -1,20 +1,32 @@
-"""What one evaluation reads, how it is set and where it writes."""
+"""What one evaluation reads, how it is set, where it writes, and the checks before anything is scored or removed."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from trsr_dist.bases import ADAPTER_CONFIG, BaseName
 from trsr_dist.config import Config, dump_config
-from trsr_dist.evaluate.identity import model_identity
-from trsr_dist.evaluate.passes import ScoringPass, drawn_protocols, plan_passes
-from trsr_dist.evaluate.scores import IDENTITY, ScoreFolder
+from trsr_dist.distributed import device_of, on_rank_zero
+from trsr_dist.environment import detect_ranks
+from trsr_dist.errors import ConfigError, DataError, ModelError, RunError
+from trsr_dist.evaluate.passes import ALWAYS, ScoringPass, drawn_protocols, plan_passes
+from trsr_dist.evaluate.score_files import IDENTITY, ScoreFolder
 from trsr_dist.files import sha256_of
+from trsr_dist.hashing import digest
+from trsr_dist.log import get_logger
+from trsr_dist.model.adapters import adapter_file
+from trsr_dist.model.fingerprint import base_fingerprint
+from trsr_dist.model.folder import find_base
+from trsr_dist.model.loading import resolve_precision
 from trsr_dist.run import MANIFEST, RunFolder, check_inputs, manifest_hash, read_manifest
+from trsr_dist.shards.reader import ShardSet
 
-REMEDY = "use another --output, or --force to score anew"
+REMEDY = "use another --output, or --force to score again"
+
+log = get_logger("evaluate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +56,11 @@ class Evaluation:
     @property
     def results(self) -> Path:
         return self.output / f"{self.split}.json"
+
+    @property
+    def baselines(self) -> Path:
+        """Models that were trained as baselines, and the results of an evaluation without a model."""
+        return self.output / "baselines"
 
     @property
     def report(self) -> Path:
@@ -78,9 +95,10 @@ class Evaluation:
     def identity(self, entry: ScoringPass, prompt: str) -> dict[str, Any]:
         """What the scores of a pass depend on; ``prompt`` is the fingerprint of the prompt builder."""
         drawn = {"histories": manifest_hash(self.run.histories), **self.draws()} if entry.protocol else {}
+        is_base = entry.source == "base"
         return {
             "shards": manifest_hash(self.run.split(self.split)),
-            "model": self._base_identity if entry.source == "base" else self._model_identity,
+            "model": model_identity(self.base) if is_base else model_identity(self.model, self.config.model.revision),
             "prompt": prompt,
             "change": entry.change,
             "seed": self.config.run.seed,
@@ -103,7 +121,7 @@ class Evaluation:
         exclude = {"negatives_per_positive", "deepspeed_config"}
         evaluate = self.config.evaluate.model_dump(mode="json", exclude=exclude)
         drawn = self.draws() if self.protocols else {}
-        base = {"base": self._base_identity} if self.has_base else {}
+        base = {"base": model_identity(self.base)} if self.has_base else {}
         # A model that records no prompts is ranked with the config's.
         read = {"prompt": self.config.prompt.model_dump(mode="json"), "attention": self.config.model.attention}
         return evaluate | drawn | base | read | {"seed": self.config.run.seed, "precision": self.precision}
@@ -111,20 +129,13 @@ class Evaluation:
     def inputs(self) -> dict[str, str]:
         """Hashes of what is read."""
         histories, shards = manifest_hash(self.run.histories), manifest_hash(self.run.split(self.split))
-        return {"histories": histories, "shards": shards, "model": self._model_identity}
-
-    @property
-    def _model_identity(self) -> str:
-        return model_identity(self.model, self.config.model.revision)
-
-    @property
-    def _base_identity(self) -> str:
-        return model_identity(self.base)
+        model = model_identity(self.model, self.config.model.revision)
+        return {"histories": histories, "shards": shards, "model": model}
 
     def is_done(self, force: bool) -> bool:
-        """Whether the results of exactly this evaluation stand there.
+        """Whether the results of exactly this evaluation are there.
 
-        A half-done one is taken up again, and one with other settings too: the scores that fit are used anew, and
+        A half-done one is resumed, and one with other settings too: the scores that fit are used again, and
         ``ScoreFolder.open`` refuses those that do not.
 
         Raises:
@@ -145,3 +156,126 @@ class Evaluation:
             path.unlink(missing_ok=True)
         for folder in {path.parent for name in ("part-*.jsonl", IDENTITY) for path in self.folder.rglob(name)}:
             ScoreFolder(folder).clear()
+
+
+def model_identity(name_or_path: str, revision: str = "") -> str:
+    """A hash of a checkpoint, adapter or model folder; name and revision of a model of the hub.
+
+    Raises:
+        ModelError: a local folder holds no model.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return f"{name_or_path}@{revision}" if revision else name_or_path
+    if (folder / MANIFEST).is_file():  # of a checkpoint, or of a merged model: it holds the adapter's hash
+        return manifest_hash(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return digest([sha256_of(adapter_file(folder)), sha256_of(folder / ADAPTER_CONFIG)])
+    return base_fingerprint(folder)
+
+
+def complete(job: Evaluation, force: bool) -> Evaluation:
+    """The evaluation with base and precision, its inputs checked against each other. All ranks call it.
+
+    Raises:
+        ModelError: model or base is not there, or the base is another one than in training.
+        RunError: the shards were made from other histories.
+        ConfigError: the candidate lists are other ones than the config says.
+        DataError: the split has no users.
+    """
+    check_place(job.model)
+    precision = on_rank_zero(lambda: _check(job, force))
+    # Each node may have its own hub cache.
+    return replace(job, base=base_of(job), precision=precision)
+
+
+def _check(job: Evaluation, force: bool) -> str:
+    check_histories(job)
+    shards = ShardSet(job.run.split(job.split))
+    if not len(shards):
+        raise DataError(f"{shards.folder}: no user to rank for; give data.split a share for {job.split}")
+    base_of(job)
+    return choose_precision(job, len(shards), force)
+
+
+def check_place(name: str) -> None:
+    """A path must be there; a name with at most one slash may also be a model of the hub.
+
+    Raises:
+        ModelError: it is not.
+    """
+    path = Path(name)
+    is_path = path.is_absolute() or name.startswith(".") or len(path.parts) > 2
+    is_beside = len(path.parts) == 2 and path.parent.is_dir()
+    if (is_path or is_beside) and not path.is_dir():
+        raise ModelError(f"--model {name}: no such folder; name a merged folder, a checkpoint or an adapter")
+
+
+def check_histories(job: Evaluation) -> None:
+    """The shards must have been made from these histories, and those drawn as the config says.
+
+    Raises:
+        RunError, ConfigError: they were not.
+    """
+    folder, current = job.run.split(job.split), manifest_hash(job.run.histories)
+    if not (folder / MANIFEST).is_file():
+        raise RunError(f"{folder}: no {MANIFEST}; run launch/summarize.py first")
+    recorded = read_manifest(folder).get("inputs", {}).get("histories", current)
+    if recorded != current:
+        raise RunError(
+            f"{folder}: made from the histories {recorded[:12]}..., {job.run.histories} now holds {current[:12]}...; "
+            "run launch/summarize.py again"
+        )
+    check_draws(job)
+
+
+def check_draws(job: Evaluation) -> None:
+    """The candidate lists of the histories must have been drawn as the config says.
+
+    Raises:
+        ConfigError: they were not.
+    """
+    data, evaluate = job.config.data, job.config.evaluate
+    drawn = read_manifest(job.run.histories).get("settings", {})
+    for key, name, asked in (
+        ("candidates", "data.candidates", data.candidates),
+        ("seen_before_target", "data.seen_before_target", data.seen_before_target),
+        ("evaluation_negatives_per_positive", "evaluate.negatives_per_positive", evaluate.negatives_per_positive),
+    ):
+        if drawn.get(key, asked) != asked:
+            raise ConfigError(
+                f"{name}={asked}: the candidate lists were drawn with {drawn[key]} when the data was prepared; set it "
+                "to that (evaluate.protocols ranks other kinds of lists beside them), or prepare again"
+            )
+
+
+def base_of(job: Evaluation) -> str:
+    """Folder of the model before fine-tuning; empty where it is not ranked."""
+    if not job.has_base:
+        return ""
+    model = job.config.model
+    own = BaseName(job.run.resolve(model.name_or_path), model.revision, "")
+    remedy = "set model.name_or_path to where it is, or leave base out of evaluate.baselines"
+    return str(find_base(job.model, own, job.run.root, remedy))
+
+
+def choose_precision(job: Evaluation, num_users: int, force: bool) -> str:
+    """``train.precision``; auto is what the scores were made with where all of them are there, else by the device."""
+    asked, num_users = job.config.train.precision, min(job.config.evaluate.max_users or num_users, num_users)
+    if asked == "auto" and not force and not any(job.scores(entry).missing(num_users) for entry in job.passes):
+        asked = job.scores(ALWAYS[0]).recorded().get("precision", asked)
+    return resolve_precision(asked, device_of(detect_ranks()))
+
+
+def trained_on_these_shards(job: Evaluation, provenance: dict[str, Any]) -> bool | None:
+    """Whether the model's train users are those of this run; None where that is unknown. Warns where they are not."""
+    recorded, folder = provenance.get("shards", {}).get("train"), job.run.split("train")
+    if not recorded or not (folder / MANIFEST).is_file():
+        return None
+    is_same = recorded == manifest_hash(folder)
+    if not is_same:
+        log.warning(
+            "%s was trained on other shards (%s...) than %s: %s users may be among those it was trained on",
+            job.model, recorded[:12], folder, job.split,
+        )  # fmt: skip
+    return is_same

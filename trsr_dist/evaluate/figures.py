@@ -1,22 +1,18 @@
-"""Which figures an evaluation has, from its numbers and scores."""
+"""Figures of an evaluation, for the report (SVG) and TensorBoard: which there are, and how each is drawn."""
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from trsr_dist.evaluate.plots import (
-    metric_by_length,
-    recall_by_k,
-    reliability_plot,
-    score_histogram,
-    training_curve,
-)
 from trsr_dist.evaluate.results import ModelScores, RankedSystems
-from trsr_dist.evaluate.table import column_title
+from trsr_dist.evaluate.table import SYSTEMS, column_title
 
 MAX_K = 20
 PLOTTED = ("random", "model", "base", "control", "popularity")
@@ -26,6 +22,15 @@ CURVES = {
     "valid/ndcg@10": "Validation users during the training",
 }
 """Scalars of the training that are drawn, with their captions."""
+COLORS = {"model": "#1f4e9c", "control": "#c8501e", "base": "#6b8e23", "popularity": "#8a6bb1", "random": "#9a9a9a"}
+STYLE = {
+    "svg.hashsalt": "trsr",
+    "svg.fonttype": "path",
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+"""The fixed salt makes equal figures equal bytes."""
 
 
 def build_figures(
@@ -75,3 +80,81 @@ def recall_curves(systems: RankedSystems) -> dict[str, np.ndarray]:
     length = min(MAX_K, systems.table.shortest(systems.outcomes["random"]))
     shown = [name for name in PLOTTED if name in systems.outcomes]
     return {name: systems.table.recall_curve(systems.outcomes[name], length) for name in shown}
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as an ``<svg>`` element, without dates."""
+    stream = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(stream, format="svg", bbox_inches="tight", metadata={"Date": None})
+    text = stream.getvalue()
+    return text[text.index("<svg") :]
+
+
+def recall_by_k(positions: Mapping[str, np.ndarray]) -> Figure:
+    """Recall at every K.
+
+    Args:
+        positions: per system, the mean share of positives found within K places, shape (max_k,).
+    """
+    figure, axes = _axes("K", "Recall@K")
+    for name, values in positions.items():
+        line = "-" if name == "model" else "--"
+        axes.plot(np.arange(1, len(values) + 1), values, line, color=COLORS.get(name), label=SYSTEMS[name])
+    axes.set_ylim(0, 1.02)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def metric_by_length(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
+    """A metric and its control, one pair of bars a slice."""
+    figure, axes = _axes("items in the history, and how many users", column_title(metric))
+    places = np.arange(len(rows))
+    model = np.array([row["metrics"][metric] for row in rows])
+    axes.bar(places - 0.2, model, 0.4, color=COLORS["model"], label=SYSTEMS["model"])
+    if "personalization_gain" in rows[0]:
+        control = model - np.array([row["personalization_gain"][metric] for row in rows])
+        axes.bar(places + 0.2, control, 0.4, color=COLORS["control"], label=SYSTEMS["control"])
+    axes.set_xticks(places, [f"{row['value']}\n{row['num_users']}" for row in rows])
+    axes.margins(y=0.3)  # room for the legend
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
+    return figure
+
+
+def reliability_plot(calibration: Mapping[str, Any]) -> Figure:
+    """Observed against predicted share of positives, per bin."""
+    figure, axes = _axes("predicted probability", "share of positives")
+    axes.plot([0, 1], [0, 1], ":", color="#9a9a9a")
+    for (name, entry), color in zip(calibration.items(), (COLORS["control"], COLORS["model"]), strict=False):
+        bins = entry["bins"]
+        label = f"{name} (ECE {entry['ece']:.3f})"
+        axes.plot([b["predicted"] for b in bins], [b["observed"] for b in bins], "o-", ms=4, color=color, label=label)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def score_histogram(scores: np.ndarray, labels: np.ndarray) -> Figure:
+    """Distribution of the log-odds of positives and negatives."""
+    figure, axes = _axes("log-odds", "density")
+    edges = np.linspace(scores.min() - 1e-6, scores.max() + 1e-6, 41)
+    for label, name, color in ((0, "negatives", COLORS["random"]), (1, "positives", COLORS["model"])):
+        axes.hist(scores[labels == label], edges, density=True, alpha=0.6, color=color, label=name)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def training_curve(values: Mapping[int, float], name: str) -> Figure:
+    """A scalar of the training by step."""
+    figure, axes = _axes("optimizer step", name)
+    axes.plot(list(values), list(values.values()), color=COLORS["model"], lw=1.2)
+    return figure
+
+
+def _axes(x_label: str, y_label: str) -> tuple[Figure, Any]:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(4.6, 3.0))
+        axes = figure.subplots()
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    return figure, axes

@@ -1,4 +1,7 @@
-"""The evaluation job: score the split's candidates over any number of workers, then reduce and report."""
+"""The evaluation job: score the split's candidates over any number of workers, then reduce and report.
+
+Without a model the baselines that need none are ranked alone: the bar, before anything is summarized or trained.
+"""
 
 from __future__ import annotations
 
@@ -12,26 +15,23 @@ from trsr_dist.config import Config
 from trsr_dist.data.store import HistoryStore, check_files
 from trsr_dist.environment import Ranks, array_task, detect_ranks
 from trsr_dist.errors import ConfigError, RunError
-from trsr_dist.evaluate.evaluation import Evaluation
-from trsr_dist.evaluate.inputs import complete, trained_on_these_shards
-from trsr_dist.evaluate.models import Scorer, open_models
-from trsr_dist.evaluate.passes import PartWorker
-from trsr_dist.evaluate.protocols import DrawnLists
-from trsr_dist.evaluate.publish import publish
-from trsr_dist.evaluate.reduce import Reduction
-from trsr_dist.evaluate.scores import ScoreFolder
-from trsr_dist.evaluate.split import SplitUsers
-from trsr_dist.evaluate.stored import StoredSplit
-from trsr_dist.files import writing
+from trsr_dist.evaluate.evaluation import Evaluation, complete, trained_on_these_shards
+from trsr_dist.evaluate.passes import assign_parts, split_parts
+from trsr_dist.evaluate.reduce import Reduction, rank_baselines
+from trsr_dist.evaluate.report import baselines_text, publish
+from trsr_dist.evaluate.score import Scorer, open_models
+from trsr_dist.evaluate.score_files import ScoreFolder
+from trsr_dist.evaluate.users import DrawnLists, SplitUsers, StoredSplit
+from trsr_dist.files import write_json, writing
 from trsr_dist.hashing import digest
-from trsr_dist.log import get_logger, setup_logging
+from trsr_dist.log import get_logger, setup_logging, show
 from trsr_dist.model.folder import ModelPrompts
 from trsr_dist.model.places import follow
 from trsr_dist.run import Claim, RunFolder, claim, folder_lock
 from trsr_dist.shards.reader import ShardSet
 
 WAIT_SECONDS = 24 * 3600.0
-"""A rank that is done waits so long for the others, who score on; the launcher ends all when one dies."""
+"""How long a rank that is done waits for the others, which still score; the launcher ends all when one dies."""
 
 log = get_logger("evaluate")
 
@@ -43,7 +43,7 @@ def evaluate(config: Config, model: str, *, output: str = "", force: bool = Fals
         config: of the run.
         model: merged folder, checkpoint or adapter; ``RUN/merged`` and the like stand for folders of the run.
         output: empty: ``RUN/evaluation``.
-        force: score anew.
+        force: score again.
 
     Raises:
         RunError: the output holds another evaluation, or another job is at work there.
@@ -64,6 +64,32 @@ def evaluate(config: Config, model: str, *, output: str = "", force: bool = Fals
     return 0
 
 
+def evaluate_baselines(config: Config, output: str = "") -> int:
+    """Rank with the asked baselines that need no language model, in one process; see tools/evaluate.py.
+
+    Args:
+        config: of the run.
+        output: empty: ``RUN/evaluation``; the results go into its folder ``baselines``.
+
+    Raises:
+        RunError: the data are not prepared, or another process is at work there.
+        ConfigError: the config is not that of the prepared data.
+        DataError: the split has no users, or a trained baseline cannot be had.
+    """
+    ranks = detect_ranks()
+    setup_logging(ranks.rank, "evaluate")
+    if not ranks.is_main or array_task()[0]:
+        return 0
+    run = RunFolder(Path(config.run.dir))
+    job = Evaluation(config, run, "", Path(output) if output else run.evaluation)
+    path = job.baselines / f"{job.split}.json"
+    with writing(job.baselines), folder_lock(job.baselines):
+        results = rank_baselines(job)
+        write_json(path, results)
+    show(f"{baselines_text(results)}\nresults: {path}")
+    return 0
+
+
 def _evaluate(job: Evaluation, ranks: Ranks, force: bool, stack: ExitStack) -> None:
     with distributed.process_group(ranks, WAIT_SECONDS, always=bool(job.config.evaluate.deepspeed_config)):
         job = complete(job, force)
@@ -78,7 +104,12 @@ def _evaluate(job: Evaluation, ranks: Ranks, force: bool, stack: ExitStack) -> N
         distributed.on_rank_zero(lambda: check_files(job.run.histories))
         store = HistoryStore(job.run.histories, check=False)
         split = StoredSplit(store, job.split)
-        users = split_users(job, draw_lists(job, store, split))
+        lists = {
+            protocol: DrawnLists(protocol, store, split, **job.draws(), seed=job.config.run.seed)
+            for protocol in job.protocols
+        }
+        shards = ShardSet(job.run.split(job.split))
+        users = SplitUsers(shards, job.config.evaluate.max_users, job.config.run.seed, lists)
         models = open_models(job)
         folders = score_everything(
             job, users, models, ranks, (lambda: clear_folder(job, entries[0])) if force else None
@@ -93,22 +124,11 @@ def claim_folder(job: Evaluation) -> Any:
     return claim(job.folder, digest(what), what)
 
 
-def draw_lists(job: Evaluation, store: HistoryStore, split: StoredSplit) -> dict[str, DrawnLists]:
-    """The further candidate lists."""
-    seed = job.config.run.seed
-    return {protocol: DrawnLists(protocol, store, split, **job.draws(), seed=seed) for protocol in job.protocols}
-
-
-def split_users(job: Evaluation, lists: dict[str, DrawnLists]) -> SplitUsers:
-    """The users to rank for."""
-    return SplitUsers(ShardSet(job.run.split(job.split)), job.config.evaluate.max_users, job.config.run.seed, lists)
-
-
-def make_worker(job: Evaluation, users: SplitUsers, ranks: Ranks) -> PartWorker:
-    """This process among all ranks of all array tasks."""
+def parts_of_worker(users: SplitUsers, ranks: Ranks) -> list[int]:
+    """Those of this process among all ranks of all array tasks, shared out by cost."""
     task, num_tasks = array_task()
-    worker, num_workers = task * ranks.world_size + ranks.rank, num_tasks * ranks.world_size
-    return PartWorker(users, job.config.evaluate.row_tokens, worker, num_workers)
+    costs = [users.cost(part) for part in split_parts(len(users))]
+    return assign_parts(costs, num_tasks * ranks.world_size)[task * ranks.world_size + ranks.rank]
 
 
 def score_everything(
@@ -126,9 +146,9 @@ def score_everything(
     Returns:
         The folders of the passes, opened.
     """
-    worker = make_worker(job, users, ranks)
-    scorers = [Scorer(job, source, prompts, worker, ranks) for source, prompts in models.items()]
-    scorers[0].load(anew=clear is not None)
+    parts = parts_of_worker(users, ranks)
+    scorers = [Scorer(job, source, prompts, users, parts, ranks) for source, prompts in models.items()]
+    scorers[0].load(again=clear is not None)
     if clear is not None:
         distributed.barrier()
         distributed.on_rank_zero(clear)

@@ -5,7 +5,7 @@ Rows of one table share their candidate lists, so they can be compared; everythi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -25,7 +25,7 @@ RIVALS = ("bm25", "sasrec")
 OF_A_RUN = ("model", "no_summary", "no_recent", "control")
 """Systems that are the run's own model; the others may be the same in several runs."""
 PAUSE = 10
-"""A step that took so many times the median was an interruption."""
+"""A step that took this many times the median was an interruption."""
 NOT_SETTINGS = ("run.dir", "run.tensorboard", "data.path")
 MODEL = "model.name_or_path"
 
@@ -90,6 +90,8 @@ def _entry(
     evaluated = [row["time"] for row in rows if row["stage"] == "evaluate"]
     metric = headline(config.evaluate.top_k)
     differences = {rival: values[metric] for rival, values in found["differences"].items()}
+    intervals = {**found["baseline_confidence"], "model": found["confidence"]}
+    users, tokens = (sum(row[f"train/{name}_per_second"] for row in trained) for name in ("users", "tokens"))
     return Entry(
         run=run,
         data=config.data.format,
@@ -101,23 +103,13 @@ def _entry(
         date=datetime.fromtimestamp(max(evaluated), UTC).date().isoformat() if evaluated else "",
         settings=changed,
         systems={**found["baselines"], "model": found["metrics"]},
-        intervals=_intervals(found, metric),
+        intervals={name: values[metric] for name, values in intervals.items() if metric in values},
         gain=found["personalization_gain"].get(metric, {}),
         against={rival: differences[rival] for rival in RIVALS if rival in differences},
-        tokens_per_user=_tokens_per_user(trained),
+        tokens_per_user=tokens / users if users else 0.0,
         train_hours=sum(_working_seconds([row["time"] for row in trained])) / 3600,
         num_steps=max((row["step"] for row in trained), default=0),
     )
-
-
-def _intervals(found: Mapping[str, Any], metric: str) -> dict[str, list[float]]:
-    intervals = {**found["baseline_confidence"], "model": found["confidence"]}
-    return {name: values[metric] for name, values in intervals.items() if metric in values}
-
-
-def _tokens_per_user(rows: Sequence[Mapping[str, Any]]) -> float:
-    users = sum(row["train/users_per_second"] for row in rows)
-    return sum(row["train/tokens_per_second"] for row in rows) / users if users else 0.0
 
 
 def _working_seconds(times: Sequence[float]) -> Iterator[float]:
@@ -151,11 +143,20 @@ def _section(group: Sequence[Entry]) -> list[str]:
     first = group[0]
     title = f"## {first.data}, negatives: {first.candidates}"
     scope = f"{first.num_users} {first.split} users, candidate lists {first.candidate_hash[:12]}."
-    return ["", title, "", scope, "", *_systems_table(group), "", *_settings_list(group), ""]
+    lines = ["", title, "", scope, "", *_systems_table(group), "", "Settings beside the shared config:", ""]
+    for entry in group:
+        changed = " ".join(
+            f"{key}=[{','.join(map(str, value))}]" if isinstance(value, list) else f"{key}={value}"
+            for key, value in sorted(entry.settings.items())
+        )
+        lines.append(f"* `{entry.run}`: {f'`{changed}`' if changed else 'none'}")
+    return [*lines, ""]
 
 
 def _systems_table(group: Sequence[Entry]) -> list[str]:
-    shown, name = _shown(group[0]), column_title(group[0].metric)
+    """Recall at every cut-off, NDCG at the last; systems that are not a run's own first."""
+    recalls = [name for name in group[0].systems["model"] if name.startswith("recall@")]
+    shown, name = [*recalls, f"ndcg@{recalls[-1].partition('@')[2]}"], column_title(group[0].metric)
     titles = [*map(column_title, shown), f"{name} 95%", f"control {name}", f"gain in {name} (95%; p)"]
     titles += [f"{name} - {SYSTEMS[rival]} (p)" for rival in RIVALS] + ["tokens a user", "training", "evaluated"]
     lines = [_row(["system", *titles]), _row(["---"] * (len(titles) + 1))]
@@ -170,12 +171,6 @@ def _shared_systems(group: Sequence[Entry], shown: Sequence[str]) -> Iterator[tu
         rows = {tuple(_metrics(entry, name, shown)): entry.run for entry in reversed(group) if name in entry.systems}
         for cells, run in reversed(rows.items()):
             yield SYSTEMS[name] if len(rows) == 1 else f"{SYSTEMS[name]} ({run})", list(cells)
-
-
-def _shown(entry: Entry) -> list[str]:
-    """Recall at every cut-off, NDCG at the last."""
-    recalls = [name for name in entry.systems["model"] if name.startswith("recall@")]
-    return [*recalls, f"ndcg@{recalls[-1].partition('@')[2]}"]
 
 
 def _metrics(entry: Entry, system: str, shown: Sequence[str]) -> list[str]:
@@ -193,18 +188,6 @@ def _judgement(entry: Entry) -> list[str]:
         f"{entry.num_steps} steps, {entry.train_hours:.2f} h",
         entry.date,
     ]
-
-
-def _settings_list(group: Sequence[Entry]) -> list[str]:
-    lines = ["Settings beside the shared config:", ""]
-    for entry in group:
-        changed = " ".join(f"{key}={_value(value)}" for key, value in sorted(entry.settings.items()))
-        lines.append(f"* `{entry.run}`: {f'`{changed}`' if changed else 'none'}")
-    return lines
-
-
-def _value(value: Any) -> str:
-    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
 
 
 def _row(cells: Sequence[str]) -> str:

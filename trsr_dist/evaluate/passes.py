@@ -1,4 +1,8 @@
-"""Passes over the split with a language model: which model, which prompts, which files."""
+"""What is scored: passes over a split, parts of users, packed rows of a part. Pure.
+
+Parts and rows do not depend on the number of ranks, so that float32 scores are equal to the last digit however many
+there are.
+"""
 
 from __future__ import annotations
 
@@ -6,17 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-import torch
+from trsr_dist.records import TokenizedUser
 
-from trsr_dist.evaluate.control import Change
-from trsr_dist.evaluate.lockstep import Lockstep
-from trsr_dist.evaluate.parts import assign_parts, split_parts
-from trsr_dist.evaluate.scores import ScoreFolder
-from trsr_dist.evaluate.scoring import ScoreRow, score_samples
-from trsr_dist.evaluate.split import SplitUsers
-from trsr_dist.log import progress
-from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.rows import pack_row
+USERS_PER_PART = 64
+"""Users of one part file: what a kill can cost one rank."""
+Change = Literal["none", "control", "no_summary", "no_recent"]
+"""Of the prompt: ``control`` shows another user's text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,36 +53,60 @@ def plan_passes(baselines: Sequence[str], protocols: Sequence[str]) -> list[Scor
     return [*ALWAYS, *asked, *(replace(entry, protocol=protocol) for protocol in protocols for entry in ALWAYS)]
 
 
-class PartWorker:
-    """This process's share of the parts.
+@dataclass(frozen=True, slots=True)
+class RowEntry:
+    """Some candidates of one user in a row."""
 
-    Args:
-        users: of the split.
-        row_tokens: length limit of a row.
-        worker: this process among ``num_workers``: ranks times array tasks.
-        num_workers: how many share the parts.
+    user: int
+    """Position in the part."""
+    candidates: tuple[int, ...]
+
+
+def split_parts(num_users: int) -> list[range]:
+    """Positions of each part's users in the split."""
+    return [range(first, min(first + USERS_PER_PART, num_users)) for first in range(0, num_users, USERS_PER_PART)]
+
+
+def assign_parts(costs: Sequence[int], num_workers: int) -> list[list[int]]:
+    """Give each part to the worker with the least to do, dearest parts first (Graham's rule, 1969).
+
+    Returns:
+        Parts of each worker, ascending.
     """
+    loads, parts = [0] * num_workers, [[] for _ in range(num_workers)]
+    for part in sorted(range(len(costs)), key=lambda part: (-costs[part], part)):
+        worker = loads.index(min(loads))
+        loads[worker] += costs[part]
+        parts[worker].append(part)
+    return [sorted(chosen) for chosen in parts]
 
-    def __init__(self, users: SplitUsers, row_tokens: int, worker: int, num_workers: int) -> None:
-        self._users = users
-        self._row_tokens = row_tokens
-        self.parts = split_parts(len(users))
-        self.mine = assign_parts([users.cost(part) for part in self.parts], num_workers)[worker]
 
-    def run(self, entry: ScoringPass, folder: ScoreFolder, builder: PromptBuilder, score_row: ScoreRow) -> int:
-        """Score this worker's parts that are not on disk yet; returns how many those were."""
-        todo = [part for part in self.mine if not folder.has(part)]
-        for part in progress(todo, description=f"score {entry.name}", unit="part"):
-            samples = [self._users.sample(index, entry.change, entry.protocol) for index in self.parts[part]]
-            folder.write(part, score_samples(samples, builder, score_row, self._row_tokens))
-        return len(todo)
+def pack_part(users: Sequence[TokenizedUser], row_tokens: int) -> list[list[RowEntry]]:
+    """Fill rows of at most ``row_tokens`` tokens, first fit by decreasing length.
 
-    def run_together(
-        self, entry: ScoringPass, folder: ScoreFolder, builder: PromptBuilder, score_row: ScoreRow, device: torch.device
-    ) -> int:
-        """As ``run``, for a model whose weights lie divided over the ranks."""
-        first = builder.build(self._users.sample(0, entry.change, entry.protocol))
-        forward = Lockstep(score_row, pack_row([first.choose([0])]), device)
-        count = self.run(entry, folder, builder, forward)
-        forward.finish()
-        return count
+    A user who is longer than a row is cut into groups of candidates, each behind a copy of the prefix; one candidate
+    that is longer than a row gets its own row.
+    """
+    pieces = [piece for index, user in enumerate(users) for piece in _pieces(index, user, row_tokens)]
+    pieces.sort(key=lambda piece: (-piece[0], piece[1].user, piece[1].candidates))
+    rows: list[list[RowEntry]] = []
+    free: list[int] = []
+    for length, entry in pieces:
+        place = next((place for place, room in enumerate(free) if room >= length), None)
+        if place is None:
+            rows.append([])
+            free.append(row_tokens)
+            place = len(rows) - 1
+        rows[place].append(entry)
+        free[place] -= length
+    return rows
+
+
+def _pieces(index: int, user: TokenizedUser, row_tokens: int) -> list[tuple[int, RowEntry]]:
+    pieces: list[tuple[int, list[int]]] = []
+    for candidate, suffix in enumerate(user.suffixes):
+        if not pieces or pieces[-1][0] + len(suffix) > row_tokens:
+            pieces.append((len(user.prefix), []))
+        length, candidates = pieces[-1]
+        pieces[-1] = (length + len(suffix), [*candidates, candidate])
+    return [(length, RowEntry(index, tuple(candidates))) for length, candidates in pieces]

@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from trsr_dist.data.store import HistoryStore
-from trsr_dist.evaluate.baselines import Ranker
-from trsr_dist.evaluate.calibration import has_scale
-from trsr_dist.evaluate.coverage import Expected
-from trsr_dist.evaluate.evaluation import Evaluation
-from trsr_dist.evaluate.examples import NUM_EXAMPLES, build_example
-from trsr_dist.evaluate.outcomes import OutcomeTable
-from trsr_dist.evaluate.parts import split_parts
-from trsr_dist.evaluate.passes import ScoringPass
-from trsr_dist.evaluate.rankers import build_rankers
-from trsr_dist.evaluate.results import ModelScores, RankedSystems, ResultSettings, build_results, system_results
-from trsr_dist.evaluate.score_files import UserScores
-from trsr_dist.evaluate.scores import ScoreFolder
-from trsr_dist.evaluate.slices import UserFacts
-from trsr_dist.evaluate.split import SplitUsers
-from trsr_dist.evaluate.stored import StoredSplit, StoredUser, rank_all, user_facts
+from trsr_dist.errors import DataError
+from trsr_dist.evaluate.baselines import Ranker, build_rankers
+from trsr_dist.evaluate.evaluation import Evaluation, check_draws
+from trsr_dist.evaluate.metrics import OutcomeTable
+from trsr_dist.evaluate.passes import ScoringPass, split_parts
+from trsr_dist.evaluate.results import (
+    NUM_EXAMPLES,
+    ModelScores,
+    RankedSystems,
+    ResultSettings,
+    UserFacts,
+    baseline_results,
+    build_example,
+    build_results,
+    length_slice,
+    system_results,
+)
+from trsr_dist.evaluate.score_files import Expected, ScoreFolder, UserScores, expected_of
+from trsr_dist.evaluate.statistics import has_scale
+from trsr_dist.evaluate.users import DrawnLists, SplitUsers, StoredSplit, StoredUser
 from trsr_dist.hashing import ListDigest
 from trsr_dist.log import progress
 from trsr_dist.records import Sample
@@ -83,6 +87,22 @@ class OwnScores:
         return ModelScores(np.concatenate(self.scores), np.concatenate(self.labels))
 
 
+def all_scores(
+    users: Sequence[StoredUser], scored: Mapping[str, Sequence[UserScores]], rankers: Mapping[str, Ranker]
+) -> dict[str, Sequence[np.ndarray]]:
+    """Scores of the users' candidates by every system: chance, those of a language model, those without one.
+
+    Args:
+        users: of a part, as rows of the history store.
+        scored: by system, what a language model gave.
+        rankers: by system.
+    """
+    histories, candidates = [user.row.history for user in users], [user.candidates for user in users]
+    scores: dict[str, Sequence[np.ndarray]] = {"random": [np.zeros(len(items)) for items in candidates]}
+    scores |= {name: [user.scores for user in found] for name, found in scored.items()}
+    return scores | {name: ranker(histories, candidates) for name, ranker in rankers.items()}
+
+
 class Reduction:
     """Reads the scores of all passes back and computes with them.
 
@@ -108,17 +128,12 @@ class Reduction:
         self._store = store
         self._folders = folders
 
-    @cached_property
-    def _rankers(self) -> dict[str, Ranker]:
-        config, folder = self._job.config, self._job.output / "baselines"
-        return build_rankers(self._store, config.evaluate.baselines, config.run.seed, folder)
-
     def missing(self, entry: ScoringPass) -> list[int]:
         """Parts of a pass that nobody has scored yet."""
         return self._folders[entry.name].missing(len(self._users))
 
     def run(self, provenance: dict[str, Any], trained_on_these_shards: bool | None) -> Reduced:
-        """All numbers.
+        """All numbers; trains the baselines that are not kept from an earlier evaluation.
 
         Args:
             provenance: of the model.
@@ -130,20 +145,24 @@ class Reduction:
         """
         for folder in self._folders.values():
             folder.check_names(len(self._users))
-        settings = self._settings(provenance)
+        config = self._job.config
+        baselines = build_rankers(self._store, config.evaluate.baselines, config.run.seed, self._job.baselines)
+        settings = result_settings(self._job, provenance.get("train", {}))
         outcomes, own = Outcomes(OutcomeTable(settings.top_k)), OwnScores()
         for number, part in self._parts("reduce"):
-            self._add_own(number, part, outcomes, own)
+            self._add_own(number, part, baselines.rankers, outcomes, own)
         systems, model = outcomes.systems(), own.model()
         head = {
             "split": self._job.split,
             "model": self._job.model,
-            "candidates": self._job.config.data.candidates,
+            "candidates": config.data.candidates,
             "candidate_hash": self._users.candidate_hash,
             "trained_on_these_shards": trained_on_these_shards,
         }
+        protocols = {name: self._protocol(name, baselines.rankers, settings) for name in self._job.protocols}
         tail = {
-            "protocols": {protocol: self._protocol(protocol, settings) for protocol in self._job.protocols},
+            "protocols": protocols,
+            "baseline_training": baselines.tuning,
             "trims": dict(sorted(own.trims.items())),
             "provenance": provenance,
         }
@@ -152,12 +171,14 @@ class Reduction:
             folder.check()
         return Reduced(results, systems, model, own.examples)
 
-    def _add_own(self, number: int, part: range, outcomes: Outcomes, own: OwnScores) -> None:
+    def _add_own(
+        self, number: int, part: range, rankers: Mapping[str, Ranker], outcomes: Outcomes, own: OwnScores
+    ) -> None:
         samples = [self._users.sample(index) for index in part]
         expected = [expected_of(sample) for sample in samples]
         stored = [self._split.find(user, list(items)) for user, items, _ in expected]
         scored = self._read("", number, expected)
-        outcomes.add(self._scores(scored, stored), [user.labels for user in scored["model"]])
+        outcomes.add(all_scores(stored, scored, rankers), [user.labels for user in scored["model"]])
         own.add(scored["model"])
         for place, sample in enumerate(samples):
             own.facts.add(user_facts(self._store, sample, stored[place], scored["model"][place].trims))
@@ -165,14 +186,14 @@ class Reduction:
                 model, control = (scored[name][place].scores for name in ("model", "control"))
                 own.examples.append(build_example(sample, model, control))
 
-    def _protocol(self, protocol: str, settings: ResultSettings) -> dict[str, Any]:
+    def _protocol(self, protocol: str, rankers: Mapping[str, Ranker], settings: ResultSettings) -> dict[str, Any]:
         """Model, control and the baselines without a language model on one kind of drawn lists."""
-        outcomes, candidates = Outcomes(OutcomeTable(settings.top_k)), ListDigest()
+        outcomes, candidates, name = Outcomes(OutcomeTable(settings.top_k)), ListDigest(), self._store.catalogue.id
         for number, part in self._parts(f"reduce {protocol}"):
             stored = [self._users.stored(protocol, index) for index in part]
-            expected = [self._expected(user) for user in stored]
+            expected = [(user.row.user, list(map(name, user.candidates)), user.labels()) for user in stored]
             scored = self._read(protocol, number, expected)
-            outcomes.add(self._scores(scored, stored), [user.labels for user in scored["model"]])
+            outcomes.add(all_scores(stored, scored, rankers), [user.labels for user in scored["model"]])
             for entry in expected:
                 candidates.add(entry)
         return {"candidate_hash": candidates.hexdigest()} | system_results(outcomes.systems(), settings)
@@ -186,25 +207,62 @@ class Reduction:
         passes = [entry for entry in self._job.passes if entry.protocol == protocol]
         return {entry.system: self._folders[entry.name].read(part, expected) for entry in passes}
 
-    def _scores(
-        self, scored: Mapping[str, Sequence[UserScores]], stored: Sequence[StoredUser]
-    ) -> dict[str, Sequence[np.ndarray]]:
-        """Of all systems, those without a language model too."""
-        scores = {"random": [np.zeros(len(user.candidates)) for user in stored]}
-        scores |= {name: [user.scores for user in found] for name, found in scored.items()}
-        return scores | {name: rank_all(ranker, stored) for name, ranker in self._rankers.items()}
 
-    def _expected(self, user: StoredUser) -> Expected:
-        labels = dict(zip(user.row.candidates, user.row.labels, strict=True))
-        items = [self._store.catalogue.id(item) for item in user.candidates]
-        return user.row.user, items, [labels.get(item, 0) for item in user.candidates]
+def rank_baselines(job: Evaluation) -> dict[str, Any]:
+    """What an evaluation says of its baselines without a language model, from the histories alone.
 
-    def _settings(self, provenance: dict[str, Any]) -> ResultSettings:
-        evaluate, train = self._job.config.evaluate, provenance.get("train", {})
-        trained_with = train.get("negatives_per_positive") if has_scale(train.get("loss")) else None
-        return ResultSettings(evaluate.top_k, evaluate.bootstrap_samples, self._job.config.run.seed, trained_with)
+    Raises:
+        ConfigError: the candidate lists are other ones than the config says.
+        DataError: the split has no users, or a trained baseline cannot be had.
+    """
+    store, evaluate, seed = HistoryStore(job.run.histories), job.config.evaluate, job.config.run.seed
+    check_draws(job)
+    users = list(store.names(job.split))[: evaluate.max_users or None]
+    if not users:
+        raise DataError(f"{job.run.histories}: no user to rank for; give data.split a share for {job.split}")
+    baselines, split = build_rankers(store, evaluate.baselines, seed, job.baselines), StoredSplit(store, job.split)
+    lists = {job.config.data.candidates: split.stored} | {
+        protocol: DrawnLists(protocol, store, split, **job.draws(), seed=seed).stored for protocol in job.protocols
+    }
+    own, *others = (
+        baseline_results(rank_lists(baselines.rankers, users, stored, evaluate.top_k), result_settings(job, {}))
+        for stored in lists.values()
+    )
+    return {
+        "split": job.split,
+        "candidates": job.config.data.candidates,
+        **own,
+        "protocols": dict(zip(job.protocols, others, strict=True)),
+        "baseline_training": baselines.tuning,
+    }
 
 
-def expected_of(sample: Sample) -> Expected:
-    """User, item ids and labels of a sample."""
-    return sample.user, [c.item for c in sample.candidates], [c.label for c in sample.candidates]
+def rank_lists(
+    rankers: Mapping[str, Ranker], users: Sequence[str], stored: Callable[[str], StoredUser], top_k: Sequence[int]
+) -> RankedSystems:
+    """How all rankers, and chance, rank the candidates that ``stored`` gives each user."""
+    outcomes = Outcomes(OutcomeTable(top_k))
+    for part in split_parts(len(users)):
+        found = [stored(users[index]) for index in part]
+        outcomes.add(all_scores(found, {}, rankers), [np.array(user.labels()) for user in found])
+    return outcomes.systems()
+
+
+def result_settings(job: Evaluation, train: Mapping[str, Any]) -> ResultSettings:
+    """How an evaluation's numbers are computed; ``train`` is what the provenance says of the training."""
+    trained_with = train.get("negatives_per_positive") if has_scale(train.get("loss")) else None
+    evaluate = job.config.evaluate
+    return ResultSettings(evaluate.top_k, evaluate.bootstrap_samples, job.config.run.seed, trained_with)
+
+
+def user_facts(store: HistoryStore, sample: Sample, user: StoredUser, trims: dict[str, int]) -> dict[str, str]:
+    """What the slices tell users apart by."""
+    targets = [item for item, candidate in zip(user.candidates, sample.candidates, strict=True) if candidate.label]
+    category = store.catalogue.category(targets[0])
+    facts = {
+        "history length": length_slice(len(user.row.history)),
+        "summary scheme": str(sample.provenance.get("scheme", "unknown")),
+        "trimmed": "yes" if trims else "no",
+        "target": "cold" if not any(store.catalogue.popularity(item) for item in targets) else "seen in training",
+    }
+    return facts | ({"category": category} if category else {})

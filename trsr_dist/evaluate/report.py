@@ -1,4 +1,7 @@
-"""The report: one HTML page with tables, figures, examples, config and provenance; it loads nothing else."""
+"""What people read of an evaluation: results file, report, TensorBoard, the table on the terminal.
+
+The report is one HTML page with tables, figures, examples, config and provenance; it loads nothing else.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,72 @@ from typing import Any
 from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
-from trsr_dist.evaluate.calibration import has_scale
-from trsr_dist.evaluate.plots import to_svg
-from trsr_dist.evaluate.table import GAIN, SYSTEMS, column_title, gain_line, protocol_rows
-from trsr_dist.files import atomic_file
+from trsr_dist.config import dump_config
+from trsr_dist.evaluate.evaluation import Evaluation
+from trsr_dist.evaluate.figures import build_figures, to_svg
+from trsr_dist.evaluate.reduce import Reduced
+from trsr_dist.evaluate.statistics import has_scale
+from trsr_dist.evaluate.table import GAIN, SYSTEMS, column_title, gain_line, list_table, protocol_rows, protocol_table
+from trsr_dist.files import atomic_file, sha256_of, write_json
+from trsr_dist.log import MetricLog, read_metrics, show
+from trsr_dist.records import headline
+from trsr_dist.run import MANIFEST, write_manifest
+
+
+def publish(job: Evaluation, reduced: Reduced) -> None:
+    """Write everything; the manifest, which says that all is there, goes first and comes last."""
+    (job.folder / MANIFEST).unlink(missing_ok=True)
+    results, top_k = reduced.results, job.config.evaluate.top_k
+    metric = headline(top_k)
+    figures = build_figures(results, reduced.systems, reduced.model, list(read_metrics(job.run.root)), metric)
+    config = dump_config(job.config)
+    write_json(job.results, results)
+    shards = job.run.split(job.split)
+    write_report(job.report, ReportParts(results, figures, reduced.examples, config, metric, job.folder, shards))
+    write_tensorboard(job, results, figures)
+    job.write_config()
+    write_manifest(job.folder, "evaluate", job.settings(), job.inputs(), report=sha256_of(job.report))
+    show(summary_text(job, results))
+
+
+def write_tensorboard(job: Evaluation, results: Mapping[str, Any], figures: Mapping[str, Figure]) -> None:
+    """Scalars to metrics.jsonl and TensorBoard, figures to TensorBoard, at the training step of the model."""
+    step = int(results["provenance"].get("train", {}).get("step") or 0)
+    metrics = MetricLog(job.records.root, "evaluate", job.config.run.tensorboard)
+    metrics.write(step, scalars(job.split, results))
+    if metrics.writer is not None:
+        for caption, figure in figures.items():
+            metrics.writer.add_figure(f"{job.split}/{caption}", figure, step)
+    metrics.close()
+
+
+def scalars(split: str, results: Mapping[str, Any]) -> dict[str, float]:
+    """Metrics, baselines and gains by their names in TensorBoard, those of further protocols too."""
+    named: dict[str, float] = {}
+    entries = {split: results} | {f"{split}_{name}": entry for name, entry in results["protocols"].items()}
+    for group, entry in entries.items():
+        named |= {f"{group}/{metric}": value for metric, value in entry["metrics"].items()}
+        for system, values in entry["baselines"].items():
+            named |= {f"{group}_{system}/{metric}": value for metric, value in values.items()}
+        named |= {f"{group}_gain/{metric}": gain["mean"] for metric, gain in entry["personalization_gain"].items()}
+    return named
+
+
+def summary_text(job: Evaluation, results: Mapping[str, Any]) -> str:
+    """The final table and where everything lies."""
+    metric = headline(job.config.evaluate.top_k)
+    lines = ["", list_table(results, job.split, results["candidates"])]
+    if results["protocols"]:
+        lines += ["", protocol_table(results, metric)]
+    if results["personalization_gain"]:
+        lines.append(gain_line(results["personalization_gain"][metric], metric))
+    lines += [
+        f"results: {job.results}",
+        f"report: {job.report}",
+        f"scores: {job.folder}",
+        f"TensorBoard: tensorboard --logdir {job.records.root / 'tensorboard'}",
+    ]
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +127,12 @@ def write_report(path: Path, parts: ReportParts) -> None:
                 config=parts.config,
             )
         )
+
+
+def baselines_text(results: Mapping[str, Any]) -> str:
+    """Of the baselines alone: a table for each kind of candidate lists."""
+    entries = {results["candidates"]: results, **results["protocols"]}
+    return "\n".join(f"\n{list_table(entry, results['split'], name)}" for name, entry in entries.items())
 
 
 def system_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:

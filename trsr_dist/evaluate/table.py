@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from trsr_dist.records import FAMILIES
+
 SYSTEMS = {
     "random": "random",
     "popularity": "popularity",
@@ -33,18 +35,29 @@ def format_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, S
     head = [title, *columns]
     lines = [head, *([name, *cells] for name, cells in rows)]
     widths = [max(len(line[place]) for line in lines) for place in range(len(head))]
-    ruled = ["-" * width for width in widths]
-    return "\n".join(_line(line, widths) for line in (head, ruled, *lines[1:]))
+    text = []
+    for first, *cells in (head, ["-" * width for width in widths], *lines[1:]):
+        aligned = [cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True)]
+        text.append("  ".join([first.ljust(widths[0]), *aligned]).rstrip())
+    return "\n".join(text)
 
 
 def metric_table(results: Mapping[str, Any], metrics: Sequence[str], title: str) -> str:
-    """The systems' metrics in the order of ``SYSTEMS``, and below them the personalization gain."""
-    systems = {**results["baselines"], "model": results["metrics"]}
+    """The systems' metrics in the order of ``SYSTEMS``, and below them the personalization gain; of the baselines alone
+    where no model was ranked."""
+    systems = results["baselines"] | ({"model": results["metrics"]} if "metrics" in results else {})
     rows = [(SYSTEMS[name], [f"{values[metric]:.4f}" for metric in metrics]) for name, values in ordered(systems)]
-    gain = results["personalization_gain"]
+    gain = results.get("personalization_gain")
     if gain:
         rows.append((GAIN, [f"{gain[metric]['mean']:+.4f}" for metric in metrics]))
     return format_table(title, [column_title(metric) for metric in metrics], rows)
+
+
+def list_table(entry: Mapping[str, Any], split: str, candidates: str) -> str:
+    """The systems on one kind of candidate lists, and how many users and candidates those have."""
+    names = [name for name in entry["baselines"]["random"] if name.split("@")[0] in FAMILIES]
+    counts = f"{entry['num_users']} {split} users, {entry['num_candidates']} candidates"
+    return f"{counts}, negatives: {candidates}\n{metric_table(entry, names, 'system')}"
 
 
 def protocol_rows(results: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:
@@ -94,8 +107,3 @@ def gain_line(gain: Mapping[str, float], metric: str) -> str:
     else:
         reading = "0 is inside: no sign that the user's own text matters"
     return f"{what} (95% {low:+.4f} to {high:+.4f}): {reading}"
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    first = cells[0].ljust(widths[0])
-    return "  ".join([first, *(cell.rjust(width) for cell, width in zip(cells[1:], widths[1:], strict=True))]).rstrip()

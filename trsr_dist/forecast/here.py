@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from trsr_dist.planning.hardware import GB, Hardware, recognize
+from trsr_dist.planning.hardware import CPU_PROCESS_BYTES, GB, Hardware, recognize
 
 ROUNDS = 7
 CPU_SIZES = (1024, 1024, 2048)
@@ -35,7 +35,18 @@ def this_machine(num_devices: int) -> Hardware:
         rate = _flops_per_second(CPU_SIZES, "cpu", torch.float32)
     finally:
         torch.set_num_threads(threads)
-    return Hardware("CPU core", rate, memory, copied, loopback, loopback, "float32", CPU_UTILIZATION)
+    return Hardware(
+        name="CPU core",
+        flops_per_second=rate,
+        memory_bytes=memory,
+        memory_bytes_per_second=copied,
+        node_bytes_per_second=loopback,
+        network_bytes_per_second=loopback,
+        precision="float32",
+        utilization=CPU_UTILIZATION,
+        process_bytes=CPU_PROCESS_BYTES,
+        is_cpu=True,
+    )
 
 
 def _gpu() -> Hardware:

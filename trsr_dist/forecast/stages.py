@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trsr_dist.evaluate.parts import split_parts
+from trsr_dist.evaluate.passes import split_parts
 from trsr_dist.forecast.workload import SplitWork
 from trsr_dist.planning.communication import bytes_sent_per_step
 from trsr_dist.planning.cost import Cluster, Cost, scoring_cost, training_cost
@@ -98,7 +98,7 @@ def forecast_training(
         name: bytes_sent_per_step(shape, lora, size, zero.stage, rows_per_rank, settings.precision)
         for name, zero in stages.items()
     }
-    recommended = recommend(memory, cluster.hardware.memory_bytes)
+    recommended = recommend(memory, cluster.hardware.memory_bytes - cluster.hardware.process_bytes)
     traffic = sent.get(chosen or recommended, sent["zero2"])
     cost = training_cost(cluster, flops * num_steps / epoch_steps, num_steps, settings.rows_per_step, traffic)
     return TrainingForecast(work, lora, num_steps, flops, memory, recommended, sent, cost)

@@ -8,7 +8,7 @@ from trsr_dist.forecast.stages import STAGES, ScoringForecast, TrainingForecast,
 from trsr_dist.forecast.summaries import SummaryForecast, SummarySettings
 from trsr_dist.forecast.workload import SplitWork
 from trsr_dist.planning.cost import GENERATION_FORMULA, SCORING_FORMULA, TRAINING_FORMULA, Cluster, Cost
-from trsr_dist.planning.memory import FRAMEWORK_BYTES
+from trsr_dist.planning.memory import KEPT_BY_CPU
 from trsr_dist.planning.scaling import PAYING_SPEEDUP, ScalePoint, pays_up_to
 from trsr_dist.planning.shape import ModelShape
 
@@ -100,7 +100,13 @@ def memory_lines(found: TrainingForecast, cluster: Cluster, chosen: str) -> list
         if found.recommended
         else "none fits: lower train.row_tokens, or take more or larger devices"
     )
-    return [*lines, f"{INDENT}with {FRAMEWORK_BYTES / GB:.1f} GB for CUDA and buffers, {advice}"]
+    device = cluster.hardware
+    lines.append(f"{INDENT}with {device.process_bytes / GB:.1f} GB for {_libraries(cluster)} and buffers, {advice}")
+    if device.is_cpu:
+        lines.append(
+            f"{INDENT}a rank keeps freed memory, up to {KEPT_BY_CPU} times the sum, while the machine has enough"
+        )
+    return lines
 
 
 def scoring_lines(split: str, found: ScoringForecast, cluster: Cluster) -> list[str]:
@@ -120,9 +126,14 @@ def scoring_lines(split: str, found: ScoringForecast, cluster: Cluster) -> list[
 def fit_text(held: int, cluster: Cluster, remedy: str) -> str:
     """A sum against the device's memory."""
     memory = cluster.hardware.memory_bytes
-    needed = held + FRAMEWORK_BYTES
+    needed = held + cluster.hardware.process_bytes
     verdict = "" if needed <= memory else f": does not fit; {remedy}"
-    return f", with {FRAMEWORK_BYTES / GB:.1f} for CUDA {needed / GB:.1f} of {memory / GB:.0f}{verdict}"
+    share = f"{cluster.hardware.process_bytes / GB:.1f} for {_libraries(cluster)}"
+    return f", with {share} {needed / GB:.1f} of {memory / GB:.0f}{verdict}"
+
+
+def _libraries(cluster: Cluster) -> str:
+    return "Python" if cluster.hardware.is_cpu else "CUDA"
 
 
 def scaling_lines(points: Sequence[ScalePoint], cluster: Cluster) -> list[str]:

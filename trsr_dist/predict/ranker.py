@@ -13,7 +13,7 @@ from trsr_dist.config.sections import PromptSection
 from trsr_dist.distributed import device_of
 from trsr_dist.environment import detect_ranks
 from trsr_dist.errors import ConfigError, DataError, ModelError
-from trsr_dist.evaluate.scoring import PartScorer
+from trsr_dist.evaluate.score import PartScorer
 from trsr_dist.log import get_logger
 from trsr_dist.model.folder import LoadedModel, open_model
 from trsr_dist.model.forward import score_row

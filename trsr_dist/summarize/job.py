@@ -66,8 +66,8 @@ def summarize(config: Config, force: bool = False) -> int:
     """Run this task's share of the job; returns when the shards of all splits are published.
 
     Raises:
-        RunError: the shards there were made with other settings or inputs and ``force`` is not given, a job of other
-            ones is at work here, or the run folder cannot be written.
+        RunError: the shards there were made with other settings or inputs and ``force`` is not given, or the run folder
+            cannot be written.
         EngineError: users failed and the policy says stop, or the engine is gone.
     """
     task = Task.detect()
@@ -80,8 +80,7 @@ def summarize(config: Config, force: bool = False) -> int:
             job = Job(config, run, store, task, force)
             job.tidy()
             if job.unpublished:
-                with claim(run.summaries, job.digest, {**job.settings, **job.inputs}):
-                    job.run()
+                job.run()
             else:
                 job.write_config(only_missing=True)
                 log.info("%s: nothing to do, the shards of %s are there", run.shards, ", ".join(SPLITS))
@@ -138,30 +137,35 @@ class Job:
             self.run_folder.write_config("summarize", dump_config(self.config), only_missing)
 
     def run(self) -> None:
-        """Work until every split is published."""
-        num_units = sum(work.num_units for work in self.unpublished.values())
-        if self.task.index == 0 and self.task.count > num_units:
-            log.warning(
-                "%d tasks, %d units: the others wait, without a model; lower summarize.users_per_shard, or take fewer "
-                "tasks",
-                self.task.count, num_units,
-            )  # fmt: skip
-        self.write_config()
-        summaries = self.run_folder.summaries
-        check_one_file_system(summaries, self.run_folder.shards)
-        write_job(self.progress_folder, self.works)
-        for work in self.unpublished.values():
-            if self.redo:
-                work.clear()
-            work.open()
-        leases = LeaseFolder(summaries / "leases", Owner.myself(self.task.name), self.config.summarize.lease_seconds)
-        cache = TextCache(summaries / "journal", self.task.name)
-        try:
-            with touching(task_path(self.progress_folder, self.task.name), WRITE_SECONDS):
-                self._with_engine(leases, cache)
-        finally:
-            leases.close()
-            cache.close()
+        """Work until every split is published.
+
+        Raises:
+            RunError: a job of other settings or inputs is at work here.
+        """
+        run, settings = self.run_folder, self.config.summarize
+        with claim(run.summaries, self.digest, {**self.settings, **self.inputs}):
+            num_units = sum(work.num_units for work in self.unpublished.values())
+            if self.task.index == 0 and self.task.count > num_units:
+                log.warning(
+                    "%d tasks, %d units: the others wait, without a model; lower summarize.users_per_shard, or take "
+                    "fewer tasks",
+                    self.task.count, num_units,
+                )  # fmt: skip
+            self.write_config()
+            check_one_file_system(run.summaries, run.shards)
+            write_job(self.progress_folder, self.works)
+            for work in self.unpublished.values():
+                if self.redo:
+                    work.clear()
+                work.open()
+            leases = LeaseFolder(run.summaries / "leases", Owner.myself(self.task.name), settings.lease_seconds)
+            cache = TextCache(run.summaries / "journal", self.task.name)
+            try:
+                with touching(task_path(self.progress_folder, self.task.name), WRITE_SECONDS):
+                    self._with_engine(leases, cache)
+            finally:
+                leases.close()
+                cache.close()
 
     def _with_engine(self, leases: LeaseFolder, cache: TextCache) -> None:
         works, first = list(self.unpublished.values()), self.task.index / self.task.count

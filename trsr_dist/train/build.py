@@ -11,7 +11,7 @@ import torch
 from trsr_dist import distributed
 from trsr_dist.config import Config
 from trsr_dist.config.on_resume import OnResume, marked_settings
-from trsr_dist.environment import Ranks
+from trsr_dist.environment import Ranks, available_memory_bytes, return_large_blocks
 from trsr_dist.errors import TrsrError
 from trsr_dist.log import MetricLog, get_logger
 from trsr_dist.model.loading import load_base, load_base_divided
@@ -19,7 +19,8 @@ from trsr_dist.model.lora import adapter_config, add_lora
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.model.recomputation import enable_recomputation
 from trsr_dist.planning.flops import training_flops
-from trsr_dist.planning.hardware import recognize
+from trsr_dist.planning.hardware import CPU_PROCESS_BYTES, GB, recognize
+from trsr_dist.planning.memory import KEPT_BY_CPU, KeptActivations, rank_memory
 from trsr_dist.planning.shape import ModelShape
 from trsr_dist.planning.tokens import Workload
 from trsr_dist.run import RunFolder, manifest_hash
@@ -116,6 +117,8 @@ def build_model(config: Config, ranks: Ranks, prepared: Prepared) -> tuple[Recom
         The model, and the content of its ``adapter_config.json``.
     """
     lora = config.lora
+    if distributed.device_of(ranks).type == "cpu":
+        spare_memory(planned_bytes(config, prepared, ranks.world_size), ranks.local_world_size)
     if prepared.zero.stage == 3:
         base = load_base_divided(prepared.source, prepared.dtype, prepared.zero_config)
     else:
@@ -127,6 +130,36 @@ def build_model(config: Config, ranks: Ranks, prepared: Prepared) -> tuple[Recom
         enable_recomputation(base)
     model = Recommender(base, prepared.builder.answer_ids, prepared.backend)
     return model, adapter_config(layers, prepared.name, config.model.revision)
+
+
+def planned_bytes(config: Config, prepared: Prepared, world_size: int) -> int:
+    """What a rank needs in a step, by the planner; 0 where the model's config is not of the common form."""
+    train, lora = config.train, config.lora
+    try:
+        shape = ModelShape.from_config(prepared.model_config.to_dict())
+        num_lora_parameters = shape.num_lora_parameters(lora.r, lora.target_modules)
+    except TrsrError:
+        return 0
+    kept = KeptActivations(
+        train.activation_checkpointing, lora.target_modules, train.loss != "full_text", lora.dropout > 0
+    )
+    planned = rank_memory(
+        shape, num_lora_parameters, train.row_tokens, world_size, prepared.zero, prepared.precision, kept
+    )
+    return planned.device + planned.host
+
+
+def spare_memory(planned_bytes: int, ranks_on_node: int) -> None:
+    """Keep to the planned memory where a node has too little for what processes on CPU cores keep otherwise."""
+    share = available_memory_bytes() // ranks_on_node - CPU_PROCESS_BYTES
+    if KEPT_BY_CPU * planned_bytes > share:
+        log.info(
+            "%.1f GB are free for this rank's model, %.1f are planned: freed memory is returned at once, which takes "
+            "time",
+            share / GB,
+            planned_bytes / GB,
+        )
+        return_large_blocks()
 
 
 def _restore(engine: Engine, prepared: Prepared, checkpoint: Checkpoint | None) -> None:

@@ -7,9 +7,7 @@ import numpy as np
 import pytest
 
 from trsr_dist.errors import DataError, RunError
-from trsr_dist.evaluate.coverage import align
-from trsr_dist.evaluate.score_files import UserScores
-from trsr_dist.evaluate.scores import ScoreFolder
+from trsr_dist.evaluate.score_files import ScoreFolder, UserScores, align
 
 USERS = [
     UserScores("a", ("x", "y"), np.array([1, 0]), np.array([0.1, -2.5], dtype=np.float32), {"recent_dropped": 2}),

@@ -3,7 +3,7 @@
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trsr_dist.evaluate.parts import USERS_PER_PART, assign_parts, pack_part, split_parts
+from trsr_dist.evaluate.passes import USERS_PER_PART, assign_parts, pack_part, split_parts
 from trsr_dist.records import TokenizedUser
 
 
