@@ -20,9 +20,8 @@ from trsr_dist.data.store import HistoryStore  # noqa: E402
 from trsr_dist.log import setup_logging  # noqa: E402
 from trsr_dist.prompts.builder import PromptBuilder  # noqa: E402
 from trsr_dist.run import MANIFEST, RunFolder, read_manifest  # noqa: E402
-from trsr_dist.shards.inspect.job import Options, inspect_shards  # noqa: E402
-from trsr_dist.shards.inspect.shortcuts import ItemFacts  # noqa: E402
-from trsr_dist.shards.inspect.tokens import Tokens  # noqa: E402
+from trsr_dist.shards.inspect.content import ItemFacts  # noqa: E402
+from trsr_dist.shards.inspect.job import Options, Tokens, inspect_shards  # noqa: E402
 from trsr_dist.shards.plan import PackingSettings  # noqa: E402
 
 

@@ -5,7 +5,7 @@ from collections import Counter
 import pytest
 
 from trsr_dist.base.corpus import Corpus, PromptDocument, document_text
-from trsr_dist.base.tokenizer import train_tokenizer
+from trsr_dist.base.pretrain import train_tokenizer
 from trsr_dist.records import Candidate, Sample
 
 ANSWERS = ("no", "yes")
@@ -44,7 +44,7 @@ def test_targets_and_negatives_of_the_samples_are_nowhere() -> None:
 
 
 @pytest.mark.parametrize("prompt_share", [0.0, 0.3, 1.0])
-def test_so_many_are_prompts(prompt_share: float) -> None:
+def test_the_share_of_prompts_is_the_one_asked_for(prompt_share: float) -> None:
     share = sum(isinstance(document, PromptDocument) for document in documents(prompt_share)) / NUM_DOCUMENTS
     assert share == pytest.approx(prompt_share, abs=0.04)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from trsr_dist.base.muon import Muon, orthogonal
+from trsr_dist.base.pretrain import Muon, orthogonal
 
 
 @pytest.mark.parametrize("shape", [(24, 24), (40, 16), (16, 40)])

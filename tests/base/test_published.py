@@ -32,7 +32,7 @@ def test_another_file_than_the_known_one_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("breaks_off", [True, False])
 def test_of_the_hub_all_files_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, breaks_off: bool) -> None:
-    """The library leaves records of its own, and what it has of a download that breaks off."""
+    """The library leaves its own records, and what it has of a download that breaks off."""
 
     def download(repository: str, local_dir: str, **options: object) -> None:
         (Path(local_dir) / ".cache").mkdir()

@@ -17,8 +17,7 @@ from trsr_dist.benchmarks.mixes import AMAZON, MIND, Mix
 from trsr_dist.benchmarks.training import Bench
 from trsr_dist.benchmarks.ways import LORA_RANK, SHAPE, TARGETS, make_user, row_work
 from trsr_dist.evaluate.score import PartScorer
-from trsr_dist.model.forward import score_row
-from trsr_dist.model.recommender import Recommender
+from trsr_dist.model.recommender import Recommender, score_row
 from trsr_dist.planning.flops import training_flops
 from trsr_dist.planning.tokens import Workload
 from trsr_dist.prompts.builder import PromptBuilder

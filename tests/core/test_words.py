@@ -11,8 +11,7 @@ import trsr_dist
 from trsr_dist.evaluate.baselines import Bm25
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.records import Candidate, Item, Sample
-from trsr_dist.shards.inspect.checks import NO_TEXT, TARGET_IN_SUMMARY, sample_faults
-from trsr_dist.shards.inspect.similar import near_duplicates
+from trsr_dist.shards.inspect.checks import NO_TEXT, TARGET_IN_SUMMARY, near_duplicates, sample_faults
 from trsr_dist.summarize.extract import extract, informative_words, split_fields
 from trsr_dist.summarize.quality import flags_of, is_echo, is_preamble, is_repetitive
 from trsr_dist.summarize.worker import check_leaks

@@ -30,6 +30,7 @@ from trsr_dist.data.histories import (
     admit,
     latest,
     spool_items,
+    spool_more_targets,
     spool_users,
 )
 from trsr_dist.data.items import REMOVED, CatalogueRules
@@ -316,6 +317,16 @@ class TestSpool:
         assert spool.user(0) == KnownUser("u0", [0, 1], [2], 100, [3])
         assert list(spool.keys()) == [f"u{i}" for i in range(len(spool))]
         assert np.flatnonzero(spool.times).tolist() == list(self.own)
+
+    def test_more_targets_of_some_users(self, spool: Spool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        path, rows = tmp_path / "targets.arrow", (1, 2, ROWS_PER_BATCH, len(spool) - 1)
+        more = spool_more_targets(path, spool, self.everyone(spool, 1), 2, 1)
+        assert len(more) == len(spool) and [left.name for left in tmp_path.iterdir()] == [path.name]
+        assert more.user(0) == KnownUser("u0", [0], [1, 2], 100, [3])
+        assert [more.user(row) for row in rows] == [spool.user(row) for row in rows]
+        assert spool_more_targets(path, spool, ~self.everyone(spool), 2, 1).user(0) == spool.user(0)
+        assert spool_more_targets(path, spool, self.everyone(spool), 2, 2).user(0) == spool.user(0)
 
     def test_items(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)  # a path that is lost becomes a file "None" of the current folder

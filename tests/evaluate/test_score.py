@@ -16,8 +16,7 @@ from trsr_dist.errors import DataError
 from trsr_dist.evaluate.metrics import user_metrics
 from trsr_dist.evaluate.score import PartScorer, score_samples
 from trsr_dist.model.attention.backends import choose_backend
-from trsr_dist.model.forward import score_row
-from trsr_dist.model.recommender import Recommender
+from trsr_dist.model.recommender import Recommender, score_row
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.rows import PackedRow

@@ -7,8 +7,7 @@ import torch
 
 from tests.model.world import relative
 from trsr_dist.errors import ConfigError
-from trsr_dist.model.attention.backends import build_backend, choose_backend
-from trsr_dist.model.attention.dense import dense_attention
+from trsr_dist.model.attention.backends import build_backend, choose_backend, dense_attention
 from trsr_dist.model.attention.layout import Layout
 
 BACKENDS = ["torch", "flash_attn", "flex"]
@@ -83,7 +82,7 @@ def test_a_merge_without_the_gradient_of_the_log_sum_exp_is_seen() -> None:
 
 
 def _one_call(q, k, v, call, scale):  # noqa: ANN001, ANN202
-    from trsr_dist.model.attention.flash import TorchFlashKernel
+    from trsr_dist.model.attention.gpu import TorchFlashKernel
 
     kernel = TorchFlashKernel()
 

@@ -22,7 +22,7 @@ from transformers import (
 
 from tests.tokenizers import byte_level
 from trsr_dist.files import read_json, sha256_of, write_json
-from trsr_dist.model.fingerprint import base_fingerprint
+from trsr_dist.model.artifacts import base_fingerprint
 from trsr_dist.prompts.builder import PromptBuilder
 
 CONFIGS = {
@@ -42,7 +42,7 @@ def make_base(
     torch.manual_seed(1)
     tokenizer = byte_level(chat=True)
     config = CONFIGS[kind](
-        vocab_size=len(tokenizer) + 6,  # transformers adds special tokens of its own for Qwen
+        vocab_size=len(tokenizer) + 6,  # transformers adds its own special tokens for Qwen
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -111,7 +111,7 @@ def make_checkpoint(base: Path, folder: Path, **settings: Any) -> Path:
 
 
 def seal(folder: Path) -> None:
-    """Write the manifest anew, as the last file."""
+    """Write the manifest again, as the last file."""
     (folder / "manifest.json").unlink(missing_ok=True)
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     files = {str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of(path)} for path in paths}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from trsr_dist.errors import ModelError
-from trsr_dist.merge.adapter import Change
+from trsr_dist.merge.changes import Change
 from trsr_dist.merge.plan import Output
 from trsr_dist.merge.verify import WeightCheck, _check_tensor
 from trsr_dist.weights import file_entries
@@ -143,4 +144,4 @@ class TestTolerance:
         found = check(tmp_path, exact, torch.tensor([[2.0 + 2**-20], [0.5 + 2**-21]]))
         assert (found.largest_difference, found.largest_relative) == (2**-20, pytest.approx(2**-20))
         figures = {"num_changed": 0, "num_copied": 0, "largest_difference": 2**-20, "largest_relative": 2**-20}
-        assert found.to_dict() == pytest.approx(figures)
+        assert asdict(found) == pytest.approx(figures)

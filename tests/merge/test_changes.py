@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from trsr_dist.errors import ModelError
 from trsr_dist.files import read_json
-from trsr_dist.merge.adapter import (
+from trsr_dist.merge.changes import (
     Change,
     adapter_facts,
     adapter_hash,
@@ -203,5 +203,5 @@ class TestIdentity:
 
 
 def test_changes_are_kept_apart() -> None:
-    """Each tensor has a change of its own, with nothing in it."""
+    """Each tensor has its own change, with nothing in it."""
     assert Change() == Change(None, None, None, 1.0, None, None)

@@ -13,10 +13,9 @@ from tests.merge.engine_ranks import train_stages
 from tests.merge.models import load, make_base, random_peft_model
 from tests.spawn import run_ranks
 from trsr_dist.errors import CheckpointError
-from trsr_dist.merge.engine_checkpoint import peft_name
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
-from trsr_dist.merge.source import find_source
+from trsr_dist.merge.source import find_source, peft_name
 from trsr_dist.model.adapters import read_adapter
 
 

@@ -290,7 +290,7 @@ def test_full_disk(base: Path, checkpoint: Path, tmp_path: Path) -> None:
     with mounted_disk(tmp_path / "disk", "128k") as disk:
         refuses(checkpoint, disk / "merged", "are free; make room")
         code = (
-            "import sys; from pathlib import Path; import trsr_dist.merge.guards as g; g.SPARE_BYTES = -2**40\n"
+            "import sys; from pathlib import Path; import trsr_dist.merge.inputs as g; g.SPARE_BYTES = -2**40\n"
             "from trsr_dist.merge.inputs import MergeOptions; from trsr_dist.merge.job import merge\n"
             "from trsr_dist.cli import run_command\n"
             "run_command(lambda: merge(Path(sys.argv[1]), Path(sys.argv[2]), MergeOptions(verify='weights')))"

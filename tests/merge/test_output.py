@@ -39,7 +39,7 @@ def checkpoint(base: Path, tmp_path: Path) -> Path:
     return make_checkpoint(base, tmp_path / "run" / "checkpoints" / "step-000007")
 
 
-def test_companions_and_card(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_other_files_and_model_card(base: Path, checkpoint: Path, tmp_path: Path) -> None:
     metrics = {"num_users": 5, "num_candidates": 105, "metrics": {"recall@3": 0.25}}
     write_json(tmp_path / "run" / "evaluation" / "test.json", metrics)
     output = tmp_path / "merged"

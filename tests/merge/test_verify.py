@@ -12,10 +12,10 @@ import torch
 from tests.merge.models import make_adapter, make_base
 from trsr_dist.errors import ModelError
 from trsr_dist.merge import verify
-from trsr_dist.merge.adapter import find_changes
+from trsr_dist.merge.changes import find_changes
+from trsr_dist.merge.output import write_weights
 from trsr_dist.merge.plan import MergePlan, make_plan
 from trsr_dist.merge.scores import compare
-from trsr_dist.merge.stream import write_weights
 from trsr_dist.merge.verify import check_weights
 from trsr_dist.model.adapters import read_adapter
 from trsr_dist.pretrained import BaseSource, load_config, read_structure

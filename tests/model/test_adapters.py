@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from tests.merge.models import load, make_adapter, make_base, rename_tensors
 from trsr_dist.errors import ModelError, TrsrError
 from trsr_dist.files import read_json, write_json
-from trsr_dist.merge.adapter import check_mergeable
+from trsr_dist.merge.changes import check_mergeable
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
 from trsr_dist.model.adapters import attach, read_adapter
-from trsr_dist.model.fingerprint import base_fingerprint
+from trsr_dist.model.artifacts import base_fingerprint
 from trsr_dist.predict import Ranker
 from trsr_dist.pretrained import BaseSource
 from trsr_dist.train.start import read_initial

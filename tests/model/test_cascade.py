@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trsr_dist.model.attention.backends import cascade
-from trsr_dist.model.attention.dense import dense_attention
+from trsr_dist.model.attention.backends import cascade, dense_attention
 from trsr_dist.model.attention.layout import Call, Layout
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import pack_row

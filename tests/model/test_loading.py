@@ -19,7 +19,7 @@ from trsr_dist import pretrained
 from trsr_dist.errors import ConfigError
 from trsr_dist.files import read_json, write_json
 from trsr_dist.log import setup_logging
-from trsr_dist.model.folder import open_model
+from trsr_dist.model.loading import open_model
 from trsr_dist.pretrained import BaseSource, load_causal, max_positions
 
 

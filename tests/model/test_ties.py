@@ -49,7 +49,7 @@ def make_case(folder: Path, name: str) -> Path:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Each base with an adapter of its own, and both merged."""
+    """Each base with its own adapter, and both merged."""
     folder = tmp_path_factory.mktemp("ties")
     for name in CASES:
         base = make_case(folder / name / "base", name)
@@ -80,7 +80,7 @@ def by_transformers(base: Path, adapter: Path | None) -> list[float]:
 def divided(rank: int, world_size: int, folder: Path) -> dict[str, list[float]]:
     """Scores of bases and adapters whose weights lie divided over the ranks."""
     from trsr_dist.config.sections import PromptSection
-    from trsr_dist.model.folder import open_model
+    from trsr_dist.model.loading import open_model
 
     found = {}
     for name in (f"{name}/{kind}" for name in CASES for kind in DIVIDED):
@@ -122,7 +122,7 @@ def test_the_planner_counts_the_head_that_is_stored(folder: Path) -> None:
 
 
 def refusals(rank: int, world_size: int, base: Path) -> str:
-    from trsr_dist.model.folder import open_model
+    from trsr_dist.model.loading import open_model
 
     try:
         open_model(str(base), "cpu", torch.float32, {}, zero_config=ZERO3)

@@ -26,11 +26,11 @@ def load_share(rank: int, world_size: int, folder: Path, dtype: str) -> dict[str
 
     source = BaseSource(str(folder))
     precision = {"bf16": {"enabled": dtype == "bfloat16"}}
-    found = load_divided(source, load_config(source), getattr(torch, dtype), ZERO3 | precision)
-    held = sum(parameter.ds_tensor.nbytes for parameter in found.model.parameters())
-    with deepspeed.zero.GatheredParameters(list(found.model.parameters())):
-        whole = {name: parameter.detach().float().numpy() for name, parameter in found.model.named_parameters()}
-    return {"read": found.num_bytes_read, "held": held, "whole": whole}
+    model, num_bytes_read = load_divided(source, load_config(source), getattr(torch, dtype), ZERO3 | precision)
+    held = sum(parameter.ds_tensor.nbytes for parameter in model.parameters())
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        whole = {name: parameter.detach().float().numpy() for name, parameter in model.named_parameters()}
+    return {"read": num_bytes_read, "held": held, "whole": whole}
 
 
 @pytest.mark.parametrize(("world_size", "tied", "dtype"), [(2, False, "float32"), (3, True, "bfloat16")])
@@ -53,7 +53,7 @@ def test_ranks_hold_and_read_their_shares(tmp_path: Path, world_size: int, tied:
 
 def open_divided(rank: int, world_size: int, folder: Path) -> str:
     from trsr_dist.errors import ConfigError
-    from trsr_dist.model.folder import open_model
+    from trsr_dist.model.loading import open_model
 
     try:
         open_model(str(folder), "cpu", torch.float32, {}, zero_config=ZERO3)
@@ -63,7 +63,7 @@ def open_divided(rank: int, world_size: int, folder: Path) -> str:
 
 
 def test_a_model_without_shared_prefixes_is_not_divided(tmp_path: Path) -> None:
-    """Each of its prompts is a call of its own, and the ranks have different numbers of prompts."""
+    """Each of its prompts is a separate call, and the ranks have different numbers of prompts."""
     folder = stretch(make_base(tmp_path / "base"), tmp_path / "stretched")
     for error in run_ranks(open_divided, 2, folder):
         assert "ZeRO stage 3 on 2 ranks needs shared prefixes" in error

@@ -11,8 +11,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from trsr_dist.model.inputs import RowInputs
-from trsr_dist.model.recommender import Recommender
-from trsr_dist.model.recomputation import enable_recomputation
+from trsr_dist.model.recommender import Recommender, enable_recomputation
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import PackedRow, pack_row
 

@@ -6,8 +6,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from trsr_dist.benchmarks.common import peak_bytes
 from trsr_dist.benchmarks.ways import ANSWERS, make_user
 from trsr_dist.environment import return_large_blocks
+from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.inputs import RowInputs
-from trsr_dist.model.lora import add_lora
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.planning.memory import KeptActivations, activation_bytes
 from trsr_dist.planning.shape import ATTENTION_MODULES, ModelShape

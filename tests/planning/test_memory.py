@@ -15,9 +15,9 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from trsr_dist.benchmarks.ways import ANSWERS, make_user
+from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.loading import load_base
-from trsr_dist.model.lora import add_lora
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.planning.hardware import CPU_PROCESS_BYTES
 from trsr_dist.planning.memory import KeptActivations, ZeroSetting, forward_bytes, key_value_bytes, rank_memory

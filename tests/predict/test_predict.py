@@ -17,8 +17,8 @@ from tests.spawn import run_script
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import ConfigError, DataError, ModelError
 from trsr_dist.predict import Ranker, Request
-from trsr_dist.predict.history import HistorySettings
 from trsr_dist.predict.lines import as_entry, check_lines
+from trsr_dist.predict.ranker import HistorySettings
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.summarize.plans import raw
 

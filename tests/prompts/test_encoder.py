@@ -25,7 +25,7 @@ from tests.tokenizers import (
     with_end_token,
     word_level,
 )
-from trsr_dist.base.tokenizer import train_tokenizer
+from trsr_dist.base.pretrain import train_tokenizer
 from trsr_dist.config.sections import PromptSection
 from trsr_dist.errors import DataError, ModelError
 from trsr_dist.prompts.builder import PromptBuilder

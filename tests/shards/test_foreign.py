@@ -12,9 +12,9 @@ import pytest
 from tests.shards.world import make_sample, make_split, write_split
 from trsr_dist.errors import DataError
 from trsr_dist.shards.codec import decode_sample, encode_sample
-from trsr_dist.shards.inspect.adopt import index_split
 from trsr_dist.shards.inspect.checks import NO_HISTORY, sample_faults
 from trsr_dist.shards.inspect.job import Options, inspect_shards
+from trsr_dist.shards.inspect.verify import index_split
 
 ROOT = Path(__file__).parents[2]
 

@@ -14,7 +14,7 @@ from tests.shards.world import make_sample, make_split, write_split
 from trsr_dist.errors import DataError
 from trsr_dist.files import read_json, write_json
 from trsr_dist.prompts.wording import WORDING_VERSION
-from trsr_dist.shards import arrays
+from trsr_dist.shards import index
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.writer import write_shard
 
@@ -30,9 +30,9 @@ def test_webdataset_and_tar_read_the_shards(tmp_path: Path) -> None:
 
 
 def test_few_arrays_are_opened_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrays, "KEPT_BYTES", 80)
+    monkeypatch.setattr(index, "KEPT_BYTES", 80)
     opened = []
-    kept = arrays.KeptArrays(lambda number: opened.append(number) or np.full(4, number))
+    kept = index.KeptArrays(lambda number: opened.append(number) or np.full(4, number))
     for number in (0, 1, 0, 2, 0, 1, 2, 1):
         assert kept(number).tolist() == [number] * 4
     assert opened == [0, 1, 2, 1, 2], "two fit, the last used stay"

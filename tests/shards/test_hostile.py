@@ -20,9 +20,7 @@ from trsr_dist.files import sha256_of
 from trsr_dist.run import MANIFEST
 from trsr_dist.shards.codec import encode_sample
 from trsr_dist.shards.index import ROW, scan_tar, write_index
-from trsr_dist.shards.inspect.adopt import index_split
-from trsr_dist.shards.inspect.findings import Findings
-from trsr_dist.shards.inspect.verify import verify_split
+from trsr_dist.shards.inspect.verify import index_split, verify_split
 from trsr_dist.shards.reader import ShardSet
 
 
@@ -115,9 +113,7 @@ def test_a_lost_sample_is_found_by_verify(tmp_path: Path) -> None:
     manifest = json.loads((split.folder / MANIFEST).read_text())
     (split.folder / MANIFEST).write_text(json.dumps(manifest | {"shards": [facts], "num_bytes": facts["num_bytes"]}))
     assert len(ShardSet(split.folder)) == 3
-    findings = Findings()
-    verify_split(split.folder, findings)
-    (error,) = findings.errors
+    (error,), _ = verify_split(split.folder)
     assert "'z.json'" in error and "the sample is lost" in error
 
 
@@ -141,7 +137,7 @@ def test_a_manifest_of_wrong_types_is_refused_by_name(tmp_path: Path, change: di
     manifest = json.loads((folder / MANIFEST).read_text())
     manifest["shards"][0] |= change
     (folder / MANIFEST).write_text(json.dumps(manifest))
-    for read in (ShardSet, index_split, lambda path: verify_split(path, Findings())):
+    for read in (ShardSet, index_split, verify_split):
         with pytest.raises(DataError, match=rf"train/manifest\.json: {words}"):
             read(folder)
 

@@ -24,13 +24,10 @@ from trsr_dist.records import Candidate, Sample
 from trsr_dist.run import RunFolder
 from trsr_dist.shards.codec import encode_sample
 from trsr_dist.shards.index import index_path
-from trsr_dist.shards.inspect.adopt import index_split
-from trsr_dist.shards.inspect.checks import sample_faults
-from trsr_dist.shards.inspect.findings import Findings
+from trsr_dist.shards.inspect.checks import near_duplicates, sample_faults
+from trsr_dist.shards.inspect.content import ItemFacts, Shortcuts, user_auc
 from trsr_dist.shards.inspect.job import Options, inspect_shards
-from trsr_dist.shards.inspect.shortcuts import ItemFacts, Shortcuts, user_auc
-from trsr_dist.shards.inspect.similar import near_duplicates
-from trsr_dist.shards.inspect.verify import verify_split
+from trsr_dist.shards.inspect.verify import index_split, verify_split
 from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.plan import PackingSettings
 from trsr_dist.shards.reader import ShardSet
@@ -40,9 +37,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def problems(folder: Path) -> list[str]:
-    findings = Findings()
-    verify_split(folder, findings)
-    return findings.errors
+    return verify_split(folder)[0]
 
 
 def test_whole_shards_are_found_whole(tmp_path: Path) -> None:

@@ -20,9 +20,8 @@ from trsr_dist.hashing import hash64, random_stream
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.shards.cache import ShardCache
-from trsr_dist.shards.counts import epoch_facts
 from trsr_dist.shards.manifest import ShardFacts, write_split_manifest
-from trsr_dist.shards.measure import measure_lengths
+from trsr_dist.shards.measure import epoch_facts, measure_lengths
 from trsr_dist.shards.plan import PackingSettings, TrainPlan
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.steps import Step, StreamState, step_specs
@@ -64,7 +63,7 @@ def builder() -> PromptBuilder:
 
 
 def train(rank: int, world_size: int, root: Path, start: int, num_workers: int) -> None:
-    """One rank of one start; what it has trained goes to a log of its own, step by step."""
+    """One rank of one start; what it has trained goes to its own log, step by step."""
     import torch
     import torch.distributed as dist
 

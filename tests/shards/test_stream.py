@@ -14,7 +14,7 @@ import pytest
 from tests.shards.world import make_builder, make_split
 from trsr_dist.errors import CheckpointError, ConfigError
 from trsr_dist.hashing import digest
-from trsr_dist.shards.counts import epoch_facts
+from trsr_dist.shards.measure import epoch_facts
 from trsr_dist.shards.plan import PackingSettings
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.steps import Step, StreamState, step_specs

@@ -21,7 +21,7 @@ OWN_SHARE = 0.5
 """Share of the prompts whose candidate is from the user's own history. With none the base learns that a candidate has
 nothing to do with what stands before it."""
 LISTED_ITEMS = 12
-"""A history is listed with at most so many of its latest items."""
+"""Of a listed history, the latest."""
 
 
 class TrainTexts(Protocol):

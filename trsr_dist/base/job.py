@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import chain, repeat
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
-
 from trsr_dist.base.corpus import Corpus, Document, PromptDocument, document_text
-from trsr_dist.base.pretrain import BaseShape, make_model, pretrain
-from trsr_dist.base.texts import ShardTexts
-from trsr_dist.base.tokenizer import train_tokenizer
+from trsr_dist.base.pretrain import make_model, pretrain, train_tokenizer
 from trsr_dist.config import Config, dump_config
+from trsr_dist.data.store import HistoryStore
+from trsr_dist.errors import DataError
 from trsr_dist.files import atomic_folder, writing
 from trsr_dist.hashing import hash64
 from trsr_dist.log import get_logger, progress, setup_logging, show
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.prompts.text import Prompt
-from trsr_dist.run import RunFolder, folder_lock, is_finished, write_manifest
+from trsr_dist.records import Sample
+from trsr_dist.run import RunFolder, check_inputs, folder_lock, is_finished, write_manifest
+from trsr_dist.shards.reader import ShardSet
 
 TOKENIZER_DOCUMENTS = 4000
 """Documents that the tokenizer is trained on."""
@@ -81,55 +81,39 @@ def build(config: Config, texts: ShardTexts, folder: Path) -> dict[str, Any]:
     """Fill ``folder`` and return what the manifest tells of it."""
     base, prompt, seed = config.base, config.prompt, config.run.seed
     corpus = Corpus(texts, base.prompt_share, seed)
-    tokenizer = make_tokenizer(corpus, prompt.answers, base.vocab_size)
+    documents = (document_text(document, prompt.answers) for document in corpus.documents(0, TOKENIZER_DOCUMENTS))
+    # The answers stand so often that they become tokens before other words do.
+    tokenizer = train_tokenizer(chain(documents, prompt.answers * TOKENIZER_DOCUMENTS), base.vocab_size)
     builder = PromptBuilder(tokenizer, **prompt.model_dump())
-    model = make_model(base_shape(config), tokenizer, hash64(seed, "base weights"))
-    steps = EncodedSteps(corpus, builder, base.steps, base.batch_size)
-    losses = pretrain(model, steps, base.steps, base.learning_rate)
+    model = make_model(
+        tokenizer,
+        hash64(seed, "base weights"),
+        hidden_size=base.hidden_size,
+        intermediate_size=base.intermediate_size,
+        num_layers=base.num_layers,
+        num_heads=base.num_heads,
+        num_kv_heads=base.num_kv_heads,
+        max_tokens=prompt.max_tokens,
+    )
+    num_tokens = 0
+
+    def encoded_steps() -> Iterator[list[list[int]]]:
+        nonlocal num_tokens
+        for step in progress(range(base.steps), description="pre-training", unit=" steps"):
+            first = step * base.batch_size
+            ids = [encode(document, builder) for document in corpus.documents(first, first + base.batch_size)]
+            num_tokens += sum(map(len, ids))
+            yield ids
+
+    losses = pretrain(model, encoded_steps(), base.steps, base.learning_rate)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {
         "num_parameters": model.num_parameters(),
         "vocab_size": len(tokenizer),
-        "num_tokens": steps.num_tokens,
+        "num_tokens": num_tokens,
         "loss": round(losses[-1], 4),
     }
-
-
-def base_shape(config: Config) -> BaseShape:
-    """Sizes of the model."""
-    base = config.base
-    return BaseShape(
-        base.hidden_size,
-        base.intermediate_size,
-        base.num_layers,
-        base.num_heads,
-        base.num_kv_heads,
-        config.prompt.max_tokens,
-    )
-
-
-def make_tokenizer(corpus: Corpus, answers: tuple[str, str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """Train it on the first documents, with the answers so often that they become tokens before other words do."""
-    documents = corpus.documents(0, TOKENIZER_DOCUMENTS)
-    often = chain.from_iterable(repeat(answers, TOKENIZER_DOCUMENTS))
-    return train_tokenizer(chain((document_text(document, answers) for document in documents), often), vocab_size)
-
-
-class EncodedSteps:
-    """The documents of each step in token ids; counts the tokens."""
-
-    def __init__(self, corpus: Corpus, builder: PromptBuilder, num_steps: int, batch_size: int) -> None:
-        self.num_tokens = 0
-        self._corpus, self._builder, self._num_steps, self._batch_size = corpus, builder, num_steps, batch_size
-
-    def __iter__(self) -> Iterator[list[list[int]]]:
-        for step in progress(range(self._num_steps), description="pre-training", unit=" steps"):
-            first = step * self._batch_size
-            documents = self._corpus.documents(first, first + self._batch_size)
-            ids = [encode(document, self._builder) for document in documents]
-            self.num_tokens += sum(map(len, ids))
-            yield ids
 
 
 def encode(document: Document, builder: PromptBuilder) -> list[int]:
@@ -140,3 +124,38 @@ def encode(document: Document, builder: PromptBuilder) -> list[int]:
         return [*user.prefix, *user.suffixes[0], builder.answer_ids[document.answer], end]
     ids = builder.encoder.encode([Prompt(("", ""), (document,))])[0]
     return [*ids[: builder.max_tokens], end]
+
+
+class ShardTexts:
+    """The texts of a run's train users, read when asked for; holds the ids of the catalogue in memory.
+
+    Args:
+        histories: ``RUN/histories``.
+        shards: ``RUN/shards/train``.
+
+    Raises:
+        RunError: one of them is not there, or the shards were made from other histories.
+        DataError: there is no train user.
+    """
+
+    def __init__(self, histories: Path, shards: Path) -> None:
+        store = HistoryStore(histories)
+        self._catalogue = store.catalogue
+        self._shards = ShardSet(shards)
+        self.inputs = {"histories": store.manifest_hash, "train": self._shards.manifest_hash}
+        check_inputs(shards, {"histories": store.manifest_hash})
+        if not len(self._shards):
+            raise DataError(f"{shards}: no train user to take texts from; give data.split a share for train")
+        self._rows = {item: row for row, item in enumerate(self._catalogue.numbers())}
+
+    def __len__(self) -> int:
+        """Number of train users."""
+        return len(self._shards)
+
+    def sample(self, user: int) -> Sample:
+        """A train user's sample."""
+        return self._shards.read(user)
+
+    def history(self, sample: Sample) -> list[str]:
+        """Item texts of the sample's user, oldest first, without the target."""
+        return [self._catalogue.text(self._rows[item]) for item in sample.provenance["history"]]

@@ -1,19 +1,22 @@
-"""Language modelling of a small Llama, on CPU or whatever device the model stands on."""
+"""A small Llama from nothing: tokenizer, random weights, and language modelling on whatever device it stands on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import nn
 from torch.nn import functional
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from trsr_dist.base.muon import Muon
-
+BOS, EOS, PAD = "<|begin|>", "<|end|>", "<|pad|>"
+PIECES = r"(?<=\p{L}) \p{L}+|\p{L}+|\p{N}+|[^\p{L}\p{N}]+"
+"""Words, numbers, and what stands between them. A blank belongs to a word only behind another word, so that a topic is
+the same token in ``sports/tennis (4)`` and in ``subcategory: tennis``: a small model has no time to learn that two
+tokens mean the same."""
 WARMUP_SHARE = 0.05
 ADAM_RATE = 0.5
 """AdamW's learning rate as a share of Muon's."""
@@ -24,35 +27,59 @@ MAX_GRAD_NORM = 1.0
 PART_TOKENS = 4096
 """Documents of a step run in parts of at most this many tokens, padding included."""
 IGNORED = -100
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+NUM_ITERATIONS = 5
+EPSILON = 1e-7
 
 
-@dataclass(frozen=True, slots=True)
-class BaseShape:
-    """Sizes of the model."""
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer. Equal texts give an equal one; each encoded text begins with the begin token.
 
-    hidden_size: int
-    intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    max_tokens: int
-    """Longest sequence that the model is meant for."""
+    Args:
+        texts: of the corpus.
+        vocab_size: the largest number of tokens; fewer where the texts do not hold enough different words.
+    """
+    backend = Tokenizer(models.BPE())
+    pieces = pre_tokenizers.Split(Regex(PIECES), "isolated")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([pieces, to_bytes])
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[BOS, EOS, PAD],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    begin = (BOS, backend.token_to_id(BOS))
+    backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[begin])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
-def make_model(shape: BaseShape, tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
-    """A Llama with random float32 weights."""
+def make_model(
+    tokenizer: PreTrainedTokenizerFast,
+    seed: int,
+    *,
+    hidden_size: int,
+    intermediate_size: int,
+    num_layers: int,
+    num_heads: int,
+    num_kv_heads: int,
+    max_tokens: int,
+) -> LlamaForCausalLM:
+    """A Llama with random float32 weights, for sequences of up to ``max_tokens``."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=shape.hidden_size,
-        intermediate_size=shape.intermediate_size,
-        num_hidden_layers=shape.num_layers,
-        num_attention_heads=shape.num_heads,
-        num_key_value_heads=shape.num_kv_heads,
-        max_position_embeddings=shape.max_tokens,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=num_layers,
+        num_attention_heads=num_heads,
+        num_key_value_heads=num_kv_heads,
+        max_position_embeddings=max_tokens,
         # Heads are few and narrow: slow rotations leave most of each to compare words, wherever they stand.
         rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
         # The usual 0.02 suits wide models; in a narrow one attention starts so flat that it hardly learns.
-        initializer_range=shape.hidden_size**-0.5,
+        initializer_range=hidden_size**-0.5,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -94,8 +121,7 @@ def pretrain(
 def make_optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[Optimizer]:
     """Muon for the layers' matrices, AdamW for embeddings, head and norms.
 
-    Muon (K. Jordan and others, 2024, https://kellerjordan.github.io/posts/muon) learns more from few tokens: after 400
-    thousand of a demo, a loss of 0.52 nats against 0.75 with AdamW alone.
+    Muon learns more from few tokens: after 400 thousand of a demo, a loss of 0.52 nats against 0.75 with AdamW alone.
     """
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     chosen = set(map(id, matrices))
@@ -143,3 +169,55 @@ def pad(documents: Sequence[Sequence[int]], padding: int) -> tuple[torch.Tensor,
         ids[row, : len(document) - 1] = torch.tensor(document[:-1])
         targets[row, : len(document) - 1] = torch.tensor(document[1:])
     return ids, targets
+
+
+class Muon(Optimizer):
+    """Muon in float32 (K. Jordan and others, 2024, https://kellerjordan.github.io/posts/muon), for matrices.
+
+    Momentum whose steps are made orthogonal: each changes a matrix by one whose singular values are near the learning
+    rate. PyTorch's own iterates in bfloat16, which most CPUs emulate: there a step takes seconds.
+
+    Args:
+        matrices: parameters of two dimensions.
+        lr: learning rate, for matrices that are not higher than wide.
+        momentum: of the gradients, Nesterov's.
+        weight_decay: decoupled.
+    """
+
+    def __init__(
+        self, matrices: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.1
+    ) -> None:
+        super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            shapes: dict[torch.Size, list[nn.Parameter]] = {}
+            for matrix in group["params"]:
+                shapes.setdefault(matrix.shape, []).append(matrix)
+            for (height, width), matrices in shapes.items():
+                gradients = [self._direction(matrix, group["momentum"]) for matrix in matrices]
+                steps = orthogonal(torch.stack(gradients))
+                rate = group["lr"] * max(1.0, height / width) ** 0.5
+                for matrix, step in zip(matrices, steps, strict=True):
+                    matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-rate)
+
+    def _direction(self, matrix: nn.Parameter, momentum: float) -> torch.Tensor:
+        average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
+        average.lerp_(matrix.grad, 1 - momentum)
+        return matrix.grad.lerp(average, momentum)
+
+
+def orthogonal(matrices: torch.Tensor) -> torch.Tensor:
+    """Nearly U V^T of each matrix U S V^T, by Newton-Schulz iteration: singular values from about 0.7 to 1.2.
+
+    Args:
+        matrices: float32, shape (number, height, width).
+    """
+    a, b, c = COEFFICIENTS
+    wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
+    found = wide / wide.norm(dim=(1, 2), keepdim=True).clamp(min=EPSILON)
+    for _ in range(NUM_ITERATIONS):
+        squares = found @ found.mT
+        found = torch.baddbmm(found, torch.baddbmm(squares, squares, squares, beta=b, alpha=c), found, beta=a)
+    return found if wide is matrices else found.mT

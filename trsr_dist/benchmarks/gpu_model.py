@@ -18,11 +18,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from trsr_dist.benchmarks.common import Row, rate_row, ratio_row
 from trsr_dist.benchmarks.ways import ANSWERS, INSTRUCTION, LORA_RANK, TARGETS, make_user, row_work, suffix_lengths
+from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.attention.backends import choose_backend
 from trsr_dist.model.inputs import RowInputs
-from trsr_dist.model.lora import add_lora
-from trsr_dist.model.recommender import Recommender
-from trsr_dist.model.recomputation import enable_recomputation
+from trsr_dist.model.recommender import Recommender, enable_recomputation
 from trsr_dist.planning.flops import forward_flops, last_layer_savings, training_flops
 from trsr_dist.planning.memory import KeptActivations, ZeroSetting, rank_memory
 from trsr_dist.planning.shape import ModelShape

@@ -28,8 +28,8 @@ from trsr_dist.benchmarks.ways import (
     row_work,
     suffix_lengths,
 )
+from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.inputs import RowInputs
-from trsr_dist.model.lora import add_lora
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.planning.flops import forward_flops, last_layer_savings, training_flops
 from trsr_dist.planning.memory import KeptActivations, ZeroSetting, forward_bytes, rank_memory

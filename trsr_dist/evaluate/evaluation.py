@@ -17,10 +17,8 @@ from trsr_dist.evaluate.score_files import IDENTITY, ScoreFolder
 from trsr_dist.files import sha256_of
 from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger
-from trsr_dist.model.adapters import adapter_file
-from trsr_dist.model.fingerprint import base_fingerprint
-from trsr_dist.model.folder import find_base
-from trsr_dist.model.loading import resolve_precision
+from trsr_dist.model.artifacts import adapter_file, base_fingerprint
+from trsr_dist.model.loading import find_base, resolve_precision
 from trsr_dist.run import MANIFEST, RunFolder, check_inputs, manifest_hash, read_manifest
 from trsr_dist.shards.reader import ShardSet
 

@@ -19,8 +19,8 @@ from trsr_dist.evaluate.passes import ScoringPass, pack_part, split_parts
 from trsr_dist.evaluate.score_files import ScoreFolder, UserScores
 from trsr_dist.evaluate.users import SplitUsers
 from trsr_dist.log import get_logger, progress
-from trsr_dist.model.folder import ModelPrompts, load_weights, open_prompts
-from trsr_dist.model.forward import score_row
+from trsr_dist.model.loading import ModelPrompts, load_weights, open_prompts
+from trsr_dist.model.recommender import score_row
 from trsr_dist.model.zero3 import scoring_config
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import Sample

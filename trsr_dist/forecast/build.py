@@ -116,10 +116,10 @@ class Inputs:
     @cached_property
     def shares_prefix(self) -> bool:
         """Whether the model's prompts can share their prefixes."""
-        from trsr_dist.model.architecture import sharing_hindrance
+        from trsr_dist.model.loading import why_not_shared
         from trsr_dist.pretrained import load_config
 
-        return not sharing_hindrance(load_config(self._source), self.builder.max_tokens)
+        return not why_not_shared(load_config(self._source), self.builder.max_tokens)
 
     @property
     def _source(self) -> Any:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from trsr_dist.bases import base_folder
-from trsr_dist.errors import RunError
+from trsr_dist.bases import CONFIG, base_folder
+from trsr_dist.errors import ModelError, RunError
 from trsr_dist.files import atomic_folder, read_json, write_json, writing
 from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger
-from trsr_dist.merge.adapter import adapter_facts, adapter_hash, write_adapter
-from trsr_dist.merge.card import model_card
-from trsr_dist.merge.companions import adapt_config, copy_companions
-from trsr_dist.merge.guards import STAGE, check_output, check_space
-from trsr_dist.merge.inputs import DTYPES, Inputs, MergeOptions, prepare
-from trsr_dist.merge.proof import verify
+from trsr_dist.merge.changes import adapter_facts, adapter_hash, write_adapter
+from trsr_dist.merge.inputs import DTYPES, STAGE, Inputs, MergeOptions, check_output, check_space, prepare
+from trsr_dist.merge.output import adapt_config, copy_other_files, model_card, write_weights
+from trsr_dist.merge.scores import (
+    ACTIVATION_BYTES,
+    NUM_SAMPLES,
+    available_bytes,
+    built_in_samples,
+    check_scores,
+    sample_users,
+)
 from trsr_dist.merge.source import Source, base_of, find_source
-from trsr_dist.merge.stream import write_weights
-from trsr_dist.model.fingerprint import base_fingerprint
-from trsr_dist.model.places import PROVENANCE
-from trsr_dist.run import FolderLock, folder_lock, is_finished, write_manifest
+from trsr_dist.merge.verify import check_weights
+from trsr_dist.model.artifacts import PROVENANCE, base_fingerprint
+from trsr_dist.records import Sample
+from trsr_dist.run import MANIFEST, FolderLock, folder_lock, is_finished, write_manifest
+from trsr_dist.shards.reader import ShardSet
 
 logger = get_logger("merge")
 
@@ -80,16 +87,19 @@ def _write(
     lock: FolderLock,
 ) -> None:
     check_space(output, inputs.adapter.num_bytes if options.adapter_only else inputs.plan.num_bytes)
-    provenance = make_provenance(inputs, options)
+    provenance, metrics, run = make_provenance(inputs, options), None, inputs.source.run
+    if run is not None:  # its own evaluation, the test split before the validation split
+        paths = (run / "evaluation" / f"{split}.json" for split in ("test", "valid"))
+        metrics = next((read_json(path) for path in paths if path.is_file()), None)
     with atomic_folder(output, lock.check) as folder:
         if options.adapter_only:
             write_adapter(inputs.adapter, folder, inputs.base_name.name_or_path)
         else:
-            copy_companions(inputs.base, inputs.tokenizer, folder)
+            copy_other_files(inputs.base, inputs.tokenizer, folder)
             adapt_config(folder, inputs.plan.unties, DTYPES.get(options.dtype))
             write_weights(folder, inputs.plan)
             provenance["merge"]["verification"] = verify(folder, inputs, options)
-        (folder / "README.md").write_text(model_card(provenance, _metrics(inputs.source)), encoding="utf-8")
+        (folder / "README.md").write_text(model_card(provenance, metrics), encoding="utf-8")
         write_json(folder / PROVENANCE, provenance)
         files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
         write_manifest(folder, STAGE, settings, hashes, files=files)
@@ -110,15 +120,63 @@ def make_provenance(inputs: Inputs, options: MergeOptions) -> dict[str, Any]:
         "dtype": str(inputs.dtype).removeprefix("torch."),
         "untied_embeddings": inputs.plan.unties,
         "changed_tensors": sum(output.change is not None for output in inputs.plan.outputs),
-        "config_hash": digest(read_json(inputs.base / "config.json", finite=False)),
+        "config_hash": digest(read_json(inputs.base / CONFIG, finite=False)),
         "adapter": adapter_facts(inputs.adapter),
     }
     return {**recorded, "base": base, **prompt, "merge": facts}
 
 
-def _metrics(source: Source) -> dict[str, Any] | None:
-    """The run's own evaluation, the test split before the validation split."""
-    if source.run is None:
-        return None
-    paths = (source.run / "evaluation" / f"{split}.json" for split in ("test", "valid"))
-    return next((read_json(path) for path in paths if path.is_file()), None)
+def verify(folder: Path, inputs: Inputs, options: MergeOptions) -> dict[str, Any]:
+    """Read the weights back; compare scores too where asked for or where memory allows.
+
+    Raises:
+        ModelError: the merged model is not the base with its adapter, or scores were asked for and cannot be had.
+    """
+    if options.verify == "none":
+        logger.warning("nothing is verified, as asked (--verify none)")
+        return {}
+    weights = check_weights(folder, inputs.plan)
+    logger.info(
+        f"read back: {weights.num_changed} changed tensors equal base + adapter to {weights.largest_relative:.2g} of "
+        f"their rows' largest value; {weights.num_copied} tensors are the base's bytes"
+    )
+    scores = {} if options.verify == "weights" else {"scores": _verify_scores(folder, inputs, options)}
+    return {"weights": asdict(weights)} | scores
+
+
+def _verify_scores(folder: Path, inputs: Inputs, options: MergeOptions) -> dict[str, Any] | str:
+    num_bytes = inputs.plan.num_bytes + inputs.adapter.num_bytes
+    needed, free, reason = num_bytes + ACTIVATION_BYTES, available_bytes(), ""
+    if inputs.builder is None:
+        reason = "the adapter names no answers, and yes and no are not single tokens here"
+    elif needed > free:
+        reason = f"{needed / 1e9:.1f} GB of memory needed, {free / 1e9:.1f} GB free"
+    if reason:
+        if options.verify == "scores":
+            raise ModelError(f"--verify scores: {reason}; use --verify weights")
+        logger.warning(f"scores of base + adapter and of the merged model are NOT compared: {reason}")
+        return f"not compared: {reason}"
+    samples, origin = _samples(inputs.source)
+    users = sample_users(inputs.builder, samples)
+    ids = inputs.builder.answer_ids
+    result = check_scores(
+        inputs.base, inputs.adapter, folder, users, ids, inputs.dtype, num_bytes, options.tolerance, origin
+    )
+    logger.info(
+        f"scores on {result.num_prompts} prompts ({origin}, {result.dtype}): largest difference "
+        f"{result.largest_difference:.3g}, mean {result.mean_difference:.3g}, {result.rank_flips} of "
+        f"{result.num_pairs} pairs change order"
+    )
+    return asdict(result)
+
+
+def _samples(source: Source) -> tuple[list[Sample], str]:
+    """Users of the run's own held-out data where it is at hand, and where they come from."""
+    for split in ("valid", "test"):
+        folder = source.run / "shards" / split if source.run is not None else None
+        if folder is not None and (folder / MANIFEST).is_file():
+            shards = ShardSet(folder, any_wording=True)
+            samples = shards.read_many(range(min(NUM_SAMPLES, len(shards))))
+            shards.close()
+            return samples, f"shards/{split}"
+    return built_in_samples(source.provenance.get("domain", "items")), "built-in prompts"

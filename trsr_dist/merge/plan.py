@@ -9,7 +9,7 @@ from math import prod
 import torch
 
 from trsr_dist.errors import ModelError
-from trsr_dist.merge.adapter import Change
+from trsr_dist.merge.changes import Change
 from trsr_dist.weights import CODES, DTYPES, SINGLE, TensorEntry
 
 
@@ -97,7 +97,8 @@ def make_plan(
         for entry in file:
             names = [] if entry.name in made else [entry.name]
             names += copies.get(entry.name, [])
-            outputs += [Output(name, _code(entry, dtype), entry, changes.get(name)) for name in names]
+            code = CODES[dtype] if dtype is not None and entry.dtype.is_floating_point else entry.code
+            outputs += [Output(name, code, entry, changes.get(name)) for name in names]
         files.append(outputs)
     if max_shard_bytes is not None:
         files = _shard([output for file in files for output in file], max_shard_bytes)
@@ -124,10 +125,6 @@ def _resolve_ties(
         else:
             copies.setdefault(stored, []).append(target if stored == source else source)
     return changes, copies
-
-
-def _code(entry: TensorEntry, dtype: torch.dtype | None) -> str:
-    return CODES[dtype] if dtype is not None and entry.dtype.is_floating_point else entry.code
 
 
 def _check_changes(entries: dict[str, TensorEntry], changes: dict[str, Change]) -> None:

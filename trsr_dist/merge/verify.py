@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,9 +29,6 @@ class WeightCheck:
     largest_relative: float = 0.0
     """The same over the largest value of its row."""
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def check_weights(folder: Path, plan: MergePlan) -> WeightCheck:
     """Read every changed tensor back and compare it.
@@ -57,33 +53,22 @@ def check_weights(folder: Path, plan: MergePlan) -> WeightCheck:
 
 
 def _check_tensor(output: Output, written: TensorEntry, result: WeightCheck) -> None:
+    finfo = torch.finfo(written.dtype)
     pairs = zip(read_rows(output.source, BLOCK_ELEMENTS), read_rows(written, BLOCK_ELEMENTS), strict=True)
     for (first, base), (_, found) in pairs:
         exact = base.double() if output.change is None else output.change.rows(base, first, torch.float64)
-        _check_rows(output, written, first, (base, exact, found), result)
-
-
-def _check_rows(
-    output: Output,
-    written: TensorEntry,
-    first: int,
-    rows: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    result: WeightCheck,
-) -> None:
-    base, exact, found = rows
-    finfo = torch.finfo(written.dtype)
-    difference = exact.sub(found).abs_()
-    magnitude = exact.abs()
-    scale = torch.maximum(magnitude.amax(dim=1), base.abs().amax(dim=1))
-    largest = difference.amax(dim=1)
-    excess = difference.sub_(magnitude, alpha=0.5 * finfo.eps).amax(dim=1)
-    wrong = ~(excess <= FLOAT32_NOISE * scale + finfo.tiny * finfo.eps)
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        raise ModelError(
-            f"{written.file}: row {first + row} of {output.name} is not base + adapter (difference "
-            f"{largest[row].item():.3g}); the disk or memory is faulty, or the base changed during the merge"
-        )
-    result.largest_difference = max(result.largest_difference, largest.max().item())
-    relative = (largest / scale.clamp_min(torch.finfo(torch.float32).tiny)).max().item()
-    result.largest_relative = max(result.largest_relative, relative)
+        difference = exact.sub(found).abs_()
+        magnitude = exact.abs()
+        scale = torch.maximum(magnitude.amax(dim=1), base.abs().amax(dim=1))
+        largest = difference.amax(dim=1)
+        excess = difference.sub_(magnitude, alpha=0.5 * finfo.eps).amax(dim=1)
+        wrong = ~(excess <= FLOAT32_NOISE * scale + finfo.tiny * finfo.eps)
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise ModelError(
+                f"{written.file}: row {first + row} of {output.name} is not base + adapter (difference "
+                f"{largest[row].item():.3g}); the disk or memory is faulty, or the base changed during the merge"
+            )
+        result.largest_difference = max(result.largest_difference, largest.max().item())
+        relative = (largest / scale.clamp_min(torch.finfo(torch.float32).tiny)).max().item()
+        result.largest_relative = max(result.largest_relative, relative)

@@ -1,26 +1,30 @@
-"""The one loader of PEFT adapters: their files, what must hold of their tensors, and whether they fit a model."""
+"""LoRA through PEFT: new layers for a training, and the one loader of adapters, which compares every name and shape."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from trsr_dist.bases import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, readable
-from trsr_dist.errors import CheckpointError, DataError, ModelError
+from trsr_dist.bases import ADAPTER_CONFIG, ADAPTER_PICKLE, readable
+from trsr_dist.errors import CheckpointError, ConfigError, DataError, ModelError
 from trsr_dist.files import read_json
-from trsr_dist.model.lora import ADAPTER, PREFIX
-from trsr_dist.weights import PICKLE_ERRORS, has_weights, pickle_fault
+from trsr_dist.model.artifacts import adapter_file
+from trsr_dist.weights import PICKLE_ERRORS, pickle_fault
 
+PREFIX = "base_model.model."
+ADAPTER = "default"
 CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 UNSUPPORTED = {
     "alora_invocation_tokens": "activated LoRA, which acts on a part of each prompt only",
@@ -43,24 +47,6 @@ class Adapter:
     @property
     def num_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self.tensors.values())
-
-
-def adapter_file(folder: Path) -> Path:
-    """The file that PEFT reads an adapter's tensors from.
-
-    Raises:
-        ModelError: there is none, or the folder holds a whole model too, so that it is unclear what is meant.
-    """
-    with readable(folder):
-        if has_weights(folder):
-            raise ModelError(
-                f"{folder}: holds an adapter ({ADAPTER_CONFIG}) and the weights of a model; move the adapter's files "
-                "to a folder of their own and name that, or the base without them"
-            )
-        for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE):
-            if (folder / name).is_file():
-                return folder / name
-    raise ModelError(f"{folder}: no {ADAPTER_WEIGHTS}; the adapter is incomplete, copy it again")
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -191,3 +177,80 @@ def _reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines()]
     named = [line for line in lines if line.startswith("size mismatch")]
     return _shown((named or [line for line in lines if line] or [type(error).__name__])[0])
+
+
+def add_lora(
+    model: nn.Module,
+    r: int,
+    alpha: float,
+    dropout: float,
+    target_modules: Iterable[str] | str,
+    use_rslora: bool,
+    seed: int,
+    init: str = "kaiming",
+) -> LoraConfig:
+    """Put LoRA layers (arXiv 2106.09685) into ``model``; only they are trainable then.
+
+    Args:
+        model: a causal language model, changed in place.
+        r: rank.
+        alpha: the update is ``alpha / r * BA``.
+        dropout: on the adapter's input while training.
+        target_modules: names of linear modules, or ``all-linear``.
+        use_rslora: scale by ``alpha / sqrt(r)``.
+        seed: of A's initial values, equal on all ranks.
+        init: kaiming or gaussian, A's distribution.
+
+    Raises:
+        ConfigError: a target is not in the model.
+    """
+    targets = target_modules if isinstance(target_modules, str) else list(target_modules)
+    if isinstance(targets, list):
+        _check_targets(model, targets)
+    config = LoraConfig(
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=targets,
+        use_rslora=use_rslora,
+        init_lora_weights=True if init == "kaiming" else init,
+        task_type="CAUSAL_LM",
+    )
+    torch.manual_seed(seed)
+    inject_adapter_in_model(config, model, ADAPTER)
+    dtype = model.get_input_embeddings().weight.dtype
+    for name, parameter in model.named_parameters():
+        is_lora = "lora_" in name
+        parameter.requires_grad_(is_lora)
+        if is_lora:  # PEFT makes them in float32 where it cannot see a weight, under ZeRO-3
+            parameter.data = parameter.data.to(dtype)
+    return config
+
+
+def _check_targets(model: nn.Module, targets: list[str]) -> None:
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    linears = sorted({name.rpartition(".")[2] for name in names})
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise ConfigError(f"lora.target_modules: {target!r} is not in this model; its linear modules: {linears}")
+
+
+def adapter_name(parameter: str) -> str:
+    """PEFT's name, in adapter files, of a parameter of the base model with LoRA layers."""
+    return PREFIX + parameter.replace(f".{ADAPTER}.", ".")
+
+
+def parameter_name(name: str) -> str:
+    """Inverse of ``adapter_name`` for LoRA tensors."""
+    module, _, kind = name.removeprefix(PREFIX).rpartition(".lora_")
+    part, dot, rest = kind.partition(".")
+    return f"{module}.lora_{part}.{ADAPTER}{dot}{rest}"
+
+
+def adapter_config(config: LoraConfig, base_name: str, revision: str) -> dict[str, Any]:
+    """Content of ``adapter_config.json``."""
+    config.base_model_name_or_path = base_name
+    config.revision = revision or None
+    config.inference_mode = True
+    values = config.to_dict()
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}

@@ -1,21 +1,231 @@
-"""Loads frozen base models, whole or divided, with what their prompts and attention need."""
+"""Finds and loads whatever can rank: a merged folder, a checkpoint, an adapter, or a plain base model.
+
+Frozen bases are loaded whole or divided, with what their prompts and attention need.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from trsr_dist.errors import ConfigError
+from trsr_dist.bases import ADAPTER_CONFIG, CONFIG, BaseName, base_folder, read_model_config
+from trsr_dist.distributed import world_size
+from trsr_dist.errors import ConfigError, ModelError
 from trsr_dist.log import get_logger
-from trsr_dist.model.architecture import sharing_hindrance
+from trsr_dist.model.adapters import attach, read_adapter, read_adapter_config
+from trsr_dist.model.artifacts import (
+    PROVENANCE,
+    adapter_file,
+    base_fingerprint,
+    check_checkpoint,
+    check_same_base,
+    follow,
+    is_checkpoint,
+    read_provenance,
+    run_of,
+)
 from trsr_dist.model.attention.backends import choose_backend
-from trsr_dist.model.zero3 import load_divided
-from trsr_dist.pretrained import BaseSource, load_causal, load_config, max_positions
+from trsr_dist.model.recommender import Recommender
+from trsr_dist.model.zero3 import check_equal_calls, load_divided, scoring_engine
+from trsr_dist.pretrained import BaseSource, load_causal, load_config, load_tokenizer, local_source, max_positions
+from trsr_dist.prompts.builder import PromptBuilder
+
+RESTORE = "restore it"
+PROVEN = ("llama", "mistral", "qwen2", "qwen3")
+"""Values of ``model_type``. Their layers have q, k, v and o projections, optional norms of q and k, and a gated MLP."""
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Rotary scalings that change with the longest position of a call, so that a row's prompts would touch each other."""
 
 log = get_logger("model")
+
+
+@dataclass(frozen=True, slots=True)
+class FoundModel:
+    """A model that was found, not yet loaded."""
+
+    base: str
+    """Folder or hub id of the weights."""
+    revision: str
+    adapter: Path | None
+    tokenizer: str
+    provenance: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelPrompts:
+    """What is known of a model without its weights: where it lies, and how its prompts are written."""
+
+    found: FoundModel
+    tokenizer: Any
+    builder: PromptBuilder
+    trust_remote_code: bool
+
+    @property
+    def provenance(self) -> dict[str, Any]:
+        """Empty where the folder records nothing."""
+        return self.found.provenance
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model with the prompts that it was trained on."""
+
+    model: nn.Module
+    """A ``Recommender``, or DeepSpeed's engine around one."""
+    tokenizer: Any
+    builder: PromptBuilder
+    provenance: dict[str, Any]
+    """Empty where the folder records nothing."""
+
+
+def find_model(name_or_path: str, revision: str = "") -> FoundModel:
+    """What a path or hub id (with a revision) stands for.
+
+    Raises:
+        CheckpointError: an incomplete or damaged checkpoint.
+        ModelError: an adapter whose base is not here, or is another one than in training.
+    """
+    folder = follow(Path(name_or_path))
+    if folder.name == "adapter" and is_checkpoint(folder.parent) and (folder.parent / PROVENANCE).is_file():
+        folder = folder.parent  # which also knows the prompts of the training
+    if is_checkpoint(folder):
+        check_checkpoint(folder)
+        return _with_base(folder / "adapter", read_provenance(folder), run_of(folder))
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _with_base(folder, read_provenance(folder), None)
+    if folder.is_dir():
+        read_model_config(folder)  # weights are looked at where they are needed
+        return FoundModel(str(folder), "", None, str(folder), read_provenance(folder))
+    return FoundModel(name_or_path, revision, None, name_or_path, {})
+
+
+def find_base(name_or_path: str, own: BaseName, run: Path, remedy: str) -> Path:
+    """Folder of the model before fine-tuning, by what a checkpoint, an adapter or a merged model records of it.
+
+    Args:
+        name_or_path: of the fine-tuned model.
+        own: the config's base: taken where nothing is recorded, and where it is the recorded one in another place.
+        run: the run folder: one that was moved keeps its base.
+        remedy: ends the error.
+
+    Raises:
+        CheckpointError: an incomplete or damaged checkpoint.
+        ModelError: the base is not here, or is another one than in training.
+    """
+    place = find_model(name_or_path)
+    if place.adapter is not None:
+        return Path(place.base)
+    recorded = place.provenance.get("base", {})
+    fingerprint, folder = recorded.get("fingerprint", ""), Path(own.name_or_path)
+    is_here = own.name_or_path and (folder / CONFIG).is_file()
+    if not recorded or (is_here and base_fingerprint(folder) == fingerprint):
+        if not own.name_or_path:
+            raise ModelError(f"{name_or_path}: records no base, and model.name_or_path is empty; {remedy}")
+        return base_folder(own, run, remedy)
+    base = base_folder(BaseName(recorded["name_or_path"], recorded.get("revision", ""), fingerprint), run, remedy)
+    check_same_base(base, base_fingerprint(base), fingerprint, RESTORE)
+    return base
+
+
+def open_model(
+    name_or_path: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    prompt: dict[str, Any],
+    attention: str = "auto",
+    trust_remote_code: bool = False,
+    zero_config: dict[str, Any] | None = None,
+    revision: str = "",
+) -> LoadedModel:
+    """Load a model for scoring. With ``zero_config`` all ranks call it, and run the model together.
+
+    Args:
+        name_or_path: merged folder, checkpoint (or a pointer to one), adapter, base model folder or hub id.
+        device: where to.
+        dtype: of the weights.
+        prompt: settings of the prompts where the folder records none.
+        attention: back end of the shared-prefix attention.
+        trust_remote_code: run model code from the hub.
+        zero_config: of DeepSpeed's stage 3 (``scoring_config``): the ranks divide the weights; None: all of them here.
+        revision: of a hub id; empty: the default branch.
+
+    Raises:
+        CheckpointError: an incomplete or damaged checkpoint.
+        ConfigError: a model that several ranks cannot divide.
+        ModelError: the model cannot be read, or its tokenizer is not that of the training.
+    """
+    prompts = open_prompts(name_or_path, prompt, trust_remote_code, revision)
+    model = load_weights(prompts, device, dtype, attention, zero_config)
+    return LoadedModel(model, prompts.tokenizer, prompts.builder, prompts.provenance)
+
+
+def open_prompts(
+    name_or_path: str, prompt: dict[str, Any], trust_remote_code: bool = False, revision: str = ""
+) -> ModelPrompts:
+    """Find a model and open its tokenizer; arguments and errors as of ``open_model``."""
+    place = find_model(name_or_path, revision)
+    tokenizer = load_tokenizer(BaseSource(place.tokenizer, place.revision, trust_remote_code))
+    builder = PromptBuilder(tokenizer, **(place.provenance.get("prompt") or prompt))
+    check_answers(name_or_path, builder, place.provenance)
+    return ModelPrompts(place, tokenizer, builder, trust_remote_code)
+
+
+def load_weights(
+    prompts: ModelPrompts,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    attention: str = "auto",
+    zero_config: dict[str, Any] | None = None,
+) -> nn.Module:
+    """A ``Recommender``, or DeepSpeed's engine around one; arguments and errors as of ``open_model``."""
+    place, builder, device = prompts.found, prompts.builder, torch.device(device)
+    adapter = None if place.adapter is None else read_adapter(place.adapter)
+    source = local_source(BaseSource(place.base, place.revision, prompts.trust_remote_code))
+    config = load_config(source)
+    backend = shared_backend(config, attention, device, dtype, builder.max_tokens)
+    if zero_config is None:
+        base = load_base(source, dtype, device, config)
+    else:
+        check_equal_calls(backend, world_size())
+        base = load_base_divided(source, dtype, zero_config)
+    causal = base if adapter is None else attach(base, adapter).get_base_model()
+    model = Recommender(causal, builder.answer_ids, backend).requires_grad_(False).eval()
+    return model if zero_config is None else scoring_engine(model, zero_config)
+
+
+def check_answers(name: str, builder: PromptBuilder, provenance: dict[str, Any]) -> None:
+    """The tokenizer must give the answer tokens of the training.
+
+    Raises:
+        ModelError: it does not.
+    """
+    recorded = provenance.get("answer_ids")
+    if recorded and list(recorded) != list(builder.answer_ids):
+        raise ModelError(
+            f"{name}: trained with answer tokens {tuple(recorded)}, its tokenizer gives {tuple(builder.answer_ids)}; "
+            "the tokenizer files are not those of the training"
+        )
+
+
+def _with_base(adapter: Path, provenance: dict[str, Any], run: Path | None) -> FoundModel:
+    recorded = provenance.get("base", {})
+    adapter_file(adapter)
+    config = read_adapter_config(adapter / ADAPTER_CONFIG)
+    name = recorded.get("name_or_path") or config.base_model_name_or_path
+    if not name:
+        raise ModelError(f"{adapter}: names no base model; merge it with --base first")
+    revision = recorded.get("revision") or config.revision or ""
+    wanted = BaseName(name, revision, recorded.get("fingerprint", ""))
+    base = base_folder(wanted, run, "merge the adapter first and say with --base where its base is")
+    if wanted.fingerprint:
+        check_same_base(base, base_fingerprint(base), wanted.fingerprint, RESTORE)
+    has_tokenizer = (adapter / "tokenizer_config.json").is_file()
+    return FoundModel(str(base), "", adapter, str(adapter if has_tokenizer else base), provenance)
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -60,24 +270,20 @@ def load_base_divided(source: BaseSource, dtype: torch.dtype, zero_config: dict[
     """
     config = load_config(source)
     divided = load_divided(source, config, dtype, zero_config)
-    model = divided.model if divided is not None else _load_through_rank_zero(source, config, dtype, zero_config)
+    if divided is not None:
+        model, _ = divided
+    else:  # as transformers does it, for files whose tensors must be renamed or put together
+        from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+        kept = HfDeepSpeedConfig(zero_config)  # transformers holds a weak reference only
+        try:
+            model = load_causal(source, dtype, config)
+        finally:
+            unset_hf_deepspeed_config()
+            del kept
     model.requires_grad_(False)
     refresh_rotary_tables(model)
     return model
-
-
-def _load_through_rank_zero(
-    source: BaseSource, config: PretrainedConfig, dtype: torch.dtype, zero_config: dict[str, Any]
-) -> nn.Module:
-    """As transformers does it, for files whose tensors must be renamed or put together."""
-    from transformers.integrations import HfDeepSpeedConfig, unset_hf_deepspeed_config
-
-    kept = HfDeepSpeedConfig(zero_config)  # transformers holds a weak reference only
-    try:
-        return load_causal(source, dtype, config)
-    finally:
-        unset_hf_deepspeed_config()
-        del kept
 
 
 def refresh_rotary_tables(model: nn.Module) -> None:
@@ -109,30 +315,37 @@ def shared_backend(
     Raises:
         ConfigError: the asked back end cannot run here, or the model has no positions for such prompts.
     """
-    check_positions(config, max_tokens)
-    hindrance = sharing_hindrance(config, max_tokens)
-    if hindrance:
+    limit = max_positions(config)
+    if max_tokens > limit:  # rotary positions would go on without a word, learned ones end in an index error
+        raise ConfigError(
+            f"prompt.max_tokens={max_tokens}: model {config.name_or_path!r} has positions for {limit} tokens "
+            f"(max_position_embeddings in its config.json); set prompt.max_tokens={limit} or less"
+        )
+    reason = why_not_shared(config, max_tokens)
+    if reason:
         if name != "auto":
-            raise ConfigError(f"model.attention={name}: prefixes cannot be shared: {hindrance}; use auto")
-        log.info("prompts run as separate sequences: %s", hindrance)
+            raise ConfigError(f"model.attention={name}: prefixes cannot be shared: {reason}; use auto")
+        log.info("prompts run as separate sequences: %s", reason)
         return None
     text = config.get_text_config()
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return choose_backend(name, device, dtype, head_dim)
 
 
-def check_positions(config: PretrainedConfig, max_tokens: int) -> None:
-    """Prompts must not be longer than the texts that the model has positions for.
-
-    Raises:
-        ConfigError: they may be: rotary positions would go on without a word, learned ones end in an index error.
-    """
-    limit = max_positions(config)
-    if max_tokens > limit:
-        raise ConfigError(
-            f"prompt.max_tokens={max_tokens}: model {config.name_or_path!r} has positions for {limit} tokens "
-            f"(max_position_embeddings in its config.json); set prompt.max_tokens={limit} or less"
-        )
+def why_not_shared(config: PretrainedConfig, max_tokens: int) -> str:
+    """Why prompts of up to ``max_tokens`` cannot share prefixes with this model; empty where they can."""
+    text = config.get_text_config()
+    if config.model_type not in PROVEN:
+        return f"architecture {config.model_type!r} has not been proven ({', '.join(PROVEN)} have)"
+    kinds = getattr(text, "layer_types", None)
+    slides = kinds is None or "sliding_attention" in kinds
+    window = int(getattr(text, "sliding_window", None) or 0) if slides else 0
+    if window and max_tokens > window:
+        return f"its sliding window of {window} tokens is shorter than a prompt of {max_tokens} (prompt.max_tokens)"
+    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
+    if rope in LENGTH_DEPENDENT_ROPE:
+        return f"its rotary scaling {rope!r} depends on the longest prompt of a row"
+    return ""
 
 
 def _quantization(kind: str, dtype: torch.dtype) -> Any:

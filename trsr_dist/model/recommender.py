@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
-from trsr_dist.model.attention.backends import NAME, build_backend, register
+from trsr_dist.model.attention.backends import NAME, Attend, build_backend, register
+from trsr_dist.model.attention.layout import Layout
 from trsr_dist.model.inputs import RowInputs
-from trsr_dist.model.last_layer import answer_at_last_layer
 from trsr_dist.model.text_targets import TextTargets
 from trsr_dist.pretrained import leave_out_cudnn
+from trsr_dist.rows import PackedRow
 
 Want = Literal["logits", "pair", "text"]
 SEPARATE_TOKENS = 8192
@@ -96,7 +98,10 @@ class Recommender(nn.Module):
     def _separate(self, inputs: RowInputs, want: Want) -> torch.Tensor:
         if want == "text":
             raise ValueError("the loss of the full text needs shared prefixes")
-        logits = torch.cat([self._last_logits(ids, mask) for ids, mask in _batches(*inputs.separate)])
+        ids, mask = inputs.separate
+        size = max(1, SEPARATE_TOKENS // ids.shape[1])
+        batches = zip(ids.split(size), mask.split(size), strict=True)
+        logits = torch.cat([self._last_logits(*batch) for batch in batches])
         return logits if want == "logits" else logits[:, list(self.answer_ids)].float()
 
     def _last_logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -104,11 +109,6 @@ class Recommender(nn.Module):
         out = self.causal(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=ends.unique())
         kept = torch.searchsorted(ends.unique(), ends)
         return out.logits[torch.arange(len(ids), device=ids.device), kept]
-
-
-def _batches(ids: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    size = max(1, SEPARATE_TOKENS // ids.shape[1])
-    return zip(ids.split(size), mask.split(size), strict=True)
 
 
 def _rows_of(head: nn.Module, answer_ids: tuple[int, int]) -> torch.Tensor | None:
@@ -126,3 +126,82 @@ def gathered(weight: nn.Parameter) -> Any:
     from deepspeed import zero
 
     return zero.GatheredParameters([weight])
+
+
+@torch.no_grad()
+def score_row(model: nn.Module, row: PackedRow, device: torch.device) -> np.ndarray:
+    """Score a row: log-odds logit(yes) - logit(no) of its answers, float32, shape (num_answers,).
+
+    Args:
+        model: a ``Recommender``, or DeepSpeed's engine around it.
+        row: with at least one user.
+        device: of the model.
+    """
+    pair = model(RowInputs(row, device), "pair")
+    return (pair[:, 0] - pair[:, 1]).cpu().numpy()
+
+
+def enable_recomputation(model: nn.Module) -> None:
+    """Activation checkpointing (Chen et al., arXiv 1604.06174) without reentrant autograd: keeps layers' inputs only.
+
+    The last layer at the answers alone keeps its activations, which would be computed again at once; versions of
+    transformers that recompute a layer's call instead of its ``forward`` (5.17) recompute that one too.
+    """
+    # transformers renamed the method in version 5.2x.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    # transformers also makes the embeddings' output require gradients, for reentrant autograd. Without that, no
+    # gradient is computed below the first adapter.
+    model.disable_input_require_grads()
+
+
+def answer_at_last_layer(decoder: nn.Module) -> None:
+    """Make the last layer of a decoder (Llama's layout) return the answers' states when asked with ``answers_only``.
+
+    Elsewhere only its keys and values are needed. Exact: nothing reads the last layer's other outputs. Everything after
+    the keys and values runs on one position a prompt.
+    """
+    layer = decoder.layers[-1]
+    layer.forward = partial(_answer_states, layer, layer.forward)
+
+
+def _answer_states(
+    layer: nn.Module, whole: Any, hidden: torch.Tensor, *args: Any, answers_only: bool = False, **kwargs: Any
+) -> torch.Tensor:
+    """(1, num_tokens, hidden_size) to (1, num_answers, hidden_size), or as the layer itself."""
+    if not answers_only:
+        return whole(hidden, *args, **kwargs)
+    layout, attend = kwargs["tree"]
+    states = layer.input_layernorm(hidden)
+    attended = _answer_attention(layer.self_attn, states, kwargs["position_embeddings"], layout, attend)
+    answers = hidden[:, layout.answer_index] + attended
+    return answers + layer.mlp(layer.post_attention_layernorm(answers))
+
+
+def _answer_attention(
+    module: nn.Module,
+    states: torch.Tensor,
+    position_embeddings: tuple[torch.Tensor, torch.Tensor],
+    layout: Layout,
+    attend: Attend,
+) -> torch.Tensor:
+    cos, sin = (x[0, :, None] for x in position_embeddings)
+    index = layout.answer_index
+    q = _heads(module, "q", states[:, index])
+    k, v = _heads(module, "k", states), _heads(module, "v", states)
+    q, k = rotate(q, cos[index], sin[index]), rotate(k, cos, sin)
+    out = attend(q, k, v, layout, True, module.scaling)
+    return module.o_proj(out.flatten(1)[None])
+
+
+def _heads(module: nn.Module, name: str, states: torch.Tensor) -> torch.Tensor:
+    """Projected states of shape (num_tokens, num_heads, head_dim), normalized where the architecture does so."""
+    heads = getattr(module, f"{name}_proj")(states)[0].unflatten(-1, (-1, module.head_dim))
+    norm = getattr(module, f"{name}_norm", None)
+    return heads if norm is None else norm(heads)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding (arXiv 2104.09864) in the half-split form of Llama, Mistral and Qwen."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin

@@ -9,7 +9,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +26,9 @@ from trsr_dist.weights import named_entries
 log = get_logger("model")
 
 
-@dataclass(frozen=True, slots=True)
-class DividedModel:
-    """A model whose weights lie divided over the ranks."""
-
-    model: nn.Module
-    num_bytes_read: int
-    """By this rank."""
-
-
 def load_divided(
     source: BaseSource, config: PretrainedConfig, dtype: torch.dtype, zero_config: dict[str, Any]
-) -> DividedModel | None:
+) -> tuple[nn.Module, int] | None:
     """Load a base from a local folder; None where its files do not name the model's own weights.
 
     Args:
@@ -46,6 +36,9 @@ def load_divided(
         config: of ``load_config``: it says which tensors are tied.
         dtype: of the weights.
         zero_config: DeepSpeed's, with stage 3.
+
+    Returns:
+        The model, its weights divided over the ranks, and the bytes that this rank has read.
 
     Raises:
         ModelError: a tensor has another shape than the config says, or a file cannot be read.
@@ -61,14 +54,17 @@ def load_divided(
         log.info("%s: %s is stored under another name; rank 0 reads all", source.name_or_path, missing[0])
         return None
     num_bytes = 0
-    for file, names in by_file({name: stored[name].file for name in parameters}).items():
+    by_file: dict[Path, list[str]] = {}
+    for name in parameters:
+        by_file.setdefault(stored[name].file, []).append(name)
+    for file, names in by_file.items():
         try:
             with safe_open(file, framework="pt") as tensors:
                 for name in names:
                     num_bytes += _fill(parameters[name], tensors, name, file)
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{file}: cannot be read ({error}); copy it again") from None
-    return DividedModel(model, num_bytes)
+    return model, num_bytes
 
 
 def scoring_engine(model: nn.Module, zero_config: dict[str, Any]) -> nn.Module:
@@ -133,14 +129,6 @@ def empty_and_divided(zero_config: dict[str, Any]) -> Iterator[None]:
     init_distributed(auto_mpi_discovery=False)  # else the config's batch is checked against a world of one
     with no_init_weights(), zero.Init(config_dict_or_path=zero_config):
         yield
-
-
-def by_file(files: dict[str, Path]) -> dict[Path, list[str]]:
-    """Tensor names of each file."""
-    grouped: dict[Path, list[str]] = {}
-    for name, path in files.items():
-        grouped.setdefault(path, []).append(name)
-    return grouped
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from trsr_dist.words import has_text
 
 FIELDS = ("id", "items", "summary", "candidates")
 SHOWN = 5
-"""So many bad lines are named in an error."""
+"""Bad lines that an error names."""
 
 log = get_logger("predict")
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,17 +16,20 @@ from trsr_dist.environment import detect_ranks
 from trsr_dist.errors import ConfigError, DataError, ModelError
 from trsr_dist.evaluate.score import PartScorer
 from trsr_dist.log import get_logger
-from trsr_dist.model.folder import LoadedModel, open_model
-from trsr_dist.model.forward import score_row
-from trsr_dist.model.loading import resolve_precision
-from trsr_dist.predict.history import EXTRACTIVE, HistorySettings, summarize_items
+from trsr_dist.model.loading import LoadedModel, open_model, resolve_precision
+from trsr_dist.model.recommender import score_row
 from trsr_dist.prompts.text import one_line
 from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Sample
+from trsr_dist.summarize.extract import extract
+from trsr_dist.summarize.plans import planner, writer
+from trsr_dist.summarize.plans.graph import Plan, node_prompt
 from trsr_dist.words import has_text
 
 REQUESTS_PER_BATCH = 64
 """Requests whose prompts are packed into rows together."""
+
+EXTRACTIVE = "extractive"
 
 log = get_logger("predict")
 
@@ -65,6 +69,39 @@ class Ranking:
     """That the model was shown."""
     trims: dict[str, int]
     """What was cut to fit the token limit; empty where nothing was."""
+
+
+@dataclass(frozen=True, slots=True)
+class HistorySettings:
+    """How the training's shards were made, as far as it is recorded with the model."""
+
+    scheme: str = "hierarchical"
+    block_size: int = 5
+    fan_in: int = 8
+    max_words: int = 150
+    """Length limit of a summary."""
+    engine: str = EXTRACTIVE
+    """That wrote the training's summaries."""
+    max_items: int = 0
+    """Longer histories are cut to their latest items; 0: none is."""
+
+    @classmethod
+    def of(cls, provenance: Mapping[str, Any]) -> HistorySettings:
+        """From a model's provenance; the defaults where it holds none."""
+        config = provenance.get("config", {})
+        recorded = config.get("summarize", {})
+        values = {name: recorded[name] for name in ("scheme", "block_size", "fan_in", "engine") if name in recorded}
+        if "max_new_tokens" in recorded:
+            values["max_words"] = recorded["max_new_tokens"]
+        return cls(**values, max_items=config.get("data", {}).get("max_history", 0))
+
+    def cut(self, items: Sequence[str]) -> Sequence[str]:
+        """The latest items that count."""
+        return items[-self.max_items :] if self.max_items else items
+
+    def plan(self, num_items: int) -> Plan:
+        """The prompts of that many items; empty where the scheme asks no engine."""
+        return planner(self.scheme)(num_items, self.block_size, self.fan_in)
 
 
 class Ranker:
@@ -177,6 +214,25 @@ class Ranker:
                 self.history.engine,
             )
         return summarize_items(items, self.history, self.domain, self.builder.recent_items)
+
+
+def summarize_items(items: Sequence[str], settings: HistorySettings, domain: str, num_recent: int) -> str:
+    """The extractive summary of item texts, oldest first, or what the scheme has in its place; empty without items.
+
+    Args:
+        items: texts of the history.
+        settings: of the training.
+        domain: wording of the prompts.
+        num_recent: number of the latest items that stand in the recommender's prompt already.
+    """
+    plan = settings.plan(len(items))
+    if not plan:
+        return writer(settings.scheme)(items, num_recent, settings.max_words)
+    texts: list[str] = []
+    for node in plan:
+        prompt = node_prompt(node, items, [texts[parent] for parent in node.parents], domain)
+        texts.append(extract(prompt, settings.max_words))
+    return texts[-1]
 
 
 def find_device(name: str) -> torch.device:

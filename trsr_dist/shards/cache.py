@@ -82,7 +82,8 @@ class ShardCache:
                 if maker is None:
                     descriptor = self._reserve(copy.with_suffix(PARTIAL), num_bytes)
             if maker is not None:
-                _wait_for(maker)
+                fcntl.flock(maker, fcntl.LOCK_SH)  # until the copy is made, or its maker has died
+                os.close(maker)
             elif descriptor is None or not _fetch(source, sha256, descriptor, copy):
                 self._refused.add(sha256)
             else:
@@ -96,7 +97,7 @@ class ShardCache:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Only one process of the node looks for copies and room at a time. Opened anew, since a fork shares locks."""
+        """Only one process of the node looks for copies and room at a time. Opened again, since a fork shares locks."""
         descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -214,12 +215,6 @@ def _open_if_locked(partial: Path) -> int | None:
         return descriptor
     _remove(partial, descriptor)
     return None
-
-
-def _wait_for(maker: int) -> None:
-    """Until the copy is made, or its maker has died."""
-    fcntl.flock(maker, fcntl.LOCK_SH)
-    os.close(maker)
 
 
 def _remove(path: Path, descriptor: int | None) -> None:

@@ -49,7 +49,11 @@ def decode_sample(data: bytes, chosen: Sequence[int] | None = None) -> Sample:
     Raises:
         DataError: invalid JSON, or something is missing or of a wrong type; the caller adds where it stands.
     """
-    value = _parse(data)
+    value = parse_json(data)
+    for name, kind in FIELDS.items():
+        if not isinstance(value.get(name), kind):
+            found = type(value[name]).__name__ if name in value else "nothing"
+            raise DataError(f"field {name!r}: found {found}, expected {kind.__name__}")
     rows = value["candidates"] if chosen is None else [value["candidates"][i] for i in chosen]
     try:
         candidates = tuple([Candidate(row["item"], row["text"], row["label"]) for row in rows])
@@ -75,12 +79,3 @@ def _check_types(recent: list[Any], candidates: Sequence[Candidate]) -> None:
     for candidate in candidates:
         if not (isinstance(candidate.item, str) and isinstance(candidate.text, str) and candidate.label in (0, 1)):
             raise DataError(f"candidate {candidate}: expected item and text as text, and label 0 or 1")
-
-
-def _parse(data: bytes) -> dict[str, Any]:
-    value = parse_json(data)
-    for name, kind in FIELDS.items():
-        if not isinstance(value.get(name), kind):
-            found = type(value[name]).__name__ if name in value else "nothing"
-            raise DataError(f"field {name!r}: found {found}, expected {kind.__name__}")
-    return value

@@ -16,7 +16,7 @@ import numpy as np
 
 from trsr_dist.files import atomic_file, read_json
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.shards.arrays import KeptArrays, open_array
+from trsr_dist.shards.index import KeptArrays, open_array
 from trsr_dist.shards.reader import ShardSet
 
 TRIMS = ("recent_dropped", "summary_words_cut", "item_words_cut", "candidates_capped", "recent_capped")
@@ -54,7 +54,7 @@ class LengthFacts:
     longest_unit: int
     """Tokens of the longest prefix with all its suffixes."""
     head_tokens: int
-    """All prefixes begin with the same so many tokens (the instruction) and have at least one more."""
+    """Tokens that all prefixes begin with (the instruction); each has at least one more."""
     trimmed_users: dict[str, int] = field(default_factory=dict)
     num_damaged: int = 0
     damaged: tuple[str, ...] = ()
@@ -138,7 +138,9 @@ class Lengths:
     def _parts(self, runs: Sequence[tuple[int, int]]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for start, stop in runs:
             for shard, first, last in self.shards.ranges(start, stop):
-                starts, values = _split_file(self._array(shard))
+                array = self._array(shard)
+                border = NUM_HEADER + int(array[1]) + 1  # between starts and values, see ``write_lengths``
+                starts, values = array[NUM_HEADER:border], array[border:]
                 yield values[starts[first] : starts[last]], np.diff(starts[first : last + 1])
 
     def _open_shard(self, shard: int) -> np.ndarray:
@@ -179,12 +181,6 @@ def is_measured(folder: Path, facts: dict) -> bool:
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
-
-
-def _split_file(array: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Starts and values, see ``write_lengths``."""
-    num_samples = int(array[1])
-    return array[NUM_HEADER : NUM_HEADER + num_samples + 1], array[NUM_HEADER + num_samples + 1 :]
 
 
 def sha_part(facts: dict) -> int:

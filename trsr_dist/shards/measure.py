@@ -1,8 +1,12 @@
-"""Measures token lengths, once per split, tokenizer and prompt style. All ranks measure, each its own shards."""
+"""Token lengths of a split and counts of its epochs, each found once and kept beside the shards.
+
+All ranks measure lengths, each its own shards; rank 0 counts. A restart does neither again.
+"""
 
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import time
 from collections import Counter, deque
@@ -14,6 +18,7 @@ from pathlib import Path
 from trsr_dist.environment import cores_of_a_rank, die_with_parent
 from trsr_dist.errors import DataError
 from trsr_dist.files import read_json, write_json
+from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger, progress
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import TokenizedUser
@@ -29,10 +34,11 @@ from trsr_dist.shards.lengths import (
     lengths_folder,
     write_lengths,
 )
+from trsr_dist.shards.plan import EpochFacts, TrainPlan
 from trsr_dist.shards.reader import ShardSet
 
 MANY_SAMPLES = 4000
-"""From so many on a rank measures with all cores that are its share of the node: the GPUs wait for it."""
+"""From this number on a rank measures with all cores that are its share of the node: the GPUs wait for it."""
 LONGEST_PAUSE_SECONDS = 5.0
 STALL_SECONDS = 3600.0
 """Waiting for the other ranks ends after so long without a new file."""
@@ -63,7 +69,13 @@ def measure_lengths(
     """
     folder = lengths_folder(shards, builder)
     if not _is_complete(folder, shards, tolerate):
-        _make_folder(folder)
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise DataError(
+                f"{folder}: cannot be made ({error.strerror}); token lengths are kept beside the shards, so let this "
+                "user write there"
+            ) from None
         measuring = Measuring(shards, builder, folder, tolerate)
         _measure_shards(measuring, list(range(rank, len(shards.facts), world_size)), num_workers)
         if rank == 0:
@@ -72,16 +84,6 @@ def measure_lengths(
         else:
             wait_for(folder, lambda: _is_complete(folder, shards, tolerate))
     return Lengths(shards, folder)
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(exist_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{folder}: cannot be made ({error.strerror}); token lengths are kept beside the shards, so let this user "
-            "write there"
-        ) from None
 
 
 def _is_complete(folder: Path, shards: ShardSet, tolerate: bool) -> bool:
@@ -242,3 +244,30 @@ def _summarize(folder: Path, shards: ShardSet) -> LengthFacts:
         num_damaged=sums["damaged"],
         damaged=tuple(damaged),
     )
+
+
+def epoch_facts(plan: TrainPlan, epoch: int, rank: int = 0) -> EpochFacts:
+    """Counts of an epoch; the first time rank 0 plans all its rows (seconds per million samples), and the others wait.
+
+    Beside lengths that another user has measured nothing may be kept: then every rank counts for itself.
+
+    Args:
+        plan: of the rows.
+        epoch: from 0.
+        rank: this process.
+
+    Raises:
+        DataError: rank 0 has stopped counting.
+    """
+    key = digest([plan.identity, asdict(plan.settings), epoch])[:16]
+    folder = plan.lengths.folder
+    path = folder / f"epoch-{key}.json"
+    may_keep = os.access(folder, os.W_OK)
+    if rank and may_keep:
+        wait_for(folder, path.is_file)
+    if path.is_file():
+        return read_json(path, EpochFacts)
+    facts = plan.facts(epoch)
+    if may_keep:
+        write_json(path, asdict(facts))
+    return facts

@@ -1,9 +1,9 @@
 """The order of an epoch as a pure function of (seed, epoch, position): no permutation array, no state. Pure: numpy.
 
 Blocks of neighbouring samples are permuted over the whole set by a keyed permutation of their numbers; a window of the
-epoch is the next so many blocks, and its samples are mixed when they are packed. Neighbours within a block keep the
-reads of a cold file in one piece; users stand in the shards by the hash of their key, so neighbours are random users.
-The blocks' borders move with the epoch.
+epoch is the next few of them, and its samples are mixed when they are packed. Neighbours within a block keep the reads
+of a cold file in one piece; users stand in the shards by the hash of their key, so neighbours are random users. The
+blocks' borders move with the epoch.
 """
 
 from __future__ import annotations

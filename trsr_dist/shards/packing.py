@@ -16,7 +16,7 @@ of a decoder spends about 24 * hidden^2 FLOPs on a token and 4 * hidden on a pai
 GOOD_FILL = 0.99
 """Rows this full are not packed a second time."""
 SAMPLED_UNITS = 32
-"""Among so many lengths, from longest to shortest, a row looks for what fills it."""
+"""Lengths, from longest to shortest, among which a row looks for what fills it."""
 
 
 def choose_candidates(

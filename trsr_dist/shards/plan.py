@@ -17,9 +17,9 @@ from trsr_dist.shards.packing import attended_pairs, choose_candidates, pack, ro
 PLAN_VERSION = 1
 """Raised whenever the same lengths and settings would give other rows: a checkpoint then belongs to other steps."""
 WINDOW_SAMPLES = 8192
-"""At least so many neighbouring samples of the order are packed together."""
+"""Neighbouring samples of the order that are packed together, at least."""
 WINDOW_ROWS = 64
-"""At least about so many rows, so that a window's last row, filled by half on average, costs little."""
+"""Rows of a window, at least about, so that the last one, filled by half on average, costs little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class TrainPlan:
 
     Args:
         lengths: of the train split.
-        settings: see there.
+        settings: of the packing.
 
     Attributes:
         head: tokens that every row holds once.
@@ -227,7 +227,7 @@ def check_fits(lengths: Lengths, row_tokens: int, name: str) -> None:
     """
     facts = lengths.facts
     if not facts.num_candidates:
-        raise DataError(f"{lengths.shards.folder}: no candidates in {facts.num_samples} samples; make the split anew")
+        raise DataError(f"{lengths.shards.folder}: no candidates in {facts.num_samples} samples; make the split again")
     if facts.longest_prompt > row_tokens:
         raise ConfigError(
             f"{name}={row_tokens}: the longest prompt has {facts.longest_prompt} tokens; "

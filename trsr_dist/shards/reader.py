@@ -17,14 +17,13 @@ from trsr_dist.log import get_logger
 from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.records import Sample
 from trsr_dist.run import manifest_hash
-from trsr_dist.shards.arrays import KeptArrays
 from trsr_dist.shards.cache import ShardCache
 from trsr_dist.shards.codec import decode_sample
-from trsr_dist.shards.index import index_path, open_index
+from trsr_dist.shards.index import KeptArrays, index_path, open_index
 from trsr_dist.shards.manifest import read_split_manifest
 
 OPEN_SHARDS = 4096
-"""At most so many tars are kept open: file servers keep count of open files too."""
+"""Tars that are kept open at most: file servers keep count of open files too."""
 SHARE_OF_FILES = 4
 """Only this part of the files that a process may open: often it may have 1024."""
 

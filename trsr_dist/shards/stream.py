@@ -8,20 +8,24 @@ equally many steps with equally many rows. Worker processes hold no state: they 
 
 from __future__ import annotations
 
+import atexit
+import signal
 from collections import deque
-from collections.abc import Iterator
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 
+from torch.utils.data import DataLoader
+
+from trsr_dist.environment import die_with_parent
 from trsr_dist.errors import DataError
 from trsr_dist.log import get_logger
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.shards.counts import epoch_facts
-from trsr_dist.shards.loader import StepReader, load_steps
-from trsr_dist.shards.measure import measure_lengths
-from trsr_dist.shards.plan import PackingSettings, TrainPlan
+from trsr_dist.records import TokenizedUser
+from trsr_dist.rows import PackedRow, pack_row
+from trsr_dist.shards.measure import epoch_facts, measure_lengths
+from trsr_dist.shards.plan import PackingSettings, TrainPlan, Unit
 from trsr_dist.shards.reader import ShardSet
-from trsr_dist.shards.rows import RowReader
 from trsr_dist.shards.steps import Step, StepSpec, StreamState, step_specs
 
 ADVISED_STEPS = 4
@@ -70,7 +74,7 @@ class TrainStream:
         if state is not None:
             state.check(start)
         self._state = state or start
-        self._reader = RowReader(shards, builder)
+        self._reader = StepReader(shards, builder)
         self._rank = rank
         self._world_size = world_size
         self._num_workers = num_workers
@@ -85,7 +89,7 @@ class TrainStream:
     def __iter__(self) -> Iterator[Step]:
         specs = step_specs(self.plan, self._state, self._rank, self._world_size)
         advised = advise_ahead(specs, self._reader.shards)
-        with load_steps(StepReader(self._reader), advised, self._num_workers) as steps:
+        with load_steps(self._reader, advised, self._num_workers) as steps:
             for step in steps:
                 self._check_errors(step)
                 self._state = step.state
@@ -116,3 +120,91 @@ def advise_ahead(specs: Iterator[StepSpec], shards: ShardSet) -> Iterator[StepSp
         if len(waiting) > ADVISED_STEPS:
             yield waiting.popleft()
     yield from waiting
+
+
+@dataclass(frozen=True, slots=True)
+class StepReader:
+    """Reads, tokenizes and lays out; a map-style data set whose keys are the specs themselves."""
+
+    shards: ShardSet
+    builder: PromptBuilder
+
+    def __getitem__(self, spec: StepSpec) -> Step:
+        rows = [self.read_row(units) for units in spec.rows]
+        return Step(
+            rows=[row for row, _ in rows],
+            numbers=spec.numbers,
+            num_answers=spec.num_answers,
+            num_users=spec.num_users,
+            epoch=spec.epoch,
+            state=spec.state,
+            errors=tuple(error for _, errors in rows for error in errors),
+        )
+
+    def read_row(self, units: Sequence[Unit]) -> tuple[PackedRow, list[str]]:
+        """The row, and what was wrong with the units that it lacks; a row without units is empty."""
+        tokenized, errors = [], []
+        for unit in units:
+            try:
+                tokenized.append(self.tokenize(unit))
+            except DataError as error:
+                errors.append(str(error))
+        return pack_row(tokenized), errors
+
+    def tokenize(self, unit: Unit) -> TokenizedUser:
+        """The user with the unit's candidates, exactly as planned.
+
+        Only these candidates are decoded and tokenized, unless the user's trimming depends on the others too.
+
+        Raises:
+            DataError: the sample is damaged, or its lengths are not the measured ones.
+        """
+        if unit.trimmed:
+            user = self.builder.build(self.shards.read(unit.sample)).choose(unit.candidates)
+        else:
+            user = self.builder.build(self.shards.read(unit.sample, unit.candidates))
+            rest = user.prefix[unit.prefix :]  # what is beyond moves to each suffix
+            suffixes = tuple(rest + suffix for suffix in user.suffixes)
+            user = replace(user, prefix=user.prefix[: unit.prefix], suffixes=suffixes)
+        if len(user.prefix) != unit.prefix or tuple(map(len, user.suffixes)) != unit.suffixes:
+            raise DataError(
+                f"{self.shards.folder}: sample {unit.sample} has other token lengths than were measured; remove the "
+                "folder's lengths-* and start again"
+            )
+        return user
+
+
+@contextmanager
+def load_steps(reader: StepReader, specs: Iterator[StepSpec], num_workers: int) -> Iterator[Iterator[Step]]:
+    """The steps of ``specs``, read ahead by ``num_workers`` processes; 0: read here, when asked for."""
+    if not num_workers:
+        yield map(reader.__getitem__, specs)
+        return
+    loader = DataLoader(
+        reader,
+        batch_size=None,
+        sampler=specs,
+        num_workers=num_workers,
+        collate_fn=lambda step: step,
+        worker_init_fn=_prepare_worker,
+        multiprocessing_context="fork",
+    )
+    steps = iter(loader)
+    # Without this, multiprocessing would wait at exit for workers that ignore its SIGTERM.
+    close = steps._shutdown_workers
+    atexit.register(close)
+    try:
+        yield steps
+    finally:
+        close()
+        atexit.unregister(close)
+
+
+def _prepare_worker(worker: int) -> None:
+    """Slurm signals every process of a job step; what to do is decided by the training process alone.
+
+    A worker whose training process was killed would wait for ever for a reader of its pipe.
+    """
+    die_with_parent(signal.SIGKILL)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

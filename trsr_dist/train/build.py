@@ -14,10 +14,9 @@ from trsr_dist.config.on_resume import OnResume, marked_settings
 from trsr_dist.environment import Ranks, available_memory_bytes, return_large_blocks
 from trsr_dist.errors import TrsrError
 from trsr_dist.log import MetricLog, get_logger
+from trsr_dist.model.adapters import adapter_config, add_lora
 from trsr_dist.model.loading import load_base, load_base_divided
-from trsr_dist.model.lora import adapter_config, add_lora
-from trsr_dist.model.recommender import Recommender
-from trsr_dist.model.recomputation import enable_recomputation
+from trsr_dist.model.recommender import Recommender, enable_recomputation
 from trsr_dist.planning.flops import training_flops
 from trsr_dist.planning.hardware import CPU_PROCESS_BYTES, GB, recognize
 from trsr_dist.planning.memory import KEPT_BY_CPU, KeptActivations, rank_memory

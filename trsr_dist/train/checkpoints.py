@@ -30,9 +30,8 @@ from trsr_dist.files import (
 )
 from trsr_dist.liveness import Owner
 from trsr_dist.log import get_logger
-from trsr_dist.model.lora import adapter_name, parameter_name
-from trsr_dist.model.places import POINTERS, PROVENANCE, CheckpointManifest
-from trsr_dist.model.tensor_file import write_tensors
+from trsr_dist.model.adapters import adapter_name, parameter_name
+from trsr_dist.model.artifacts import POINTERS, PROVENANCE, CheckpointManifest, write_tensors
 from trsr_dist.run import MANIFEST, read_manifest
 
 WEIGHTS = f"adapter/{ADAPTER_WEIGHTS}"

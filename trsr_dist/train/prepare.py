@@ -16,7 +16,7 @@ from trsr_dist.distributed import device_of, on_rank_zero, once_per_node
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import ConfigError
 from trsr_dist.log import get_logger
-from trsr_dist.model.fingerprint import base_fingerprint
+from trsr_dist.model.artifacts import base_fingerprint
 from trsr_dist.model.loading import resolve_precision, shared_backend
 from trsr_dist.model.zero3 import check_equal_calls
 from trsr_dist.planning.memory import ZeroSetting

@@ -15,10 +15,15 @@ from trsr_dist.distributed import gather_objects, on_rank_zero
 from trsr_dist.errors import CheckpointError, ConfigError, ModelError, RunError
 from trsr_dist.files import sha256_of
 from trsr_dist.log import get_logger
-from trsr_dist.model.adapters import adapter_file, attach, read_adapter
-from trsr_dist.model.fingerprint import check_same_base
-from trsr_dist.model.lora import parameter_name
-from trsr_dist.model.places import check_checkpoint, follow, is_checkpoint, read_provenance
+from trsr_dist.model.adapters import attach, parameter_name, read_adapter
+from trsr_dist.model.artifacts import (
+    adapter_file,
+    check_checkpoint,
+    check_same_base,
+    follow,
+    is_checkpoint,
+    read_provenance,
+)
 from trsr_dist.pretrained import BaseSource, load_config, read_structure
 from trsr_dist.train.checkpoints import Checkpoint, CheckpointFolder, read_checkpoint
 

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
 from trsr_dist.errors import ConfigError
-from trsr_dist.model.attention import cpu
+from trsr_dist.model.attention import cpu, gpu
 from trsr_dist.model.attention.cascade import Cascade, HeadCopies, Kernel
-from trsr_dist.model.attention.dense import dense_attention
-from trsr_dist.model.attention.flash import FlashAttnKernel, TorchFlashKernel
 from trsr_dist.model.attention.layout import Layout
 
 NAME = "trsr_tree"
@@ -35,7 +34,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
     Raises:
         ConfigError: the asked back end cannot run here.
     """
-    reasons = {choice: _hindrance(choice, device, dtype, head_dim) for choice in _BUILDERS}
+    reasons = {choice: _unusable(choice, device, dtype, head_dim) for choice in _BUILDERS}
     if name == "auto":
         return next(choice for choice in AUTO if not reasons[choice])
     if reasons[name]:
@@ -53,7 +52,7 @@ def cascade(kernel: Kernel, copies_head: bool = True) -> Attend:
     """A back end of a flash kernel.
 
     Args:
-        kernel: see there.
+        kernel: of the variable-length calls.
         copies_head: whether it takes causal segments with more keys than queries.
     """
 
@@ -68,6 +67,21 @@ def cascade(kernel: Kernel, copies_head: bool = True) -> Attend:
         return Cascade.apply(q, k, v, layout.copied_calls, kernel, scale)
 
     return attend
+
+
+def dense_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, answers_only: bool, scale: float
+) -> torch.Tensor:
+    """Attention with the full mask: quadratic in the row, differentiable by autograd alone; the oracle of the tests.
+
+    Arguments and result as of ``Attend``.
+    """
+    mask = layout.mask[layout.answer_index] if answers_only else layout.mask
+    group = q.shape[1] // k.shape[1]
+    queries, keys, values = (x.transpose(0, 1)[None] for x in (q, k, v))
+    keys, values = (x.repeat_interleave(group, dim=1) for x in (keys, values))
+    out = scaled_dot_product_attention(queries, keys, values, attn_mask=mask, scale=scale)
+    return out[0].transpose(0, 1)
 
 
 def register() -> None:
@@ -94,7 +108,7 @@ def _attention_of_module(
     return out[None], None
 
 
-def _hindrance(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
+def _unusable(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Why a back end cannot run here; empty where it can."""
     if name in ("flash_attn", "torch"):
         if device.type != "cuda":
@@ -116,15 +130,9 @@ def _hindrance(name: str, device: torch.device, dtype: torch.dtype, head_dim: in
 
 
 _BUILDERS: dict[str, Callable[[], Attend]] = {
-    "flash_attn": lambda: cascade(FlashAttnKernel()),
-    "torch": lambda: cascade(TorchFlashKernel()),
+    "flash_attn": lambda: cascade(gpu.FlashAttnKernel()),
+    "torch": lambda: cascade(gpu.TorchFlashKernel()),
     "cpu": lambda: cascade(cpu.CpuKernel(), copies_head=False),
-    "flex": lambda: _flex(),
+    "flex": lambda: gpu.flex_attention_tree,
     "dense": lambda: dense_attention,
 }
-
-
-def _flex() -> Attend:
-    from trsr_dist.model.attention.flex import flex_attention_tree
-
-    return flex_attention_tree

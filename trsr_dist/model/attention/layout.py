@@ -9,7 +9,7 @@ from itertools import accumulate, chain, pairwise
 
 import torch
 
-from trsr_dist.model.transfer import send
+from trsr_dist.distributed import send
 from trsr_dist.rows import PackedRow
 
 

@@ -1,12 +1,14 @@
-"""What may be wrong within one sample. Pure."""
+"""What may be wrong within one sample, and which texts are equal but for a word or two. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import lru_cache
 
 from trsr_dist.records import Candidate, Sample
-from trsr_dist.shards.inspect.similar import normal
-from trsr_dist.words import has_text, split_words
+from trsr_dist.words import comparable, has_text, search_terms, split_words
 
 TARGET_IN_HISTORY = "the target stands in the history"
 TARGET_IN_SOURCES = "the target is among the items that the summary was made from"
@@ -26,6 +28,10 @@ ERRORS = (TARGET_IN_HISTORY, TARGET_IN_SOURCES, NEGATIVE_IN_HISTORY, ITEM_TWICE)
 """The others are warnings: two items may have the same text."""
 LEAST_WORDS = 4
 """A shorter text may stand in a summary by chance."""
+LEAST_SIMILARITY = 0.9
+"""Jaccard similarity of two texts' sets of terms from which they count as near-duplicates."""
+
+Words = frozenset[str]
 
 
 def sample_faults(sample: Sample) -> Iterator[str]:
@@ -60,19 +66,16 @@ def _history_faults(sample: Sample, positives: list[Candidate], negatives: list[
     targets = {candidate.item for candidate in positives}
     if targets & set(history):
         yield TARGET_IN_HISTORY
-    if any(targets & set(history[start:stop]) for start, stop in _spans(sample)):
+    nodes = sample.provenance.get("nodes")
+    sources: set[str] = set()
+    for node in nodes if isinstance(nodes, list) else ():
+        match node:  # anything else is of another program
+            case [_, int(start), int(stop), *_]:
+                sources.update(history[start:stop])
+    if targets & sources:
         yield TARGET_IN_SOURCES
     if {candidate.item for candidate in negatives} & set(history):
         yield NEGATIVE_IN_HISTORY
-
-
-def _spans(sample: Sample) -> Iterator[tuple[int, int]]:
-    """Which items of the history each summary was made from; nothing where other programs wrote the provenance."""
-    nodes = sample.provenance.get("nodes")
-    for node in nodes if isinstance(nodes, list) else ():
-        match node:
-            case [_, int(start), int(stop), *_]:
-                yield start, stop
 
 
 def _text_faults(sample: Sample, positives: list[Candidate]) -> Iterator[str]:
@@ -82,3 +85,55 @@ def _text_faults(sample: Sample, positives: list[Candidate]) -> Iterator[str]:
     summary = normal(sample.summary)
     if any(text in summary for text in texts if len(split_words(text)) >= LEAST_WORDS):
         yield TARGET_IN_SUMMARY
+
+
+@lru_cache(maxsize=1 << 16)
+def normal(text: str) -> str:
+    """The words alone, in one case."""
+    return comparable(text)
+
+
+def near_duplicates(probes: Mapping[str, str], others: Mapping[str, str]) -> dict[str, str]:
+    """For each probe that has one, an item of ``others`` with another id and nearly the same words.
+
+    Exact: of two similar sets, the few rarest words of each have one in common (prefix filter; Bayardo, Ma and
+    Srikant 2007).
+
+    Args:
+        probes: text by item id.
+        others: text by item id.
+    """
+    ids_by_words: dict[Words, list[str]] = defaultdict(list)
+    for item, text in others.items():
+        ids_by_words[_words(text)].append(item)
+    counts = Counter(word for words in ids_by_words for word in words)
+    by_rare_word: dict[str, list[Words]] = defaultdict(list)
+    for words in ids_by_words:
+        for word in _rarest(words, counts):
+            by_rare_word[word].append(words)
+    found = {}
+    for item, text in probes.items():
+        words = _words(text)
+        near = {other for word in _rarest(words, counts) for other in by_rare_word.get(word, ())}
+        matches = (
+            match for other in near if _similarity(words, other) >= LEAST_SIMILARITY for match in ids_by_words[other]
+        )
+        twin = min((match for match in matches if match != item), default=None)
+        if twin is not None:
+            found[item] = twin
+    return found
+
+
+def _words(text: str) -> Words:
+    return frozenset(search_terms(text))
+
+
+def _rarest(words: Words, counts: Counter[str]) -> list[str]:
+    """The rarest words, as many as it takes for a similar set to share one of them."""
+    kept = len(words) - math.ceil(LEAST_SIMILARITY * len(words)) + 1
+    return sorted(words, key=lambda word: (counts[word], word))[:kept]
+
+
+def _similarity(first: Collection[str], second: Collection[str]) -> float:
+    shared = len(first & second)
+    return shared / (len(first) + len(second) - shared)

@@ -10,19 +10,68 @@ import numpy as np
 
 from trsr_dist.errors import DataError, TrsrError
 from trsr_dist.log import show
+from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.prompts.text import recommend_text
+from trsr_dist.records import Sample
 from trsr_dist.run import MANIFEST, read_manifest
-from trsr_dist.shards.inspect.adopt import index_split
-from trsr_dist.shards.inspect.content import SplitContent, judge_content, read_content
-from trsr_dist.shards.inspect.findings import Findings
-from trsr_dist.shards.inspect.overlap import TRAIN, judge_overlaps
-from trsr_dist.shards.inspect.shortcuts import ItemFacts
-from trsr_dist.shards.inspect.tokens import Tokens, histogram, show_text
-from trsr_dist.shards.inspect.verify import verify_split
+from trsr_dist.shards.inspect.content import (
+    TRAIN,
+    Findings,
+    ItemFacts,
+    SplitContent,
+    judge_content,
+    judge_overlaps,
+    read_content,
+)
+from trsr_dist.shards.inspect.verify import index_split, verify_split
+from trsr_dist.shards.lengths import Lengths
+from trsr_dist.shards.measure import epoch_facts, measure_lengths
+from trsr_dist.shards.plan import PackingSettings, TrainPlan
 from trsr_dist.shards.reader import ShardSet
 
 ORDER = ("train", "valid", "test")
+BAR_WIDTH = 40
+SHOWN_CANDIDATES = 2
 FREQUENT = 0.01
 """Share of the items whose share of the targets tells how uneven they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """How prompts are tokenized and packed, and with it what a split is under one tokenizer."""
+
+    builder: PromptBuilder
+    packing: PackingSettings
+    num_workers: int = 0
+    """Processes that measure lengths; 0: this one."""
+
+    def describe(self, shards: ShardSet, is_train: bool) -> Iterator[str]:
+        """Lines on lengths, trims and, for the train split, steps; lengths are measured where missing."""
+        lengths = measure_lengths(shards, self.builder, num_workers=self.num_workers, tolerate=True)
+        facts = lengths.facts
+        yield f"token lengths    {lengths.folder.name}: prompts, each with one candidate"
+        yield from histogram(prompt_lengths(lengths))
+        trims = ", ".join(f"{name.replace('_', ' ')}: {count}" for name, count in facts.trimmed_users.items() if count)
+        yield f"trimmed users    {trims or 'none'}"
+        yield f"shared           all prompts begin with the same {facts.head_tokens} tokens, which a row holds once"
+        if is_train and facts.num_candidates:
+            yield from self._steps(lengths)
+
+    def show(self, sample: Sample) -> Iterator[str]:
+        """A sample's prompts as the model reads them, back from their token ids."""
+        user = self.builder.build(sample)
+        yield self.builder.tokenizer.decode(user.prefix)
+        for suffix, label in list(zip(user.suffixes, user.labels, strict=True))[:SHOWN_CANDIDATES]:
+            yield f"+ {self.builder.tokenizer.decode(suffix)!r}, {len(suffix)} tokens, label {label}"
+
+    def _steps(self, lengths: Lengths) -> Iterator[str]:
+        settings = self.packing
+        facts = epoch_facts(TrainPlan(lengths, settings), epoch=0)
+        yield (
+            f"first epoch      {facts.num_steps} steps of {settings.rows_per_step} rows: {facts.num_rows} rows of "
+            f"{settings.row_tokens} tokens, {facts.fill:.1%} full, {settings.negatives_per_positive} negatives a "
+            f"positive, {facts.num_chunks} chunks beyond users' first"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +103,9 @@ def inspect_shards(folder: Path, options: Options) -> int:
     findings = Findings()
     if options.verify:
         for path in folders:
-            show(f"{path}: verified {verify_split(path, findings):,} bytes of tars with their indexes")
+            problems, num_bytes = verify_split(path)
+            findings.errors += problems
+            show(f"{path}: verified {num_bytes:,} bytes of tars with their indexes")
     shards = {path.name: opened for path in folders if (opened := _open(path, findings)) is not None}
     contents = {name: read_content(opened, name, options.items) for name, opened in shards.items()}
     for name, content in contents.items():
@@ -88,7 +139,7 @@ def _open(folder: Path, findings: Findings) -> ShardSet | None:
     try:
         return ShardSet(folder, any_wording=True)
     except TrsrError as error:
-        findings.error(f"{error} (tars from elsewhere: tools/inspect_shards.py --index)")
+        findings.errors.append(f"{error} (tars from elsewhere: tools/inspect_shards.py --index)")
         return None
 
 
@@ -109,7 +160,7 @@ def _describe(content: SplitContent, shards: ShardSet, options: Options, finding
         try:
             yield from options.tokens.describe(shards, content.name == TRAIN)
         except TrsrError as error:
-            findings.error(f"{content.name}: {error}")
+            findings.errors.append(f"{content.name}: {error}")
     else:
         yield "bytes of a sample"
         yield from histogram(shards.sizes(0, len(shards)))
@@ -153,3 +204,31 @@ def _left_out(contents: dict[str, SplitContent], options: Options) -> Iterator[s
         yield "left out: comparisons between splits (give RUN/shards)"
     if not options.verify:
         yield "left out: bytes outside the samples (give --verify)"
+
+
+def show_text(sample: Sample) -> Iterator[str]:
+    """A sample's first prompt, where there is no tokenizer."""
+    first = sample.candidates[0]
+    yield recommend_text(sample.instruction, sample.summary, sample.recent, first.text)
+    yield f"label {first.label}, {len(sample.candidates) - 1} further candidates"
+
+
+def prompt_lengths(lengths: Lengths) -> np.ndarray:
+    """int64, shape (num_candidates,): tokens of every prompt."""
+    starts = lengths.shards.starts.tolist()
+    tables = (lengths.table([run]) for run in zip(starts[:-1], starts[1:], strict=True))
+    parts = [table.prefixes[table.owner] + table.suffixes for table in tables]
+    return np.concatenate([np.zeros(0, np.int64), *parts])
+
+
+def histogram(values: np.ndarray, num_bins: int = 10) -> Iterator[str]:
+    """Lines of a histogram over equal ranges, and the quantiles."""
+    if not len(values):
+        return
+    edges = np.unique(np.linspace(values.min(), values.max() + 1, num_bins + 1).astype(np.int64))
+    counts, _ = np.histogram(values, edges)
+    for low, high, count in zip(edges[:-1].tolist(), edges[1:].tolist(), counts.tolist(), strict=True):
+        bar = "#" * -(-BAR_WIDTH * count // int(counts.max()))
+        yield f"  {low:>6} to {high - 1:<6} {bar:<{BAR_WIDTH}} {count}"
+    median, late = np.quantile(values, [0.5, 0.99])
+    yield f"  mean {values.mean():.1f}, median {median:.0f}, 99 % {late:.0f}, longest {values.max()}"

@@ -1,4 +1,4 @@
-"""Checks every byte of a split: tars against the manifest, headers, index, checksums and form of each sample."""
+"""Every byte of a split: tars, manifest and indexes against each other. Builds what foreign tars lack."""
 
 from __future__ import annotations
 
@@ -13,47 +13,38 @@ import numpy as np
 from trsr_dist.errors import DataError
 from trsr_dist.files import remedy_of, sha256_of
 from trsr_dist.hashing import digest
-from trsr_dist.log import progress
+from trsr_dist.log import get_logger, progress
 from trsr_dist.run import MANIFEST
 from trsr_dist.shards.codec import decode_sample
-from trsr_dist.shards.index import index_path, open_index, scan_tar, with_header
-from trsr_dist.shards.inspect.findings import Findings
+from trsr_dist.shards.index import build_index, index_path, open_index, scan_tar, with_header
 from trsr_dist.shards.lengths import is_measured, length_path
-from trsr_dist.shards.manifest import read_split_manifest
+from trsr_dist.shards.manifest import ShardFacts, read_split_manifest, write_split_manifest
 from trsr_dist.shards.writer import candidate_digest
 
+log = get_logger("inspect")
 
-def verify_split(folder: Path, findings: Findings) -> int:
-    """Report whatever differs from what was written; returns the bytes of the tars."""
+
+def verify_split(folder: Path) -> tuple[list[str], int]:
+    """Whatever differs from what was written, and the bytes of the tars."""
     manifest = read_split_manifest(folder)
-    shards = manifest["shards"]
+    shards, problems = manifest["shards"], []
     for facts in progress(shards, description=f"verify {folder.name}", unit=" shards"):
-        for problem in verify_shard(folder / facts["name"], facts):
-            findings.error(problem)
-    for problem in (*_verify_lengths(folder, shards), *_verify_sums(folder, manifest)):
-        findings.error(problem)
-    return sum(facts["num_bytes"] for facts in shards)
-
-
-def _verify_lengths(folder: Path, shards: list[dict]) -> Iterator[str]:
-    """Token lengths, for whichever tokenizers they were measured."""
-    for lengths in sorted(folder.glob("lengths-*")):
+        problems += verify_shard(folder / facts["name"], facts)
+    for lengths in sorted(folder.glob("lengths-*")):  # for whichever tokenizers they were measured
         for facts in shards:
             path = length_path(lengths, facts)
             if path.exists() and not is_measured(lengths, facts):
-                yield f"{path}: damaged, or made from another tar; remove {lengths}, it is measured anew"
-
-
-def _verify_sums(folder: Path, manifest: dict) -> Iterator[str]:
-    shards = manifest["shards"]
+                problems.append(f"{path}: damaged, or made from another tar; remove {lengths}, it is measured again")
+    num_bytes = sum(facts["num_bytes"] for facts in shards)
     sums = {
         "num_samples": sum(facts["num_samples"] for facts in shards),
-        "num_bytes": sum(facts["num_bytes"] for facts in shards),
+        "num_bytes": num_bytes,
         "candidate_hash": digest([facts["candidates"] for facts in shards]),
     }
     for name, value in sums.items():
         if manifest[name] != value:
-            yield f"{folder / MANIFEST}: {name} is {manifest[name]!r}, its shards make {value!r}"
+            problems.append(f"{folder / MANIFEST}: {name} is {manifest[name]!r}, its shards make {value!r}")
+    return problems, num_bytes
 
 
 def verify_shard(path: Path, facts: dict) -> Iterator[str]:
@@ -78,30 +69,84 @@ def verify_shard(path: Path, facts: dict) -> Iterator[str]:
     except DataError as error:
         yield str(error)
         return
-    if is_as_written and scanned is not None and not _is_index_of(path, facts, scanned):
-        yield f"{path}: the index differs from the tar; rebuild it with tools/inspect_shards.py --index"
-        return
+    if is_as_written and scanned is not None:
+        expected = with_header(facts["num_bytes"], facts["sha256"], scanned).tobytes()
+        if index_path(path).read_bytes() != expected:
+            yield f"{path}: the index differs from the tar; rebuild it with tools/inspect_shards.py --index"
+            return
     yield from _verify_samples(path, rows, facts)
-
-
-def _is_index_of(path: Path, facts: dict, scanned: np.ndarray) -> bool:
-    return index_path(path).read_bytes() == with_header(facts["num_bytes"], facts["sha256"], scanned).tobytes()
 
 
 def _verify_samples(path: Path, rows: np.ndarray, facts: dict) -> Iterator[str]:
     """Checksum and form of each sample, and the hash of all candidates."""
     candidates, num_bad = hashlib.sha256(), 0
+    for place, crc, data in _payloads(path, rows):
+        problem = None if zlib.crc32(data) == crc else "checksum differs, the bytes are damaged"
+        if problem is None:
+            try:
+                candidates.update(candidate_digest(decode_sample(data)).encode())
+            except DataError as error:
+                problem = str(error)
+        if problem is not None:
+            num_bad += 1
+            yield f"{place}: {problem}"
+    if not num_bad and candidates.hexdigest() != facts["candidates"]:
+        yield f"{path}: its candidates are not those of the manifest; make the split again"
+
+
+def _payloads(path: Path, rows: np.ndarray) -> Iterator[tuple[str, int, bytes]]:
+    """Where each sample stands, in words, its checksum by the index, and its bytes."""
     with open(path, "rb") as stream:
         for number, row in enumerate(rows):
             data = os.pread(stream.fileno(), int(row["num_bytes"]), int(row["offset"]))
-            problem = None if zlib.crc32(data) == row["crc"] else "checksum differs, the bytes are damaged"
-            if problem is None:
-                try:
-                    candidates.update(candidate_digest(decode_sample(data)).encode())
-                except DataError as error:
-                    problem = str(error)
-            if problem is not None:
-                num_bad += 1
-                yield f"{path}: sample {number} (byte {row['offset']}): {problem}"
-    if not num_bad and candidates.hexdigest() != facts["candidates"]:
-        yield f"{path}: its candidates are not those of the manifest; make the split anew"
+            yield f"{path}: sample {number} (byte {row['offset']})", int(row["crc"]), data
+
+
+def index_split(folder: Path) -> None:
+    """Build what is missing: indexes, and the manifest.
+
+    Raises:
+        DataError: a tar is damaged or holds other things than samples, or is not the manifest's.
+    """
+    if (folder / MANIFEST).is_file():
+        _repair_indexes(folder)
+        return
+    tars = sorted(folder.glob("*.tar"))
+    facts = [adopt_tar(path) for path in progress(tars, description=f"index {folder.name}", unit=" shards")]
+    write_split_manifest(folder, facts, {}, {}, stage="index", split=folder.name)
+    log.info("%s: indexed %d tars with %d samples", folder, len(facts), sum(shard.num_samples for shard in facts))
+
+
+def _repair_indexes(folder: Path) -> None:
+    num_built = 0
+    for facts in read_split_manifest(folder)["shards"]:
+        path = folder / facts["name"]
+        try:
+            open_index(path, facts["sha256"], facts["num_samples"])
+        except DataError:
+            if not path.is_file() or sha256_of(path) != facts["sha256"]:
+                raise DataError(
+                    f"{path}: missing, or not the tar that the manifest was written for; restore it, or remove "
+                    f"{MANIFEST} to take the tars as they are"
+                ) from None
+            build_index(path)
+            num_built += 1
+    log.info("%s: built %d indexes that were missing or damaged", folder, num_built)
+
+
+def adopt_tar(path: Path) -> ShardFacts:
+    """Index a tar and return what a manifest says of it.
+
+    Raises:
+        DataError: it is damaged, or a member is no sample; names the byte.
+    """
+    rows = build_index(path)
+    if not len(rows):
+        raise DataError(f"{path}: no *.json member; expected one for each user")
+    candidates = hashlib.sha256()
+    for place, _, data in _payloads(path, rows):
+        try:
+            candidates.update(candidate_digest(decode_sample(data)).encode())
+        except DataError as error:
+            raise DataError(f"{place}: {error}; repair the tar") from None
+    return ShardFacts(path.name, len(rows), path.stat().st_size, sha256_of(path), candidates.hexdigest())

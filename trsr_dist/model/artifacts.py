@@ -1,23 +1,34 @@
-"""What a path to a model stands for: pointers, checkpoints, provenance."""
+"""The files of checkpoints, adapters and models: their names and pointers, provenance, fingerprints."""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from typing_extensions import TypedDict
 
-from trsr_dist.bases import ADAPTER_CONFIG
+from trsr_dist.bases import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, check_base, read_model_config, readable
 from trsr_dist.config.sections import PromptSection
 from trsr_dist.errors import CheckpointError, ModelError
 from trsr_dist.files import read_json, sha256_of
 from trsr_dist.json_text import describe_form
 from trsr_dist.run import MANIFEST, Manifest, read_manifest
+from trsr_dist.weights import has_weights
 
 PROVENANCE = "provenance.json"
 POINTERS = ("latest", "best")
 NAME_BYTES = 255
+SAMPLE_BYTES = 4096
+NUM_SAMPLES = 16
+VOLATILE = ("_name_or_path", "transformers_version")
+"""Keys of config.json that differ between copies of one model."""
 
 
 class FileFacts(TypedDict):
@@ -119,6 +130,83 @@ def read_provenance(folder: Path) -> dict[str, Any]:
     return values
 
 
+def base_fingerprint(folder: str | Path) -> str:
+    """A base's identity: its config, the layout of its weights, and a sample of their bytes.
+
+    Returns:
+        Hex digest of a local model folder, found in milliseconds whatever its size.
+
+    Raises:
+        ModelError: the folder is no complete base.
+    """
+    folder = Path(folder)
+    check_base(folder)
+    files = sorted(folder.glob("*.safetensors"))
+    config = read_model_config(folder)
+    stable = {key: value for key, value in config.items() if key not in VOLATILE}
+    state = hashlib.sha256(json.dumps(stable, sort_keys=True).encode())
+    for path in files:
+        size = path.stat().st_size
+        with open(path, "rb") as stream:
+            state.update(stream.read(min(size, 8 + int.from_bytes(stream.read(8), "little"))))
+            for sample in range(NUM_SAMPLES):
+                stream.seek(size * sample // NUM_SAMPLES)
+                state.update(stream.read(SAMPLE_BYTES))
+    return state.hexdigest()
+
+
+def check_same_base(place: str | Path, found: str, recorded: str, remedy: str) -> None:
+    """The base must be the one of a training.
+
+    Args:
+        place: of the base.
+        found: its fingerprint.
+        recorded: the training's; empty where none was recorded.
+        remedy: ends the error.
+
+    Raises:
+        ModelError: they differ.
+    """
+    if recorded and recorded != found:
+        raise ModelError(
+            f"{place}: not the base of the training (fingerprint {found[:12]}..., trained on {recorded[:12]}...): "
+            f"another one, or its files have changed; {remedy}"
+        )
+
+
+def adapter_file(folder: Path) -> Path:
+    """The file that PEFT reads an adapter's tensors from.
+
+    Raises:
+        ModelError: there is none, or the folder holds a whole model too, so that it is unclear what is meant.
+    """
+    with readable(folder):
+        if has_weights(folder):
+            raise ModelError(
+                f"{folder}: holds an adapter ({ADAPTER_CONFIG}) and the weights of a model; move the adapter's files "
+                "to a folder of their own and name that, or the base without them"
+            )
+        for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE):
+            if (folder / name).is_file():
+                return folder / name
+    raise ModelError(f"{folder}: no {ADAPTER_WEIGHTS}; the adapter is incomplete, copy it again")
+
+
 def run_of(checkpoint: Path) -> Path | None:
     """The run folder around a checkpoint."""
     return checkpoint.parent.parent if checkpoint.parent.name == "checkpoints" else None
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write contiguous tensors as one safetensors file, as PyTorch's (``format: pt``).
+
+    Raises:
+        OSError: as of any other file. The library hides what the system said in its own type.
+    """
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        found = re.search(r"(.*) \(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[2]), found[1], str(path)) from None

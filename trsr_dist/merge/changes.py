@@ -16,9 +16,8 @@ from peft.utils.other import get_pattern_key
 
 from trsr_dist.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from trsr_dist.errors import ModelError
-from trsr_dist.model.adapters import Adapter
-from trsr_dist.model.lora import PREFIX
-from trsr_dist.model.tensor_file import write_tensors
+from trsr_dist.model.adapters import PREFIX, Adapter
+from trsr_dist.model.artifacts import write_tensors
 
 PART = re.compile(
     r"^(?P<module>.+)\.(?P<kind>lora_A|lora_B|lora_embedding_A|lora_embedding_B|lora_magnitude_vector)"
@@ -126,14 +125,10 @@ def find_changes(adapter: Adapter) -> dict[str, Change]:
         elif ".lora_" in name:
             raise ModelError(f"{adapter.folder}: {name} is no LoRA tensor known here; nothing is merged")
         else:
-            _change(changes, name.replace(".base_layer.", ".")).replacement = tensor
+            changes.setdefault(name.replace(".base_layer.", "."), Change()).replacement = tensor
     for module, parts in sorted(modules.items()):
         _add_update(adapter, changes, module, parts)
     return changes
-
-
-def _change(changes: dict[str, Change], name: str) -> Change:
-    return changes.setdefault(name, Change())
 
 
 def _add_update(adapter: Adapter, changes: dict[str, Change], module: str, parts: dict[str, torch.Tensor]) -> None:
@@ -148,7 +143,7 @@ def _add_update(adapter: Adapter, changes: dict[str, Change], module: str, parts
             f"{adapter.folder}: {module} has {names[0]} {tuple(down.shape)} and {names[1]} {tuple(up.shape)}; "
             "expected (rank, in) and (out, rank)"
         )
-    change = _change(changes, f"{module}.weight")
+    change = changes.setdefault(f"{module}.weight", Change())
     change.scale = scale_of(adapter, module, down.shape[0])
     transposed = embedding or adapter.config.fan_in_fan_out
     change.left, change.right = (down.T, up.T) if transposed else (up, down)
@@ -160,7 +155,7 @@ def _add_update(adapter: Adapter, changes: dict[str, Change], module: str, parts
             raise ModelError(f"{adapter.folder}: DoRA on {module}, an embedding or transposed layer, is not supported")
         change.magnitude = magnitude.flatten()
     if "lora_B.bias" in parts:
-        bias = _change(changes, f"{module}.bias")
+        bias = changes.setdefault(f"{module}.bias", Change())
         bias.added, bias.scale = parts["lora_B.bias"], change.scale
 
 
