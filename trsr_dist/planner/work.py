@@ -10,7 +10,6 @@ from typing import Literal
 
 import numpy as np
 
-from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.hashing import hash64
 from trsr_dist.planner.flops import Workload, triangle
@@ -18,6 +17,7 @@ from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Sample, TokenizedUser
 from trsr_dist.rows import head_length
+from trsr_dist.run import SPLITS
 from trsr_dist.shards.codec import member_key
 from trsr_dist.shards.lengths import SUMMARY, Lengths, Table, lengths_folder
 from trsr_dist.shards.packing import attended_pairs, choose_candidates
@@ -145,7 +145,7 @@ def _tokenized(users: Sequence[TokenizedUser], keys: np.ndarray, num_users: int,
         suffixes=np.array([len(suffix) for user in users for suffix in user.suffixes], dtype=np.int64),
         labels=np.array([label > 0 for user in users for label in user.labels], dtype=bool),
     )
-    return PromptLengths(table, keys, head_length([np.asarray(user.prefix) for user in users]), num_users, source)
+    return PromptLengths(table, keys, head_length([user.prefix for user in users]), num_users, source)
 
 
 def split_work(lengths: PromptLengths, row_tokens: int, negatives: int | None, seed: int) -> SplitWork:
