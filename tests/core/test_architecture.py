@@ -20,10 +20,7 @@ PURE = [
     "trsr_dist.config",
     "trsr_dist.environment",
     "trsr_dist.prompts.builder",
-    "trsr_dist.planner.cost",
-    "trsr_dist.planner.flops",
-    "trsr_dist.planner.hardware",
-    "trsr_dist.planner.memory",
+    "trsr_dist.planner.job",
 ]
 LAYERS = [
     "data",

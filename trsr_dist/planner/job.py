@@ -130,8 +130,7 @@ class Inputs:
     @cached_property
     def shape(self) -> ModelShape:
         """Of the model that is trained."""
-        source = self._source
-        return model_shape(source.name_or_path, source.revision, source.trust_remote_code)
+        return ModelShape.from_config(self._model_config.to_dict())
 
     @cached_property
     def builder(self) -> PromptBuilder:
@@ -143,9 +142,14 @@ class Inputs:
     def shares_prefix(self) -> bool:
         """Whether the model's prompts can share their prefixes."""
         from trsr_dist.model.loading import why_not_shared
+
+        return not why_not_shared(self._model_config, self.builder.max_tokens)
+
+    @cached_property
+    def _model_config(self) -> Any:
         from trsr_dist.pretrained import load_config
 
-        return not why_not_shared(load_config(self._source), self.builder.max_tokens)
+        return load_config(self._source)
 
     @property
     def _source(self) -> Any:
