@@ -108,7 +108,7 @@ class Bench:
     """A model with LoRA layers on the device.
 
     Args:
-        setting: see there.
+        setting: of the model and its rows.
         rate: measured FLOP/s of a matrix product.
     """
 

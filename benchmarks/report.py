@@ -26,7 +26,7 @@ NAME, TEST_LOG = "gpu_results", "gpu_tests.log"
 
 
 def check_gpu(output: Path, scale: float, note: str = "") -> int:
-    """Run all that needs a GPU. The files are written anew after each part, so that an end before time costs little.
+    """Run all that needs a GPU. The files are written again after each part, so that an end before time costs little.
 
     Args:
         output: folder of the files.

@@ -47,7 +47,7 @@ DECODED = 4000
 PIECE = 2**20
 SETTINGS = PackingSettings(row_tokens=4096, rows_per_step=8, negatives_per_positive=1, seed=0)
 LARGE = 10**8
-"""Samples of the order that is only reckoned with."""
+"""Samples of the order that is only computed."""
 MILLION = 10**6
 NUM_STEPS = 40
 """Steps that are tokenized."""
@@ -117,7 +117,7 @@ def _rounds(
     clock: Callable[[Timer], float],
     prepare: Callable[[ShardSet], None] = lambda shards: None,
 ) -> dict[str, list[float]]:
-    """Seconds of every reader, in turns; plans are made anew, for ours are part of the work."""
+    """Seconds of every reader, in turns; plans are made each time, since ours are part of the work."""
     seconds: dict[str, list[float]] = {name: [] for name in readers}
     for _ in range(REPEATS):
         for name, read in readers.items():
@@ -210,7 +210,7 @@ def _tokens(shards: ShardSet, builder: PromptBuilder, case: str) -> list[Row]:
 
 
 def _gpu_rate(shape: ModelShape, rows: list[PackedRow]) -> float:
-    """Tokens per second of training on these rows, as the planner reckons."""
+    """Tokens per second of training on these rows, by the planner."""
     users = [unit for row in rows for unit in zip(row.prefix_lengths, row.suffix_lengths, strict=True)]
     counted = sum((shared_workload(*user) for user in users), Workload())
     work = replace(counted, tokens=sum(row.num_tokens for row in rows))

@@ -157,7 +157,7 @@ def test_histories_alone_are_enough(config: Path, scheme: str) -> None:
         assert early.cost == late.cost
 
 
-def test_a_summary_is_reckoned_at_its_longest(config: Path) -> None:
+def test_a_summary_is_counted_at_its_longest(config: Path) -> None:
     found = {}
     for limit in (100, 300):
         (stage,) = plan_stages(load_config(config, (f"summarize.max_new_tokens={limit}",)), ["evaluate"])

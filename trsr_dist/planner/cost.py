@@ -17,7 +17,7 @@ class Cluster:
     num_nodes: int
     devices_per_node: int
     utilization: float
-    """Model FLOP/s utilization that is reckoned with, 0 to 1."""
+    """Model FLOP/s utilization that is assumed, 0 to 1."""
     price_per_hour: float = 0.0
     """Of one device."""
 
@@ -78,7 +78,7 @@ def training_cost(cluster: Cluster, flops: float, num_steps: int, rows_per_step:
     """``TRAINING_FORMULA``.
 
     Scaling stops paying where the ranks reach the rows of a step, or where the links take as long as the products.
-    Collectives are reckoned as not overlapped, so the result is an upper bound of their part.
+    Collectives are counted as not overlapped, so the result is an upper bound of their part.
     """
     compute = flops / cluster.flops_per_second
     links = num_steps * bytes_per_step / cluster.link_bytes_per_second

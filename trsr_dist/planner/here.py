@@ -19,7 +19,7 @@ CPU_UTILIZATION = 0.6
 """Training a 135M model on 2 cores reached 0.54 to 0.66 of the rate of a product."""
 LOOPBACK_BYTES_PER_SECOND = GB
 LINK_SHARE = 0.1
-"""Links are not measured. Processes of one machine are reckoned with the above, unknown GPUs with this share of their
+"""Links are not measured. Processes of one machine are assumed to have the above, unknown GPUs with this share of their
 memory's rate: a LoRA adapter's traffic is small."""
 
 

@@ -41,7 +41,7 @@ FORMULAS = {"summarize": GENERATION_FORMULA, "train": TRAINING_FORMULA, "evaluat
 
 
 def in_words(stages: Sequence[PlannedStage], cluster: Cluster) -> str:
-    """What is reckoned with, each stage, then how all scale.
+    """What is assumed, each stage, then how all scale.
 
     Raises:
         ConfigError: a stage would refuse to start on so many devices.
@@ -86,7 +86,7 @@ def summary_lines(found: SummaryForecast, settings: SummarySettings, cluster: Cl
     work = found.work
     lines = [
         f"summarize  {work.num_users:,} users in {work.num_units:,} units, {work.num_prompts:,} prompts, about "
-        f"{big(work.prompt_tokens)} tokens in and at most {big(work.new_tokens)} out (reckoned by the texts' length)"
+        f"{big(work.prompt_tokens)} tokens in and at most {big(work.new_tokens)} out (estimated by the texts' length)"
     ]
     if found.cost is None:
         return [*lines, f"{INDENT}no model, minutes"]
