@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+
 from trsr_dist.errors import RunError
 from trsr_dist.run import MANIFEST
 
@@ -76,6 +78,8 @@ def _run(action: Callable[[], object], paths: re.Pattern[str], number: int) -> s
     receiver, sender = os.pipe()
     pid = os.fork()
     if not pid:
+        # torch replaces its pool of threads at its first use after a fork; two threads that do so at once fail
+        torch.set_num_threads(torch.get_num_threads())
         _die_at(paths, number, sender)
         try:
             action()

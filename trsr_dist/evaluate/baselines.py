@@ -33,6 +33,7 @@ from trsr_dist.evaluate.sequential import (
 )
 from trsr_dist.files import atomic_file
 from trsr_dist.hashing import digest
+from trsr_dist.json_text import parse_json
 from trsr_dist.log import get_logger
 from trsr_dist.records import metric_names
 from trsr_dist.words import search_terms
@@ -220,8 +221,8 @@ def read_trained(path: Path, name: str, num_items: int, settings: SequentialSett
     try:
         with safe_open(path, "pt") as kept:
             ranker.model.load_state_dict({key: kept.get_tensor(key) for key in kept.keys()})  # noqa: SIM118
-            return Trained(ranker, **json.loads(kept.metadata()[FACTS]))
-    except (SafetensorError, RuntimeError, TypeError, ValueError, KeyError) as error:
+            return Trained(ranker, **parse_json(kept.metadata()[FACTS]))
+    except (SafetensorError, RuntimeError, TypeError, DataError, KeyError) as error:
         raise DataError(f"{path}: not a {name} of these histories ({error}); remove it") from None
 
 
