@@ -104,7 +104,7 @@ def read_model_config(folder: Path) -> dict[str, Any]:
             raise ModelError(
                 f"{folder}: holds {ADAPTER_CONFIG}, so it is an adapter, or a base with an adapter in it; name a base "
                 "without one: merge the adapter first (tools/merge_lora.py), start from it (train.init_adapter), or "
-                "move its files to a folder of their own"
+                "move its files to a separate folder"
             )
         try:
             config = read_json(folder / CONFIG, finite=False)

@@ -48,23 +48,18 @@ def process_group(ranks: Ranks, timeout_seconds: float = TIMEOUT_SECONDS, always
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    # A lone process meets nobody: with a store of its own it needs no port, which another one might hold.
+    # A lone process meets nobody: with its own store it needs no port, which another one might hold.
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1} if ranks.world_size == 1 else {}
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_seconds), **alone)
     try:
         yield
     except BaseException:
-        _abandon(backend)
+        if backend == "nccl":  # which would wait for members that may be dead
+            dist.distributed_c10d._abort_process_group()
+        else:
+            dist.destroy_process_group()
         raise
     dist.destroy_process_group()
-
-
-def _abandon(backend: str) -> None:
-    """Leave a group whose members may be dead: NCCL would wait for them."""
-    if backend == "nccl":
-        dist.distributed_c10d._abort_process_group()
-    else:
-        dist.destroy_process_group()
 
 
 def world_size() -> int:
@@ -87,17 +82,8 @@ def sum_over_ranks(values: Sequence[float], device: torch.device | str = "cpu") 
     return tensor.tolist()
 
 
-def from_rank_zero(value: Any) -> Any:
-    """Rank 0's value on all ranks; any object that pickles."""
-    if not dist.is_initialized():
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
-
-
 def on_rank_zero(action: Callable[[], T]) -> T:
-    """What ``action`` gives on rank 0, on all ranks; where it fails, all ranks fail at once.
+    """What ``action`` gives on rank 0 (any object that pickles), on all ranks; where it fails, all ranks fail at once.
 
     Raises:
         TrsrError: rank 0's. Where that one met another error, it raises it, and the others say so.
@@ -109,7 +95,10 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     except TrsrError as found:
         error = found
     finally:
-        value, error = from_rank_zero((value, error))
+        if dist.is_initialized():
+            box = [value, error]
+            dist.broadcast_object_list(box, src=0)
+            value, error = box
     if error is not None:
         raise error
     return value
@@ -127,7 +116,11 @@ def once_per_node(action: Callable[[], object], ranks: Ranks, seconds: float = P
             action()
         except Exception as found:
             error = found
-    _meet(seconds)
+    if dist.is_initialized():  # the group's store has no watchdog
+        store, name = dist.distributed_c10d._get_default_store(), f"trsr/meeting-{next(_meetings)}"
+        if store.add(name, 1) == dist.get_world_size():
+            store.set(f"{name}/all", "here")
+        store.wait([f"{name}/all"], timedelta(seconds=seconds))
     told = error
     if error is not None and not isinstance(error, TrsrError):
         told = RunError(f"rank {ranks.rank} on {ranks.host} has failed; its own error says why")
@@ -136,16 +129,6 @@ def once_per_node(action: Callable[[], object], ranks: Ranks, seconds: float = P
         raise error
     if errors:
         raise errors[0]
-
-
-def _meet(seconds: float) -> None:
-    """Wait for all ranks in the group's store, which has no watchdog."""
-    if not dist.is_initialized():
-        return
-    store, name = dist.distributed_c10d._get_default_store(), f"trsr/meeting-{next(_meetings)}"
-    if store.add(name, 1) == dist.get_world_size():
-        store.set(f"{name}/all", "here")
-    store.wait([f"{name}/all"], timedelta(seconds=seconds))
 
 
 def gather_objects(value: Any) -> list[Any]:

@@ -64,10 +64,14 @@ def detect_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
             source="launcher",
             **common,
         )
-    elif "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and _tasks_of_step(env) > 1:
+    elif (
+        {"SLURM_PROCID", "SLURM_STEP_ID"} <= env.keys()
+        # An interactive step of one task runs in a job of several.
+        and (num_tasks := _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))) > 1
+    ):
         found = Ranks(
             _number(env, "SLURM_PROCID"),
-            _tasks_of_step(env),
+            num_tasks,
             _number(env, "SLURM_LOCALID", 0),
             _tasks_on_this_node(env),
             source="slurm",
@@ -283,11 +287,6 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     if not text.isdigit():
         raise ConfigError(f"environment variable {name}={text!r}: expected a whole number")
     return int(text)
-
-
-def _tasks_of_step(env: Mapping[str, str]) -> int:
-    """An interactive step of one task runs in a job of several."""
-    return _number(env, "SLURM_STEP_NUM_TASKS", _number(env, "SLURM_NTASKS", 1))
 
 
 def _tasks_on_this_node(env: Mapping[str, str]) -> int:

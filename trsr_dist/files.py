@@ -39,7 +39,7 @@ REMEDIES = {
     errno.EDQUOT: "make room, then run the stage again: what is finished is kept",
     errno.EROFS: "get permission to write there, or choose another run.dir or --output",
     errno.ENAMETOOLONG: "choose a shorter name (most file systems allow 255 bytes)",
-    errno.ELOOP: "a link stands where a file or folder of its own is expected, or links lead in a circle; remove it",
+    errno.ELOOP: "a link stands where a real file or folder is expected, or links lead in a circle; remove it",
     errno.EISDIR: "a folder stands where a file is expected; move it away",
     errno.ENOTEMPTY: "files stand where this stage writes; move them away",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
@@ -93,19 +93,15 @@ def _remedy(number: int, path: Path) -> str:
         if number in (errno.ENOTDIR, errno.EEXIST) and os.path.exists(part) and not os.path.isdir(part):
             return f"{part} is a file where a folder is expected; choose another path or move it away"
     if number in (errno.EACCES, errno.EPERM):
-        return _permission_remedy(path)
+        # Root may read all and still be refused by the server or by a file's attributes.
+        if not os.path.lexists(path) and not os.access(path.parent, os.X_OK, effective_ids=True):
+            return f"get permission to enter {path.parent} (its owner: chmod +x)"
+        if os.path.lexists(path) and not os.access(path, os.R_OK, effective_ids=True):
+            return f"get permission to read it (its owner: chmod +r {path}; a folder also needs +x)"
+        return f"get permission to write in {path.parent}, or choose another run.dir or --output"
     if number in (errno.ENOENT, errno.ENOTDIR):
         return "no such file or folder, or it was removed meanwhile; check the path"
     return REMEDIES.get(number, "check the path and the disk that it is on, then run the command again")
-
-
-def _permission_remedy(path: Path) -> str:
-    """Root may read all and still be refused by the server or by a file's attributes."""
-    if not os.path.lexists(path) and not os.access(path.parent, os.X_OK, effective_ids=True):
-        return f"get permission to enter {path.parent} (its owner: chmod +x)"
-    if os.path.lexists(path) and not os.access(path, os.R_OK, effective_ids=True):
-        return f"get permission to read it (its owner: chmod +r {path}; a folder also needs +x)"
-    return f"get permission to write in {path.parent}, or choose another run.dir or --output"
 
 
 @contextmanager
@@ -124,19 +120,19 @@ def atomic_file(path: str | Path, mode: str = "w", durable: bool = True) -> Iter
         sweep(path.parent)
     temporary = temporary_name(path)
     try:
-        with open(temporary, mode, encoding=None if "b" in mode else "utf-8", opener=_open_new) as stream:
+        with open(temporary, mode, encoding=None if "b" in mode else "utf-8", opener=_new) as stream:
             yield stream
             stream.flush()
             if durable:
                 os.fsync(stream.fileno())
         os.replace(temporary, path)
         if durable:
-            sync_folder(path.parent)
+            sync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _open_new(name: str, flags: int) -> int:
+def _new(name: str, flags: int) -> int:
     """Never a file or link that somebody has put there."""
     return os.open(name, flags | os.O_EXCL | os.O_NOFOLLOW, 0o666)
 
@@ -177,7 +173,12 @@ def atomic_folder(path: str | Path, check: Callable[[], None] | None = None) -> 
     temporary.mkdir()
     try:
         yield temporary
-        _complete(temporary)
+        mode = temporary.stat().st_mode & 0o666
+        for file in (*temporary.rglob("*"), temporary):
+            found = file.lstat().st_mode
+            if stat.S_ISREG(found) and mode & ~found:  # some libraries write files that only their owner may read
+                file.chmod(found | mode)
+            sync_path(file)
         if check is not None:
             check()
         replace_folder(temporary, path)
@@ -187,16 +188,6 @@ def atomic_folder(path: str | Path, check: Callable[[], None] | None = None) -> 
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _complete(folder: Path) -> None:
-    """Force all to the disk. Some libraries write files that only their owner may read: these get the folder's mode."""
-    mode = folder.stat().st_mode & 0o666
-    for file in (*folder.rglob("*"), folder):
-        found = file.lstat().st_mode
-        if stat.S_ISREG(found) and mode & ~found:
-            file.chmod(found | mode)
-        sync_path(file)
 
 
 def replace_folder(new: Path, path: Path) -> None:
@@ -218,7 +209,7 @@ def replace_folder(new: Path, path: Path) -> None:
     finally:
         if path.exists():
             shutil.rmtree(old, ignore_errors=True)
-    sync_folder(path.parent)
+    sync_path(path.parent)
 
 
 def recover_folder(path: Path, dead: Owner | None = None, locked: bool = True) -> None:
@@ -280,17 +271,12 @@ def plain(path: str | Path, flags: int) -> int:
 
 
 def sync_path(path: Path) -> None:
-    """Force a file's or folder's content to the disk."""
+    """Force a file's content to the disk, or a folder's entries, so that a rename survives a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def sync_folder(folder: Path) -> None:
-    """Force a folder's entries to the disk, so that a rename survives a power cut."""
-    sync_path(folder)
 
 
 def read_text(path: Path) -> str:

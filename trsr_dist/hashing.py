@@ -41,5 +41,5 @@ def hash64(*keys: object) -> int:
 
 
 def random_stream(*keys: object) -> random.Random:
-    """A random stream of its own for these keys, such as (seed, user, "negatives")."""
+    """A separate random stream for these keys, such as (seed, user, "negatives")."""
     return random.Random(hash64(*keys))

@@ -72,7 +72,9 @@ class LeaseFolder:
 
     def is_held(self, lease: Lease) -> bool:
         """Whether this process still holds the lock: read from the folder."""
-        lease.lost = lease.lost or not self._is_mine(lease.path)
+        if not lease.lost:
+            sign = read_sign(lease.path)
+            lease.lost = sign is None or sign.owner != self.owner
         return not lease.lost
 
     def release(self, lease: Lease) -> None:
@@ -166,10 +168,6 @@ class LeaseFolder:
             return True
         finally:
             guard.unlink(missing_ok=True)
-
-    def _is_mine(self, path: Path) -> bool:
-        sign = read_sign(path)
-        return sign is not None and sign.owner == self.owner
 
     def _remove(self, path: Path, record: dict[str, Any]) -> None:
         """Remove the file that holds this record, and no other: what another process has put there goes back."""

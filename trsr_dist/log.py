@@ -85,7 +85,7 @@ class MetricLog:
         run_dir: the run's folder.
         stage: goes into each row.
         tensorboard: also write TensorBoard events.
-        purge_step: this stage's rows at and above this step are superseded (a resumed run) and taken out.
+        purge_step: this stage's rows at and above this step are superseded (a resumed run): removed, as torn ones are.
         fence: raises where this process may no longer write (``run.FolderLock.check``).
     """
 
@@ -102,7 +102,10 @@ class MetricLog:
         self._fence = fence
         path = run_dir / METRICS
         if purge_step is not None and path.exists():
-            _take_out(path, stage, purge_step)
+            rows = _whole_rows(path.read_text(encoding="utf-8", errors="replace").splitlines())
+            kept = [row for row in rows if row["stage"] != stage or row["step"] < purge_step]
+            with atomic_file(path) as stream:
+                stream.writelines(json.dumps(row) + "\n" for row in kept)
         self._rows = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         self.writer = None
         if tensorboard:
@@ -143,11 +146,3 @@ def _whole_rows(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         with suppress(DataError):
             yield parse_json(line, MetricRow)
-
-
-def _take_out(path: Path, stage: str, first_step: int) -> None:
-    """Rewrite the rows without a stage's from ``first_step`` on, and without torn ones."""
-    rows = list(_whole_rows(path.read_text(encoding="utf-8", errors="replace").splitlines()))
-    kept = [row for row in rows if row["stage"] != stage or row["step"] < first_step]
-    with atomic_file(path) as stream:
-        stream.writelines(json.dumps(row) + "\n" for row in kept)

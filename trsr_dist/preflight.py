@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import socket
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from trsr_dist.log import get_logger
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "webdataset", "pyarrow", "safetensors", "numpy")
 MUST_AGREE = ("code", "packages", "gpus", "driver")
+MEGABYTES, ROUNDS = 16, 3
+"""Of the all-reduce that is timed."""
 
 log = get_logger("preflight")
 
@@ -43,7 +47,7 @@ class NodeReport:
     run_free_gb: float
     scratch_free_gb: float
     port: int = 0
-    """Port on which rank 0 waits for the others' knock."""
+    """Port on which rank 0 listens for the others."""
     faults: list[str] = field(default_factory=list)
     """What is wrong without comparing it with others."""
 
@@ -84,7 +88,9 @@ def inspect_node(ranks: Ranks, run: Path, scratch: Path, free_gb: float) -> Node
         free_gb: space that both need, in GB.
     """
     scratch.mkdir(parents=True, exist_ok=True)
-    gpus, driver = count_gpus(), driver_version()
+    devices, version = Path("/proc/driver/nvidia/gpus"), Path("/proc/driver/nvidia/version")
+    gpus = len(list(devices.iterdir())) if devices.is_dir() else 0
+    driver = version.read_text().splitlines()[0].strip() if version.is_file() else ""
     free = {"run folder": shutil.disk_usage(run).free / 1e9, "scratch": shutil.disk_usage(scratch).free / 1e9}
     faults = [f"{name}: {found:.1f} GB free, {free_gb:g} needed" for name, found in free.items() if found < free_gb]
     if driver and ranks.local_world_size > gpus:
@@ -110,21 +116,9 @@ def code_hash(folder: Path) -> str:
     return found.hexdigest()[:16]
 
 
-def count_gpus() -> int:
-    """GPUs of this node, by the driver's device files."""
-    folder = Path("/proc/driver/nvidia/gpus")
-    return len(list(folder.iterdir())) if folder.is_dir() else 0
-
-
 def gpus_of_the_job(seen: int, given: int | None) -> int:
     """Of nodes with unequal numbers of GPUs a job may have equal parts; a lost GPU still shows."""
     return seen if given is None else min(seen, given)
-
-
-def driver_version() -> str:
-    """First line of the NVIDIA driver's version, empty without one."""
-    path = Path("/proc/driver/nvidia/version")
-    return path.read_text().splitlines()[0].strip() if path.is_file() else ""
 
 
 def publish(folder: Path, rank: int, value: dict[str, Any]) -> None:
@@ -158,7 +152,7 @@ def wait_for_folder(folder: Path, host: str, seconds: float) -> None:
 
 
 def find_faults(reports: list[NodeReport], world_size: int, hosts: list[str]) -> list[Fault]:
-    """Nodes without a report, with a fault of their own, or unlike the majority."""
+    """Nodes without a report, with a fault, or unlike the majority."""
     silent = sorted(set(hosts) - {report.host for report in reports})
     text = "no report: it does not see the run folder, or its tasks did not start"
     faults = [Fault(host, text) for host in silent]
@@ -167,17 +161,14 @@ def find_faults(reports: list[NodeReport], world_size: int, hosts: list[str]) ->
         faults.append(Fault("", f"no report of ranks {missing}: their tasks did not start"))
     faults += [Fault(report.host, text) for report in reports for text in report.faults]
     for name in MUST_AGREE:
-        faults += _unlike_the_rest(name, reports)
+        values = [getattr(report, name) for report in reports]
+        usual = Counter(values).most_common(1)[0][0] if values else None
+        faults += [
+            Fault(report.host, f"{name}: {value!r}, elsewhere {usual!r}")
+            for report, value in zip(reports, values, strict=True)
+            if value != usual
+        ]
     return list(dict.fromkeys(faults))
-
-
-def _unlike_the_rest(name: str, reports: list[NodeReport]) -> list[Fault]:
-    values = Counter(getattr(report, name) for report in reports)
-    if len(values) < 2:
-        return []
-    usual = values.most_common(1)[0][0]
-    odd = [report for report in reports if getattr(report, name) != usual]
-    return [Fault(report.host, f"{name}: {getattr(report, name)!r}, elsewhere {usual!r}") for report in odd]
 
 
 def check_nodes(ranks: Ranks, options: PreflightOptions, port: int) -> tuple[list[Fault], list[NodeReport]]:
@@ -190,13 +181,14 @@ def check_nodes(ranks: Ranks, options: PreflightOptions, port: int) -> tuple[lis
 
 
 def check_network(ranks: Ranks, options: PreflightOptions, port: int) -> tuple[list[Fault], float]:
-    """Let every rank knock at rank 0, then time an all-reduce; faults, and GB/s."""
-    from trsr_dist.network import all_reduce_bandwidth, reach
-
-    knocks = options.reports / "knocks"
-    error = reach(options.hosts[0], port, options.seconds)
-    publish(knocks, ranks.rank, {"host": node_name(), "error": error})
-    found = collect(knocks, ranks.world_size, options.seconds, dict[str, str])
+    """Let every rank connect to rank 0, then time an all-reduce; faults, and GB/s."""
+    folder, host, error = options.reports / "connections", options.hosts[0], ""
+    try:
+        socket.create_connection((host, port), timeout=options.seconds).close()
+    except OSError as problem:
+        error = f"cannot reach {host}:{port}: {problem}"
+    publish(folder, ranks.rank, {"host": node_name(), "error": error})
+    found = collect(folder, ranks.world_size, options.seconds, dict[str, str])
     faults = [Fault(one["host"], one["error"]) for one in found if one["error"]]
     if faults or len(found) < ranks.world_size:
         return faults or [Fault("", "not every rank got as far as the network check")], 0.0
@@ -206,16 +198,41 @@ def check_network(ranks: Ranks, options: PreflightOptions, port: int) -> tuple[l
         return [Fault(node_name(), f"all-reduce failed: {str(problem).splitlines()[0]}")], 0.0
 
 
+def all_reduce_bandwidth(ranks: Ranks, seconds: float) -> float:
+    """Bus bandwidth of an all-reduce over all ranks, in GB/s: 2 (n - 1) / n times the bytes, as NCCL's tests count.
+
+    Raises:
+        RuntimeError: the sum is wrong, or the backend failed or took longer than ``seconds``.
+    """
+    import torch
+    import torch.distributed as dist
+
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count()) if on_gpu else torch.device("cpu")
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=seconds))
+    try:
+        values = torch.zeros(MEGABYTES * 2**20 // 4, device=device)
+        for _ in range(ROUNDS):
+            values.fill_(1)
+            start = time.perf_counter()
+            dist.all_reduce(values)
+            found = values[-1].item()  # waits for the GPU
+            taken = time.perf_counter() - start
+            if found != ranks.world_size:
+                raise RuntimeError(f"an all-reduce of ones over {ranks.world_size} ranks gave {found}")
+    finally:
+        dist.destroy_process_group()
+    return 2 * (ranks.world_size - 1) / ranks.world_size * values.numel() * 4 / taken / 1e9
+
+
 def check_all(ranks: Ranks, options: PreflightOptions, network: bool) -> tuple[list[Fault], str]:
-    """Nodes first, then the network, in which rank 0 listens while the others knock; faults, and what is there."""
+    """Nodes first, then the network, in which rank 0 listens while the others connect; faults, and what is there."""
     if not network or ranks.world_size == 1:
         faults, nodes = check_nodes(ranks, options, 0)
         return faults, describe(ranks, nodes)
-    from trsr_dist.network import open_port
-
     export_ranks(ranks)
-    with open_port() as door:
-        faults, nodes = check_nodes(ranks, options, door.getsockname()[1])
+    with socket.create_server(("", 0), backlog=4096) as listener:  # connections to it need not be accepted
+        faults, nodes = check_nodes(ranks, options, listener.getsockname()[1])
         if faults:
             return faults, ""
         faults, bandwidth = check_network(ranks, options, nodes[0].port)
@@ -225,7 +242,7 @@ def check_all(ranks: Ranks, options: PreflightOptions, network: bool) -> tuple[l
 def describe(ranks: Ranks, nodes: list[NodeReport]) -> str:
     """The machine in one line."""
     gpus = f"{nodes[0].gpus} GPUs each, {nodes[0].driver}" if nodes and nodes[0].gpus else "no GPUs"
-    return f"{ranks.world_size} ranks on {len({node.host for node in nodes})} nodes are well: {gpus}"
+    return f"{ranks.world_size} ranks on {len({node.host for node in nodes})} nodes are ready: {gpus}"
 
 
 def report_faults(ranks: Ranks, faults: list[Fault], path: Path) -> None:

@@ -95,8 +95,22 @@ def load_config(source: BaseSource) -> PretrainedConfig:
         ModelError: it is not there, cannot be read, or does not fit the weights.
     """
     config = declared_config(source)
-    if source.is_local and has_weights(Path(source.name_or_path)):
-        _settle(config, source)
+    if not (source.is_local and has_weights(Path(source.name_or_path))):
+        return config
+    entries = named_entries(Path(source.name_or_path))
+    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(layers, int) and layers > len(entries):
+        raise ModelError(
+            f"{source.name_or_path}: config.json says {layers} layers, the files hold {len(entries)} tensors: they do "
+            "not belong together; copy the model again"
+        )
+    structure = read_structure(source, config)
+    if has_untied_pair(structure, entries):
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+        structure = read_structure(source, config)
+    if not getattr(config, "quantization_config", None):
+        _check_stored(source, structure, entries)
     return config
 
 
@@ -213,39 +227,14 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, Any]:
         return model, AutoTokenizer.from_pretrained(source.name_or_path, **options)
 
 
-def _settle(config: PretrainedConfig, source: BaseSource) -> None:
-    """Compare a config with the stored tensors, and write into it whether the head is tied.
-
-    Raises:
-        ModelError: a tensor is missing or of another shape or kind.
-    """
-    entries = named_entries(Path(source.name_or_path))
-    layers = getattr(config.get_text_config(), "num_hidden_layers", 0)
-    if isinstance(layers, int) and layers > len(entries):
-        raise ModelError(
-            f"{source.name_or_path}: config.json says {layers} layers, the files hold {len(entries)} tensors: they do "
-            "not belong together; copy the model again"
-        )
-    structure = read_structure(source, config)
-    if untied_pairs(structure, entries):
-        for part in (config, config.get_text_config()):
-            part.tie_word_embeddings = False
-        structure = read_structure(source, config)
-    if not getattr(config, "quantization_config", None):
-        _check_stored(source, structure, entries)
-
-
-def untied_pairs(structure: Structure, entries: Mapping[str, TensorEntry]) -> list[tuple[str, str]]:
-    """Pairs that the config ties and the files hold with different values. transformers' own rule: what is stored wins.
-
-    Args:
-        structure: of the model under its config.
-        entries: stored tensors by name.
-    """
-    pairs = [
-        (structure.stored(one, entries), structure.stored(other, entries)) for one, other in structure.tied.items()
-    ]
-    return [(a, b) for a, b in pairs if a in entries and b in entries and not is_equal(entries[a], entries[b])]
+def has_untied_pair(structure: Structure, entries: Mapping[str, TensorEntry]) -> bool:
+    """Whether the files hold two tensors with different values that the config ties. transformers' own rule: what is
+    stored wins."""
+    for pair in structure.tied.items():
+        one, other = (entries.get(structure.stored(name, entries)) for name in pair)
+        if one is not None and other is not None and not is_equal(one, other):
+            return True
+    return False
 
 
 def _check_stored(source: BaseSource, structure: Structure, entries: Mapping[str, TensorEntry]) -> None:

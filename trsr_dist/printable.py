@@ -45,23 +45,19 @@ class Secrets:
     """
 
     def __init__(self, values: Iterable[str]) -> None:
-        forms = {form for value in values for form in _forms(value) if form.strip()}
-        longest_first = sorted(forms, key=lambda form: (-len(form), form))
-        self._pattern = re.compile("|".join(map(_pattern, longest_first))) if forms else None
+        forms: set[str] = set()
+        for value in values:  # as it is, as in addresses, in JSON, in Python's words and in a Basic header
+            encoded = base64.b64encode(value.encode(errors="replace")).decode()
+            forms |= {value, quote(value, safe=""), unquote(value), json.dumps(value)[1:-1], repr(value)[1:-1], encoded}
+        patterns = [
+            re.escape(form) if len(form) >= SHORT else rf"(?<!\w){re.escape(form)}(?!\w)"
+            for form in sorted(filter(str.strip, forms), key=lambda form: (-len(form), form))
+        ]
+        self._pattern = re.compile("|".join(patterns)) if patterns else None
 
     def strike(self, text: str) -> str:
         """``text`` without them."""
         return self._pattern.sub(STRUCK, text) if self._pattern else text
-
-
-def _forms(value: str) -> set[str]:
-    """As it is, as in addresses, in JSON, in Python's words and in a Basic header."""
-    encoded = base64.b64encode(value.encode(errors="replace")).decode()
-    return {value, quote(value, safe=""), unquote(value), json.dumps(value)[1:-1], repr(value)[1:-1], encoded}
-
-
-def _pattern(form: str) -> str:
-    return re.escape(form) if len(form) >= SHORT else rf"(?<!\w){re.escape(form)}(?!\w)"
 
 
 def _escaped(character: str) -> str:

@@ -1,10 +1,13 @@
-"""The records that cross stage borders. Standard library only."""
+"""The records and the names of metrics that cross stage borders. Standard library only."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+FAMILIES = ("recall", "mrr", "ndcg")
+"""Of ranking metrics."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +91,11 @@ class TokenizedUser:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Score:
-    """The log-odds that the model gave to one candidate of a user."""
+def metric_names(top_k: Sequence[int]) -> list[str]:
+    """Names in the order of the tables: recall@3, ..., mrr@3, ..., ndcg@3, ..., auc."""
+    return [f"{family}@{k}" for family in FAMILIES for k in top_k] + ["auc"]
 
-    user: str
-    item: str
-    label: int
-    score: float
+
+def headline(top_k: tuple[int, ...]) -> str:
+    """The metric of the sentences and figures that show one only."""
+    return f"recall@{top_k[len(top_k) // 2]}"

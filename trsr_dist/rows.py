@@ -62,7 +62,7 @@ def pack_row(tokenized: Sequence[TokenizedUser]) -> PackedRow:
     """Lay users out as one row; each with its prefix and the suffixes it holds."""
     prefixes = [np.asarray(user.prefix) for user in tokenized]
     suffixes = [(user, np.asarray(suffix)) for user in tokenized for suffix in user.suffixes]
-    head = head_length(prefixes)
+    head = head_length([user.prefix for user in tokenized])
     positions = [np.arange(head), *(np.arange(head, len(prefix)) for prefix in prefixes)]
     positions += [len(user.prefix) + np.arange(len(suffix)) for user, suffix in suffixes]
     start = head + sum(len(prefix) - head for prefix in prefixes)
@@ -87,14 +87,16 @@ def filler_row(answer_ids: tuple[int, int]) -> PackedRow:
     return pack_row([TokenizedUser("", (answer_ids[0],), ((answer_ids[1],),), (0,), ("",))])
 
 
-def head_length(prefixes: Sequence[np.ndarray]) -> int:
+def head_length(prefixes: Sequence[Sequence[int]]) -> int:
     """How many tokens all prefixes of a row begin with, at least one of each left over; 0 for a single one."""
-    if len(prefixes) < 2:
-        return 0
-    limit = min(map(len, prefixes)) - 1
-    begins = np.stack([prefix[:limit] for prefix in prefixes])
-    different = np.flatnonzero((begins != begins[0]).any(axis=0))
-    return max(0, int(different[0]) if len(different) else limit)
+    return common_prefix_length(prefixes) if len(prefixes) > 1 else 0
+
+
+def common_prefix_length(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the longest common token prefix that leaves at least one token of every sequence."""
+    first, last = min(sequences), max(sequences)
+    limit = min(map(len, sequences)) - 1
+    return next((place for place in range(limit) if first[place] != last[place]), limit)
 
 
 def _concatenate(arrays: list[np.ndarray]) -> np.ndarray:

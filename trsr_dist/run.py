@@ -6,10 +6,10 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from typing_extensions import TypedDict
 
@@ -17,55 +17,32 @@ from trsr_dist import __version__
 from trsr_dist.errors import RunError
 from trsr_dist.files import atomic_file, read_json, real_folder, recover_folder, sha256_of, sweep, write_json
 from trsr_dist.leases import BEATS_PER_TERM, Lease, LeaseFolder
-from trsr_dist.liveness import Owner, read_sign, touching
+from trsr_dist.liveness import Owner, Sign, read_sign, touching
 
 MANIFEST = "manifest.json"
+SPLITS = ("train", "valid", "test")
 RUN = "RUN/"
 """What names of folders of the run begin with, in settings."""
-ANEW = "use another run.dir, or --force to make it again"
+REMEDY = "use another run.dir, or --force to make it again"
 LOCK_STALE_SECONDS = 120.0
 LOCK_READS = 10
 """Tries, a second apart, to read a lock on a disk that fails."""
 CLAIMS = ".claims"
 
 
-@dataclass(frozen=True, slots=True)
 class RunFolder:
     """Where each stage of a run keeps its files (the layout is a contract with scripts and users)."""
 
-    root: Path
-
-    @property
-    def raw(self) -> Path:
-        return self.root / "raw"
-
-    @property
-    def histories(self) -> Path:
-        return self.root / "histories"
-
-    @property
-    def base(self) -> Path:
-        return self.root / "base"
-
-    @property
-    def summaries(self) -> Path:
-        return self.root / "summaries"
-
-    @property
-    def shards(self) -> Path:
-        return self.root / "shards"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.root / "checkpoints"
-
-    @property
-    def merged(self) -> Path:
-        return self.root / "merged"
-
-    @property
-    def evaluation(self) -> Path:
-        return self.root / "evaluation"
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.raw = root / "raw"
+        self.histories = root / "histories"
+        self.base = root / "base"
+        self.summaries = root / "summaries"
+        self.shards = root / "shards"
+        self.checkpoints = root / "checkpoints"
+        self.merged = root / "merged"
+        self.evaluation = root / "evaluation"
 
     def split(self, name: str) -> Path:
         """Shard folder of ``train``, ``valid`` or ``test``."""
@@ -103,7 +80,7 @@ def write_manifest(folder: Path, stage: str, settings: dict[str, Any], inputs: d
 
 
 class Manifest(TypedDict, total=False):
-    """What every stage's manifest may hold, beside facts of its own."""
+    """What every stage's manifest may hold, beside its own facts."""
 
     __pydantic_config__ = {"extra": "allow"}
     stage: str
@@ -142,7 +119,7 @@ def is_finished(folder: Path, settings: dict[str, Any], inputs: dict[str, str], 
     return True
 
 
-def check_inputs(folder: Path, inputs: dict[str, str], remedy: str = ANEW) -> None:
+def check_inputs(folder: Path, inputs: dict[str, str], remedy: str = REMEDY) -> None:
     """Refuse input that has changed since ``folder`` was made from it.
 
     Raises:
@@ -151,7 +128,7 @@ def check_inputs(folder: Path, inputs: dict[str, str], remedy: str = ANEW) -> No
     _compare(folder, "inputs", read_manifest(folder).get("inputs", {}), inputs, remedy)
 
 
-def _compare(folder: Path, kind: str, recorded: dict[str, Any], current: dict[str, Any], remedy: str = ANEW) -> None:
+def _compare(folder: Path, kind: str, recorded: dict[str, Any], current: dict[str, Any], remedy: str = REMEDY) -> None:
     for key in sorted(recorded.keys() | current.keys()):
         if recorded.get(key) != current.get(key):
             raise RunError(
@@ -172,17 +149,17 @@ class FolderLock:
         Raises:
             RunError: the lock is lost: this process was cut off and its work is done elsewhere.
         """
-        if not self._is_held_patiently():
-            sign = read_sign(self.lease.path)
-            raise RunError(f"{self.lease.path}: lost to {sign.owner if sign else 'nobody'}; nothing was published")
-
-    def _is_held_patiently(self) -> bool:
-        """A shared disk that fails for a moment must not end a job that holds its lock."""
-        for _ in range(LOCK_READS - 1):
-            with suppress(OSError):
-                return self.leases.is_held(self.lease)
+        for attempt in range(LOCK_READS):
+            try:
+                if self.leases.is_held(self.lease):
+                    return
+                break
+            except OSError:  # a shared disk that fails for a moment must not end a job that holds its lock
+                if attempt == LOCK_READS - 1:
+                    raise
             time.sleep(1.0)
-        return self.leases.is_held(self.lease)
+        sign = read_sign(self.lease.path)
+        raise RunError(f"{self.lease.path}: lost to {sign.owner if sign else 'nobody'}; nothing was published")
 
 
 @contextmanager
@@ -197,34 +174,24 @@ def folder_lock(folder: Path) -> Iterator[FolderLock]:
         RunError: another live process holds it; names host and pid.
     """
     folder = real_folder(folder)
+    path = folder.with_name(f".{folder.name}.lock")
     leases = LeaseFolder(folder.parent, Owner.myself(), LOCK_STALE_SECONDS)
     try:
-        lease = leases.acquire(f".{folder.name}.lock")
+        lease = leases.acquire(path.name)
         if lease is None:
-            raise RunError(_refusal(leases, folder.with_name(f".{folder.name}.lock")))
+            sign = read_sign(path)
+            if sign is None or leases.is_dead(path, sign):
+                raise RunError(f"{path}: another process has just taken this lock; run the command again")
+            raise RunError(
+                f"{path}: held by {sign.owner} ({max(0.0, leases.age_seconds(sign)):.0f} s since its last sign of "
+                "life); wait for it to end, or remove the file if that process is gone; after "
+                f"{LOCK_STALE_SECONDS:.0f} s of silence it expires"
+            )
         sweep(folder.parent)
         recover_folder(folder, lease.former)
         yield FolderLock(leases, lease)
     finally:
         leases.close()
-
-
-def _refusal(leases: LeaseFolder, path: Path) -> str:
-    sign = read_sign(path)
-    if sign is None or leases.is_dead(path, sign):
-        return f"{path}: another process has just taken this lock; run the command again"
-    return (
-        f"{path}: held by {sign.owner} ({max(0.0, leases.age_seconds(sign)):.0f} s since its last sign of life); wait "
-        f"for it to end, or remove the file if that process is gone; after {LOCK_STALE_SECONDS:.0f} s of silence it "
-        "expires"
-    )
-
-
-class _Other(NamedTuple):
-    digest: str
-    owner: Owner
-    since: int
-    what: dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,9 +209,9 @@ class Claim:
         Raises:
             RunError: another live process is at work here, with whatever settings.
         """
-        for other in self._others():
+        for _, sign in self._others():
             raise RunError(
-                f"{self.path.parent.parent}: another job ({other.owner}) is at work here too, and its files would be "
+                f"{self.path.parent.parent}: another job ({sign.owner}) is at work here too, and its files would be "
                 "removed; wait for it or cancel it"
             )
 
@@ -254,21 +221,23 @@ class Claim:
         Raises:
             RunError: an older claim has another digest.
         """
-        digest = self.path.name.partition("-")[0]
-        for other in self._others():
+        mine, digest = json.loads(json.dumps(what)), self.path.name.partition("-")[0]
+        for name, sign in self._others():
+            since, theirs = sign.record.get("since"), sign.record.get("what")
+            since = since if isinstance(since, int) else sign.stamp_ns
+            theirs = theirs if isinstance(theirs, dict) else {}
             # At equal times neither is sure of having been seen by the other: both go.
-            if other.digest == digest or other.since > self.since:
+            if name.partition("-")[0] == digest or since > self.since:
                 continue
-            theirs, mine = other.what, json.loads(json.dumps(what))
             key = next((key for key in sorted(theirs | mine) if theirs.get(key) != mine.get(key)), "digest")
             raise RunError(
-                f"{self.path.parent.parent}: another job ({other.owner}) is at work here with {key}="
+                f"{self.path.parent.parent}: another job ({sign.owner}) is at work here with {key}="
                 f"{theirs.get(key)!r}, now {mine.get(key)!r}; wait for it, cancel it, or use another --output or "
                 "run.dir"
             )
 
-    def _others(self) -> Iterator[_Other]:
-        """The other live claims; dead ones are removed."""
+    def _others(self) -> Iterator[tuple[str, Sign]]:
+        """The other live claims, by file name; dead ones are removed."""
         if not self.path.exists():
             raise RunError(f"{self.path}: lost after too long without a sign of life; run the stage again")
         for path in sorted(self.path.parent.glob("[!.]*")):
@@ -278,13 +247,7 @@ class Claim:
             if self.leases.is_dead(path, sign):
                 path.unlink(missing_ok=True)
             else:
-                since, what = sign.record.get("since"), sign.record.get("what")
-                yield _Other(
-                    path.name.partition("-")[0],
-                    sign.owner,
-                    since if isinstance(since, int) else sign.stamp_ns,
-                    what if isinstance(what, dict) else {},
-                )
+                yield path.name, sign
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trsr_dist.data.splits import SPLITS
 from trsr_dist.errors import DataError, RunError
 from trsr_dist.evaluate.passes import split_parts
 from trsr_dist.evaluate.score_files import IDENTITY, ScoreFolder
@@ -15,14 +14,14 @@ from trsr_dist.liveness import reader_time
 from trsr_dist.log import MetricRow, read_metrics
 from trsr_dist.model.artifacts import PROVENANCE
 from trsr_dist.printable import in_one_line
-from trsr_dist.run import MANIFEST, RunFolder
-from trsr_dist.summarize.progress import Overview, ProgressReader, TaskProgress
+from trsr_dist.run import MANIFEST, SPLITS, RunFolder
+from trsr_dist.summarize.progress import ProgressReader, TaskProgress
 from trsr_dist.train.lifecycle import BEAT_SECONDS, describe_ranks, read_heartbeats
 
 SHOWN_FAILURES = 5
 SHOWN_CHARACTERS = 500
 SILENT_BEATS = 4
-"""A rank that has missed so many beats has ended."""
+"""A rank that has missed this many beats has ended."""
 
 
 def describe_run(root: Path) -> str:
@@ -34,15 +33,15 @@ def describe_run(root: Path) -> str:
     if not root.is_dir():
         raise RunError(f"{root}: no such run folder; give the run.dir of a config")
     run, now = RunFolder(root), reader_time(root)
-    parts = [_prepared(run), _summarized(run, now), _trained(run, now), _merged(run), _evaluated(run)]
-    return "\n".join(line for part in parts for line in part)
-
-
-def _prepared(run: RunFolder) -> Iterator[str]:
-    if (run.histories / MANIFEST).is_file():
-        yield f"prepare     done: {run.histories}"
-    else:
-        yield "prepare     not done"
+    is_prepared, is_merged = (run.histories / MANIFEST).is_file(), (run.merged / "config.json").is_file()
+    lines = [
+        f"prepare     {f'done: {run.histories}' if is_prepared else 'not done'}",
+        *_summarized(run, now),
+        *_trained(run, now),
+        f"merge       {f'done: {run.merged}' if is_merged else 'not done'}",
+        *_evaluated(run),
+    ]
+    return "\n".join(lines)
 
 
 def _summarized(run: RunFolder, now: float) -> Iterator[str]:
@@ -52,39 +51,28 @@ def _summarized(run: RunFolder, now: float) -> Iterator[str]:
         yield f"summarize   {'done' if done else 'not begun'}"
         return
     overview = reader.read()
-    yield f"summarize   {'done' if overview.is_done else _eta(overview)}"
-    yield f"            users: {_users(overview)}"
+    working, eta = sum(task.state == "running" for task in overview.tasks), overview.eta_seconds
+    state = f"{working} tasks at work" + (f", ETA {duration(eta)}" if eta is not None else "")
+    if not working:
+        state = "stopped: no task is at work; run the stage again to go on"
+    yield f"summarize   {'done' if overview.is_done else state}"
+    share = overview.users_done / max(overview.num_users, 1)
+    yield (
+        f"            users: {overview.users_done} of {overview.num_users} done ({share:.1%}), {overview.in_flight} in "
+        f"flight, {overview.quarantined} quarantined"
+    )
     yield "            " + ", ".join(f"{split}: {state}" for split, state in overview.splits.items())
-    yield f"            {_work(overview)}"
+    hits = overview.cache_hits / max(overview.nodes, 1)
+    rates = f"{overview.tokens_per_second:.1f} tokens/s, {overview.users_per_second:.2f} users/s; "
+    yield (
+        f"            {'' if overview.is_done else rates}{overview.nodes} prompts, {overview.cache_hits} from the "
+        f"cache ({hits:.1%}), {overview.tokens} tokens"
+    )
     for failure in overview.failures[-SHOWN_FAILURES:]:
         user, reason = (in_one_line(failure[name], SHOWN_CHARACTERS) for name in ("user", "reason"))
         yield f"            quarantined: {user}: node {failure['node']}: {reason}"
     if not overview.is_done:
         yield from (f"            {_task(task, now)}" for task in overview.tasks)
-
-
-def _eta(overview: Overview) -> str:
-    working = sum(task.state == "running" for task in overview.tasks)
-    if not working:
-        return "stopped: no task is at work; run the stage again to go on"
-    eta = overview.eta_seconds
-    return f"{working} tasks at work" + (f", ETA {duration(eta)}" if eta is not None else "")
-
-
-def _users(overview: Overview) -> str:
-    share = overview.users_done / max(overview.num_users, 1)
-    return (
-        f"{overview.users_done} of {overview.num_users} done ({share:.1%}), {overview.in_flight} in flight, "
-        f"{overview.quarantined} quarantined"
-    )
-
-
-def _work(overview: Overview) -> str:
-    hits = overview.cache_hits / max(overview.nodes, 1)
-    totals = f"{overview.nodes} prompts, {overview.cache_hits} from the cache ({hits:.1%}), {overview.tokens} tokens"
-    if overview.is_done:
-        return totals
-    return f"{overview.tokens_per_second:.1f} tokens/s, {overview.users_per_second:.2f} users/s; {totals}"
 
 
 def _task(task: TaskProgress, now: float) -> str:
@@ -140,27 +128,25 @@ def _finished(checkpoint: Path, run: RunFolder, now: float) -> str:
     return ""
 
 
-def _merged(run: RunFolder) -> Iterator[str]:
-    yield f"merge       {'done: ' + str(run.merged) if (run.merged / 'config.json').is_file() else 'not done'}"
-
-
 def _evaluated(run: RunFolder) -> Iterator[str]:
     folders = {split: run.evaluation / split for split in SPLITS}
     done = [run.evaluation / f"{split}.json" for split in folders if (folders[split] / MANIFEST).is_file()]
-    begun = {split: list(_passes(folders[split])) for split in folders if not (folders[split] / MANIFEST).is_file()}
+    begun = {split: _passes(folders[split]) for split in folders if not (folders[split] / MANIFEST).is_file()}
     states = [f"done: {', '.join(map(str, done))}"] * bool(done)
     states += [f"{split}: parts {', '.join(passes)}" for split, passes in begun.items() if passes]
     yield f"evaluate    {'; '.join(states) or 'not done'}"
 
 
-def _passes(folder: Path) -> Iterator[str]:
+def _passes(folder: Path) -> list[str]:
     """How far each pass of an evaluation is."""
+    found = []
     for path in sorted(folder.rglob(IDENTITY)):
         scores = ScoreFolder(path.parent)
         recorded: dict[str, Any] = scores.recorded()
         num_parts = len(split_parts(recorded.get("num_users", 0)))
         num_done = sum(1 for _ in path.parent.glob("part-*.jsonl"))
-        yield f"{num_done} of {num_parts or '?'} of {path.parent.relative_to(folder)}"
+        found.append(f"{num_done} of {num_parts or '?'} of {path.parent.relative_to(folder)}")
+    return found
 
 
 def duration(seconds: float) -> str:

@@ -83,15 +83,9 @@ def search_terms(text: str) -> list[str]:
     for run in letter_runs(text):
         if run.isascii():
             terms.append(run)
-        else:
-            terms += _terms_of(run)
-    return terms
-
-
-def _terms_of(run: str) -> list[str]:
-    terms: list[str] = []
-    for match in _RUN.finditer(run):
-        part = match[0]
-        size = _GRAM_SIZES.get(match.lastgroup or "", len(part))
-        terms += [part[i : i + size] for i in range(max(1, len(part) - size + 1))]
+            continue
+        for match in _RUN.finditer(run):
+            part = match[0]
+            size = _GRAM_SIZES.get(match.lastgroup or "", len(part))
+            terms += [part[i : i + size] for i in range(max(1, len(part) - size + 1))]
     return terms

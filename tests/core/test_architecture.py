@@ -100,7 +100,7 @@ READERS = {"from_pretrained", "from_config", "load_peft_weights", "load_adapter"
 
 
 def test_one_module_has_libraries_read_models() -> None:
-    """The benchmarks measure what others do, on files of their own making."""
+    """The benchmarks measure what others do, on files that they make."""
     paths = [path for path in PACKAGE.rglob("*.py") if "benchmarks" not in path.parts]
     for path in [*paths, *(ROOT / "launch").glob("*.py"), *(ROOT / "tools").glob("*.py")]:
         nodes = list(ast.walk(ast.parse(path.read_text())))

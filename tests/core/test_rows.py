@@ -11,7 +11,7 @@ def user(name: str, prefix: list[int], *suffixes: list[int]) -> TokenizedUser:
 
 
 def sequences(row: PackedRow) -> list[list[int]]:
-    """Every prompt of a row again as a sequence of its own, read along the tree."""
+    """Every prompt of a row again as a separate sequence, read along the tree."""
     start, suffix, found = row.head_length, row.suffix_start, []
     for length, lengths in zip(row.prefix_lengths, row.suffix_lengths, strict=True):
         prefix = [*row.token_ids[: row.head_length], *row.token_ids[start : start + length - row.head_length]]
@@ -76,4 +76,4 @@ def test_a_filler_is_one_prompt_of_two_tokens_whose_answer_is_no() -> None:
     ],
 )
 def test_the_head_ends_at_the_first_difference_of_any(prefixes: list[list[int]], expected: int) -> None:
-    assert head_length([np.array(prefix) for prefix in prefixes]) == expected
+    assert head_length(prefixes) == expected

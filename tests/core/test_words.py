@@ -14,7 +14,7 @@ from trsr_dist.records import Candidate, Item, Sample
 from trsr_dist.shards.inspect.checks import NO_TEXT, TARGET_IN_SUMMARY, near_duplicates, sample_faults
 from trsr_dist.summarize.extract import extract, informative_words, split_fields
 from trsr_dist.summarize.quality import flags_of, is_echo, is_preamble, is_repetitive
-from trsr_dist.summarize.samples import check_leaks
+from trsr_dist.summarize.worker import check_leaks
 from trsr_dist.words import comparable, count_words, cut_words, has_text, search_terms, split_words
 
 ENGLISH = {

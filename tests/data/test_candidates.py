@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from tests.data.raw import make_config, write_mind
-from trsr_dist.data.candidates import ItemPool, category_pools, draw_negatives
+from trsr_dist.data.candidates import ItemPool, category_pools, draw_negatives, split_by_user
 from trsr_dist.data.prepare import prepare
-from trsr_dist.data.splits import split_by_user
 from trsr_dist.data.store import ROWS_PER_BATCH, USER_SCHEMA, ArrowRows, ArrowWriter, HistoryStore
 from trsr_dist.errors import DataError, RunError
 from trsr_dist.hashing import random_stream

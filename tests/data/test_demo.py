@@ -4,8 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from trsr_dist.config import load_config
-from trsr_dist.data.demo import make_items, write_demo
-from trsr_dist.data.demo_words import TOPICS
+from trsr_dist.data.demo import TOPICS, make_items, write_demo
 from trsr_dist.data.prepare import prepare
 from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.run import RunFolder

@@ -11,17 +11,35 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from trsr_dist.data import spool as spool_module
-from trsr_dist.data.candidates import ItemPool, category_pools, draw_negatives, draw_shown, pools_of
-from trsr_dist.data.histories import REMOVED, HistoryRules, KnownUser, admit, latest
-from trsr_dist.data.items import CatalogueRules
+from trsr_dist.data import histories
+from trsr_dist.data.candidates import (
+    ItemPool,
+    category_pools,
+    draw_negatives,
+    draw_shown,
+    pools_of,
+    split_by_time,
+    split_by_user,
+)
+from trsr_dist.data.histories import (
+    SPOOL_ITEM_SCHEMA,
+    SPOOL_USER_SCHEMA,
+    HistoryRules,
+    KnownUser,
+    Spool,
+    admit,
+    latest,
+    spool_items,
+    spool_more_targets,
+    spool_users,
+)
+from trsr_dist.data.items import REMOVED, CatalogueRules
 from trsr_dist.data.source import RawItem
-from trsr_dist.data.splits import SPLITS, split_by_time, split_by_user
-from trsr_dist.data.spool import SPOOL_ITEM_SCHEMA, SPOOL_USER_SCHEMA, Spool, spool_items, spool_users
 from trsr_dist.data.store import ROWS_PER_BATCH, ArrowRows
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64, random_stream
 from trsr_dist.records import UserLog
+from trsr_dist.run import SPLITS
 
 ROW_LIST = pa.list_(pa.int32())
 NEVER = np.iinfo(np.int64).max
@@ -300,10 +318,20 @@ class TestSpool:
         assert list(spool.keys()) == [f"u{i}" for i in range(len(spool))]
         assert np.flatnonzero(spool.times).tolist() == list(self.own)
 
+    def test_more_targets_of_some_users(self, spool: Spool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.chdir(tmp_path)
+        path, rows = tmp_path / "targets.arrow", (1, 2, ROWS_PER_BATCH, len(spool) - 1)
+        more = spool_more_targets(path, spool, self.everyone(spool, 1), 2, 1)
+        assert len(more) == len(spool) and [left.name for left in tmp_path.iterdir()] == [path.name]
+        assert more.user(0) == KnownUser("u0", [0], [1, 2], 100, [3])
+        assert [more.user(row) for row in rows] == [spool.user(row) for row in rows]
+        assert spool_more_targets(path, spool, ~self.everyone(spool), 2, 1).user(0) == spool.user(0)
+        assert spool_more_targets(path, spool, self.everyone(spool), 2, 2).user(0) == spool.user(0)
+
     def test_items(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)  # a path that is lost becomes a file "None" of the current folder
         bars = []
-        monkeypatch.setattr(spool_module, "progress", lambda items, **words: bars.append(words) or items)
+        monkeypatch.setattr(histories, "progress", lambda items, **words: bars.append(words) or items)
         raw = [RawItem("b", {"text": "a  lamp"}, 1, "home"), RawItem("a", {}, 2), RawItem("c", {"text": "tea"}, 3)]
         rules = CatalogueRules(tmp_path / "raw", (), "skip", "fail", Counter())
         spool_items(tmp_path / "items.arrow", SimpleNamespace(items=lambda: iter(raw)), rules)

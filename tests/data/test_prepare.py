@@ -18,11 +18,11 @@ from tests.data.raw import (
 from tests.kills import check_stage
 from trsr_dist.data.histories import KnownUser, with_more_targets
 from trsr_dist.data.prepare import prepare
-from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.errors import RunError
 from trsr_dist.files import read_json
 from trsr_dist.hashing import hash64
+from trsr_dist.run import SPLITS
 
 
 def run(folder: Path, data_format: str, *overrides: str) -> HistoryStore:

@@ -23,8 +23,7 @@ from tests.data.raw import (
 )
 from tests.data.test_bad_input import Edit, append, record, refused, replace
 from tests.data.test_prepare import ids, manifest, run, users_of
-from trsr_dist.data.prepare import prepare
-from trsr_dist.data.readers import build_reader
+from trsr_dist.data.prepare import build_reader, prepare
 from trsr_dist.data.source import Counts, LineReader, find_raw, open_raw
 from trsr_dist.errors import ConfigError, DataError
 from trsr_dist.shards.reader import ShardSet

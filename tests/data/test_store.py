@@ -7,12 +7,12 @@ import pytest
 
 from tests.data.raw import make_config, user_records, write_jsonl
 from trsr_dist.data.prepare import prepare
-from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.errors import DataError, TrsrError
 from trsr_dist.evaluate.baselines import build_rankers
 from trsr_dist.evaluate.users import DrawnLists, StoredSplit, first_times, item_weights, targets_of
 from trsr_dist.files import read_json, write_json
+from trsr_dist.run import SPLITS
 from trsr_dist.summarize.job import summarize
 
 FILES = ("items.arrow", *(f"{split}.arrow" for split in SPLITS))

@@ -20,7 +20,7 @@ from trsr_dist.evaluate.metrics import (
     tie_rate,
     user_metrics,
 )
-from trsr_dist.metric_names import metric_names
+from trsr_dist.records import metric_names
 
 TOP_K = (1, 3, 5)
 CUTOFFS = (1, 3, 10)

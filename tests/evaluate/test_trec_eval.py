@@ -14,7 +14,7 @@ import pytrec_eval
 from tests.evaluate.world import numbers_of
 from trsr_dist.evaluate.metrics import tie_rate, user_metrics
 from trsr_dist.evaluate.score_files import ScoreFolder, UserScores
-from trsr_dist.metric_names import metric_names
+from trsr_dist.records import metric_names
 
 TOP_K = (3, 5, 10)
 

@@ -22,9 +22,9 @@ from tests.fuzz.running import Case, Kind
 from tests.fuzz.sets import Set, make_set, write
 from trsr_dist.config import load_config
 from trsr_dist.data.prepare import prepare
-from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.files import read_json
+from trsr_dist.run import SPLITS
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "data.unknown_items=skip": {"unknown": "skip"},

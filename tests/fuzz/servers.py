@@ -25,9 +25,9 @@ from tests.fuzz.running import Case, Kind
 from tests.summarize.server import Handler, Server, good, prompt_of
 from tests.summarize.world import run_here, write_config
 from trsr_dist.data.prepare import prepare
-from trsr_dist.data.splits import SPLITS
 from trsr_dist.files import read_json
 from trsr_dist.log import show
+from trsr_dist.run import SPLITS
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.status import describe_run
 

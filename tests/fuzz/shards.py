@@ -22,9 +22,9 @@ from tests.fuzz.running import Case, Kind
 from tests.shards.world import make_sample, make_split
 from tests.summarize.world import run_here, write_config
 from trsr_dist.data.prepare import prepare
-from trsr_dist.data.splits import SPLITS
 from trsr_dist.errors import TrsrError
 from trsr_dist.records import Sample
+from trsr_dist.run import SPLITS
 from trsr_dist.shards.codec import decode_sample, encode_sample
 from trsr_dist.shards.inspect.job import Options, inspect_shards
 from trsr_dist.shards.reader import ShardSet

@@ -9,8 +9,8 @@ import pytest
 from tests.real.assets import data_settings
 from trsr_dist.config import load_config
 from trsr_dist.data.prepare import prepare
-from trsr_dist.data.splits import SPLITS
 from trsr_dist.records import Sample
+from trsr_dist.run import SPLITS
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.summarize.job import summarize
 

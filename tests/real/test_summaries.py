@@ -16,9 +16,9 @@ from tests.real.assets import data_settings, model_folder, real_tokenizer, vllm_
 from trsr_dist.benchmarks.summarize import answers_of
 from trsr_dist.config import load_config
 from trsr_dist.data.prepare import prepare
-from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.run import SPLITS
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.summarize.cache import TextCache, prompt_hash
 from trsr_dist.summarize.engines.encoding import PromptEncoder

@@ -98,7 +98,7 @@ def submit(lab: Lab, folder: Path, options: str, **env: str) -> str:
 def test_healthy_nodes_pass_with_their_bandwidth(lab: Lab, tmp_path: Path) -> None:
     job = submit(lab, tmp_path, "-N3 --ntasks-per-node=1")
     assert lab.wait_for_job(job) == "COMPLETED", (tmp_path / "out").read_text()
-    assert "3 ranks on 3 nodes are well" in (tmp_path / "out").read_text()
+    assert "3 ranks on 3 nodes are ready" in (tmp_path / "out").read_text()
     reports = [json.loads(path.read_text()) for path in tmp_path.glob("run/logs/*/preflight-0/rank-*.json")]
     assert {report["host"] for report in reports} == {"node1", "node2", "node3"}
 

@@ -21,7 +21,7 @@ from trsr_dist.liveness import touching
 from trsr_dist.log import MetricLog, read_metrics
 from trsr_dist.run import RunFolder
 from trsr_dist.status import describe_run, duration
-from trsr_dist.summarize.engines.extractive import ExtractiveEngine
+from trsr_dist.summarize.extract import ExtractiveEngine
 from trsr_dist.summarize.progress import (
     SILENT_SECONDS,
     ProgressReader,

@@ -7,8 +7,7 @@ import pytest
 from trsr_dist.hashing import digest
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize import cache as cache_module
-from trsr_dist.summarize.cache import TextCache, prompt_hash, text_key
-from trsr_dist.summarize.journal import JournalWriter, pack, scan
+from trsr_dist.summarize.cache import JournalWriter, TextCache, pack, prompt_hash, scan, text_key
 
 
 def record(number: int) -> dict:

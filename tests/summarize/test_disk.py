@@ -26,7 +26,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
-    """A disk of its own in memory, that can be made smaller, larger and read-only."""
+    """A separate disk in memory, that can be made smaller, larger and read-only."""
     with mounted_disk(tmp_path / "disk", "64m") as folder:
         yield folder
 

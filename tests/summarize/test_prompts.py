@@ -4,9 +4,9 @@ import pytest
 
 from trsr_dist.errors import DataError
 from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.prompts.trimming import trim_prompt
 from trsr_dist.prompts.wording import block_instruction
 from trsr_dist.summarize.quality import clean, flags_of
-from trsr_dist.summarize.trimming import trim_prompt
 
 
 def num_words(prompt: SummaryPrompt) -> int:

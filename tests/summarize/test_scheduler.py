@@ -8,8 +8,7 @@ import pytest
 
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.cache import TextCache
-from trsr_dist.summarize.engines.extractive import ExtractiveEngine
-from trsr_dist.summarize.extract import extract
+from trsr_dist.summarize.extract import ExtractiveEngine, extract
 from trsr_dist.summarize.plans.hierarchical import plan as hierarchical
 from trsr_dist.summarize.plans.recurrent import plan as recurrent
 from trsr_dist.summarize.requests import Completion, Request

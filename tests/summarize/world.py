@@ -1,4 +1,4 @@
-"""A small prepared data set, written with the store's own writer, and a job on it in a process of its own."""
+"""A small prepared data set, written with the store's own writer, and a job on it in a separate process."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def item_text(row: int) -> str:
 def write_histories(
     run: Path, users: dict[str, int], max_history: int = 40, least: int = 1, more: int = 0, leak: bool = False
 ) -> None:
-    """RUN/histories with so many users in each split, one target and three negatives each.
+    """RUN/histories with the given number of users in each split, one target and three negatives each.
 
     Args:
         run: the run folder.
@@ -91,7 +91,7 @@ def run_here(config: Path, *overrides: str, force: bool = False) -> None:
 
 
 def run_job(config: Path, *arguments: str) -> str:
-    """One task to its end, in a process of its own; its output."""
+    """One task to its end, in a separate process; its output."""
     process = start(config, *arguments)
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 0, output

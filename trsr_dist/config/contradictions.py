@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from trsr_dist.metric_names import metric_names
+from trsr_dist.records import metric_names
 
 if TYPE_CHECKING:
     from trsr_dist.config.sections import Config

@@ -1,21 +1,31 @@
-"""Read a YAML file and dotted overrides into a ``Config``; every mistake is named with its nearest known key."""
+"""Read a YAML file and dotted overrides into a ``Config``; every mistake is named with its nearest known key.
+
+Of YAML, whatever would be read as something else than it looks like is refused, with a hint: PyYAML follows YAML 1.1,
+where 010 is 8, 1:30 is 90, 1e-4 is a text, 2024-01-02 a date and the last of two equal keys counts.
+"""
 
 from __future__ import annotations
 
 import difflib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from yaml.constructor import ConstructorError
 
 from trsr_dist.config.sections import Config
-from trsr_dist.config.yaml_text import parse_value, parse_yaml
 from trsr_dist.config.zero import find_file, read_zero_config
 from trsr_dist.errors import ConfigError
 from trsr_dist.files import read_text
-from trsr_dist.printable import strike_addresses
+from trsr_dist.printable import CONTROLS, strike_addresses
+
+ODD_NUMBER = re.compile(r"[-+]?(0[0-7_]+|\d[\d_]*(:[0-5]?\d)+(\.\d*)?)$")
+"""Octal without 0o, or sexagesimal."""
+TIMESTAMP = "tag:yaml.org,2002:timestamp"
+FLOAT = "tag:yaml.org,2002:float"
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -36,7 +46,10 @@ def _load(path: str | Path, overrides: list[str] | tuple[str, ...]) -> Config:
     settings = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(settings, override)
-    _reject_unknown_keys(settings)
+    for section, values in settings.items():
+        _check_section(section)
+        for name in values:
+            check_key(f"{section}.{name}")
     try:
         # As JSON, whose lists may be tuples; nothing else is converted: yes is no 1, and "3" no number.
         config = Config.model_validate_json(json.dumps(settings), strict=True)
@@ -103,13 +116,6 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
     settings.setdefault(section, {})[name] = "" if value is None else value
 
 
-def _reject_unknown_keys(settings: dict[str, Any]) -> None:
-    for section, values in settings.items():
-        _check_section(section)
-        for name in values:
-            check_key(f"{section}.{name}")
-
-
 def _check_section(section: str) -> None:
     if section not in _sections():
         raise ConfigError(f"unknown section '{section}'{_nearest(section, list(_sections()))}")
@@ -134,17 +140,83 @@ def _describe(error: ValidationError, path: str | Path) -> str:
     lines = []
     for entry in error.errors():
         key = ".".join(str(part) for part in entry["loc"][:2])
-        message = entry["msg"].removeprefix("Value error, ")
-        message += _hint(entry["type"], entry["input"])
-        lines.append(f"{key}={entry['input']!r}: {message}" if key else message)
+        message, kind, value = entry["msg"].removeprefix("Value error, "), entry["type"], entry["input"]
+        if isinstance(value, bool) and kind != "bool_type":
+            message += " (YAML reads yes, no, on and off as true and false: write it in quotes, or a number)"
+        elif kind == "string_type" and isinstance(value, int | float):
+            message += " (a text of digits is written in quotes)"
+        elif isinstance(value, str) and kind in ("int_type", "float_type", "bool_type"):
+            message += " (without quotes)"
+        lines.append(f"{key}={value!r}: {message}" if key else message)
     return f"{path}: " + "; ".join(lines)
 
 
-def _hint(kind: str, value: Any) -> str:
-    if isinstance(value, bool) and kind != "bool_type":
-        return " (YAML reads yes, no, on and off as true and false: write it in quotes, or a number)"
-    if kind == "string_type" and isinstance(value, int | float):
-        return " (a text of digits is written in quotes)"
-    if isinstance(value, str) and kind in ("int_type", "float_type", "bool_type"):
-        return " (without quotes)"
-    return ""
+class Loader(yaml.SafeLoader):
+    """Refuses keys that stand twice or are no text, numbers of bases other than they look, anchors and aliases."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != TIMESTAMP]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        mapping = super().construct_mapping(node, deep)
+        for key in mapping:
+            if not isinstance(key, str):
+                raise ConstructorError(None, None, f"key {key!r} is no text; write it in quotes", node.start_mark)
+        return mapping
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None:
+            text = f"an anchor or alias ({event.anchor!r}), which is not supported; write the value out, or in quotes"
+            raise ConstructorError(None, None, text, event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        value = super().construct_scalar(node)
+        if node.style is None and node.tag.endswith((":int", ":float")) and ODD_NUMBER.match(value):
+            text = f"{value} is a number of base 8 or 60 in YAML; write it as a decimal number, or in quotes as a text"
+            raise ConstructorError(None, None, text, node.start_mark)
+        if CONTROLS.search(value):
+            raise ConstructorError(None, None, f"{value!r} holds a control character", node.start_mark)
+        return value
+
+
+# YAML 1.1 wants a point and a sign in the exponent.
+Loader.add_implicit_resolver(FLOAT, re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a document.
+
+    Raises:
+        ConfigError: what is wrong, and where; the caller adds in which file.
+    """
+    try:
+        return yaml.load(text, Loader)
+    except Exception as error:  # explicit tags such as !!int and !!timestamp raise all kinds
+        raise ConfigError(f"not valid YAML: {error}") from None
+
+
+def parse_value(text: str) -> Any:
+    """The value of an override, which must be all that YAML sees: "a #b" would lose its end.
+
+    Raises:
+        ConfigError: what is wrong.
+    """
+    value = parse_yaml(text)
+    node = yaml.compose(text, Loader)
+    if node is None:
+        is_whole = not text.strip()
+    elif isinstance(node, yaml.ScalarNode) and node.style is None:
+        is_whole = node.value == text.strip()
+    else:
+        is_whole = not (text[: node.start_mark.index] + text[node.end_mark.index :]).strip()
+    if not is_whole:
+        raise ConfigError(f"YAML reads {text!r} as {value!r}; write it in quotes of YAML, such as \"'a #b'\"")
+    return value

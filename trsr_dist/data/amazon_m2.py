@@ -77,13 +77,13 @@ class AmazonReader:
         records = csv.reader((line for _, line in self.lines.read(path)), strict=True)
         try:
             header = tuple(next(records, ()))
-            missing = [name for name in required if name not in header]
-            if missing:
+            if missing := [name for name in required if name not in header]:
                 raise DataError(
                     f"{path}:1: no column {missing[0]!r}; found {listed(header) or 'nothing'}, expected at least "
                     f"{', '.join(required)}; give the file its header"
                 )
-            _check_names(path, header)
+            if twice := [name for name in header if name and header.count(name) > 1]:
+                raise DataError(f"{path}:1: column {twice[0]!r} stands twice; remove or rename one of the two")
             row = records.line_num + 1
             for cells in records:
                 if cells:
@@ -91,19 +91,10 @@ class AmazonReader:
                     yield row, dict(zip(header, cells, strict=True))
                 row = records.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{path}:{records.line_num}: {_what_is_wrong(error)}") from None
-
-
-def _check_names(path: Path, header: tuple[str, ...]) -> None:
-    twice = [name for name in header if name and header.count(name) > 1]
-    if twice:
-        raise DataError(f"{path}:1: column {twice[0]!r} stands twice; remove or rename one of the two")
-
-
-def _what_is_wrong(error: csv.Error) -> str:
-    if "new-line character" in str(error):
-        return "a carriage return stands outside quotation marks; save the file with line feeds as line ends"
-    return f"{error}; is a quotation mark left open before it?"
+            what = f"{error}; is a quotation mark left open before it?"
+            if "new-line character" in str(error):
+                what = "a carriage return stands outside quotation marks; save the file with line feeds as line ends"
+            raise DataError(f"{path}:{records.line_num}: {what}") from None
 
 
 def parse_items(text: str, source: str) -> list[str]:

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from trsr_dist.data.candidates import PoolOf, draw_negatives, draw_shown, pools_of
-from trsr_dist.data.histories import KnownUser, latest
+from trsr_dist.data.candidates import PoolOf, draw_negatives, draw_shown, pools_of, split_by_time, split_by_user
+from trsr_dist.data.histories import KnownUser, Spool, latest
 from trsr_dist.data.source import Counts, shown
-from trsr_dist.data.splits import SPLITS, split_by_time, split_by_user
-from trsr_dist.data.spool import Spool
 from trsr_dist.data.store import ITEM_SCHEMA, USER_SCHEMA, ArrowRows, ArrowWriter
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64, random_stream
 from trsr_dist.log import progress
+from trsr_dist.run import SPLITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +124,11 @@ class CandidateMaker:
         self._pools = self._build(spool, users, items)
 
     def _build(self, spool: Spool, users: Users, items: ArrowRows) -> dict[str, PoolOf]:
-        categories = _categories(items) if self._rules.within_category else None
+        categories = None
+        if self._rules.within_category:
+            categories = items.strings("category")
+            if not any(categories):
+                raise DataError("data.candidates=category, and no item has a category; choose another strategy")
         columns = {"popularity": ("history", "targets"), "targets": ("targets",)}.get(self._rules.strategy)
         if columns is None:
             pools = pools_of(np.ones(len(items)), self._seen, categories)
@@ -154,9 +156,21 @@ class CandidateMaker:
         """
         stream = random_stream(self._rules.seed, user.user, "negatives")
         wanted, least = self._rules.wanted(split, len(user.targets))
-        negatives = self._draw(user, split, wanted, stream)
+        history = set(user.history)
+        if self._rules.strategy == "impressions":
+            negatives = draw_shown(user.shown, user.targets, history, wanted, stream)
+        else:
+            negatives = draw_negatives(self._pools[split], user.targets, history, wanted, stream, user.time)
         if len(negatives) < least:
-            return self._too_few(user, split, len(negatives), least, counts)
+            if self._rules.too_few_negatives == "fail":
+                key = "train.negatives_per_positive" if split == "train" else "evaluate.negatives_per_positive"
+                raise DataError(
+                    f"{split} user {shown(user.user)}: {len(negatives)} catalogue items are eligible as negatives "
+                    f"(data.candidates={self._rules.strategy}), {least} are needed; lower {key}, choose another "
+                    "strategy, or set data.too_few_negatives=skip"
+                )
+            counts["users_with_too_few_negatives"] += 1
+            return None
         counts["users_with_small_pool"] += len(negatives) < wanted
         candidates = user.targets + negatives
         labels = [1] * len(user.targets) + [0] * len(negatives)
@@ -164,29 +178,6 @@ class CandidateMaker:
             order = stream.sample(range(len(candidates)), len(candidates))
             candidates, labels = [candidates[i] for i in order], [labels[i] for i in order]
         return candidates, labels
-
-    def _draw(self, user: KnownUser, split: str, count: int, stream: random.Random) -> list[int]:
-        history = set(user.history)
-        if self._rules.strategy == "impressions":
-            return draw_shown(user.shown, user.targets, history, count, stream)
-        return draw_negatives(self._pools[split], user.targets, history, count, stream, user.time)
-
-    def _too_few(self, user: KnownUser, split: str, found: int, least: int, counts: Counts) -> None:
-        if self._rules.too_few_negatives == "fail":
-            key = "train.negatives_per_positive" if split == "train" else "evaluate.negatives_per_positive"
-            raise DataError(
-                f"{split} user {shown(user.user)}: {found} catalogue items are eligible as negatives "
-                f"(data.candidates={self._rules.strategy}), {least} are needed; lower {key}, choose another strategy, "
-                "or set data.too_few_negatives=skip"
-            )
-        counts["users_with_too_few_negatives"] += 1
-
-
-def _categories(items: ArrowRows) -> list[str]:
-    categories = [name for batch in items.batches for name in batch.column(2).to_pylist()]
-    if not any(categories):
-        raise DataError("data.candidates=category, and no item has a category; choose another strategy")
-    return categories
 
 
 def write_split(

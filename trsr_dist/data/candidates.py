@@ -1,4 +1,5 @@
-"""Negatives: weighted draws without replacement that never hit the user's own items. Pure."""
+"""Who is a train, valid or test user, and which negatives a user gets: weighted draws without replacement that never
+hit the user's own items. Pure."""
 
 from __future__ import annotations
 
@@ -8,9 +9,29 @@ from collections.abc import Set as AbstractSet
 
 import numpy as np
 
+from trsr_dist.hashing import hash64
+
 DRAWS_PER_ROUND = 2
 """Per wanted item: few are excluded or drawn twice."""
 MAX_ROUNDS = 16
+
+
+def split_by_user(user: str, shares: Sequence[int]) -> int:
+    """Index into ``SPLITS`` from a hash of the key: who else is there does not matter.
+
+    The hash is salted, so that it is independent of the one that orders the users.
+    """
+    point = hash64("split", user) % sum(shares)
+    return 0 if point < shares[0] else 1 if point < shares[0] + shares[1] else 2
+
+
+def split_by_time(times: np.ndarray, hashes: np.ndarray, shares: Sequence[int]) -> np.ndarray:
+    """int8 [users], indices into ``SPLITS``: the latest targets are test, those before valid; equal times by hash."""
+    order = np.lexsort((hashes, times))
+    ends = np.cumsum(shares) * len(times) // sum(shares)
+    splits = np.empty(len(times), np.int8)
+    splits[order] = np.searchsorted(ends, np.arange(len(times)), side="right")
+    return splits
 
 
 class ItemPool:
@@ -55,12 +76,7 @@ class ItemPool:
                     drawn[row] = None
                     if len(drawn) == count:
                         return list(drawn)
-        return self._draw_from_all(count, excluded, stream, limit, drawn)
-
-    def _draw_from_all(
-        self, count: int, excluded: AbstractSet[int], stream: random.Random, limit: int, drawn: dict[int, None]
-    ) -> list[int]:
-        """Where rejection finds too little: look at every item (Efraimidis and Spirakis, 2006: keys of weights)."""
+        # Rejection finds too little: look at every item (Efraimidis and Spirakis, 2006: keys of weights).
         keys = []
         for row, weight in zip(self._rows[:limit].tolist(), self._weights[:limit].tolist(), strict=True):
             if row not in excluded and row not in drawn:

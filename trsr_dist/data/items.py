@@ -6,13 +6,15 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from trsr_dist.data.histories import REMOVED
 from trsr_dist.data.source import Counts, RawItem, shown
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
 from trsr_dist.prompts.text import one_line
 from trsr_dist.records import Item
 from trsr_dist.words import has_text
+
+REMOVED = -1
+"""Row of an item that data.empty_items left out."""
 
 
 def item_text(fields: dict[str, str], chosen: Sequence[str], counts: Counts) -> str:
@@ -72,7 +74,14 @@ class CatalogueRules:
             if raw.id in self.rows:
                 self._check_equal(raw, text)
             elif not text:
-                self._leave_out(raw)
+                if self._empty_items == "fail":
+                    raise DataError(
+                        f"{self._path}:{raw.row}: item {shown(raw.id)} has no text in "
+                        f"{', '.join(self._chosen) or 'any field'}; fill a field, choose others with "
+                        "data.item_fields, or set data.empty_items=skip"
+                    )
+                self._counts["items_without_text"] += 1
+                self.rows[raw.id] = REMOVED
             else:
                 self.rows[raw.id] = len(self._texts)
                 self._texts.append(hash64(text))
@@ -96,12 +105,3 @@ class CatalogueRules:
             f"{self._path}:{raw.row}: item {shown(raw.id)} stands here with another text than in {first}; "
             f"keep one of the two, or set data.duplicate_items=first (here: {shown(text)})"
         )
-
-    def _leave_out(self, raw: RawItem) -> None:
-        if self._empty_items == "fail":
-            raise DataError(
-                f"{self._path}:{raw.row}: item {shown(raw.id)} has no text in {', '.join(self._chosen) or 'any field'}"
-                "; fill a field, choose others with data.item_fields, or set data.empty_items=skip"
-            )
-        self._counts["items_without_text"] += 1
-        self.rows[raw.id] = REMOVED

@@ -4,33 +4,49 @@
     interactions.jsonl   {"user": "u", "item": "a", "time": 1700000000}                      one row an interaction
                          {"user": "u", "history": ["a", "b"], "target": "c", "time": ...}    one row a user
 
-Times are Unix seconds (or milliseconds, microseconds, nanoseconds: whatever makes a date of our time) or text, see
-``data.times``. A user row may name several targets in a list, and ``shown``: items shown with them and not chosen. An
-item's ``category`` serves category-hard negatives. Blanks around ids do not count.
+Times are Unix seconds (or milliseconds, microseconds, nanoseconds: whatever makes a date of our time) or text. A
+user row may name several targets in a list, and ``shown``: items shown with them and not chosen. An item's ``category``
+serves category-hard negatives. Blanks around ids do not count.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from array import array
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from trsr_dist.data.source import LineReader, RawItem, listed, shown
-from trsr_dist.data.times import Times
+from trsr_dist.data.source import Counts, LineReader, RawItem, listed, shown
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
 from trsr_dist.json_text import unique_keys
+from trsr_dist.printable import HALVES
 from trsr_dist.records import UserLog
 
 CONVERT_LITERALS = (
     "python -c 'import ast, json, sys; [print(json.dumps(ast.literal_eval(row))) for row in sys.stdin]' < OLD > NEW"
 )
+NUMBER = re.compile(r"-?[0-9]{9,19}(?:\.[0-9]*)?")
+"""A number as text; shorter ones (20240131) are dates."""
+UNITS = ((1e11, 1e0, ""), (1e14, 1e3, "milliseconds"), (1e17, 1e6, "microseconds"), (2.0**62, 1e9, "nanoseconds"))
+"""Numbers below the first value are in the unit: seconds until the year 5138, milliseconds from 1973 on, and so on."""
+MOST_SECONDS = UNITS[0][0]
+FORMATS = (
+    "%a %b %d %H:%M:%S %z %Y",
+    "%a %b %d %H:%M:%S %Z %Y",
+    "%a %b %d %H:%M:%S %Y",
+    "%a, %d %b %Y %H:%M:%S %z",
+    "%a, %d %b %Y %H:%M:%S %Z",
+)
+"""Of Goodreads and Twitter, of ``date`` and C's ``ctime``, of mail and HTTP."""
 
 
 class Place(NamedTuple):
@@ -44,8 +60,6 @@ class Place(NamedTuple):
 
 
 Row = tuple[dict[str, Any], Place]
-
-
 _decode = json.JSONDecoder(object_pairs_hook=unique_keys).decode
 
 
@@ -68,22 +82,19 @@ class JsonlReader:
     time_format: str = ""
     default_fields: tuple[str, ...] = ()
     allowed_fields: tuple[str, ...] = ()
-    _times: Times = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_times", Times(self.time_format, self.lines.counts))
 
     def items(self) -> Iterator[RawItem]:
         for record, place in self._records(self.item_file):
             item = _id(record, "id", place)
             try:
-                yield RawItem(item, self._fields(record, place), place.row, _category(record, place))
+                names = (name for name in self.chosen_fields or record if name != "id" and name in record)
+                fields = {name: _text(record[name], name, place) for name in names}
+                category = ""
+                with suppress(DataError):  # no text: it may be a field that nobody chose
+                    category = _text(record.get("category"), "category", place)
+                yield RawItem(item, fields, place.row, category)
             except RecursionError:
                 raise DataError(f"{place}: a list lies too deep within lists; repair the row") from None
-
-    def _fields(self, record: dict[str, Any], place: Place) -> dict[str, str]:
-        names = (name for name in self.chosen_fields or record if name != "id" and name in record)
-        return {name: _text(record[name], name, place) for name in names}
 
     def logs(self) -> Iterator[UserLog]:
         records = self._records(self.log_file)
@@ -141,9 +152,12 @@ class JsonlReader:
 
     def _seconds(self, value: Any, place: Place) -> float:  # noqa: ANN401 (any JSON value)
         try:
-            return self._times.seconds(value)
+            return unix_seconds(value, self.time_format, self.lines.counts)
         except (TypeError, ValueError, OverflowError):
-            raise DataError(f"{place}: time {shown(value)}, expected {self._times.expected}") from None
+            expected = "Unix seconds or ISO 8601; repair the row, or name the form with data.time_format"
+            if self.time_format:
+                expected = f"a time as data.time_format={self.time_format!r} or Unix seconds; repair the row"
+            raise DataError(f"{place}: time {shown(value)}, expected {expected}") from None
 
     def _records(self, path: Path) -> Iterator[Row]:
         for number, line in self.lines.read(path):
@@ -159,26 +173,21 @@ class JsonlReader:
         if not isinstance(record, dict):
             remedy = _DOCUMENT if isinstance(record, list) and place.row == 1 else "repair the row"
             raise DataError(f"{place}: found {type(record).__name__}, expected a JSON object; {remedy}")
-        if "\\ud" in line or "\\uD" in line:
-            return self._without_lone_surrogates(record, place)
-        return record
-
-    def _without_lone_surrogates(self, record: dict[str, Any], place: Place) -> dict[str, Any]:
-        """Half of an escaped pair is valid JSON and no text."""
+        if "\\ud" not in line and "\\uD" not in line:
+            return record
         try:
             text = json.dumps(record, ensure_ascii=False)
-            text.encode()
         except RecursionError:
             raise DataError(f"{place}: a value lies too deep within others; repair the row") from None
-        except UnicodeEncodeError:
-            if self.lines.encoding_errors == "fail":
-                raise DataError(
-                    f"{place}: an escape such as \\ud83d stands without its second half and is no character; repair "
-                    "the row, or set data.encoding_errors=replace"
-                ) from None
-            self.lines.counts["lines_with_replaced_bytes"] += 1
-            return _decode(text.encode(errors="replace").decode())
-        return record
+        if not HALVES.search(text):  # half of an escaped pair is valid JSON and no text
+            return record
+        if self.lines.encoding_errors == "fail":
+            raise DataError(
+                f"{place}: an escape such as \\ud83d stands without its second half and is no character; repair "
+                "the row, or set data.encoding_errors=replace"
+            )
+        self.lines.counts["lines_with_replaced_bytes"] += 1
+        return _decode(HALVES.sub("?", text))
 
 
 _DOCUMENT = "this is one JSON document, not one object a line: jq -c '.[]' OLD > NEW makes lines of a list"
@@ -225,6 +234,44 @@ def _equals_next(rows: np.ndarray, *columns: np.ndarray) -> np.ndarray:
     return is_equal
 
 
+def unix_seconds(value: Any, time_format: str, counts: Counts) -> float:  # noqa: ANN401 (any JSON value)
+    """Seconds of a time as people write it; each value has its own unit.
+
+    Args:
+        value: number or text.
+        time_format: of text, for ``strptime``; empty: ISO 8601 and ``FORMATS``.
+        counts: how many values were not in seconds.
+
+    Raises:
+        TypeError, ValueError, OverflowError: it is no time.
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        if time_format or not NUMBER.fullmatch(text):
+            time = datetime.strptime(text, time_format) if time_format else _parsed_time(text)
+            return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+        value = float(text)
+    if isinstance(value, bool) or value is None:
+        raise TypeError
+    if -MOST_SECONDS < value < MOST_SECONDS:
+        return float(value)
+    for limit, per_second, name in UNITS:
+        if abs(value) < limit:
+            counts[f"times_in_{name}"] += 1
+            return value / per_second
+    raise ValueError
+
+
+def _parsed_time(text: str) -> datetime:
+    with suppress(ValueError):
+        is_utc = text.endswith((" UTC", " GMT"))  # ISO 8601 has an offset
+        return datetime.fromisoformat(f"{text[:-4]}+00:00" if is_utc else text)
+    for form in FORMATS:
+        with suppress(ValueError):
+            return datetime.strptime(text, form)
+    raise ValueError
+
+
 def _field(record: dict[str, Any], name: str, place: Place) -> Any:  # noqa: ANN401 (any JSON value)
     if name not in record:
         raise DataError(f"{place}: no field {name!r}; found {listed(record) or 'none'}; add it")
@@ -247,14 +294,6 @@ def _checked_id(value: Any, name: str, place: Place) -> str:  # noqa: ANN401 (an
         if text:
             return text
     raise DataError(f"{place}: {name} holds {shown(value)}, expected an id (text or an integer); repair the row")
-
-
-def _category(record: dict[str, Any], place: Place) -> str:
-    """Empty where it is no text: it may be a field that nobody chose."""
-    try:
-        return _text(record.get("category"), "category", place)
-    except DataError:
-        return ""
 
 
 def _text(value: Any, name: str, place: Place) -> str:  # noqa: ANN401 (any JSON value)

@@ -51,41 +51,34 @@ class MindReader:
                 self.lines.counts["further_rows_of_a_user"] += 1
                 continue
             seen.add(key)
-            yield self._log(user, cells[2], cells[3].split(), cells[4], f"{self.log_file}:{row}")
+            source, clicks = f"{self.log_file}:{row}", cells[3].split()
+            seconds = _seconds(cells[2], source)
+            if self.target == "last":  # impressions are not looked at: those of MIND's test rows carry no labels
+                yield UserLog(user, tuple(clicks[:-1]), tuple(clicks[-1:]), seconds, (), source)
+            else:
+                clicked, shown = _impressions(cells[4].split(), source)
+                yield UserLog(user, tuple(clicks), clicked, seconds, shown, source)
 
     def _rows(self, path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
-        """Line numbers and cells; empty lines are passed over, and so is a header, which is counted."""
+        """Line numbers and cells; empty lines are passed over, and so is a header, which is counted.
+
+        MIND's own files have no header, copies of them may.
+        """
+        names = [column.replace(" ", "") for column in columns]
         is_first = True
         for row, line in self.lines.read(path):
-            cells = cells_of(line)
-            if cells is None:
+            text = line.rstrip("\r\n")
+            if not text:
                 continue
+            cells = text.split("\t")
             check_columns(path, row, len(cells), columns)
-            if is_first and is_header(cells, columns):
+            pairs = zip(cells, names, strict=True) if is_first else ()
+            num_equal = sum("".join(filter(str.isalnum, cell)).casefold() == name for cell, name in pairs)
+            is_first = False
+            if num_equal >= len(columns) / 2:
                 self.lines.counts["header_rows"] += 1
             else:
                 yield row, cells
-            is_first = False
-
-    def _log(self, user: str, time: str, clicks: list[str], impressions: str, source: str) -> UserLog:
-        seconds = _seconds(time, source)
-        if self.target == "last":  # impressions are not looked at: those of MIND's test rows carry no labels
-            return UserLog(user, tuple(clicks[:-1]), tuple(clicks[-1:]), seconds, (), source)
-        clicked, shown = _impressions(impressions.split(), source)
-        return UserLog(user, tuple(clicks), clicked, seconds, shown, source)
-
-
-def cells_of(line: str) -> list[str] | None:
-    """The columns of a row; None for an empty line."""
-    text = line.rstrip("\r\n")
-    return text.split("\t") if text else None
-
-
-def is_header(cells: list[str], columns: tuple[str, ...]) -> bool:
-    """Whether a row holds the names of the columns; MIND's own files have no such row, copies of them may."""
-    names = ("".join(filter(str.isalnum, cell)).casefold() for cell in cells)
-    wanted = (column.replace(" ", "") for column in columns)
-    return sum(name == column for name, column in zip(names, wanted, strict=True)) >= len(columns) / 2
 
 
 def _impressions(cells: list[str], source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import os
+from datetime import datetime
 from pathlib import Path
 
 import numpy as np
 
 from trsr_dist.config import Config, dump_config
+from trsr_dist.config.sections import DataSection
+from trsr_dist.data.amazon_m2 import AmazonReader
 from trsr_dist.data.assembly import CandidateMaker, CandidateRules, choose_users, write_items, write_split
 from trsr_dist.data.demo import DEMO_FILES, write_demo
-from trsr_dist.data.histories import HistoryRules
+from trsr_dist.data.histories import HistoryRules, Spool, spool_items, spool_more_targets, spool_users
 from trsr_dist.data.items import CatalogueRules
-from trsr_dist.data.readers import build_reader, check_data_settings, holds_locales, item_fields
-from trsr_dist.data.source import Counts, LineReader, Reader, open_raw
-from trsr_dist.data.splits import SPLITS
-from trsr_dist.data.spool import Spool, spool_items, spool_more_targets, spool_users
+from trsr_dist.data.jsonl import JsonlReader
+from trsr_dist.data.mind import MindReader
+from trsr_dist.data.source import Counts, LineReader, Reader, find_raw, open_raw
 from trsr_dist.data.store import ITEMS, POOLS, ArrowRows, check_files, checksums
-from trsr_dist.errors import DataError
+from trsr_dist.errors import ConfigError, DataError
 from trsr_dist.files import atomic_folder, recover_folder, sha256_of, writing
 from trsr_dist.log import get_logger, setup_logging, show
-from trsr_dist.run import RunFolder, folder_lock, is_finished, write_manifest
+from trsr_dist.run import SPLITS, RunFolder, folder_lock, is_finished, write_manifest
 
 ITEM_SPOOL, USER_SPOOL, TARGET_SPOOL = "items.spool", "users.spool", "targets.spool"
 LARGE_SHARE = 0.05
@@ -67,12 +69,18 @@ def _build(config: Config, reader: Reader, fields: tuple[str, ...], folder: Path
     """Fill ``folder`` and return what the manifest tells of it."""
     data = config.data
     catalogue = CatalogueRules(reader.item_file, fields, data.empty_items, data.duplicate_items, counts)
+    rules = HistoryRules(
+        data.min_history, data.max_history, data.long_histories, data.repeated_target, data.unknown_items
+    )
     items_path, users_path = folder / ITEM_SPOOL, folder / USER_SPOOL
     spool_items(items_path, reader, catalogue)
-    spool_users(users_path, reader.logs(), catalogue.rows, _history_rules(config), counts)
+    spool_users(users_path, reader.logs(), catalogue.rows, rules, counts)
     catalogue.rows.clear()
-    unknown, share = unknown_items(reader, counts)
-    if unknown:
+    unknown, share = "", 0.0
+    if missing := counts["clicks_on_unknown_items"]:
+        share = missing / (read := counts["item_ids_read"])
+        what = f"{missing} of {read} item ids ({share:.1%}) are not in {reader.item_file.name}"
+        unknown = f"{reader.log_file}: {what}"
         log.warning("%s; they are left out (data.unknown_items=skip)", unknown)
     try:
         return _assemble(config, reader, folder, counts)
@@ -102,29 +110,19 @@ def _assemble(config: Config, reader: Reader, folder: Path, counts: Counts) -> d
     first_seen = spool.first_seen(users.mask(len(spool), *SPLITS), len(items))
     known = np.where(first_seen == np.iinfo(np.int64).max, 0, np.maximum(first_seen, 0))
     write_items(folder / ITEMS, items, popularity, known)
-    maker = CandidateMaker(_candidate_rules(config), spool, users, items, first_seen)
-    splits = {split: write_split(folder, split, users, spool, maker, data.max_history, counts) for split in SPLITS}
-    return {"num_items": len(items), "splits": splits, "files": checksums(folder)}
-
-
-def _history_rules(config: Config) -> HistoryRules:
-    data = config.data
-    return HistoryRules(
-        data.min_history, data.max_history, data.long_histories, data.repeated_target, data.unknown_items
-    )
-
-
-def _candidate_rules(config: Config) -> CandidateRules:
-    return CandidateRules(
-        strategy=config.data.candidates,
-        within_category=config.data.candidates == "category" or holds_locales(config.data),
-        seen_before_target=config.data.seen_before_target,
-        too_few_negatives=config.data.too_few_negatives,
+    rules = CandidateRules(
+        strategy=data.candidates,
+        within_category=data.candidates == "category" or holds_locales(data),
+        seen_before_target=data.seen_before_target,
+        too_few_negatives=data.too_few_negatives,
         pool_size=config.train.pool_size,
         train_negatives=config.train.negatives_per_positive,
         evaluation_negatives=config.evaluate.negatives_per_positive,
         seed=config.run.seed,
     )
+    maker = CandidateMaker(rules, spool, users, items, first_seen)
+    splits = {split: write_split(folder, split, users, spool, maker, data.max_history, counts) for split in SPLITS}
+    return {"num_items": len(items), "splits": splits, "files": checksums(folder)}
 
 
 def _settings(config: Config) -> dict[str, object]:
@@ -161,6 +159,73 @@ def _make_demo(config: Config, run: RunFolder, force: bool) -> None:
     )  # fmt: skip
 
 
+def build_reader(config: Config, raw: Path, lines: LineReader) -> Reader:
+    """The reader of the raw files; the demo's lie in ``raw``."""
+    data = config.data
+    folder = raw if data.format == "demo" else Path(data.path)
+    if data.format == "demo":
+        return MindReader(folder / DEMO_FILES[0], folder / DEMO_FILES[1], data.target, lines)
+    if data.format == "mind":
+        news = find_raw(folder, data.items_file or "news.tsv")
+        return MindReader(news, find_raw(folder, data.behaviors_file), data.target, lines)
+    if data.format == "amazon_m2":
+        products = find_raw(folder, data.items_file or "products_train.csv")
+        return AmazonReader(products, find_raw(folder, data.sessions_file), data.locale, lines)
+    items, log = find_raw(folder, data.items_file or "items.jsonl"), find_raw(folder, "interactions.jsonl")
+    return JsonlReader(items, log, lines, data.item_fields, data.time_format)
+
+
+def holds_locales(data: DataSection) -> bool:
+    """Whether the catalogue holds several locales, an item's category being its own: a user's negatives then come from
+    the user's locale, or language alone would tell them from the positives."""
+    return data.format == "amazon_m2" and not data.locale
+
+
+def item_fields(config: Config, reader: Reader) -> tuple[str, ...]:
+    """Fields of an item's text.
+
+    Raises:
+        ConfigError: data.item_fields names one that the format does not have.
+    """
+    chosen = config.data.item_fields
+    unknown = [name for name in chosen if reader.allowed_fields and name not in reader.allowed_fields]
+    if unknown:
+        raise ConfigError(
+            f"data.item_fields: {unknown[0]!r} is not a field of data.format={config.data.format}; "
+            f"it has {', '.join(reader.allowed_fields)}"
+        )
+    return chosen or reader.default_fields
+
+
+def check_data_settings(config: Config) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        ConfigError: names the settings.
+    """
+    data = config.data
+    if min(data.split) < 0 or not data.split[0]:
+        raise ConfigError(f"data.split={list(data.split)}: shares are not negative, and train's is at least 1")
+    if data.target == "impression" and data.format not in ("mind", "demo"):
+        raise ConfigError(f"data.target=impression is for MIND's impressions; data.format={data.format} has none")
+    if data.candidates == "impressions" and data.format in ("mind", "demo") and data.target != "impression":
+        raise ConfigError(
+            "data.candidates=impressions needs data.target=impression: what was shown with the last click is not in "
+            "MIND's files"
+        )
+    if data.time_format and data.format != "jsonl":
+        raise ConfigError(f"data.time_format is for data.format=jsonl; the times of {data.format} have one form")
+    try:
+        if data.time_format:
+            datetime.strptime(datetime(2001, 2, 3, 16, 5, 6).strftime(data.time_format), data.time_format)
+    except ValueError as error:
+        raise ConfigError(
+            f"data.time_format={data.time_format!r}: {error}; expected such as '%d.%m.%Y %H:%M' (Python's strptime)"
+        ) from None
+    if data.candidates == "impressions" and data.format == "amazon_m2":
+        raise ConfigError("data.candidates=impressions: Amazon-M2 has no impressions; choose another strategy")
+
+
 def _plan(config: Config, run: RunFolder, reader: Reader) -> str:
     """What the stage would read and write."""
     lines = ["# plan"]
@@ -173,15 +238,6 @@ def _plan(config: Config, run: RunFolder, reader: Reader) -> str:
     state = "exists" if (run.histories / "manifest.json").is_file() else "new"
     lines.append(f"# write {run.histories} ({state})")
     return "\n".join(lines)
-
-
-def unknown_items(reader: Reader, counts: Counts) -> tuple[str, float]:
-    """How many ids of the log the catalogue lacks, in words, and their share; empty where it lacks none."""
-    missing, read = counts["clicks_on_unknown_items"], counts["item_ids_read"]
-    if not missing:
-        return "", 0.0
-    share = missing / read
-    return f"{reader.log_file}: {missing} of {read} item ids ({share:.1%}) are not in {reader.item_file.name}", share
 
 
 def describe(counts: Counts) -> str:

@@ -94,13 +94,9 @@ class LineReader:
             return line.decode(encoding, errors="replace")
 
 
-def _open_zstd(path: Path) -> BinaryIO:
-    return io.BufferedReader(pa.input_stream(str(path), compression="zstd"))
-
-
 COMPRESSED: dict[str, tuple[bytes, Callable[[Path], BinaryIO]]] = {
     ".gz": (b"\x1f\x8b", gzip.open),
-    ".zst": (b"\x28\xb5\x2f\xfd", _open_zstd),
+    ".zst": (b"\x28\xb5\x2f\xfd", lambda path: io.BufferedReader(pa.input_stream(str(path), compression="zstd"))),
     ".bz2": (b"BZh", bz2.open),
     ".xz": (b"\xfd7zXZ\x00", lzma.open),
 }
@@ -135,21 +131,18 @@ def open_raw(path: Path) -> BinaryIO:
             raise DataError(f"{path}: {foreign}")
         return opener(path) if opener else open(path, "rb")
     except (FileNotFoundError, NotADirectoryError):
+        try:
+            found = listed(sorted(os.listdir(path.parent))[:8]) or "nothing"
+        except OSError:
+            found = "no folder that can be read"
         raise DataError(
-            f"{path}: missing (found there: {_listing(path.parent)}); set data.path, or give the file this name "
+            f"{path}: missing (found there: {found}); set data.path, or give the file this name "
             "(data.items_file, data.behaviors_file and data.sessions_file name others)"
         ) from None
     except PermissionError:
         raise DataError(f"{path}: may not be read; ask its owner for permission to read file and folders") from None
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         raise DataError(f"{path}: cannot be read ({getattr(error, 'strerror', error)}); correct data.path") from None
-
-
-def _listing(folder: Path) -> str:
-    try:
-        return listed(sorted(os.listdir(folder))[:8]) or "nothing"
-    except OSError:
-        return "no folder that can be read"
 
 
 def listed(names: Iterable[str]) -> str:

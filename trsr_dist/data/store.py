@@ -15,11 +15,10 @@ from types import TracebackType
 import numpy as np
 import pyarrow as pa
 
-from trsr_dist.data.splits import SPLITS
 from trsr_dist.errors import DataError
 from trsr_dist.files import remedy_of, sha256_of
 from trsr_dist.records import Item
-from trsr_dist.run import MANIFEST, manifest_hash, read_manifest
+from trsr_dist.run import MANIFEST, SPLITS, manifest_hash, read_manifest
 
 ROWS_PER_BATCH = 4096
 ITEMS = "items.arrow"
@@ -105,32 +104,30 @@ class ArrowRows:
         try:
             self._source = pa.memory_map(str(path))
             self._reader = pa.ipc.open_file(self._source)
-            self._batches = [self._reader.get_batch(i) for i in range(self._reader.num_record_batches)]
+            self.batches: list[pa.RecordBatch] = [
+                self._reader.get_batch(i) for i in range(self._reader.num_record_batches)
+            ]
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: not a complete Arrow file ({error}); {REMEDY}") from None
-        self._length = sum(batch.num_rows for batch in self._batches)
+        self._length = sum(batch.num_rows for batch in self.batches)
 
     def __len__(self) -> int:
         return self._length
-
-    @property
-    def batches(self) -> list[pa.RecordBatch]:
-        return self._batches
 
     def value(self, column: int, row: int) -> object:
         """One cell as a Python value."""
         if not 0 <= row < self._length:
             raise IndexError(f"row {row} of {self._length}")
-        return self._batches[row // ROWS_PER_BATCH].column(column)[row % ROWS_PER_BATCH].as_py()
+        return self.batches[row // ROWS_PER_BATCH].column(column)[row % ROWS_PER_BATCH].as_py()
 
     def column(self, name: str) -> np.ndarray:
         """A numeric column as one array."""
-        parts = [batch.column(name).to_numpy() for batch in self._batches]
+        parts = [batch.column(name).to_numpy() for batch in self.batches]
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
     def strings(self, name: str) -> list[str]:
         """A text column."""
-        return [text for batch in self._batches for text in batch.column(name).to_pylist()]
+        return [text for batch in self.batches for text in batch.column(name).to_pylist()]
 
 
 class Catalogue:

@@ -34,7 +34,7 @@ from trsr_dist.evaluate.sequential import (
 from trsr_dist.files import atomic_file
 from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger
-from trsr_dist.metric_names import metric_names
+from trsr_dist.records import metric_names
 from trsr_dist.words import search_terms
 
 Scorer = Callable[[Sequence[int], Sequence[int]], np.ndarray]

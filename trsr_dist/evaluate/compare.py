@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from trsr_dist.data.splits import SPLITS
 from trsr_dist.errors import DataError
 from trsr_dist.evaluate.metrics import OutcomeTable, average
 from trsr_dist.evaluate.passes import split_parts
@@ -17,7 +16,8 @@ from trsr_dist.evaluate.score_files import ScoreFolder, UserScores
 from trsr_dist.evaluate.statistics import paired_differences
 from trsr_dist.evaluate.table import column_title, format_table
 from trsr_dist.hashing import hash64
-from trsr_dist.metric_names import metric_names
+from trsr_dist.records import metric_names
+from trsr_dist.run import SPLITS
 
 USERS_AT_ONCE = 1024
 SHOWN_PARTS = 5

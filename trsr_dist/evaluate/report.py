@@ -22,7 +22,7 @@ from trsr_dist.evaluate.statistics import has_scale
 from trsr_dist.evaluate.table import GAIN, SYSTEMS, column_title, gain_line, list_table, protocol_rows, protocol_table
 from trsr_dist.files import atomic_file, sha256_of, write_json
 from trsr_dist.log import MetricLog, read_metrics, show
-from trsr_dist.metric_names import headline
+from trsr_dist.records import headline
 from trsr_dist.run import MANIFEST, write_manifest
 
 

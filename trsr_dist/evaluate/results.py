@@ -10,8 +10,7 @@ import numpy as np
 
 from trsr_dist.evaluate.metrics import OutcomeTable, average
 from trsr_dist.evaluate.statistics import bootstrap_interval, calibration, paired_differences
-from trsr_dist.metric_names import metric_names
-from trsr_dist.records import Sample
+from trsr_dist.records import Sample, metric_names
 
 MIN_USERS = 31
 """Slices with fewer users are not shown: their figures say nothing."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from trsr_dist.metric_names import FAMILIES
+from trsr_dist.records import FAMILIES
 
 SYSTEMS = {
     "random": "random",

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.planning.cost import Cluster, Cost, Generation, generation_cost
 from trsr_dist.planning.flops import forward_flops
@@ -14,6 +13,7 @@ from trsr_dist.planning.shape import ModelShape
 from trsr_dist.planning.tokens import Workload, triangle
 from trsr_dist.planning.weights import weight_bytes
 from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.run import SPLITS
 from trsr_dist.summarize.plans import planner
 from trsr_dist.summarize.plans.graph import Node, node_prompt
 

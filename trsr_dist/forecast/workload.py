@@ -127,7 +127,7 @@ def expected_sample(
 
 
 def _tokenized(users: Sequence[TokenizedUser], keys: np.ndarray, num_users: int, source: Source) -> PromptLengths:
-    head = head_length([np.asarray(user.prefix) for user in users])
+    head = head_length([user.prefix for user in users])
     return PromptLengths(table_of(users), keys, head, num_users, source)
 
 

@@ -10,9 +10,10 @@ from trsr_dist.errors import ModelError
 from trsr_dist.hashing import digest
 from trsr_dist.prompts.encoder import Encoder
 from trsr_dist.prompts.text import recommend_prompt
-from trsr_dist.prompts.trimming import CHARACTERS_PER_TOKEN, Cuts, Parts, cap_text, head_of, trim
+from trsr_dist.prompts.trimming import CHARACTERS_PER_TOKEN, Parts, cap_text, head_of, trim
 from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.records import Sample, TokenizedUser
+from trsr_dist.rows import common_prefix_length
 from trsr_dist.words import count_words
 
 
@@ -108,7 +109,9 @@ class PromptBuilder:
         probes: list[int] = []
         while max(map(len, ids)) > self.max_tokens:
             probes.append(max(range(len(ids)), key=lambda place: len(ids[place])))
-            parts = self._cuts(sample, whole, probes).apply(whole)
+            longest = max(map(count_words, whole.candidates))
+            chosen = replace(whole, candidates=tuple(whole.candidates[place] for place in probes))
+            parts = trim(chosen, lambda tried: self._fits(sample.instruction, tried), longest, sample.user).apply(whole)
             ids = self._encode_all(sample.instruction, parts)
         # Different texts that became the same by cutting: the model cannot tell these candidates apart.
         counts["candidates_equal"] -= len(set(parts.candidates))
@@ -136,12 +139,6 @@ class PromptBuilder:
             head_of(text, CHARACTERS_PER_TOKEN * self.max_candidate_tokens), self.max_candidate_tokens, self._count
         )
 
-    def _cuts(self, sample: Sample, whole: Parts, probes: list[int]) -> Cuts:
-        """What must be cut for some of the candidates to fit."""
-        chosen = replace(whole, candidates=tuple(whole.candidates[place] for place in probes))
-        longest = max(map(count_words, whole.candidates))
-        return trim(chosen, lambda tried: self._fits(sample.instruction, tried), longest, sample.user)
-
     def _encode_all(self, instruction: str, parts: Parts) -> list[list[int]]:
         prompts = [recommend_prompt(instruction, parts.summary, parts.recent, text) for text in parts.candidates]
         return self.encoder.encode(prompts)
@@ -165,25 +162,11 @@ class PromptBuilder:
         spaced = [f" {answer}" for answer in self.answers]
         variants = [list(self.answers), spaced] if prompt[-1].isspace() else [spaced, list(self.answers)]
         for variant in variants:
-            ids = [self._answer_id(prompt, base, answer) for answer in variant]
-            if None not in ids and ids[0] != ids[1]:
+            whole = [self.encode(prompt + answer) for answer in variant]
+            ids = [one[-1] for one in whole if one[:-1] == base and one[-1] != self.tokenizer.unk_token_id]
+            if len(set(ids)) == 2:
                 return ids[0], ids[1]
         raise ModelError(
             f"tokenizer {getattr(self.tokenizer, 'name_or_path', '')!r}: {self.answers} are not two different single "
             f"tokens after {prompt[-20:]!r}; choose other words with prompt.answers"
         )
-
-    def _answer_id(self, prompt: str, base: list[int], answer: str) -> int | None:
-        ids = self.encode(prompt + answer)
-        known = ids[-1:] != [self.tokenizer.unk_token_id]
-        return ids[-1] if ids[:-1] == base and known else None
-
-
-def common_prefix_length(prompts: Sequence[Sequence[int]]) -> int:
-    """Length of the longest common token prefix that leaves at least one token of every prompt."""
-    first, last = min(prompts), max(prompts)
-    limit = min(map(len, prompts)) - 1
-    for position in range(limit):
-        if first[position] != last[position]:
-            return position
-    return limit

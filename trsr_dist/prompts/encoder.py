@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from itertools import accumulate
+from itertools import accumulate, takewhile
 from typing import Any
 
 from trsr_dist.errors import DataError, ModelError
@@ -57,10 +57,15 @@ class Encoder:
         """What the chat template puts around every message."""
         if self.style == "chat":
             self.head, self.tail = template_ends(tokenizer, template_kwargs or {}, setting)
-        self._control = control_ids(tokenizer)
+        ids = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
+        found = tokenizer(UNKNOWN_CHARACTERS, add_special_tokens=False)["input_ids"]
+        # All special and added tokens, without the unknown one where ordinary unknown characters become it.
+        self._control = frozenset(ids - ({tokenizer.unk_token_id} & set(found)))
         template = getattr(tokenizer, "chat_template", None)
         self._marks = frozenset(MARK.findall(template if isinstance(template, str) else self.head + self.tail))
-        self._num_appended = self._count_appended()
+        closed = tokenizer(HARMLESS, add_special_tokens=True)["input_ids"]
+        self._num_appended = sum(1 for _ in takewhile(self._control.__contains__, reversed(closed)))
+        """Special tokens that the tokenizer puts behind a text."""
         self._harmless: dict[tuple[Any, ...], list[int]] = {}
         if self.style == "chat" and self.ids([self.head + HARMLESS + self.tail])[0][-1] == tokenizer.eos_token_id:
             raise ModelError(
@@ -172,14 +177,6 @@ class Encoder:
                     texts[number] = now[: last - 1] + middle + now[last:]
         return Prompt(prompt.words, tuple(texts))
 
-    def _count_appended(self) -> int:
-        """Special tokens that the tokenizer puts behind a text."""
-        ids = self.tokenizer(HARMLESS, add_special_tokens=True)["input_ids"]
-        count = 0
-        while count < len(ids) and ids[-1 - count] in self._control:
-            count += 1
-        return count
-
 
 def resolve_style(tokenizer: Any, style: str, setting: str = "prompt.style") -> str:
     """``auto`` becomes ``chat`` where the tokenizer has a chat template.
@@ -205,7 +202,14 @@ def template_ends(tokenizer: Any, template_kwargs: Mapping[str, Any], setting: s
     ends = set()
     for message in PROBES:
         try:
-            text = _rendered(tokenizer, message, template_kwargs)
+            template = tokenizer.get_chat_template()
+            text = tokenizer.apply_chat_template(
+                [{"role": "user", "content": message}],
+                tokenize=False,
+                add_generation_prompt=True,
+                chat_template=FIXED_DATE + template if "strftime_now" in template else None,
+                **template_kwargs,
+            )
         except Exception as error:  # a template is a program: it may raise anything, jinja's own errors among them
             reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
             given = f" with the variables {dict(template_kwargs)}" if template_kwargs else ""
@@ -223,24 +227,6 @@ def template_ends(tokenizer: Any, template_kwargs: Mapping[str, Any], setting: s
     return ends.pop()
 
 
-def control_ids(tokenizer: Any) -> frozenset[int]:
-    """Ids of all special and added tokens; without the unknown token where ordinary unknown characters become it."""
-    ids = {*tokenizer.all_special_ids, *getattr(tokenizer, "added_tokens_decoder", ())}
-    found = tokenizer(UNKNOWN_CHARACTERS, add_special_tokens=False)["input_ids"]
-    return frozenset(ids - ({tokenizer.unk_token_id} & set(found)))
-
-
 def for_any_tokenizer(prompt: Prompt) -> Prompt:
     """The prompt with a blank in all that reads like a control token, for a server whose tokenizer is not at hand."""
     return Prompt(prompt.words, tuple(MARK.sub(lambda mark: broken(mark[0]), text) for text in prompt.texts))
-
-
-def _rendered(tokenizer: Any, message: str, template_kwargs: Mapping[str, Any]) -> str:
-    template = tokenizer.get_chat_template()
-    return tokenizer.apply_chat_template(
-        [{"role": "user", "content": message}],
-        tokenize=False,
-        add_generation_prompt=True,
-        chat_template=FIXED_DATE + template if "strftime_now" in template else None,
-        **template_kwargs,
-    )

@@ -22,6 +22,7 @@ from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger, progress
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import TokenizedUser
+from trsr_dist.rows import common_prefix_length
 from trsr_dist.shards.lengths import (
     SUMMARY,
     TRIMS,
@@ -167,7 +168,8 @@ class Measuring:
                 values.append(0)
             else:
                 values += _values(tokenized)
-                head = _common_length(tokenized.prefix, first[:head])
+                # -1, which is no token, lets the whole of the first prefix be shared
+                head = common_prefix_length((tokenized.prefix, (*first[:head], -1)))
                 trims.update(name for name in tokenized.trims if name in TRIMS)
             starts.append(len(values))
         header = Header(damaged, head, {name: trims[name] for name in TRIMS})
@@ -204,14 +206,6 @@ def _start_worker(measuring: Measuring, first: tuple[int, ...]) -> None:
 def _work(number: int) -> None:
     measuring, first = _worker
     measuring.measure(number, first)
-
-
-def _common_length(prefix: tuple[int, ...], first: tuple[int, ...]) -> int:
-    """How many tokens both begin with; the prefix keeps one more."""
-    limit = min(len(first), len(prefix) - 1)
-    if prefix[:limit] == first[:limit]:
-        return max(0, limit)
-    return next(place for place in range(limit) if prefix[place] != first[place])
 
 
 def _values(tokenized: TokenizedUser) -> list[int]:

@@ -1,24 +1,118 @@
-"""Texts by the hash of all they depend on; shared by every task of every job on the run folder."""
+"""Texts by the hash of all they depend on; shared by every task of every job on the run folder.
+
+They are kept in journals, append-only files of checked records: whatever a kill leaves behind, complete records stay
+and torn ones are skipped. A record is one line: CRC-32 of the JSON in 8 hex digits, a blank, the JSON, which begins
+with the key. One writer a file, many readers.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from typing_extensions import TypedDict
 
+from trsr_dist.errors import DataError
 from trsr_dist.hashing import digest
+from trsr_dist.json_text import parse_json
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.prompts.wording import WORDING_VERSION
-from trsr_dist.summarize.journal import JournalWriter, read_at, scan
 
 SUFFIX = ".journal"
 MAX_OPEN = 64
 """Journals kept open for reading: every start of every task leaves one, and a process may open 1024 files."""
 MERGE_AT = 100_000
 """New entries join the sorted index at this number: 20 bytes an entry there, some 200 before."""
+FRAME = 9
+"""Bytes before the JSON."""
+KEY = re.compile(rb'.{9}\{"key":"([0-9a-f]{32})"', re.DOTALL)
+"""How a line begins."""
+PIECE = 4096
+"""Bytes of one read: most records are shorter."""
 ENTRY = np.dtype([("key", "<u8"), ("file", "<u4"), ("offset", "<u8")])
+
+
+class Record(TypedDict):
+    """What every record has; the scheduler's have more."""
+
+    __pydantic_config__ = {"extra": "allow"}
+    key: str
+
+
+def pack(record: dict[str, Any]) -> bytes:
+    """A record, with a ``key`` of 32 hex digits, as a line."""
+    body = json.dumps({"key": record["key"], **record}, ensure_ascii=False, separators=(",", ":")).encode()
+    return b"%08x %s\n" % (zlib.crc32(body), body)
+
+
+def unpack(line: bytes) -> dict[str, Any] | None:
+    """The record of a line; None where it is torn or damaged."""
+    body = line[FRAME:-1]
+    if line[-1:] != b"\n" or line[:FRAME] != b"%08x " % zlib.crc32(body):
+        return None
+    try:
+        return parse_json(body, Record)
+    except DataError:
+        return None
+
+
+def scan(path: Path, offset: int = 0) -> Iterator[tuple[int, int, str | None]]:
+    """Complete lines from ``offset`` on, as (start, end, key); None where a line begins with none.
+
+    Whether the rest is undamaged shows when the record is read. An unfinished last line is not reported: its writer may
+    be about to finish it.
+    """
+    with open(path, "rb") as stream:
+        stream.seek(offset)
+        for line in stream:
+            if line[-1:] != b"\n":
+                return
+            found = KEY.match(line)
+            yield offset, offset + len(line), found and found[1].decode()
+            offset += len(line)
+
+
+class JournalWriter:
+    """Appends records, each by one write, so that a kill tears at most the last one.
+
+    Args:
+        path: a file that does not exist yet.
+    """
+
+    def __init__(self, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_APPEND, 0o644)
+        self.size = 0
+
+    def append(self, record: dict[str, Any]) -> int:
+        """Write a record and return its offset.
+
+        Raises:
+            OSError: the disk is full; the file is cut back to its complete records.
+        """
+        line = pack(record)
+        offset = self.size
+        try:
+            written = os.write(self._descriptor, line)
+            while written < len(line):
+                written += os.write(self._descriptor, line[written:])
+        except OSError:
+            os.ftruncate(self._descriptor, offset)
+            raise
+        self.size += len(line)
+        return offset
+
+    def close(self) -> None:
+        """Force what was written to the disk."""
+        os.fsync(self._descriptor)
+        os.close(self._descriptor)
 
 
 def prompt_hash(prompt: SummaryPrompt) -> str:
@@ -64,7 +158,7 @@ class PlaceIndex:
 class TextCache:
     """Look texts up, add new ones.
 
-    Each task appends to a journal of its own, so that no lock is needed and a torn end is never written after. The
+    Each task appends to its own journal, so that no lock is needed and a torn end is never written after. The
     journals of all tasks are read.
 
     Args:
@@ -76,7 +170,7 @@ class TextCache:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
         self.num_damaged = 0
-        """Damaged records met; their texts are made again."""
+        """Damaged records met; their texts are generated again."""
         self._own = folder / f"{task}{SUFFIX}"
         self._files: list[Path] = [self._own]
         self._scanned: dict[Path, int] = {}
@@ -93,8 +187,15 @@ class TextCache:
             if path not in self._scanned:
                 self._files.append(path)
                 self._scanned[path] = 0
-            if path.stat().st_size > self._scanned[path]:
-                self._scan(path)
+            if path.stat().st_size <= self._scanned[path]:
+                continue
+            number = self._files.index(path)
+            for start, end, key in scan(path, self._scanned[path]):
+                if key is None:
+                    self.num_damaged += 1
+                else:
+                    self._index.add(key, number, start)
+                self._scanned[path] = end
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The record of a key, None where there is none."""
@@ -102,7 +203,10 @@ class TextCache:
         if place is None:
             return None
         number, offset = place
-        record = read_at(self._reader(number), offset)
+        descriptor, line = self._reader(number), b""
+        while b"\n" not in line and (more := os.pread(descriptor, PIECE, offset + len(line))):
+            line += more
+        record = unpack(line[: line.find(b"\n") + 1])
         self.num_damaged += record is None
         return record if record is not None and record["key"] == key else None
 
@@ -128,12 +232,3 @@ class TextCache:
                 os.close(self._readers.pop(next(iter(self._readers))))
             self._readers[number] = os.open(self._files[number], os.O_RDONLY)
         return self._readers[number]
-
-    def _scan(self, path: Path) -> None:
-        number = self._files.index(path)
-        for start, end, key in scan(path, self._scanned[path]):
-            if key is None:
-                self.num_damaged += 1
-            else:
-                self._index.add(key, number, start)
-            self._scanned[path] = end

@@ -1,7 +1,7 @@
 """Summaries without a model: what a user's items have in common, by frequency. Pure and deterministic.
 
 A summary reads ``sports/tennis (4), finance/markets (2); words: final (2), rain``. It can be read back, so that merges
-and updates add the counts up. A count of 1 is not written.
+and updates add the counts up. A count of 1 is not written. The engine needs nothing but the standard library.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.summarize.requests import Completion, Request
 from trsr_dist.words import (
     HAN,
     HANGUL,
@@ -81,21 +82,21 @@ class Terms:
 def extract(prompt: SummaryPrompt, max_words: int) -> str:
     """The summary of a prompt's parts, in at most ``max_words`` words (or one term, where that is longer)."""
     terms = Terms()
-    for summary in prompt.previous:
-        read_summary(terms, summary)
+    for summary in prompt.previous:  # of our own; in any other, all is one list of topics
+        topics, _, words = summary.partition(WORDS_MARK)
+        for counter, part in ((terms.topics, topics), (terms.words, words)):
+            for term in reversed([term for term in part.strip(" ;").split(", ") if term]):
+                match = _TERM.match(term)
+                terms.add(counter, match["term"], int(match["count"] or 1))
     for item in prompt.items:
-        read_item(terms, item)
+        # Leading short fields make one topic (sports/tennis), later short ones a topic each, the rest gives words.
+        leading, topics, free = split_fields(item)
+        for topic in ["/".join(leading)] * bool(leading) + topics:
+            terms.add(terms.topics, topic)
+        for word in dict.fromkeys(informative_words(free)):
+            terms.add(terms.words, word)
     text = write_summary(terms, max_words)
     return text or cut_words(" ".join(" ".join((*prompt.previous, *prompt.items)).split()), max_words)
-
-
-def read_item(terms: Terms, text: str) -> None:
-    """Leading short fields make one topic (``sports/tennis``), later short ones a topic each, the rest gives words."""
-    leading, topics, free = split_fields(text)
-    for topic in ["/".join(leading)] * bool(leading) + topics:
-        terms.add(terms.topics, topic)
-    for word in dict.fromkeys(informative_words(free)):
-        terms.add(terms.words, word)
 
 
 def split_fields(text: str) -> tuple[list[str], list[str], str]:
@@ -124,7 +125,12 @@ def informative_words(text: str) -> list[str]:
     words = [word.lower() for word in _WORD.findall(text)]
     if not text.isascii():
         words = [part for word in words for part in _parts(word)]
-    return [word for word in words if len(word) >= _least_length(word) and word not in STOP_WORDS]
+    return [
+        word
+        for word in words
+        if len(word) >= (MIN_LETTERS if word.isascii() or not _DENSE.match(word) else MIN_DENSE_LETTERS)
+        and word not in STOP_WORDS
+    ]
 
 
 def _parts(word: str) -> Iterator[str]:
@@ -138,25 +144,12 @@ def _parts(word: str) -> Iterator[str]:
             yield from (gram for gram in grams if gram[0] not in MARKS)
 
 
-def _least_length(word: str) -> int:
-    return MIN_LETTERS if word.isascii() or not _DENSE.match(word) else MIN_DENSE_LETTERS
-
-
-def read_summary(terms: Terms, text: str) -> None:
-    """Add a summary written here; any other text counts as free text."""
-    topics, _, words = text.partition(WORDS_MARK)
-    for counter, part in ((terms.topics, topics), (terms.words, words)):
-        for term in reversed([term for term in part.strip(" ;").split(", ") if term]):
-            match = _TERM.match(term)
-            terms.add(counter, match["term"], int(match["count"] or 1))
-
-
 def write_summary(terms: Terms, max_words: int) -> str:
     """Topics first; words fill what is left."""
     topics, words = terms.ranked(terms.topics), terms.ranked(terms.words)
     room = int(max_words * TOPIC_SHARE) if words else max_words
     shown = _within(topics, room) or topics[:1]
-    others = _within(words, max_words - _num_words(shown) - 1) if words else []
+    others = _within(words, max_words - sum(len(split_words(term)) for term in shown) - 1) if words else []
     if not shown and not others:
         others = words[:1]
     parts = [", ".join(shown)] * bool(shown) + [f"{WORDS_MARK} {', '.join(others)}"] * bool(others)
@@ -173,5 +166,24 @@ def _within(terms: Iterable[str], max_words: int) -> list[str]:
     return kept
 
 
-def _num_words(terms: Iterable[str]) -> int:
-    return sum(len(split_words(term)) for term in terms)
+class ExtractiveEngine:
+    """Lists what a user's items have in common.
+
+    Args:
+        capacity: requests between two polls.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self._done: list[Completion] = []
+
+    def submit(self, request: Request) -> None:
+        text = extract(request.prompt, request.max_new_tokens)
+        self._done.append(Completion(request.key, text, new_tokens=len(split_words(text)), generated=False))
+
+    def poll(self) -> list[Completion]:
+        done, self._done = self._done, []
+        return done
+
+    def close(self) -> None:
+        self._done.clear()

@@ -19,7 +19,6 @@ from typing import Any
 
 from trsr_dist.cli import EXIT_REQUEUE
 from trsr_dist.config import Config, dump_config
-from trsr_dist.data.splits import SPLITS
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.environment import Ranks, array_task, detect_ranks
 from trsr_dist.errors import EngineError, RunError, TrsrError
@@ -30,13 +29,12 @@ from trsr_dist.liveness import Owner, touching
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.printable import strike_addresses
 from trsr_dist.prompts.wording import WORDING_VERSION
-from trsr_dist.run import RunFolder, claim, is_finished
+from trsr_dist.run import SPLITS, RunFolder, claim, is_finished
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.engines.build import build_engine, engine_identity, revision_to_load
-from trsr_dist.summarize.engines.lazy import LazyEngine
 from trsr_dist.summarize.plans import planner, writer
-from trsr_dist.summarize.progress import WRITE_SECONDS, TaskProgress, task_path, work_name, write_job
-from trsr_dist.summarize.report import Reporter
+from trsr_dist.summarize.progress import WRITE_SECONDS, Reporter, TaskProgress, task_path, work_name, write_job
+from trsr_dist.summarize.requests import LazyEngine
 from trsr_dist.summarize.scheduler import Scheduler
 from trsr_dist.summarize.units import SplitWork
 from trsr_dist.summarize.worker import Recipe, Worker
@@ -79,19 +77,16 @@ def summarize(config: Config, force: bool = False) -> int:
     earlier = signal.signal(signal.SIGTERM, _stop)
     try:
         with writing(run.root):
-            _run(Job(config, run, store, task, force))
+            job = Job(config, run, store, task, force)
+            job.tidy()
+            if job.unpublished:
+                job.run()
+            else:
+                job.write_config(only_missing=True)
+                log.info("%s: nothing to do, the shards of %s are there", run.shards, ", ".join(SPLITS))
     finally:
         signal.signal(signal.SIGTERM, earlier)
     return 0
-
-
-def _run(job: Job) -> None:
-    job.tidy()
-    if job.unpublished:
-        job.run()
-    else:
-        job.write_config(only_missing=True)
-        log.info("%s: nothing to do, the shards of %s are there", job.run_folder.shards, ", ".join(SPLITS))
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -113,13 +108,17 @@ class Job:
         self.settings = shard_settings(config, self.identity)
         self.inputs = {"histories": store.manifest_hash}
         self.digest = digest([self.settings, self.inputs])
+        self.progress_folder = run.summaries / "progress" / self.digest[:12]
         self.replace = force
         self.redo = force and task.count == 1
-        """Make finished sets anew. Of several tasks, none could tell an old set from what another has just made."""
+        """Redo finished sets. Of several tasks, none could tell an old set from what another has just made."""
         self._gone_since: dict[str, float] = {}
         for split in SPLITS:
             recover_folder(run.split(split), locked=False)
-        self.works = {split: self._work(split) for split in SPLITS}
+        self.works: dict[str, SplitWork] = {}
+        for split in SPLITS:
+            folder = run.summaries / "work" / work_name(split, self.settings, self.inputs)
+            self.works[split] = SplitWork(folder, split, store.num_users(split), config.summarize.users_per_shard)
         self.unpublished = {s: work for s, work in self.works.items() if self.redo or not self._is_published(s)}
         if force and not self.redo and not self.unpublished:
             log.warning(
@@ -143,42 +142,30 @@ class Job:
         Raises:
             RunError: a job of other settings or inputs is at work here.
         """
-        what = {**self.settings, **self.inputs}
-        with claim(self.run_folder.summaries, self.digest, what):
-            self._run_claimed()
-
-    def _run_claimed(self) -> None:
-        if self.task.index == 0:
+        run, settings = self.run_folder, self.config.summarize
+        with claim(run.summaries, self.digest, {**self.settings, **self.inputs}):
+            num_units = sum(work.num_units for work in self.unpublished.values())
+            if self.task.index == 0 and self.task.count > num_units:
+                log.warning(
+                    "%d tasks, %d units: the others wait, without a model; lower summarize.users_per_shard, or take "
+                    "fewer tasks",
+                    self.task.count, num_units,
+                )  # fmt: skip
             self.write_config()
-            self._compare_tasks_and_units()
-        summaries = self.run_folder.summaries
-        check_one_file_system(summaries, self.run_folder.shards)
-        write_job(self._progress_folder, self.works)
-        for work in self.unpublished.values():
-            if self.redo:
-                work.clear()
-            work.open()
-        leases = LeaseFolder(summaries / "leases", Owner.myself(self.task.name), self.config.summarize.lease_seconds)
-        cache = TextCache(summaries / "journal", self.task.name)
-        try:
-            with touching(task_path(self._progress_folder, self.task.name), WRITE_SECONDS):
-                self._with_engine(leases, cache)
-        finally:
-            leases.close()
-            cache.close()
-
-    def _compare_tasks_and_units(self) -> None:
-        num_units = sum(work.num_units for work in self.unpublished.values())
-        if self.task.count > num_units:
-            log.warning(
-                "%d tasks, %d units: the others wait, without a model; lower summarize.users_per_shard, or take fewer "
-                "tasks",
-                self.task.count, num_units,
-            )  # fmt: skip
-
-    @property
-    def _progress_folder(self) -> Path:
-        return self.run_folder.summaries / "progress" / self.digest[:12]
+            check_one_file_system(run.summaries, run.shards)
+            write_job(self.progress_folder, self.works)
+            for work in self.unpublished.values():
+                if self.redo:
+                    work.clear()
+                work.open()
+            leases = LeaseFolder(run.summaries / "leases", Owner.myself(self.task.name), settings.lease_seconds)
+            cache = TextCache(run.summaries / "journal", self.task.name)
+            try:
+                with touching(task_path(self.progress_folder, self.task.name), WRITE_SECONDS):
+                    self._with_engine(leases, cache)
+            finally:
+                leases.close()
+                cache.close()
 
     def _with_engine(self, leases: LeaseFolder, cache: TextCache) -> None:
         works, first = list(self.unpublished.values()), self.task.index / self.task.count
@@ -195,7 +182,16 @@ class Job:
             settings.temperature,
             self.config.run.seed,
         )
-        reporter = self._reporter(leases, worker, scheduler)
+        reporter = Reporter(
+            self.run_folder,
+            self.progress_folder,
+            TaskProgress(self.task.name, self.task.ranks.host),
+            leases,
+            worker,
+            scheduler,
+            alone=self.task.count == 1,
+            tensorboard=self.config.run.tensorboard,
+        )
         state, message = "stopped", ""
         try:
             self._work_on(worker, scheduler, leases, reporter)
@@ -207,18 +203,6 @@ class Job:
         finally:
             reporter.close(state, message)
             engine.close()
-
-    def _reporter(self, leases: LeaseFolder, worker: Worker, scheduler: Scheduler) -> Reporter:
-        return Reporter(
-            self.run_folder,
-            self._progress_folder,
-            TaskProgress(self.task.name, self.task.ranks.host),
-            leases,
-            worker,
-            scheduler,
-            alone=self.task.count == 1,
-            tensorboard=self.config.run.tensorboard,
-        )
 
     def _work_on(self, worker: Worker, scheduler: Scheduler, leases: LeaseFolder, reporter: Reporter) -> None:
         reporter.update()
@@ -241,22 +225,18 @@ class Job:
             gone = not work.folder.exists()  # asked first: others publish, then remove the folder
             if not self.redo and self._is_published(split):
                 work.clear()
-            elif gone:
-                self._wait_for_manifest(split, work)
+            elif gone:  # as soon as its set is published; NFS may show the one before the other
+                now = time.monotonic()
+                if now - self._gone_since.setdefault(split, now) > GONE_SECONDS:
+                    raise RunError(f"{work.folder}: removed while this task was at work; run the stage again")
                 continue
-            elif not (work.is_complete() and self._publish_alone(split, work, leases)):
+            elif not work.is_complete():
                 continue
+            else:
+                with leases.holding(f"{work.folder.name}-publish") as mine:
+                    if not (mine and work.folder.exists() and self._publish_split(split, work)):
+                        continue
             del self.unpublished[split]
-
-    def _wait_for_manifest(self, split: str, work: SplitWork) -> None:
-        """A work folder is gone when its set is published; NFS may show the one before the other."""
-        now = time.monotonic()
-        if now - self._gone_since.setdefault(split, now) > GONE_SECONDS:
-            raise RunError(f"{work.folder}: removed while this task was at work; run the stage again")
-
-    def _publish_alone(self, split: str, work: SplitWork, leases: LeaseFolder) -> bool:
-        with leases.holding(f"{work.folder.name}-publish") as mine:
-            return mine and work.folder.exists() and self._publish_split(split, work)
 
     def _publish_split(self, split: str, work: SplitWork) -> bool:
         units = [work.facts(unit) for unit in range(work.num_units)]
@@ -291,10 +271,6 @@ class Job:
             if self.replace:
                 return False
             raise
-
-    def _work(self, split: str) -> SplitWork:
-        folder = self.run_folder.summaries / "work" / work_name(split, self.settings, self.inputs)
-        return SplitWork(folder, split, self.store.num_users(split), self.config.summarize.users_per_shard)
 
     def _recipe(self) -> Recipe:
         settings = self.config.summarize

@@ -1,5 +1,7 @@
 """What is seen from outside: a small file of each task, and what they and the committed units add up to.
 
+A task at work reports in its file; one of all writes the totals to TensorBoard and metrics.jsonl.
+
 RUN/summaries/progress/{settings}/job.json         splits and units of the job
 RUN/summaries/progress/{settings}/{task}.json      what a task has done, rewritten every few seconds
 """
@@ -9,9 +11,10 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 from typing_extensions import TypedDict
@@ -19,11 +22,18 @@ from typing_extensions import TypedDict
 from trsr_dist.errors import DataError
 from trsr_dist.files import read_json, write_json
 from trsr_dist.hashing import digest
+from trsr_dist.leases import LeaseFolder
 from trsr_dist.liveness import reader_time
+from trsr_dist.log import MetricLog, progress
 from trsr_dist.run import MANIFEST, Manifest, RunFolder, read_manifest
 from trsr_dist.summarize.units import Failed, SplitWork
 
+if TYPE_CHECKING:  # tools/status.py needs neither
+    from trsr_dist.summarize.scheduler import Scheduler
+    from trsr_dist.summarize.worker import Worker
+
 JOB = "job.json"
+METRICS_LEASE = "metrics"
 PUBLISHED = "published"
 WRITE_SECONDS = 10.0
 """Between two rewritings of a task's file."""
@@ -185,11 +195,22 @@ class ProgressReader:
         """The state of the job at this moment."""
         tasks = read_tasks(self.folder)
         alive = [task for task in tasks if task.state == "running"]
-        parts = [self._read_split(split, work) for split, work in self._works.items()]
-        failures = [failure for _, _, failed in parts for failure in failed]
+        states, failures, users_done = {}, [], sum(task.uncommitted for task in alive)
+        for split, work in self._works.items():
+            path = self.run.split(split) / MANIFEST
+            manifest = read_manifest(path.parent, PublishedManifest) if path.is_file() else {}
+            name = work_name(split, manifest.get("settings", {}), manifest.get("inputs", {}))
+            if manifest and name == work.folder.name:
+                states[split], failed = PUBLISHED, manifest.get("failed", [])
+                users_done += work.num_users
+            else:
+                units = work.committed() if work.folder.exists() else ()
+                states[split], failed = f"{len(units)} of {work.num_units} units", work.failures()
+                users_done += sum(len(work.users(unit)) for unit in units)
+            failures += failed
         return Overview(
             num_users=sum(work.num_users for work in self._works.values()),
-            users_done=sum(users for _, users, _ in parts) + sum(task.uncommitted for task in alive),
+            users_done=users_done,
             in_flight=sum(task.in_flight for task in alive),
             quarantined=len(failures) + sum(task.quarantined for task in alive),
             nodes=sum(task.nodes for task in tasks),
@@ -197,28 +218,10 @@ class ProgressReader:
             tokens=sum(task.prompt_tokens + task.new_tokens for task in tasks),
             users_per_second=sum(task.users_per_second for task in alive),
             tokens_per_second=sum(task.tokens_per_second for task in alive),
-            splits={split: state for split, (state, _, _) in zip(self._works, parts, strict=True)},
+            splits=states,
             failures=failures,
             tasks=[task for task in tasks if task.state in ("running", "failed")],
         )
-
-    def _read_split(self, split: str, work: SplitWork) -> tuple[str, int, list[dict[str, Any]]]:
-        """State, users whose unit is committed, failures."""
-        failed = self._published_failures(split, work)
-        if failed is not None:
-            return PUBLISHED, work.num_users, failed
-        units = work.committed() if work.folder.exists() else ()
-        users = sum(len(work.users(unit)) for unit in units)
-        return f"{len(units)} of {work.num_units} units", users, work.failures()
-
-    def _published_failures(self, split: str, work: SplitWork) -> list[dict[str, Any]] | None:
-        """Failures in the manifest of the published set; None where this job's set is not published."""
-        path = self.run.split(split) / MANIFEST
-        if not path.is_file():
-            return None
-        manifest = read_manifest(path.parent, PublishedManifest)
-        own = work.folder.name == work_name(split, manifest.get("settings", {}), manifest.get("inputs", {}))
-        return manifest.get("failed", []) if own else None
 
 
 def work_name(split: str, settings: dict[str, Any], inputs: dict[str, str]) -> str:
@@ -252,3 +255,82 @@ def write_task(folder: Path, progress: TaskProgress) -> None:
 def task_path(folder: Path, task: str) -> Path:
     """Where a task tells of itself."""
     return folder / f"{task}.json"
+
+
+class Reporter:
+    """Call ``update`` often; it writes every few seconds.
+
+    One task at a time, whichever holds the lease, writes the numbers of the whole job to the metrics.
+
+    Args:
+        run: the run folder.
+        folder: of the job's progress.
+        own: names this task; filled in here.
+        leases: of the job.
+        worker: whose progress it is.
+        scheduler: of the same task.
+        alone: show a progress bar.
+        tensorboard: write TensorBoard events beside metrics.jsonl.
+    """
+
+    def __init__(
+        self,
+        run: RunFolder,
+        folder: Path,
+        own: TaskProgress,
+        leases: LeaseFolder,
+        worker: Worker,
+        scheduler: Scheduler,
+        alone: bool,
+        tensorboard: bool,
+    ) -> None:
+        self.run = run
+        self.folder = folder
+        self.own = own
+        self.leases = leases
+        self.worker = worker
+        self.scheduler = scheduler
+        self.tensorboard = tensorboard
+        self._reader = ProgressReader(run, folder)
+        self._rates = Rates()
+        self._last = float("-inf")
+        self._metrics: MetricLog | None = None
+        self._bar = None
+        if alone:
+            overview = self._reader.read()
+            total = overview.num_users - overview.users_done
+            self._bar = progress(total=total, description="summarize", unit="user")
+
+    def update(self, new_users: int = 0) -> None:
+        """Take note of finished users; write if the last time is long enough ago."""
+        self.own.users += new_users
+        if self._bar is not None:
+            self._bar.update(new_users)
+        if time.monotonic() - self._last >= WRITE_SECONDS:
+            self._write()
+
+    def close(self, state: str, error: str = "") -> None:
+        """Leave the last word; a disk that cannot be written any more is reported by others."""
+        self.own.state, self.own.error = state, error
+        with suppress(OSError):
+            self._write()
+        if self._bar is not None:
+            self._bar.close()
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def _write(self) -> None:
+        own, counts = self.own, self.scheduler.counts
+        own.uncommitted, own.in_flight = self.worker.num_uncommitted, self.scheduler.num_users
+        own.quarantined = len(self.worker.uncommitted_failures)
+        own.nodes, own.cache_hits, own.requests = counts.nodes, counts.cache_hits, counts.requests
+        own.retries, own.prompt_tokens, own.new_tokens = counts.retries, counts.prompt_tokens, counts.new_tokens
+        rates = self._rates.update(own.users, own.prompt_tokens + own.new_tokens)
+        own.users_per_second, own.tokens_per_second = (round(rate, 3) for rate in rates)
+        write_task(self.folder, self.own)
+        self._last = time.monotonic()
+        if self._metrics is None and self.leases.acquire(METRICS_LEASE) is not None:
+            self._metrics = MetricLog(self.run.root, "summarize", self.tensorboard)
+        if self._metrics is not None:
+            overview = self._reader.read()
+            self._metrics.write(overview.users_done, overview.scalars)

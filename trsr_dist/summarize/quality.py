@@ -66,20 +66,17 @@ def flags_of(text: str, prompt: SummaryPrompt, run_on: bool, cut: bool) -> tuple
         run_on: a turn marker was found and cut away.
         cut: the token limit ended it.
     """
+    sources = " ".join((*prompt.previous, *prompt.items))
+    # Of items that have no letters or digits themselves, any sign will do.
+    has_content = _has_letters(text) or (has_text(text) and has_text(sources) and not _has_letters(sources))
     faults = {
-        "empty": not has_content(text, prompt),
+        "empty": not has_content,
         "echo": is_echo(text, prompt.instruction),
         "run_on": run_on,
         "repetition": is_repetitive(text),
         "cut": cut,
     }
     return tuple(name for name, found in faults.items() if found)
-
-
-def has_content(text: str, prompt: SummaryPrompt) -> bool:
-    """Whether there are letters or digits; of items that have none themselves, any sign will do."""
-    sources = " ".join((*prompt.previous, *prompt.items))
-    return _has_letters(text) or (has_text(text) and has_text(sources) and not _has_letters(sources))
 
 
 def _has_letters(text: str) -> bool:

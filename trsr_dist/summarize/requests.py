@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -39,7 +40,7 @@ class Completion:
     words_cut: int = 0
     """Trimmed from the prompt, so that it kept to the token limit."""
     generated: bool = True
-    """A model wrote it, which may have thought aloud first and gone on with turns that it made up."""
+    """A model wrote it, which may have begun with its thoughts and gone on with turns that it made up."""
     error: str = ""
     """Why there is no text, for good; empty where there is one."""
 
@@ -62,3 +63,31 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Release threads, connections and memory."""
+
+
+class LazyEngine:
+    """An engine that is built for the first prompt: a task without work, or with all texts cached, loads no model.
+
+    Args:
+        build: raises what building raises, out of the first ``submit``.
+    """
+
+    def __init__(self, build: Callable[[], Engine]) -> None:
+        self._build = build
+        self._engine: Engine | None = None
+
+    @property
+    def capacity(self) -> int:
+        return 1 if self._engine is None else self._engine.capacity
+
+    def submit(self, request: Request) -> None:
+        if self._engine is None:
+            self._engine = self._build()
+        self._engine.submit(request)
+
+    def poll(self) -> list[Completion]:
+        return [] if self._engine is None else self._engine.poll()
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from trsr_dist.hashing import hash64
-from trsr_dist.prompts.text import SummaryPrompt, one_line
+from trsr_dist.prompts.text import one_line
 from trsr_dist.summarize.cache import TextCache, prompt_hash, text_key
 from trsr_dist.summarize.plans.graph import Plan, children, heights, node_prompt
 from trsr_dist.summarize.quality import clean, flags_of
@@ -193,12 +193,9 @@ class Scheduler:
             self.counts.cache_hits += 1
             self._deliver(record, [(user, position)])
             return
-        self._submit(key, hashed, prompt, (user, position))
-
-    def _submit(self, key: str, hashed: str, prompt: SummaryPrompt, place: tuple[_User, int]) -> None:
         self.counts.requests += 1
         request = Request(key, prompt, self.max_new_tokens, self.temperature, hash64(self.seed, key) >> 1)
-        self._pending[key] = _Pending(request, hashed, [place])
+        self._pending[key] = _Pending(request, hashed, [(user, position)])
         self.engine.submit(request)
 
     def _complete(self, completion: Completion) -> None:
@@ -210,12 +207,23 @@ class Scheduler:
             return
         record = pending.first if completion.error else self._record(completion, pending)
         if record["flags"] and pending.first is None:
-            self._retry(pending, record)
+            # Once more, alone and sampled: the same greedy text would come again.
+            self.counts.retries += 1
+            old, temperature = pending.request, self.temperature or RETRY_TEMPERATURE
+            request = replace(old, temperature=temperature, seed=hash64("retry", old.key) >> 1)
+            self._pending[old.key] = _Pending(request, pending.prompt, pending.waiting, record)
+            self.engine.submit(request)
             return
         if pending.first is not None and len(pending.first["flags"]) <= len(record["flags"]):
             record = pending.first
         if "empty" in record["flags"]:
-            self._fail(pending.waiting, completion.key, self._why_empty(record))
+            reason = "the engine wrote no text, and none when sampled"
+            if "cut" in record["flags"]:
+                reason += (
+                    f": its thoughts took all of summarize.max_new_tokens={self.max_new_tokens}; raise that, or turn "
+                    "thoughts off with summarize.chat_template_kwargs"
+                )
+            self._fail(pending.waiting, completion.key, reason)
             return
         self.cache.add(record)
         for flag in record["flags"]:
@@ -237,23 +245,6 @@ class Scheduler:
         if pending.first is not None:
             record["sampled"] = True
         return record
-
-    def _why_empty(self, record: dict[str, Any]) -> str:
-        reason = "the engine wrote no text, and none when sampled"
-        if "cut" not in record["flags"]:
-            return reason
-        return (
-            f"{reason}: its thoughts took all of summarize.max_new_tokens={self.max_new_tokens}; raise that, or turn "
-            "thoughts off with summarize.chat_template_kwargs"
-        )
-
-    def _retry(self, pending: _Pending, record: dict[str, Any]) -> None:
-        """Once more, alone and sampled: the same greedy text would come again."""
-        self.counts.retries += 1
-        old = pending.request
-        request = replace(old, temperature=self.temperature or RETRY_TEMPERATURE, seed=hash64("retry", old.key) >> 1)
-        self._pending[old.key] = _Pending(request, pending.prompt, pending.waiting, record)
-        self.engine.submit(request)
 
     def _deliver(self, record: dict[str, Any], waiting: list[tuple[_User, int]]) -> None:
         for user, position in waiting:

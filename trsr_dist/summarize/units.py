@@ -20,7 +20,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from trsr_dist.errors import DataError
-from trsr_dist.files import read_json, remove_folder, replace_folder, sync_folder, write_json
+from trsr_dist.files import read_json, remove_folder, replace_folder, sync_path, write_json
 from trsr_dist.records import Sample
 from trsr_dist.run import MANIFEST
 from trsr_dist.shards.manifest import ShardFacts, write_split_manifest
@@ -90,7 +90,13 @@ class SplitWork:
         now = time.monotonic()
         if not self._is_gone and now - self._listed >= max_age_seconds:
             self._listed = now
-            self._list()
+            try:
+                with os.scandir(self.folder / "units") as entries:  # renamed as a whole, so that the name says it all
+                    self._done.update(int(entry.name) for entry in entries if entry.name.isdecimal())
+            except FileNotFoundError:
+                if not self.folder.exists():
+                    self._is_gone = True
+                    self._done.update(range(self.num_units))
         return self._done
 
     def is_complete(self) -> bool:
@@ -125,7 +131,7 @@ class SplitWork:
             shard = write_shard(attempt / f"{self.split}-{unit:06d}.tar", samples)
             write_json(attempt / FACTS, {"shard": asdict(shard), **facts})
             is_first = _is_first(lambda: os.rename(attempt, self._unit(unit)))
-            sync_folder(self._unit(unit).parent)
+            sync_path(self._unit(unit).parent)
             self._done.add(unit)
             return is_first
         except FileNotFoundError:
@@ -138,7 +144,7 @@ class SplitWork:
     def publish(self, target: Path, task: str, settings: dict[str, Any], inputs: dict[str, str], **facts: Any) -> bool:
         """Give the complete set its public name, in one rename.
 
-        Each publisher links the files into a set of its own, so that two at once, or one that was killed, do no harm.
+        Each publisher links the files into its own set, so that two at once, or one that was killed, do no harm.
 
         Args:
             target: ``RUN/shards/{split}``; an older set there is replaced.
@@ -154,7 +160,9 @@ class SplitWork:
         try:
             whole.mkdir()
             for unit in range(self.num_units):
-                self._link_files(self._unit(unit), whole)
+                for path in sorted(self._unit(unit).iterdir()):
+                    if path.name != FACTS:
+                        link_or_copy(path, whole / path.name)
             shards = [self.facts(unit)["shard"] for unit in range(self.num_units)]
             write_split_manifest(whole, shards, settings, inputs, **facts)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -171,23 +179,8 @@ class SplitWork:
         with suppress(FileNotFoundError):
             remove_folder(self.folder)
 
-    def _list(self) -> None:
-        """A unit is committed by the renaming of a folder, so its name says it all."""
-        try:
-            with os.scandir(self.folder / "units") as entries:
-                self._done.update(int(entry.name) for entry in entries if entry.name.isdecimal())
-        except FileNotFoundError:
-            if not self.folder.exists():
-                self._is_gone = True
-                self._done.update(range(self.num_units))
-
     def _unit(self, unit: int) -> Path:
         return self.folder / "units" / f"{unit:06d}"
-
-    def _link_files(self, unit: Path, whole: Path) -> None:
-        for path in sorted(unit.iterdir()):
-            if path.name != FACTS:
-                link_or_copy(path, whole / path.name)
 
 
 def _is_first(rename: Callable[[], None]) -> bool:

@@ -1,4 +1,7 @@
-"""One task's share of the job: claims units, hands their users to the scheduler, commits what is finished."""
+"""One task's share of the job: claims units, hands their users to the scheduler, commits what is finished.
+
+A user's sample holds history, summary and provenance; a target that is among the sources of its summary is an error.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trsr_dist.data.store import HistoryStore, UserRow
-from trsr_dist.errors import EngineError
+from trsr_dist.errors import DataError, EngineError
+from trsr_dist.hashing import digest
 from trsr_dist.leases import Lease, LeaseFolder
 from trsr_dist.log import get_logger
 from trsr_dist.printable import in_one_line
 from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Item, Sample
 from trsr_dist.summarize.plans.graph import Plan
-from trsr_dist.summarize.samples import SampleFacts, check_leaks, make_sample, node_provenance
-from trsr_dist.summarize.scheduler import Failure, Result, Work
+from trsr_dist.summarize.scheduler import Result, Work
 from trsr_dist.summarize.units import SplitWork
+from trsr_dist.words import comparable
 
 log = get_logger("summarize")
 
@@ -41,6 +45,16 @@ class Recipe:
     """More failed users than this, of all tasks together, stop the job."""
     provenance: dict[str, Any]
     """Common to all samples."""
+
+
+@dataclass(frozen=True, slots=True)
+class SampleFacts:
+    """What a user's sample adds to the counts of its unit."""
+
+    repeated_targets: int
+    """Targets consumed before, which data.repeated_target kept."""
+    near_duplicates: int
+    """Targets whose text equals that of another item in the history."""
 
 
 @dataclass(slots=True)
@@ -142,8 +156,23 @@ class Worker:
         unit = started.unit
         unit.num_finished += 1
         unit.left -= 1
-        if result.failure:
-            self._note_failure(unit, started.row.user, result.failure)
+        if (failure := result.failure) is not None:
+            user = started.row.user
+            unit.failed.append({"user": user, "node": failure.node, "key": failure.key, "reason": failure.reason})
+            log.warning("no summary for user %s: node %d: %s", in_one_line(user, 100), failure.node, failure.reason)
+            if self.recipe.failed_users == "fail":
+                raise EngineError(
+                    f"user {user!r}: node {failure.node}: {failure.reason}; set summarize.failed_users to skip or "
+                    "recent_only to go on without"
+                )
+            num_failed = len(self.uncommitted_failures) + sum(
+                len(work.failures(self.leases.look_seconds)) for work in self.works
+            )
+            if num_failed > self.recipe.max_failures:
+                raise EngineError(
+                    f"{num_failed} users failed, the last one {user!r}: {failure.reason}; summarize.max_failures "
+                    f"allows {self.recipe.max_failures}"
+                )
         if not (result.failure and self.recipe.failed_users == "skip"):
             unit.samples[started.position] = self._sample(started, result)
         if not unit.left:
@@ -165,40 +194,20 @@ class Worker:
         self._ring = [(work, unit) for work, unit in self._ring if unit not in committed[work.split]]
         mine = {(open_unit.work.split, open_unit.unit) for open_unit in self._open}
         for work, unit in self._ring:
-            opened = None if (work.split, unit) in mine else self._take_unit(work, unit)
-            if opened is not None:
-                return opened
+            if (work.split, unit) in mine:
+                continue
+            lease = self.leases.acquire(f"{work.folder.name}-{unit:06d}")
+            if lease is None:
+                continue
+            if work.is_done(unit):
+                self.leases.release(lease)
+                continue
+            self.refresh()
+            users = work.users(unit)
+            self._open.append(OpenUnit(work, unit, lease, list(reversed(users)), left=len(users)))
+            return self._open[-1]
         self._last_scan = now
         return None
-
-    def _take_unit(self, work: SplitWork, unit: int) -> OpenUnit | None:
-        lease = self.leases.acquire(f"{work.folder.name}-{unit:06d}")
-        if lease is None:
-            return None
-        if work.is_done(unit):
-            self.leases.release(lease)
-            return None
-        self.refresh()
-        users = work.users(unit)
-        self._open.append(OpenUnit(work, unit, lease, list(reversed(users)), left=len(users)))
-        return self._open[-1]
-
-    def _note_failure(self, unit: OpenUnit, user: str, failure: Failure) -> None:
-        unit.failed.append({"user": user, "node": failure.node, "key": failure.key, "reason": failure.reason})
-        log.warning("no summary for user %s: node %d: %s", in_one_line(user, 100), failure.node, failure.reason)
-        if self.recipe.failed_users == "fail":
-            raise EngineError(
-                f"user {user!r}: node {failure.node}: {failure.reason}; set summarize.failed_users to skip or "
-                "recent_only to go on without"
-            )
-        num_failed = len(self.uncommitted_failures) + sum(
-            len(work.failures(self.leases.look_seconds)) for work in self.works
-        )
-        if num_failed > self.recipe.max_failures:
-            raise EngineError(
-                f"{num_failed} users failed, the last one {user!r}: {failure.reason}; summarize.max_failures allows "
-                f"{self.recipe.max_failures}"
-            )
 
     def _sample(self, started: Started, result: Result) -> Sample:
         catalogue, row, unit = self.store.catalogue, started.row, started.unit
@@ -210,20 +219,16 @@ class Worker:
         )
         unit.counts.update({f"flag_{flag}": 1 for flag in nodes["flags"]})
         unit.counts.update(nodes=len(result.records), sampled=nodes["sampled"], words_cut=nodes["words_cut"])
+        texts = [item.text for item in started.history]
         return make_sample(
             user=row.user,
             instruction=recommend_instruction(self.recipe.domain),
             history=started.history,
             candidates=[Candidate(item.id, item.text, label) for item, label in zip(chosen, row.labels, strict=True)],
             num_recent=self.recipe.num_recent,
-            summary=self._summary(started, result),
+            summary=result.records[-1]["text"] if result.records else self.recipe.text(texts),
             provenance=self.recipe.provenance | nodes | ({"failed": result.failure.reason} if result.failure else {}),
         )
-
-    def _summary(self, started: Started, result: Result) -> str:
-        if result.records:
-            return result.records[-1]["text"]
-        return self.recipe.text([item.text for item in started.history])
 
     def _finish(self, unit: OpenUnit) -> None:
         self._open.remove(unit)
@@ -234,3 +239,70 @@ class Worker:
             facts = {"num_users": len(samples), "failed": unit.failed, "counts": dict(sorted((+unit.counts).items()))}
             unit.work.commit(unit.unit, samples, facts, self.task)
         self.leases.release(unit.lease)
+
+
+def check_leaks(user: str, history: Sequence[Item], targets: Sequence[Item], repeated_kept: bool) -> SampleFacts:
+    """Compare a user's targets with the sources of the summary.
+
+    Raises:
+        DataError: a target is among them, and data.repeated_target is not ``keep``.
+    """
+    ids, texts = {item.id for item in history}, {comparable(item.text) for item in history}
+    repeated = [item.id for item in targets if item.id in ids]
+    if repeated and not repeated_kept:
+        raise DataError(
+            f"user {user!r}: target {repeated[0]!r} is also in the history that the summary is made from; prepare the "
+            "data again, or count such users in with data.repeated_target=keep"
+        )
+    near = sum(item.id not in ids and comparable(item.text) in texts for item in targets)
+    return SampleFacts(len(repeated), near)
+
+
+def make_sample(
+    user: str,
+    instruction: str,
+    history: Sequence[Item],
+    candidates: Sequence[Candidate],
+    num_recent: int,
+    summary: str,
+    provenance: dict[str, Any],
+) -> Sample:
+    """A user's sample.
+
+    Args:
+        user: the user's key.
+        instruction: of the recommender.
+        history: the whole history, oldest first.
+        candidates: to be scored.
+        num_recent: this many of the latest items are shown in full.
+        summary: of the history; empty: none.
+        provenance: kept with the sample.
+    """
+    return Sample(
+        user=user,
+        instruction=instruction,
+        summary=summary,
+        recent=tuple(item.text for item in history[-num_recent:]) if num_recent else (),
+        candidates=tuple(candidates),
+        provenance=provenance | {"history": [item.id for item in history]},
+    )
+
+
+def node_provenance(plan: Plan, records: Sequence[dict[str, Any]], history: Sequence[Item]) -> dict[str, Any]:
+    """What a summary was made of: its nodes, its blocks, and the quality flags met on the way.
+
+    A node is (kind, span of the history, key of the text, hash of the prompt); a block's id is the hash of its items'
+    ids.
+    """
+    nodes = [
+        [node.kind, node.start, node.stop, record["key"], record["prompt"]]
+        for node, record in zip(plan, records, strict=bool(records))
+    ]
+    spans = [(node.start, node.stop) for node in plan if node.start < node.stop]
+    return {
+        "blocks": [digest([item.id for item in history[start:stop]])[:16] for start, stop in spans],
+        "nodes": nodes,
+        "flags": sorted({flag for record in records for flag in record["flags"]}),
+        "sampled": sum(record.get("sampled", False) for record in records),
+        "words_cut": sum(record.get("words_cut", 0) for record in records),
+    }

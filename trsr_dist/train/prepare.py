@@ -16,13 +16,13 @@ from trsr_dist.distributed import device_of, on_rank_zero, once_per_node
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import ConfigError
 from trsr_dist.log import get_logger
-from trsr_dist.metric_names import metric_names
 from trsr_dist.model.artifacts import base_fingerprint
 from trsr_dist.model.loading import resolve_precision, shared_backend
 from trsr_dist.model.zero3 import check_equal_calls
 from trsr_dist.planning.memory import ZeroSetting
 from trsr_dist.pretrained import BaseSource, load_config, load_tokenizer
 from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.records import metric_names
 from trsr_dist.run import RUN, RunFolder
 from trsr_dist.shards.cache import open_cache
 from trsr_dist.shards.plan import PackingSettings

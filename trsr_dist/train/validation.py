@@ -14,10 +14,9 @@ from trsr_dist.evaluate.metrics import average, check_user, user_metrics
 from trsr_dist.evaluate.passes import assign_parts, split_parts
 from trsr_dist.evaluate.score import Lockstep, PartScorer, ScoreRow
 from trsr_dist.log import get_logger
-from trsr_dist.metric_names import metric_names
 from trsr_dist.model.recommender import score_row
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.records import Sample
+from trsr_dist.records import Sample, metric_names
 from trsr_dist.rows import PackedRow, filler_row
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.train.engine import Engine

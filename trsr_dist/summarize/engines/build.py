@@ -13,7 +13,7 @@ from trsr_dist.files import read_json, write_json
 from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger
 from trsr_dist.prompts.encoder import Encoder
-from trsr_dist.summarize.extract import EXTRACT_VERSION
+from trsr_dist.summarize.extract import EXTRACT_VERSION, ExtractiveEngine
 from trsr_dist.summarize.plans import raw
 from trsr_dist.summarize.requests import Engine
 
@@ -66,8 +66,20 @@ def model_fingerprint(folder: Path) -> str:
     """
     if not folder.is_dir():
         return ""
-    files = sorted(path for path in folder.glob("*.*") if path.is_file())
-    return digest([[path.name, path.stat().st_size, _content(path)] for path in files])[:32]
+    facts = []
+    for path in sorted(path for path in folder.glob("*.*") if path.is_file()):
+        size = path.stat().st_size
+        with open(path, "rb") as stream:
+            if size <= SMALL_FILE:
+                content = stream.read().hex()
+            else:
+                pieces = []
+                for number in range(SAMPLES):
+                    stream.seek(number * (size - SAMPLED_BYTES) // (SAMPLES - 1))
+                    pieces.append(stream.read(SAMPLED_BYTES).hex())
+                content = digest(pieces)
+        facts.append([path.name, size, content])
+    return digest(facts)[:32]
 
 
 def recorded_commit(settings: SummarizeSection, records: Path) -> str:
@@ -114,18 +126,6 @@ def hub_commit(settings: SummarizeSection) -> str:
         ) from None
 
 
-def _content(path: Path) -> str:
-    size = path.stat().st_size
-    with open(path, "rb") as stream:
-        if size <= SMALL_FILE:
-            return stream.read().hex()
-        pieces = []
-        for number in range(SAMPLES):
-            stream.seek(number * (size - SAMPLED_BYTES) // (SAMPLES - 1))
-            pieces.append(stream.read(SAMPLED_BYTES).hex())
-    return digest(pieces)
-
-
 def build_engine(settings: SummarizeSection, model: str, revision: str, local_rank: int) -> Engine:
     """The engine that the settings ask for.
 
@@ -134,8 +134,6 @@ def build_engine(settings: SummarizeSection, model: str, revision: str, local_ra
         ConfigError: the engine's library is not installed, or no server is named.
     """
     if not settings.asks_model:
-        from trsr_dist.summarize.engines.extractive import ExtractiveEngine
-
         return ExtractiveEngine(settings.max_in_flight)
     if settings.engine == "openai":
         return _client(settings, model)
@@ -180,8 +178,17 @@ def _client(settings: SummarizeSection, model: str) -> Engine:
 def server_encoder(model: str, revision: str) -> Encoder | None:
     """An encoder with the tokenizer of a server's model; None where the model's name is neither a folder with one nor a
     hub id in the local cache."""
-    folder = Path(model) if Path(model).is_dir() else _cached_folder(model, revision)
-    if folder is None or not (folder / "tokenizer_config.json").is_file():
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    folder = Path(model)
+    if not folder.is_dir():
+        try:
+            found = try_to_load_from_cache(model, "tokenizer_config.json", revision=revision or None)
+        except HFValidationError:
+            return None
+        folder = Path(found).parent if isinstance(found, str) else folder
+    if not (folder / "tokenizer_config.json").is_file():
         return None
     from trsr_dist.pretrained import BaseSource, load_tokenizer
 
@@ -190,14 +197,3 @@ def server_encoder(model: str, revision: str) -> Encoder | None:
     except ModelError as error:
         log.warning("%s; what reads like a control token is taken apart in the texts that the server gets", error)
         return None
-
-
-def _cached_folder(model: str, revision: str) -> Path | None:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(model, "tokenizer_config.json", revision=revision or None)
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None

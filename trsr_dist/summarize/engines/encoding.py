@@ -10,8 +10,8 @@ from typing import Any
 from trsr_dist.errors import ModelError
 from trsr_dist.prompts.encoder import Encoder
 from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.prompts.trimming import trim_prompt
 from trsr_dist.summarize.quality import THOUGHTS
-from trsr_dist.summarize.trimming import trim_prompt
 
 
 class PromptEncoder:

@@ -23,11 +23,17 @@ from trsr_dist.log import get_logger
 from trsr_dist.printable import HALVES, in_one_line
 from trsr_dist.prompts.encoder import Encoder, for_any_tokenizer
 from trsr_dist.prompts.text import SummaryPrompt
-from trsr_dist.summarize.engines.connection import KEY_VARIABLE, Connection
-from trsr_dist.summarize.engines.replies import MALFORMED, describe, read_reply, refused_option
+from trsr_dist.prompts.trimming import trim_prompt
+from trsr_dist.summarize.engines.connection import (
+    KEY_VARIABLE,
+    MALFORMED,
+    Connection,
+    describe,
+    read_reply,
+    refused_option,
+)
 from trsr_dist.summarize.quality import TURN_MARKERS
 from trsr_dist.summarize.requests import Completion, Request
-from trsr_dist.summarize.trimming import trim_prompt
 
 TEMPLATE_TOKENS = 64
 """Kept free for the server's chat template (Llama 3's adds 36)."""
@@ -119,7 +125,11 @@ class OpenAIEngine:
     def poll(self) -> list[Completion]:
         done = []
         while self._in_flight and (not (done or self._error) or not self._done.empty()):
-            outcome = self._next_outcome()
+            try:
+                outcome = self._done.get(timeout=self._connection.limits.timeout_seconds)
+            except queue.Empty:
+                self._connection.limits.check()
+                continue
             self._in_flight -= 1
             if isinstance(outcome, Exception):
                 self._error = self._error or outcome
@@ -137,34 +147,23 @@ class OpenAIEngine:
             self._todo.put(None)
         self._client.close()
 
-    def _next_outcome(self) -> Completion | Exception:
-        while True:
-            try:
-                return self._done.get(timeout=self._connection.limits.timeout_seconds)
-            except queue.Empty:
-                self._connection.limits.check()
-
     def _serve(self) -> None:
-        while (request := self._todo.get()) is not None:
-            self._work(request)
-
-    def _work(self, request: Request) -> None:
         """In a thread: whatever happens, one outcome is put into the queue, and no secret with it."""
-        try:
-            outcome = self._answer(request)
-        except Exception as error:  # a reply of any form may come from a server
-            outcome = self._gone(self._say(error))
-        finally:
-            self._connection.limits.end()
-        self._done.put(self._struck(outcome))
-
-    def _struck(self, outcome: Completion | EngineError) -> Completion | EngineError:
-        """Without secrets, which a server may put anywhere, and without halves of characters, which no file takes."""
-        secrets, private = self._connection.secrets, self._connection.private
-        if isinstance(outcome, EngineError):
-            return EngineError(private.strike(str(outcome)))
-        text = HALVES.sub("\ufffd", outcome.text)
-        return replace(outcome, text=secrets.strike(text), error=private.strike(outcome.error))
+        while (request := self._todo.get()) is not None:
+            try:
+                outcome = self._answer(request)
+            except Exception as error:  # a reply of any form may come from a server
+                outcome = self._gone(self._say(error))
+            finally:
+                self._connection.limits.end()
+            # A server may put secrets anywhere, and halves of characters, which no file takes.
+            secrets, private = self._connection.secrets, self._connection.private
+            if isinstance(outcome, EngineError):
+                outcome = EngineError(private.strike(str(outcome)))
+            else:
+                text = secrets.strike(HALVES.sub("\ufffd", outcome.text))
+                outcome = replace(outcome, text=text, error=private.strike(outcome.error))
+            self._done.put(outcome)
 
     def _say(self, error: object) -> str:
         """The words of an error, or of a server; struck first, since a part of a secret is one too."""
@@ -185,7 +184,11 @@ class OpenAIEngine:
         except FATAL as error:
             return self._gone(self._say(error), "check base_url, model and key")
         except openai.OpenAIError as error:
-            return self._blame(request, error)
+            # The request has failed, or the server is gone or too slow: then no request is at fault.
+            is_lost = isinstance(error, openai.APIStatusError) and error.status_code in UNAVAILABLE
+            if isinstance(error, openai.APIConnectionError):
+                is_lost = isinstance(error, openai.APITimeoutError) or not self._server_answers()
+            return self._lost(error) if is_lost else Completion(request.key, error=self._say(error))
 
     def _fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
         """Trim by the server's token count. A token holds at least one byte, so short prompts need no counting.
@@ -205,16 +208,6 @@ class OpenAIEngine:
             return str(for_any_tokenizer(prompt.prompt()))
         with self._encoding:
             return self._encoder.text(prompt.prompt(self._encoder.value))
-
-    def _blame(self, request: Request, error: openai.OpenAIError) -> Completion | EngineError:
-        """The request has failed, or the server is gone or too slow: then no request is at fault."""
-        if isinstance(error, openai.APITimeoutError):
-            return self._lost(error)
-        if isinstance(error, openai.APIConnectionError) and not self._server_answers():
-            return self._lost(error)
-        if isinstance(error, openai.APIStatusError) and error.status_code in UNAVAILABLE:
-            return self._lost(error)
-        return Completion(request.key, error=self._say(error))
 
     def _lost(self, error: openai.OpenAIError) -> EngineError:
         remedy = "start the server"
@@ -284,26 +277,19 @@ class OpenAIEngine:
     def _count(self, text: str) -> int:
         """Tokens of a text; vLLM, SGLang and llama.cpp have ``/tokenize`` beside ``/v1``."""
         if self._counts_tokens:
-            number = self._ask_for_count(text)
-            if number is not None:
-                return number
+            root = str(self._client.base_url).rstrip("/").removesuffix("/v1")
+            body, reply = {"model": self.model, "prompt": text, "content": text}, None
+            try:
+                reply = self._client.with_options(base_url=root).post("/tokenize", cast_to=object, body=body)
+            except openai.APIConnectionError as error:
+                raise self._lost(error) from None
+            except (openai.APIStatusError, *MALFORMED):
+                pass
+            match reply:
+                case {"count": int(count)} if count > 0:
+                    return count
+                case {"tokens": list(tokens)}:
+                    return len(tokens)
             self._counts_tokens = False
             log.warning("%s counts no tokens; taking %d bytes for one", self._connection.address, BYTES_PER_TOKEN)
         return len(text.encode()) // BYTES_PER_TOKEN
-
-    def _ask_for_count(self, text: str) -> int | None:
-        """The server's count; None where it has none to give."""
-        root = str(self._client.base_url).rstrip("/").removesuffix("/v1")
-        body = {"model": self.model, "prompt": text, "content": text}
-        try:
-            reply = self._client.with_options(base_url=root).post("/tokenize", cast_to=object, body=body)
-        except openai.APIConnectionError as error:
-            raise self._lost(error) from None
-        except (openai.APIStatusError, *MALFORMED):
-            return None
-        match reply:
-            case {"count": int(count)} if count > 0:
-                return count
-            case {"tokens": list(tokens)}:
-                return len(tokens)
-        return None

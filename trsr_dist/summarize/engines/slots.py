@@ -32,7 +32,7 @@ class Slots(Cache):
         self.positions = torch.empty(0, dtype=torch.long, device=device)
         """Column that each active row writes next, int64 [active]."""
         self.rows = self.positions
-        """0, 1, .. int64 [active]; not made anew in every layer."""
+        """0, 1, .. int64 [active]; not rebuilt in every layer."""
 
     def admit(self, prefilled: DynamicCache, lengths: list[int], room: int) -> None:
         """Copy the rows of a prefilled, right-padded batch behind the active ones.

@@ -77,7 +77,9 @@ class TransformersEngine:
         self.encoder = encoder
         self.num_slots = num_slots
         self._given_slots = num_slots
-        self._stop_ids = stop_ids(model, encoder.tokenizer)
+        configured = model.generation_config.eos_token_id
+        ids = configured if isinstance(configured, list) else [configured]
+        self._stop_ids = {token for token in (*ids, encoder.tokenizer.eos_token_id) if token is not None}
         self._context = context_tokens(model)
         self._waiting: deque[Sequence] = deque()
         self._prefilling: list[Sequence] = []
@@ -150,8 +152,10 @@ class TransformersEngine:
     def _step(self) -> bool:
         """Prefill or decode; False where memory does not suffice."""
         try:
-            if self._has_room():
-                self._prefill(self._take_waiting())
+            # Prefill a few at a time while others are decoding, for a step costs as much for one.
+            free = min(self.num_slots - len(self._active), len(self._waiting))
+            if free > 0 and (not self._active or free >= min(len(self._waiting), max(1, self.num_slots // 8))):
+                self._prefill(self._take_waiting(free))
             else:
                 self._decode()
         except RuntimeError as error:
@@ -160,14 +164,8 @@ class TransformersEngine:
             return False
         return True
 
-    def _has_room(self) -> bool:
-        """Whether to prefill now: a few at a time while others are decoding, for a step costs as much for one."""
-        free = min(self.num_slots - len(self._active), len(self._waiting))
-        return free > 0 and (not self._active or free >= min(len(self._waiting), max(1, self.num_slots // 8)))
-
-    def _take_waiting(self) -> list[Sequence]:
-        """The first in the queue and those of similar length among the next."""
-        free = min(self.num_slots - len(self._active), len(self._waiting))
+    def _take_waiting(self, free: int) -> list[Sequence]:
+        """The first in the queue and those of similar length among the next, up to ``free`` in all."""
         nearby = sorted((self._waiting.popleft() for _ in range(free)), key=lambda sequence: -len(sequence.prompt))
         taken = [nearby[0]]
         for sequence in nearby[1:PREFILL_ROWS]:
@@ -240,38 +238,32 @@ class TransformersEngine:
         if not (by_token or full or len(tokens) % STOP_CHECK_TOKENS == 0):
             return None
         text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True)
-        stopped = self._stop_place(text)
+        # Where the next turn begins; with a chat template the model ends its turn itself.
+        stopped = None if self.encoder.style == "chat" else turn_place(text)
         if not (by_token or full or stopped is not None):
             return None
         cut = full and not by_token and stopped is None
         written = self.encoder.opening + text[:stopped]
         return Completion(sequence.request.key, written, cut, len(sequence.prompt), len(tokens), sequence.words_cut)
 
-    def _stop_place(self, text: str) -> int | None:
-        """Where the next turn begins. With a chat template the model ends its turn itself."""
-        return None if self.encoder.style == "chat" else turn_place(text)
-
     def _shrink(self) -> None:
         """Out of memory: start over with half the places. A sequence that does not fit alone has failed; it was to
         blame for the last halvings, so all places are tried again."""
         started = [*self._active, *self._prefilling]
         self._active, self._prefilling = [], []
-        if self.num_slots > 1:
-            self._resize(self.num_slots // 2)
-        else:
+        num_slots = self.num_slots // 2
+        if not num_slots:
+            num_slots = self._given_slots
             failed = started.pop()
             reason = f"out of memory with a prompt of {len(failed.prompt)} tokens alone"
             self._done.append(Completion(failed.request.key, error=reason))
-            self._resize(self._given_slots)
-        self._waiting.extendleft(reversed([Sequence(s.request, s.prompt, s.words_cut) for s in started]))
-
-    def _resize(self, num_slots: int) -> None:
         self.num_slots, self.capacity = num_slots, 2 * num_slots
         self._slots.clear()
         self._slots = self._new_slots()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         log.warning("out of memory: going on with %d sequences at once", num_slots)
+        self._waiting.extendleft(reversed([Sequence(s.request, s.prompt, s.words_cut) for s in started]))
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -280,18 +272,11 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 def sample(logits: torch.Tensor, sequence: Sequence) -> int:
-    """Draw a token, from a random stream of the sequence's own."""
+    """Draw a token, from the sequence's own random stream."""
     if sequence.generator is None:
         sequence.generator = torch.Generator().manual_seed(sequence.request.seed)
     probabilities = (logits.float() / sequence.request.temperature).softmax(-1).cpu()
     return int(torch.multinomial(probabilities, 1, generator=sequence.generator))
-
-
-def stop_ids(model: PreTrainedModel, tokenizer: Any) -> frozenset[int]:
-    """Tokens that end a text, as the model's generation config and the tokenizer name them."""
-    configured = model.generation_config.eos_token_id
-    ids = configured if isinstance(configured, list) else [configured]
-    return frozenset(token for token in (*ids, tokenizer.eos_token_id) if token is not None)
 
 
 def context_tokens(model: PreTrainedModel) -> int:

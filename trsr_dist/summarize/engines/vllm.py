@@ -1,6 +1,6 @@
 """vLLM in this process, through its synchronous ``LLMEngine``.
 
-vLLM pins its own torch and transformers, so it needs an environment of its own with this package in it; a server
+vLLM pins its own torch and transformers, so it needs a separate environment with this package in it; a server
 (``vllm serve``, engine=openai) needs none of that.
 """
 
@@ -18,12 +18,12 @@ from trsr_dist.summarize.quality import TURN_MARKERS
 from trsr_dist.summarize.requests import WHOLE, Completion, Request
 
 try:
-    from vllm import EngineArgs, LLMEngine, RequestOutput, SamplingParams, TokensPrompt
+    from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
     from vllm.exceptions import VLLMClientError
     from vllm.sampling_params import RequestOutputKind
 except ImportError as error:
     raise ConfigError(
-        f"summarize.engine=vllm: no vLLM here ({error}); pip install vllm in an environment of its own, then "
+        f"summarize.engine=vllm: no vLLM here ({error}); pip install vllm in a separate environment, then "
         "pip install --no-deps -e . there (docs/summarization.md); or serve the model and use engine=openai"
     ) from None
 
@@ -117,25 +117,16 @@ class VllmEngine:
         while not self._done and self._engine.has_unfinished_requests():
             finished = [output for output in self._engine.step() if output.finished]
             for output in finished:
-                words_cut = self._words_cut.pop(output.request_id)
-                self._done.append(completion_of(output, self.encoder.opening, words_cut))
+                key, written, words_cut = output.request_id, output.outputs[0], self._words_cut.pop(output.request_id)
+                if written.finish_reason not in WHOLE:
+                    error = f"vLLM broke the text off: finish_reason {written.finish_reason!r}"
+                    self._done.append(Completion(key, error=error))
+                    continue
+                text, cut = self.encoder.opening + written.text, written.finish_reason == "length"
+                num_prompt, num_new = len(output.prompt_token_ids), len(written.token_ids)
+                self._done.append(Completion(key, text, cut, num_prompt, num_new, words_cut))
         done, self._done = self._done, []
         return done
 
     def close(self) -> None:
         del self._engine
-
-
-def completion_of(output: RequestOutput, opening: str, words_cut: int) -> Completion:
-    """What vLLM wrote behind what the template has begun, under the request's own key."""
-    written = output.outputs[0]
-    if written.finish_reason not in WHOLE:
-        return Completion(output.request_id, error=f"vLLM broke the text off: finish_reason {written.finish_reason!r}")
-    return Completion(
-        output.request_id,
-        opening + written.text,
-        cut=written.finish_reason == "length",
-        prompt_tokens=len(output.prompt_token_ids),
-        new_tokens=len(written.token_ids),
-        words_cut=words_cut,
-    )

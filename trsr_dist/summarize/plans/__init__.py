@@ -40,14 +40,10 @@ def writer(scheme: str) -> Writer:
     Raises:
         ConfigError: there is no such scheme.
     """
-    return getattr(_module(scheme), "text", _nothing)
+    return getattr(_module(scheme), "text", lambda items, num_recent, max_words: "")
 
 
 def _module(scheme: str) -> ModuleType:
     if scheme not in schemes():
         raise ConfigError(f"summarize.scheme={scheme!r}: no such scheme; there are {', '.join(schemes())}")
     return import_module(f"{__name__}.{scheme}")
-
-
-def _nothing(items: Sequence[str], num_recent: int, max_words: int) -> str:
-    return ""

@@ -13,13 +13,9 @@ def plan(num_items: int, block_size: int, fan_in: int) -> Plan:
     level = list(range(len(nodes)))
     while len(level) > 1:
         groups = [level[i : i + fan_in] for i in range(0, len(level), fan_in)]
-        level = [_merged(nodes, group) for group in groups]
+        level = []
+        for group in groups:
+            if len(group) > 1:
+                nodes.append(Node("merge", merge_instruction, tuple(group)))
+            level.append(len(nodes) - 1 if len(group) > 1 else group[0])  # one alone goes up a level as it is
     return tuple(nodes)
-
-
-def _merged(nodes: list[Node], group: list[int]) -> int:
-    """Position of the group's merge; a group of one goes up a level as it is."""
-    if len(group) == 1:
-        return group[0]
-    nodes.append(Node("merge", merge_instruction, tuple(group)))
-    return len(nodes) - 1

@@ -22,7 +22,7 @@ def text(items: Sequence[str], num_recent: int, max_words: int) -> str:
 
     Args:
         items: texts of the whole history, oldest first.
-        num_recent: so many of the latest stand in the prompt already.
+        num_recent: this many of the latest stand in the prompt already.
         max_words: of the text, as ``count_words`` counts them; a separator is one of them.
     """
     shown: list[str] = []

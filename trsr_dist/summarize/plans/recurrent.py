@@ -8,10 +8,10 @@ from trsr_dist.summarize.plans.graph import Node, Plan, blocks
 
 def plan(num_items: int, block_size: int, fan_in: int) -> Plan:
     """A chain. ``fan_in`` plays no part."""
-    return tuple(_node(number, span) for number, span in enumerate(blocks(num_items, block_size)))
-
-
-def _node(number: int, span: tuple[int, int]) -> Node:
-    if not number:
-        return Node("block", block_instruction, (), *span)
-    return Node("update", update_instruction, (number - 1,), *span)
+    nodes = []
+    for number, span in enumerate(blocks(num_items, block_size)):
+        kind, instruction, parents = ("update", update_instruction, (number - 1,))
+        if not number:
+            kind, instruction, parents = ("block", block_instruction, ())
+        nodes.append(Node(kind, instruction, parents, *span))
+    return tuple(nodes)
