@@ -79,7 +79,7 @@ def test_output_and_gradients_are_exact(name: str, head: int, copies_head: bool,
         torch.testing.assert_close(part, other, rtol=0, atol=1e-6)  # outputs are merged in float32
 
 
-def test_a_copied_head_is_no_call_of_its_own() -> None:
+def test_a_copied_head_is_no_separate_call() -> None:
     """The prefixes' queries are attended once, those of the suffixes twice."""
     layout = Layout(5, *LAYOUTS["several"], torch.device("cpu"))
     copied, separate = ExactKernel(), ExactKernel()

@@ -40,7 +40,8 @@ def make_base(config: Config, *, force: bool = False, dry_run: bool = False) -> 
     if dry_run:
         show(dump_config(config) + plan_text(config, run, texts))
         return 0
-    settings = base_settings(config)
+    base, prompt = (section.model_dump(mode="json") for section in (config.base, config.prompt))
+    settings = {**base, "prompt": prompt, "seed": config.run.seed}
     with writing(run.root), folder_lock(run.base) as lock:
         if is_finished(run.base, settings, texts.inputs, force):
             run.write_config("base", dump_config(config), only_missing=True)
@@ -55,12 +56,6 @@ def make_base(config: Config, *, force: bool = False, dry_run: bool = False) -> 
         run.base, f"{facts['num_parameters']:,}", facts["vocab_size"], f"{facts['num_tokens']:,}", facts["loss"],
     )  # fmt: skip
     return 0
-
-
-def base_settings(config: Config) -> dict[str, Any]:
-    """Every setting that the output depends on."""
-    base, prompt = (section.model_dump(mode="json") for section in (config.base, config.prompt))
-    return {**base, "prompt": prompt, "seed": config.run.seed}
 
 
 def plan_text(config: Config, run: RunFolder, texts: ShardTexts) -> str:

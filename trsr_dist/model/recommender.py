@@ -61,7 +61,14 @@ class Recommender(nn.Module):
         """
         if not self.shares_prefix:
             return self._separate(inputs, want)
-        states = self._states(inputs, answers_only=want != "text")
+        out = self.causal.model(
+            input_ids=inputs.token_ids,
+            position_ids=inputs.position_ids,
+            use_cache=False,
+            tree=(inputs.layout, self._attend),
+            answers_only=want != "text",
+        )
+        states = out.last_hidden_state[0]
         if want == "pair":
             return self.pair_logits(states)
         if want == "logits":
@@ -74,16 +81,6 @@ class Recommender(nn.Module):
         if self._answer_rows is None:
             return self.causal.lm_head(states)[:, list(self.answer_ids)].float()
         return linear(states.float(), self._answer_rows.to(states.device))
-
-    def _states(self, inputs: RowInputs, answers_only: bool) -> torch.Tensor:
-        out = self.causal.model(
-            input_ids=inputs.token_ids,
-            position_ids=inputs.position_ids,
-            use_cache=False,
-            tree=(inputs.layout, self._attend),
-            answers_only=answers_only,
-        )
-        return out.last_hidden_state[0]
 
     def _text_loss(self, states: torch.Tensor, targets: TextTargets) -> torch.Tensor:
         total = states.new_zeros((), dtype=torch.float32)

@@ -49,22 +49,18 @@ def text_targets(row: PackedRow, answer_ids: tuple[int, int], device: torch.devi
         row_tokens: what a row of this run can hold; a short one is filled up with targets of weight 0.
     """
     num_pieces = -(-row_tokens // HEAD_ROWS)
-    source, target, weight = (_filled(array, num_pieces) for array in _arrays(row, answer_ids))
-    return TextTargets(send(source, device), send(target, device), send(weight.float(), device), num_pieces)
-
-
-def _filled(array: np.ndarray, length: int) -> torch.Tensor:
-    return torch.from_numpy(np.pad(array, (0, max(0, length - len(array)))))
-
-
-def _arrays(row: PackedRow, answer_ids: tuple[int, int]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     weights = _position_weights(row)
     parents, answers = _parents(row), row.answer_index
     has_parent = parents >= 0
     # A token is the target of its parent, as often as the sequences through it; each last token's target is the answer.
-    source = np.concatenate([parents[has_parent], answers])
-    target = np.concatenate([row.token_ids[has_parent], np.where(row.labels > 0, *answer_ids)])
-    return source, target, np.concatenate([weights[has_parent], weights[answers]])
+    arrays = (
+        np.concatenate([parents[has_parent], answers]),
+        np.concatenate([row.token_ids[has_parent], np.where(row.labels > 0, *answer_ids)]),
+        np.concatenate([weights[has_parent], weights[answers]]),
+    )
+    filled = (np.pad(array, (0, max(0, num_pieces - len(array)))) for array in arrays)
+    source, target, weight = map(torch.from_numpy, filled)
+    return TextTargets(send(source, device), send(target, device), send(weight.float(), device), num_pieces)
 
 
 def _position_weights(row: PackedRow) -> np.ndarray:

@@ -18,7 +18,7 @@ from trsr_dist.errors import DataError
 from trsr_dist.files import atomic_file, numbered_lines
 from trsr_dist.json_text import parse_json
 from trsr_dist.log import get_logger, progress
-from trsr_dist.predict.ranker import Ranked, Ranker, Ranking, Request
+from trsr_dist.predict.ranker import Ranker, Ranking, Request
 from trsr_dist.words import has_text
 
 FIELDS = ("id", "items", "summary", "candidates")
@@ -150,10 +150,9 @@ def answer(line: Line, ranking: Ranking) -> dict[str, Any]:
     value = {"id": line.name, "summary": ranking.summary}
     if ranking.trims:
         value["trims"] = ranking.trims
-    return value | {"ranked": [entry_of(found, line.ids[found.index]) for found in ranking.candidates]}
-
-
-def entry_of(found: Ranked, name: Any) -> dict[str, Any]:
-    """A candidate of the output, with its id where it has one."""
-    value = {"index": found.index, "text": found.text, "score": found.score}
-    return value if name is None else {"id": name} | value
+    value["ranked"] = ranked = []
+    for found in ranking.candidates:
+        name = line.ids[found.index]
+        entry = {"index": found.index, "text": found.text, "score": found.score}
+        ranked.append(entry if name is None else {"id": name} | entry)
+    return value

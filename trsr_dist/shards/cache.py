@@ -109,7 +109,9 @@ class ShardCache:
         """A locked file of that size, which takes up its space at once; None: there is no room."""
         files = self._files()
         used = sum(status.st_size for status in files.values())
-        victims = self._victims(files)
+        # What may make room: leftovers of killed processes first, then other sets' copies, longest unopened first.
+        free = [path for path in files if path.suffix == PARTIAL or path.stem not in self._kept]
+        victims = iter(sorted(free, key=lambda path: (path.suffix == COPY, files[path].st_mtime_ns)))
         while used + num_bytes > self.max_bytes:
             freed = _remove_next(victims)
             if not freed:
@@ -118,11 +120,6 @@ class ShardCache:
                 return None
             used -= freed
         return _allocate(partial, num_bytes, victims)
-
-    def _victims(self, files: dict[Path, os.stat_result]) -> Iterator[Path]:
-        """What may make room: leftovers of killed processes first, then other sets' copies, longest unopened first."""
-        free = [path for path in files if path.suffix == PARTIAL or path.stem not in self._kept]
-        return iter(sorted(free, key=lambda path: (path.suffix == COPY, files[path].st_mtime_ns)))
 
     def _files(self) -> dict[Path, os.stat_result]:
         """Copies, finished and not; those that vanish meanwhile do not count."""

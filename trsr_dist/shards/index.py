@@ -56,7 +56,10 @@ def scan_tar(path: Path) -> np.ndarray:
         size = os.fstat(stream.fileno()).st_size
         try:
             with tarfile.open(fileobj=stream, mode="r:") as tar:
-                for member in filter(_is_sample, tar):
+                for member in tar:
+                    # Judged without the blank end: a damaged record of an extended header lets a name run on.
+                    if member.isdir() or not member.name.rstrip(BLANK).endswith(EXTENSION):
+                        continue
                     problem = _problem(member, keys, size)
                     if problem:
                         raise DataError(f"{path}: member {member.name!r} at byte {member.offset} {problem}")
@@ -69,11 +72,6 @@ def scan_tar(path: Path) -> np.ndarray:
             raise DataError(f"{path}: not a readable tar after {len(rows)} samples ({error}); restore it") from None
         _check_end(stream, path, end, len(rows))
     return np.array(rows, dtype=ROW)
-
-
-def _is_sample(member: tarfile.TarInfo) -> bool:
-    """Judged by the name without its blank end: a damaged record of an extended header lets it run on."""
-    return member.name.rstrip(BLANK).endswith(EXTENSION) and not member.isdir()
 
 
 def _problem(member: tarfile.TarInfo, keys: set[str], size: int) -> str:

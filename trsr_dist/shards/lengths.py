@@ -105,7 +105,7 @@ class Lengths:
     def __init__(self, shards: ShardSet, folder: Path) -> None:
         self.shards = shards
         self.folder = folder
-        self._array = KeptArrays(self._open_shard)
+        self._array = KeptArrays(lambda shard: open_array(length_path(folder, shards.facts[shard]), INT32))
 
     @cached_property
     def facts(self) -> LengthFacts:
@@ -142,9 +142,6 @@ class Lengths:
                 border = NUM_HEADER + int(array[1]) + 1  # between starts and values, see ``write_lengths``
                 starts, values = array[NUM_HEADER:border], array[border:]
                 yield values[starts[first] : starts[last]], np.diff(starts[first : last + 1])
-
-    def _open_shard(self, shard: int) -> np.ndarray:
-        return open_array(length_path(self.folder, self.shards.facts[shard]), INT32)
 
 
 def length_path(folder: Path, facts: dict) -> Path:

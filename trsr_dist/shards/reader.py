@@ -106,25 +106,19 @@ class OpenShard:
         except OSError as error:
             remedy = remedy_of(error, self.path, "restore the shard or make the split again")
             raise DataError(f"{self.path}: {error.strerror}; {remedy}") from None
-        try:
-            self._check_source(os.fstat(descriptor))
-        except DataError:
-            os.close(descriptor)
-            raise
-        return descriptor
-
-    def _check_source(self, status: os.stat_result) -> None:
+        status, problem = os.fstat(descriptor), ""
         if status.st_size != self._facts["num_bytes"]:
-            raise DataError(
-                f"{self.path}: {status.st_size} bytes, the manifest says {self._facts['num_bytes']}: truncated or "
-                "replaced; restore the shard or make the split again"
+            problem = (
+                f"{status.st_size} bytes, the manifest says {self._facts['num_bytes']}: truncated or replaced; restore "
+                "the shard or make the split again"
             )
         # Copying may turn the times round, so an older index is a suspicion, not an error.
-        is_newer = index_path(self.path).stat().st_mtime < status.st_mtime
-        if is_newer and sha256_of(self.path) != self._facts["sha256"]:
-            raise DataError(
-                f"{self.path}: newer than its index, and its bytes are not those of the manifest; make the split again"
-            )
+        elif index_path(self.path).stat().st_mtime < status.st_mtime and sha256_of(self.path) != self._facts["sha256"]:
+            problem = "newer than its index, and its bytes are not those of the manifest; make the split again"
+        if problem:
+            os.close(descriptor)
+            raise DataError(f"{self.path}: {problem}")
+        return descriptor
 
 
 class ShardSet:
@@ -234,7 +228,7 @@ class ShardSet:
         self._open.clear()
 
     def _open_index(self, shard: int) -> np.ndarray:
-        """Index rows of a shard; the tar is not looked at."""
+        """The tar is not looked at."""
         facts = self.facts[shard]
         return open_index(self.path(shard), facts["sha256"], facts["num_samples"])
 

@@ -91,14 +91,11 @@ class TrainStream:
         advised = advise_ahead(specs, self._reader.shards)
         with load_steps(self._reader, advised, self._num_workers) as steps:
             for step in steps:
-                self._check_errors(step)
+                for error in step.errors:
+                    self.num_errors += 1
+                    self._check_damage(self.num_errors, error)
                 self._state = step.state
                 yield step
-
-    def _check_errors(self, step: Step) -> None:
-        for error in step.errors:
-            self.num_errors += 1
-            self._check_damage(self.num_errors, error)
 
     def _check_damage(self, count: int, error: str) -> None:
         if count and self._max_data_errors is None:

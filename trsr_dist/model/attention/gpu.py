@@ -136,20 +136,17 @@ def block_mask(layout: Layout, answers_only: bool) -> BlockMask:
     """The layout's mask in blocks; kept with the layout, for all layers read the same one."""
     kept = layout.__dict__.setdefault("flex_masks", {})
     if answers_only not in kept:
-        kept[answers_only] = _block_mask(layout, answers_only)
+        own, above = layout.segments
+        size, device = layout.num_tokens, layout.device
+        rows = layout.answer_index if answers_only else torch.arange(size, device=device)
+
+        def may_read(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+            row = rows[query]
+            return (key <= row) & ((own[key] == own[row]) | (own[key] == above[row]) | (own[key] == 0))
+
+        mask = create_block_mask(may_read, None, None, len(rows), size, device=device, BLOCK_SIZE=BLOCK)
+        kept[answers_only] = mask
     return kept[answers_only]
-
-
-def _block_mask(layout: Layout, answers_only: bool) -> BlockMask:
-    own, above = layout.segments
-    places = torch.arange(layout.num_tokens, device=layout.device)
-    rows = layout.answer_index if answers_only else places
-
-    def may_read(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
-        row = rows[query]
-        return (key <= row) & ((own[key] == own[row]) | (own[key] == above[row]) | (own[key] == 0))
-
-    return create_block_mask(may_read, None, None, len(rows), layout.num_tokens, device=layout.device, BLOCK_SIZE=BLOCK)
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from functools import lru_cache
 
 from trsr_dist.records import Candidate, Sample
@@ -42,20 +42,19 @@ def sample_faults(sample: Sample) -> Iterator[str]:
         yield NO_POSITIVE
     if not negatives:
         yield NO_NEGATIVE
-    yield from _candidate_faults(sample.candidates, positives, negatives)
-    yield from _history_faults(sample, positives, negatives)
-    yield from _text_faults(sample, positives)
-
-
-def _candidate_faults(
-    candidates: Sequence[Candidate], positives: list[Candidate], negatives: list[Candidate]
-) -> Iterator[str]:
-    if len({candidate.item for candidate in candidates}) < len(candidates):
+    if len({candidate.item for candidate in sample.candidates}) < len(sample.candidates):
         yield ITEM_TWICE
-    if not all(has_text(candidate.text) for candidate in candidates):
+    if not all(has_text(candidate.text) for candidate in sample.candidates):
         yield NO_TEXT
-    if {normal(c.text) for c in positives} & {normal(c.text) for c in negatives}:
+    texts = [normal(candidate.text) for candidate in positives]
+    if not {normal(candidate.text) for candidate in negatives}.isdisjoint(texts):
         yield EQUAL_TEXTS
+    yield from _history_faults(sample, positives, negatives)
+    if set(texts) & {normal(text) for text in sample.recent}:
+        yield TARGET_IN_RECENT
+    summary = normal(sample.summary)
+    if any(text in summary for text in texts if len(split_words(text)) >= LEAST_WORDS):
+        yield TARGET_IN_SUMMARY
 
 
 def _history_faults(sample: Sample, positives: list[Candidate], negatives: list[Candidate]) -> Iterator[str]:
@@ -76,15 +75,6 @@ def _history_faults(sample: Sample, positives: list[Candidate], negatives: list[
         yield TARGET_IN_SOURCES
     if {candidate.item for candidate in negatives} & set(history):
         yield NEGATIVE_IN_HISTORY
-
-
-def _text_faults(sample: Sample, positives: list[Candidate]) -> Iterator[str]:
-    texts = [normal(candidate.text) for candidate in positives]
-    if set(texts) & {normal(text) for text in sample.recent}:
-        yield TARGET_IN_RECENT
-    summary = normal(sample.summary)
-    if any(text in summary for text in texts if len(split_words(text)) >= LEAST_WORDS):
-        yield TARGET_IN_SUMMARY
 
 
 @lru_cache(maxsize=1 << 16)
