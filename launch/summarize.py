@@ -14,7 +14,7 @@ def main() -> int:
     example = "python launch/summarize.py --config configs/quickstart.yaml"
     args, config = parse_config(cluster_options(config_parser(__doc__, example)))
     if args.dry_run:
-        from trsr_dist.forecast.job import Request, dry_run
+        from trsr_dist.planner.job import Request, dry_run
 
         return dry_run(config, Request.of(args), "summarize")
     from trsr_dist.summarize.job import summarize

@@ -15,7 +15,7 @@ def main() -> int:
     example = "deepspeed --num_gpus 8 launch/train.py --config configs/mind.yaml train.learning_rate=1e-4"
     args, config = parse_config(cluster_options(config_parser(__doc__, example)))
     if args.dry_run:
-        from trsr_dist.forecast.job import Request, dry_run
+        from trsr_dist.planner.job import Request, dry_run
 
         return dry_run(config, Request.of(args), "train")
     from trsr_dist.train.job import train

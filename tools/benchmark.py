@@ -4,14 +4,17 @@ The columns: value (median of the repetitions), spread (smallest to largest), bo
 let expect), share (of the bound that is reached). CPU-s are CPU seconds of one thread.
 """
 
+import argparse
+import sys
+from pathlib import Path
+
 from trsr_dist.environment import prepare_process
 
 prepare_process(num_threads=1)
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
-import argparse  # noqa: E402
-
-from trsr_dist.benchmarks.common import json_lines, markdown, table  # noqa: E402
-from trsr_dist.benchmarks.suites import ALL, ALL_SCALE, SUITES, run_suites  # noqa: E402
+from benchmarks.common import json_lines, markdown, table  # noqa: E402
+from benchmarks.suites import ALL, ALL_SCALE, SUITES, run_suites  # noqa: E402
 from trsr_dist.cli import run_command  # noqa: E402
 
 

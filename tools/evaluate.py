@@ -26,7 +26,7 @@ def main() -> int:
     )
     args, config = parse_config(parser)
     if args.dry_run:
-        from trsr_dist.forecast.job import Request, dry_run
+        from trsr_dist.planner.job import Request, dry_run
 
         return dry_run(config, Request.of(args), "evaluate")
     if not args.model:

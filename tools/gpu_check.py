@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from trsr_dist.environment import prepare_process
 
 prepare_process()
+sys.path.insert(0, str(Path(__file__).parents[1]))  # benchmarks/ is not installed
 
-from trsr_dist.benchmarks.report import check_gpu  # noqa: E402
+from benchmarks.report import check_gpu  # noqa: E402
 from trsr_dist.cli import path, run_command  # noqa: E402
 
 

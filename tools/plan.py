@@ -17,9 +17,9 @@ def main() -> None:
     parser.add_argument("--stage", action="append", choices=stages, help="may stand several times (default: all)")
     parser.add_argument("--json", action="store_true", help="print seconds, bytes and counts as JSON")
     args, config = parse_config(parser)
-    from trsr_dist.forecast.build import plan_stages
-    from trsr_dist.forecast.job import Request, in_json, in_words
     from trsr_dist.log import show
+    from trsr_dist.planner.job import Request, plan_stages
+    from trsr_dist.planner.text import in_json, in_words
 
     describe = in_json if args.json else in_words
     cluster = Request.of(args).cluster

@@ -38,7 +38,7 @@ def config_parser(description: str, example: str) -> argparse.ArgumentParser:
 
 def cluster_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add what a forecast is made for."""
-    from trsr_dist.planning.hardware import CATALOGUE
+    from trsr_dist.planner.hardware import CATALOGUE
 
     add = parser.add_argument_group("the cluster of the forecast").add_argument
     described = "flops=400e12,memory=96e9,bandwidth=4e12,node=300e9,network=50e9"

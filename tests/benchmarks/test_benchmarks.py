@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from trsr_dist.benchmarks import scoring, summarize, training
-from trsr_dist.benchmarks.common import Row, as_json, ratio_row, table
-from trsr_dist.benchmarks.ways import MEASURED, SHAPE, Way, make_user
+from benchmarks import scoring, summarize, training
+from benchmarks.common import Row, as_json, ratio_row, table
+from benchmarks.ways import MEASURED, SHAPE, Way, make_user
 
 CONFIG = LlamaConfig(**(SHAPE | {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}))
 USER = make_user("user", 40, (7, 5))

@@ -10,16 +10,15 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig
 
+from benchmarks.mixes import AMAZON, MIND, Mix
+from benchmarks.training import Bench
+from benchmarks.ways import LORA_RANK, SHAPE, TARGETS, make_user, row_work
 from tests.merge.models import load, make_base
 from tests.shards.world import make_builder, make_sample, make_split
 from tests.tokenizers import byte_level
-from trsr_dist.benchmarks.mixes import AMAZON, MIND, Mix
-from trsr_dist.benchmarks.training import Bench
-from trsr_dist.benchmarks.ways import LORA_RANK, SHAPE, TARGETS, make_user, row_work
 from trsr_dist.evaluate.score import PartScorer
 from trsr_dist.model.recommender import Recommender, score_row
-from trsr_dist.planning.flops import training_flops
-from trsr_dist.planning.tokens import Workload
+from trsr_dist.planner.flops import Workload, training_flops
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.rows import PackedRow, pack_row
 from trsr_dist.shards.plan import PackingSettings

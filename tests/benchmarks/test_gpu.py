@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from trsr_dist.benchmarks import gpu, gpu_model
-from trsr_dist.benchmarks.common import Row
-from trsr_dist.benchmarks.report import check_gpu, run_group, write_results
+from benchmarks import gpu, gpu_model
+from benchmarks.common import Row
+from benchmarks.report import check_gpu, run_group, write_results
 from trsr_dist.errors import ConfigError, RunError
 
 FINE = Row("gpu", "fine", "rate", 2.0, "x")

@@ -6,6 +6,7 @@ from importlib import metadata
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
+OURS = ("trsr_dist", "benchmarks", "launch", "tools")
 OPTIONAL = {"vllm", "flash_attn", "trl", "datasets"}
 """Not installable beside the pinned set: their modules say what to install where they are chosen."""
 
@@ -13,14 +14,14 @@ OPTIONAL = {"vllm", "flash_attn", "trl", "datasets"}
 def imported() -> dict[str, str]:
     """Top-level packages from elsewhere, each with a place where it is imported."""
     found: dict[str, str] = {}
-    for folder in ("trsr_dist", "launch", "tools"):
+    for folder in OURS:
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text())):
                 names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
                 if isinstance(node, ast.ImportFrom) and not node.level:
                     names = [node.module]
                 found |= {name.partition(".")[0]: f"{path.relative_to(ROOT)}:{node.lineno}" for name in names}
-    return {name: place for name, place in found.items() if name not in {*sys.stdlib_module_names, "trsr_dist"}}
+    return {name: place for name, place in found.items() if name not in {*sys.stdlib_module_names, *OURS}}
 
 
 def named_in_setup() -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trsr_dist.benchmarks.summarize import LARGE, answers_of, engine_of, generate, make_model, make_tokenizer, ragged
+from benchmarks.summarize import LARGE, answers_of, engine_of, generate, make_model, make_tokenizer, ragged
 
 CUDA = torch.device("cuda")
 

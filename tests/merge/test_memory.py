@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trsr_dist.benchmarks.merge import LLAMA2_7B, write_adapter, write_base
+from benchmarks.merge import LLAMA2_7B, write_adapter, write_base
 from trsr_dist.merge.scores import VERSION_1, VERSION_2, available_bytes, cgroup_rests
 
 SMALL = LLAMA2_7B | {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 4}
@@ -18,7 +18,7 @@ import json, sys
 from pathlib import Path
 from trsr_dist.environment import prepare_process
 prepare_process(1)
-from trsr_dist.benchmarks.common import peak_bytes as peak
+from benchmarks.common import peak_bytes as peak
 from trsr_dist.merge import inputs, job
 from trsr_dist.merge.source import base_of, find_source
 from trsr_dist.bases import base_folder

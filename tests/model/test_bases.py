@@ -22,10 +22,10 @@ from trsr_dist.config import Config
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import TrsrError
 from trsr_dist.files import read_json, write_json
-from trsr_dist.forecast.models import model_shape
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
 from trsr_dist.model.loading import find_base
+from trsr_dist.planner.job import model_shape
 from trsr_dist.predict import Ranker
 from trsr_dist.pretrained import BaseSource, load_config, load_tokenizer
 from trsr_dist.run import RunFolder

@@ -16,9 +16,9 @@ from tests.merge.models import load, make_adapter, make_base, tensors_of
 from tests.spawn import run_ranks
 from trsr_dist.errors import TrsrError
 from trsr_dist.files import read_json, write_json
-from trsr_dist.forecast.models import model_shape
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
+from trsr_dist.planner.job import model_shape
 from trsr_dist.predict import Ranker, Request
 
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.summarize import answers_of
 from tests.merge.models import load
 from tests.real.assets import data_settings, model_folder, real_tokenizer, vllm_program
-from trsr_dist.benchmarks.summarize import answers_of
 from trsr_dist.config import load_config
 from trsr_dist.data.prepare import prepare
 from trsr_dist.data.store import HistoryStore

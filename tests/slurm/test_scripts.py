@@ -76,7 +76,7 @@ def test_a_stopped_run_is_not_requeued(tmp_path: Path) -> None:
 
 
 def test_force_holds_until_it_has_brought_something_new(tmp_path: Path) -> None:
-    """A restart that began anew once more would remove what the job itself has made."""
+    """A restart that began once more would remove what the job itself has made."""
     write(tmp_path / PROGRESS)
     script = f"""
         source slurm/common.sh

@@ -212,10 +212,8 @@ class TestRetries:
         assert counts == Counts(nodes=1, requests=1, retries=1, flags={"repetition": 1}) and len(log) == 2
 
     def test_a_worse_second_text_is_dropped(self, tmp_path: Path) -> None:
-        result, counts, _ = self.run(
-            tmp_path, Completion("", "Likes tea and", cut=True), Completion("", FAULTY, cut=True)
-        )
-        assert result.records[0]["flags"] == ["cut"] and counts.flags == {"cut": 1}
+        result, counts, _ = self.run(tmp_path, Completion("", FAULTY), Completion("", FAULTY, cut=True))
+        assert result.records[0]["flags"] == ["repetition"] and counts.flags == {"repetition": 1}
 
     def test_a_text_that_runs_on_is_cut_and_flagged(self, tmp_path: Path) -> None:
         result, counts, _ = self.run(tmp_path, *[Completion("", "Likes tea.\nUser: And coffee?")] * 2)

@@ -191,11 +191,20 @@ def test_a_retry_that_fails_leaves_the_first_text(tmp_path: Path) -> None:
     def answer(request: Request) -> Completion:
         if request.temperature:
             return Completion(request.key, error="out of memory")
-        return Completion(request.key, "Likes tennis and", cut=True)
+        return Completion(request.key, "the user likes " * 10)
 
     works = iter([Work("u", hierarchical(1, 5, 3), ["a"])])
     (result,) = run(LateEngine(4, answer), tmp_path, lambda: next(works, None)).values()
+    assert result.records[0]["flags"] == ["repetition"] and "sampled" not in result.records[0]
+
+
+def test_a_text_that_only_meets_the_limit_is_asked_for_once(tmp_path: Path) -> None:
+    works = iter([Work("u", hierarchical(1, 5, 3), ["a"])])
+    engine = LateEngine(4, lambda request: Completion(request.key, "Likes tennis and", cut=True))
+    job = scheduler(engine, tmp_path)
+    (result,) = job.run(lambda: next(works, None))
     assert result.records[0]["text"] == "Likes tennis and" and result.records[0]["flags"] == ["cut"]
+    assert (job.counts.flags, job.counts.retries, len(engine.log)) == ({"cut": 1}, 0, 1)
 
 
 def test_faults_are_counted_and_the_better_of_two_texts_is_kept(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ class SummarizeSection(Section):
     prompt_style: Literal["auto", "plain", "chat"] = "auto"
     """chat: through the model's chat template; auto: when it has one."""
     chat_template_kwargs: TemplateVariables = NO_THOUGHTS
-    """Variables of the chat template: here, models that would think aloud (Qwen3) answer at once. {}: none."""
+    """Variables of the chat template: here, models that think first (Qwen3) answer at once. {}: none."""
     max_prompt_tokens: int = Field(2048, ge=64)
     """Longer prompts are trimmed by parts: item descriptions evenly, never the instruction."""
     max_new_tokens: int = Field(150, ge=1)
@@ -203,8 +203,7 @@ class PromptSection(Section):
     answers: tuple[str, str] = ("yes", "no")
     """The two answers; each must be one token where the prompt ends."""
     chat_template_kwargs: TemplateVariables = NO_THOUGHTS
-    """Variables of the chat template: here, the answer of a model that would think aloud (Qwen3) comes at once. {}:
-    none."""
+    """Variables of the chat template: here, models that think first (Qwen3) answer at once. {}: none."""
 
 
 class ModelSection(Section):

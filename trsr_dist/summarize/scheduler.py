@@ -206,7 +206,7 @@ class Scheduler:
             self._fail(pending.waiting, completion.key, completion.error)
             return
         record = pending.first if completion.error else self._record(completion, pending)
-        if record["flags"] and pending.first is None:
+        if set(record["flags"]) - {"cut"} and pending.first is None:  # another text would hit the limit too
             # Once more, alone and sampled: the same greedy text would come again.
             self.counts.retries += 1
             old, temperature = pending.request, self.temperature or RETRY_TEMPERATURE

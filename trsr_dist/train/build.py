@@ -17,11 +17,10 @@ from trsr_dist.log import MetricLog, get_logger
 from trsr_dist.model.adapters import adapter_config, add_lora
 from trsr_dist.model.loading import load_base, load_base_divided
 from trsr_dist.model.recommender import Recommender, enable_recomputation
-from trsr_dist.planning.flops import training_flops
-from trsr_dist.planning.hardware import CPU_PROCESS_BYTES, GB, recognize
-from trsr_dist.planning.memory import KEPT_BY_CPU, KeptActivations, rank_memory
-from trsr_dist.planning.shape import ModelShape
-from trsr_dist.planning.tokens import Workload
+from trsr_dist.planner.flops import Workload, training_flops
+from trsr_dist.planner.hardware import CPU_PROCESS_BYTES, GB, recognize
+from trsr_dist.planner.memory import KEPT_BY_CPU, KeptActivations, rank_memory
+from trsr_dist.planner.shape import ModelShape
 from trsr_dist.run import RunFolder, manifest_hash
 from trsr_dist.train.checkpoints import Checkpoint, CheckpointFolder, TrainerState
 from trsr_dist.train.elastic import Saving, restore_state, start_from

@@ -14,7 +14,7 @@ from trsr_dist.config.zero import OFFLOADS
 from trsr_dist.errors import ModelError
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.model.zero3 import skip_shared_memory_operator
-from trsr_dist.planning.memory import ZeroSetting
+from trsr_dist.planner.memory import ZeroSetting
 
 
 @dataclass(frozen=True, slots=True)

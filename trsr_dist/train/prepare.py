@@ -19,10 +19,9 @@ from trsr_dist.log import get_logger
 from trsr_dist.model.artifacts import base_fingerprint
 from trsr_dist.model.loading import resolve_precision, shared_backend
 from trsr_dist.model.zero3 import check_equal_calls
-from trsr_dist.planning.memory import ZeroSetting
+from trsr_dist.planner.memory import ZeroSetting
 from trsr_dist.pretrained import BaseSource, load_config, load_tokenizer
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.records import metric_names
 from trsr_dist.run import RUN, RunFolder
 from trsr_dist.shards.cache import open_cache
 from trsr_dist.shards.plan import PackingSettings
@@ -178,15 +177,11 @@ def open_validator(config: Config, run: RunFolder, ranks: Ranks, builder: Prompt
     """The validation split's users, None where the run never ranks them.
 
     Raises:
-        ConfigError: ``train.best_metric`` is none of the metrics.
         DataError: the split is missing, empty or damaged.
     """
     train, evaluate = config.train, config.evaluate
     if not train.evaluate_every_steps:
         return None
-    names = metric_names(evaluate.top_k)
-    if train.best_metric not in names:
-        raise ConfigError(f"train.best_metric={train.best_metric!r}: expected one of {', '.join(names)}")
     return Validator(
         ShardSet(run.split("valid")),
         builder,

@@ -1,0 +1,49 @@
+"""Runs suites one after the other."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from benchmarks.common import Row
+
+SUITES = ("training", "scoring", "stream", "summarize", "merge", "planner", "trl", "gpu")
+ALL = "all"
+ALL_SCALE = 0.5
+"""All suites then take about ten minutes on two cores."""
+
+
+def run_suites(asked: str, scale: float | None, show: Callable[[list[Row]], str]) -> None:
+    """Print each suite's rows when it has ended, and to standard error how long it took.
+
+    Args:
+        asked: a suite, or ``all``.
+        scale: multiplies the sizes; None: 1, of all suites ``ALL_SCALE``.
+        show: rows as text.
+    """
+    started = time.monotonic()
+    for name in chosen(asked):
+        began = time.monotonic()
+        rows = load_suite(name)(scale or (ALL_SCALE if asked == ALL else 1.0))
+        print(show(rows), end="\n\n", flush=True)
+        now = time.monotonic()
+        print(f"{name}: {now - began:.0f} s, {now - started:.0f} s in all", file=sys.stderr, flush=True)
+
+
+def load_suite(name: str) -> Callable[[float], list[Row]]:
+    """The ``run`` of a suite; its argument multiplies the suite's sizes."""
+    return importlib.import_module(f"benchmarks.{name}").run
+
+
+def chosen(asked: str) -> tuple[str, ...]:
+    """The suites to run; of all, the GPU's is left out where there is none."""
+    if asked != ALL:
+        return (asked,)
+    if torch.cuda.is_available():
+        return SUITES
+    print("gpu: left out, for PyTorch sees no GPU", file=sys.stderr)
+    return SUITES[:-1]

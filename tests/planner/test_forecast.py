@@ -1,0 +1,287 @@
+"""Forecasts against what the stages then do, and for models that no machine here could hold."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.shards.world import make_builder, make_sample, make_split, write_split
+from tests.spawn import run_script
+from tests.summarize.world import run_here, tree_hash, write_config, write_histories
+from tests.tokenizers import byte_level
+from trsr_dist.config import load_config
+from trsr_dist.data.store import HistoryStore
+from trsr_dist.errors import ConfigError, RunError
+from trsr_dist.planner.cost import Cluster
+from trsr_dist.planner.hardware import Hardware, hardware, recognize
+from trsr_dist.planner.job import Request, plan_stages
+from trsr_dist.planner.shape import ModelShape
+from trsr_dist.planner.stages import (
+    LAYER_SECONDS,
+    ScoringSettings,
+    TrainingForecast,
+    TrainingSettings,
+    forecast_scoring,
+    forecast_summaries,
+    forecast_training,
+)
+from trsr_dist.planner.text import in_json, in_words
+from trsr_dist.planner.work import SummarySettings, shard_lengths, split_work, summary_work
+from trsr_dist.shards.measure import measure_lengths
+from trsr_dist.shards.plan import PackingSettings, TrainPlan
+
+LLAMA_70B = ModelShape(8192, 80, 64, 8, 128, 28672, 32000)
+SETTINGS = TrainingSettings(2, 0, 16, 8192, 8, ("q_proj", "v_proj"), "bfloat16", True, False, False)
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_work_is_that_of_the_planned_rows(tmp_path: Path, measured: bool) -> None:
+    shards, builder = make_split(tmp_path / "train", (150, 150)), make_builder()
+    settings = PackingSettings(row_tokens=2000, rows_per_step=4, negatives_per_positive=2, seed=0)
+    if measured:
+        measure_lengths(shards, builder)
+    work = split_work(shard_lengths(tmp_path / "train", builder), 2000, 2, 0)
+    assert work.source == ("measured" if measured else "sampled")
+    plan = TrainPlan(measure_lengths(shards, builder), settings)
+    facts = plan.facts(0)
+    assert work.shared.tokens == pytest.approx(facts.num_tokens, rel=0.03)
+    assert work.num_rows == pytest.approx(facts.num_rows, abs=1)
+    assert work.num_users == 300
+    assert work.shared.answers == 900
+
+
+def test_separate_tokens_are_those_of_the_rows(tmp_path: Path) -> None:
+    builder = make_builder()
+    shards = write_split(tmp_path / "test", [make_sample(i) for i in range(40)], [40], "test")
+    work = split_work(shard_lengths(tmp_path / "test", builder), 4000, None, 0)
+    users = [builder.build(shards.read(index)) for index in range(40)]
+    expected = sum(len(user.prefix) * len(user.suffixes) + sum(map(len, user.suffixes)) for user in users)
+    assert work.separate.tokens == expected
+
+
+def cluster(num_nodes: int) -> Cluster:
+    return Cluster(hardware("h100"), num_nodes, 8, 0.4, price_per_hour=2.0)
+
+
+def test_a_model_of_70_billion_needs_its_weights_divided(tmp_path: Path) -> None:
+    make_split(tmp_path / "train")
+    work = split_work(shard_lengths(tmp_path / "train", make_builder()), 2000, 1, 0)
+    found = forecast_training(LLAMA_70B, work, SETTINGS, cluster(2))
+    assert found.recommended == "zero3"
+    assert found.memory["zero2"].weights == LLAMA_70B.num_parameters * 2
+    assert found.memory["zero3"].weights < LLAMA_70B.num_parameters * 2 / 8
+    assert found.sent["zero3"] > 100 * found.sent["zero2"]
+    assert found.cost.money == pytest.approx(2.0 * found.cost.device_hours)
+
+
+def test_more_devices_than_rows_bring_nothing(tmp_path: Path) -> None:
+    make_split(tmp_path / "train")
+    work = split_work(shard_lengths(tmp_path / "train", make_builder()), 2000, 1, 0)
+    times = [forecast_training(LLAMA_70B, work, SETTINGS, cluster(nodes), "zero2").cost.seconds for nodes in (1, 2, 4)]
+    assert times[0] > 1.5 * times[1]
+    assert times[2] >= times[1]
+
+
+def test_devices_are_known_by_what_the_driver_says() -> None:
+    assert recognize("NVIDIA H100 80GB HBM3").name == "h100"
+    assert recognize("NVIDIA A100-SXM4-80GB").name == "a100-80gb"
+    assert recognize("NVIDIA H200").name == "h200"
+    assert recognize("Tesla K80") is None
+
+
+def test_a_dry_run_reads_sizes_only_and_writes_nothing(tmp_path: Path) -> None:
+    """A 70B config without weights; the shards have no measured lengths."""
+    run, model = tmp_path / "run", tmp_path / "model"
+    write_split(run / "shards" / "train", [make_sample(i) for i in range(30)], [30])
+    byte_level().save_pretrained(model)
+    sizes = {
+        "model_type": "llama",
+        "hidden_size": 8192,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "intermediate_size": 28672,
+        "vocab_size": 32000,
+    }
+    (model / "config.json").write_text(json.dumps(sizes))
+    before = sorted(path for path in tmp_path.rglob("*"))
+    settings = (f"run.dir={run}", f"model.name_or_path={model}", "train.rows_per_step=16")
+    options = ("--config", "configs/quickstart.yaml", "--dry-run", "--nodes", "2", "--hardware", "a100-80gb")
+    done = run_script("launch/train.py", *settings, *options)
+    assert done.returncode == 0, done.stderr
+    assert "68.98G parameters" in done.stdout
+    assert "ds_configs/zero3.json is the first that fits" in done.stdout
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(("nodes", "utilization"), [(0, 0.4), (1, 0.0), (1, 40.0)])
+def test_a_cluster_that_cannot_be_is_refused(nodes: int, utilization: float) -> None:
+    with pytest.raises(ConfigError, match="expected"):
+        Cluster(hardware("h100"), nodes, 8, utilization)
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A run with histories only, and a model of 70 billion weights that has a config and a tokenizer only."""
+    write_histories(tmp_path / "run", {"train": 30, "valid": 6, "test": 9})
+    byte_level().save_pretrained(tmp_path / "model")
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    sizes = dict(zip(names, (8192, 80, 64, 8, 28672), strict=True)) | {"vocab_size": 32000}
+    (tmp_path / "model" / "config.json").write_text(json.dumps({"model_type": "llama", **sizes}))
+    model = str(tmp_path / "model")
+    return write_config(
+        tmp_path / "run",
+        model={"name_or_path": model},
+        summarize={"engine": "transformers", "model": model, "max_in_flight": 100, "max_prompt_tokens": 900},
+    )
+
+
+@pytest.mark.parametrize("scheme", ["none", "raw"])
+def test_histories_alone_are_enough(config: Path, scheme: str) -> None:
+    """Before anything is paid: where no engine is asked the prompts are those of the shards, to the token."""
+    overrides = (f"summarize.scheme={scheme}", "summarize.max_new_tokens=25")
+    (stage,) = plan_stages(load_config(config, overrides), ["summarize"])
+    found = stage.on(cluster(1))
+    assert (found.work.num_prompts, found.work.new_tokens, found.cost) == (0, 0, None)
+    assert "no model" in in_words([stage], cluster(1))
+    before = [stage.on(cluster(1)) for stage in plan_stages(load_config(config, overrides), ["train", "evaluate"])]
+    run_here(config, *overrides)
+    after = [stage.on(cluster(1)) for stage in plan_stages(load_config(config, overrides), ["train", "evaluate"])]
+    assert [found.work.source for found in (*before, *after)] == ["histories"] * 2 + ["sampled"] * 2
+    for early, late in zip(before, after, strict=True):
+        assert early.work.shared.users > 0
+        assert replace(early.work, source="sampled") == late.work
+        assert early.cost == late.cost
+
+
+def test_a_summary_is_counted_at_its_longest(config: Path) -> None:
+    found = {}
+    for limit in (100, 300):
+        (stage,) = plan_stages(load_config(config, (f"summarize.max_new_tokens={limit}",)), ["evaluate"])
+        work = stage.on(cluster(1)).work
+        found[limit] = work.separate.tokens / work.separate.answers
+    assert 200 < found[300] - found[100] < 4 * 200, "a byte-level tokenizer takes up to four tokens for one of a word's"
+
+
+def test_the_whole_plan_in_words_and_numbers(config: Path) -> None:
+    stages = plan_stages(load_config(config), ["evaluate", "summarize", "train"])
+    asked = Request("a100-80gb", num_nodes=3, devices_per_node=2, price_per_hour=2.0).cluster
+    before = sorted(config.parent.rglob("*"))
+    words, numbers = in_words(stages, asked), json.loads(in_json(stages, asked))
+    assert sorted(config.parent.rglob("*")) == before
+    assert list(numbers) == ["cluster", "summarize", "train", "evaluate", "scaling"]
+    for part in ("from the histories", "zero3.json is the first that fits", "<- asked", "stop paying at", "price"):
+        assert part in words
+    assert words.count("does not fit") == 2, "140 GB of weights, for summaries and for scoring"
+    point = next(point for point in numbers["scaling"] if point["num_nodes"] == 3)
+    for stage in ("summarize", "train", "evaluate"):
+        assert point["costs"][stage] == numbers[stage]["cost"]
+        assert numbers[stage]["cost"]["money"] == pytest.approx(2.0 * numbers[stage]["cost"]["device_hours"])
+
+
+def test_this_machine_is_measured_and_its_cores_take_float32(config: Path) -> None:
+    found = Request("here", devices_per_node=2).cluster
+    assert 1e9 < found.hardware.flops_per_second < 1e15 and found.hardware.memory_bytes > 1e8
+    assert found.utilization == found.hardware.utilization
+    if found.hardware.precision == "float32":
+        half, whole = (plan_stages(load_config(config), ["train"], auto)[0] for auto in ("bfloat16", "float32"))
+        weights = [stage.on(cluster(1)).memory["zero1"].weights for stage in (half, whole)]
+        assert weights[1] == 2 * weights[0]
+        fixed = load_config(config, ("train.precision=bfloat16",))
+        (stage,) = plan_stages(fixed, ["train"], "float32")
+        assert stage.on(cluster(1)).memory["zero1"].weights == weights[0]
+
+
+def test_cores_are_told_of_their_own_memory(config: Path) -> None:
+    cores = Cluster(Hardware("CPU core", 1e11, 10**10, 1e10, 1e9, process_bytes=6 * 10**8, is_cpu=True), 1, 2, 0.5)
+    for on, libraries in ((cores, "0.6 GB for Python and"), (cluster(1), "2.1 GB for CUDA and")):
+        stages = plan_stages(load_config(config), ["train", "evaluate"])
+        words = in_words(stages, on)
+        assert libraries in words and libraries.replace(" GB", "").removesuffix(" and") in words
+        assert ("keeps freed memory" in words) == on.hardware.is_cpu
+
+
+@pytest.mark.parametrize(("script", "stage"), [("launch/summarize.py", "summarize"), ("tools/evaluate.py", "evaluate")])
+def test_a_dry_run_is_the_stages_plan(config: Path, script: str, stage: str) -> None:
+    before = tree_hash(config.parent)
+    model = ("--model", "RUN/merged") if stage == "evaluate" else ()
+    done = run_script(script, "--config", config, "--dry-run", "--nodes", "2", *model)
+    assert done.returncode == 0, done.stderr
+    assert "# plan\ncluster    2 x 8 h100" in done.stdout and f"\n{stage}" in done.stdout
+    assert tree_hash(config.parent) == before
+
+
+def test_what_is_missing_is_named(config: Path) -> None:
+    with pytest.raises(ConfigError, match="'merge': expected one of summarize, train, evaluate"):
+        plan_stages(load_config(config), ["merge"])
+    elsewhere = load_config(config, (f"run.dir={config.parent / 'nowhere'}",))
+    for stage in ("summarize", "train"):
+        with pytest.raises(RunError, match="nowhere/histories"):
+            plan_stages(elsewhere, [stage])
+    with pytest.raises(ConfigError, match=r"train: 16 devices \(2 x 8\) would share train\.rows_per_step=8; raise it"):
+        in_words(plan_stages(load_config(config), ["train"]), cluster(2))
+    with pytest.raises(ConfigError, match=r"model\.name_or_path is empty"):
+        plan_stages(load_config(config, ("model.name_or_path=",)), ["train"])
+
+
+def test_a_model_that_cannot_share_prefixes_pays_for_separate_sequences(config: Path) -> None:
+    def training(window: int | None) -> tuple[TrainingForecast, str]:
+        path = config.parent / "model" / "config.json"
+        sizes = json.loads(path.read_text()) | {"model_type": "mistral", "sliding_window": window}
+        path.write_text(json.dumps(sizes))
+        (stage,) = plan_stages(load_config(config), ["train"])
+        return stage.on(cluster(1)), "\n".join(stage.words(stage.on(cluster(1)), cluster(1)))
+
+    (shared, plain), (separate, told) = training(None), training(64)
+    assert "run as separate sequences" in told and "run as separate sequences" not in plain
+    copies = separate.work.separate.tokens / separate.work.shared.tokens
+    assert separate.flops_per_epoch > 0.99 * copies * shared.flops_per_epoch
+    assert separate.memory["zero3"].activations > 0.95 * copies * shared.memory["zero3"].activations
+
+
+def test_prompts_of_summaries_are_those_that_the_job_sends(config: Path) -> None:
+    """Counted by the job itself; tokens by four bytes each, and no longer than the limit."""
+    run_here(config, "summarize.engine=extractive")
+    manifests = [json.loads((config.parent / f"run/shards/{s}/manifest.json").read_text()) for s in ("train", "valid")]
+    nodes = sum(manifest["counts"]["nodes"] for manifest in manifests)
+    store = HistoryStore(config.parent / "run" / "histories")
+    settings = SummarySettings("hierarchical", 5, 8, 120, 40, 8, "news", 16, "vllm")
+    work = summary_work(store, settings)
+    test = json.loads((config.parent / "run/shards/test/manifest.json").read_text())["counts"]["nodes"]
+    assert work.num_prompts == nodes + test
+    assert work.num_users == 45 and work.num_units == 4 + 1 + 2
+    assert work.new_tokens == 40 * work.num_prompts
+    assert (
+        work.prompt_tokens
+        <= 120 * work.num_prompts
+        < summary_work(store, replace(settings, max_prompt_tokens=9000)).prompt_tokens
+    )
+    found = forecast_summaries(LLAMA_70B, work, settings, cluster(1))
+    assert found.weight_bytes == 2 * LLAMA_70B.num_parameters
+    assert found.key_value_bytes == 16 * 160 * 2 * 80 * 8 * 128 * 2
+    launched = forecast_summaries(LLAMA_70B, work, replace(settings, engine="transformers"), cluster(1))
+    least = work.new_tokens / 16 * 80 * LAYER_SECONDS["transformers"] / 8
+    assert launched.cost.seconds > max(least, found.cost.seconds)
+
+
+def test_a_quantized_base_cannot_be_divided(tmp_path: Path) -> None:
+    make_split(tmp_path / "train")
+    work = split_work(shard_lengths(tmp_path / "train", make_builder()), 2000, 1, 0)
+    found = forecast_training(LLAMA_70B, work, replace(SETTINGS, quantization="4bit"), cluster(1))
+    assert list(found.memory) == ["zero1", "zero2"] and found.recommended == "zero1"
+    assert 2 * LLAMA_70B.num_parameters / 4 < found.memory["zero1"].weights < 2 * LLAMA_70B.num_parameters / 3
+
+
+def test_scoring_is_divided_by_parts_and_passes(tmp_path: Path) -> None:
+    write_split(tmp_path / "test", [make_sample(i) for i in range(130)], [130], "test")
+    work = split_work(shard_lengths(tmp_path / "test", make_builder()), 4000, None, 0)
+    settings = ScoringSettings(("model", "control"), 4000, "bfloat16")
+    one, two = (forecast_scoring(LLAMA_70B, work, settings, replace(cluster(1), devices_per_node=n)) for n in (1, 4))
+    assert one.num_parts == 6
+    assert two.cost.seconds == pytest.approx(one.cost.seconds * 2 / 6)
+    divided = forecast_scoring(LLAMA_70B, work, replace(settings, divided=True), cluster(2))
+    assert divided.weight_bytes < one.weight_bytes / 8
+    assert divided.flops == one.flops

@@ -1,0 +1,205 @@
+"""From counted work to hours and money, on a cluster and on ever more of its nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from trsr_dist.errors import ConfigError
+from trsr_dist.planner.hardware import Hardware
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """What a run is planned for."""
+
+    hardware: Hardware
+    num_nodes: int
+    devices_per_node: int
+    utilization: float
+    """Model FLOP/s utilization that is assumed, 0 to 1."""
+    price_per_hour: float = 0.0
+    """Of one device."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.utilization <= 1:
+            raise ConfigError(f"--mfu {self.utilization:g}: expected a share above 0 and up to 1, such as 0.4")
+        if min(self.num_nodes, self.devices_per_node) < 1:
+            raise ConfigError(f"{self.num_nodes} nodes of {self.devices_per_node} devices: expected 1 or more of each")
+        if self.price_per_hour < 0:
+            raise ConfigError(f"--price {self.price_per_hour:g}: expected 0 or more for an hour of one device")
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.devices_per_node
+
+    @property
+    def flops_per_second(self) -> float:
+        """Of one device, as far as it is used."""
+        return self.hardware.flops_per_second * self.utilization
+
+    @property
+    def link_bytes_per_second(self) -> float:
+        """The slower of the links that a ring over all devices crosses."""
+        return self.hardware.network_bytes_per_second if self.num_nodes > 1 else self.hardware.node_bytes_per_second
+
+    def of_nodes(self, num_nodes: int) -> Cluster:
+        """The same with more or fewer nodes."""
+        return replace(self, num_nodes=num_nodes)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Time of a stage on a cluster."""
+
+    seconds: float
+    device_hours: float
+    money: float
+    efficiency: float
+    """Share of the time in which devices compute: the rest waits for work (too little for the devices) and for the
+    links."""
+
+
+PAYING_SPEEDUP = 1.5
+"""Twice the nodes pay while they make a stage at least so many times as fast: a third of the time is saved, for a third
+more money."""
+LAST_DOUBLING = 20
+"""A million nodes: no sweep goes on beyond."""
+TRAINING_FORMULA = "steps * (ceil(rows / devices) / rows * FLOPs / rate + bytes / link)"
+SCORING_FORMULA = "ceil(parts / devices) / parts * FLOPs / rate"
+GENERATION_FORMULA = (
+    "ceil(units / devices) / units * (prompts' FLOPs / rate + "
+    "new tokens * max((weights / in flight + keys and values) / bandwidth, FLOPs of a token / rate, "
+    "host's time of a step / in flight))"
+)
+
+
+def training_cost(cluster: Cluster, flops: float, num_steps: int, rows_per_step: int, bytes_per_step: float) -> Cost:
+    """``TRAINING_FORMULA``.
+
+    Scaling stops paying where the ranks reach the rows of a step, or where the links take as long as the products.
+    Collectives are counted as not overlapped, so the result is an upper bound of their part.
+    """
+    compute = flops / cluster.flops_per_second
+    links = num_steps * bytes_per_step / cluster.link_bytes_per_second
+    return _cost(cluster, _slowest(rows_per_step, cluster.world_size) * compute + links, compute)
+
+
+def scoring_cost(cluster: Cluster, flops: float, num_parts: int) -> Cost:
+    """``SCORING_FORMULA``: forward passes without collectives, of parts that are scored whole by one device."""
+    compute = flops / cluster.flops_per_second
+    return _cost(cluster, _slowest(num_parts, cluster.world_size) * compute, compute)
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """What is generated, on each device by a copy of the model."""
+
+    prefill_flops: float
+    num_new_tokens: int
+    flops_per_token: float
+    """Of a new token."""
+    weight_bytes: int
+    context_bytes: float
+    """Keys and values that a new token reads, on average."""
+    num_in_flight: int
+    """Texts that are decoded at once."""
+    num_units: int
+    """That are worked on by one device each."""
+    step_seconds: float = 0.0
+    """Time that the host takes to launch a decoding step, of however many texts."""
+
+
+def generation_cost(cluster: Cluster, work: Generation) -> Cost:
+    """``GENERATION_FORMULA``.
+
+    Prompts are limited by products. Decoding is limited by reading: the weights once for a token of each text in
+    flight, each text's own keys and values; with many texts in flight, by products; and by the host, which launches a
+    step's kernels one by one.
+    """
+    reading = (work.weight_bytes / work.num_in_flight + work.context_bytes) / cluster.hardware.memory_bytes_per_second
+    launching = work.step_seconds / work.num_in_flight
+    decode = work.num_new_tokens * max(reading, work.flops_per_token / cluster.flops_per_second, launching)
+    seconds = work.prefill_flops / cluster.flops_per_second + decode
+    return _cost(cluster, _slowest(work.num_units, cluster.world_size) * seconds, seconds)
+
+
+def _slowest(num_pieces: int, num_devices: int) -> float:
+    """Share of all pieces that the device with most of them has."""
+    return -(-num_pieces // num_devices) / num_pieces if num_pieces else 0.0
+
+
+def _cost(cluster: Cluster, seconds: float, one_device_seconds: float) -> Cost:
+    device_hours = seconds * cluster.world_size / 3600
+    efficiency = one_device_seconds / cluster.world_size / seconds if seconds else 1.0
+    return Cost(seconds, device_hours, device_hours * cluster.price_per_hour, efficiency)
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledStage:
+    """A stage on any cluster."""
+
+    cost_on: Callable[[Cluster], Cost]
+    most_devices: int | None = None
+    """More are refused; None: any number works."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScalePoint:
+    """All stages on so many nodes."""
+
+    num_nodes: int
+    num_devices: int
+    costs: dict[str, Cost | None]
+    """By stage; None: that many devices are refused."""
+
+    @property
+    def whole(self) -> Cost | None:
+        """All stages, one after the other; None: one of them is refused."""
+        costs = [cost for cost in self.costs.values() if cost is not None]
+        if len(costs) < len(self.costs):
+            return None
+        seconds = sum(cost.seconds for cost in costs)
+        busy = sum(cost.seconds * cost.efficiency for cost in costs)
+        hours, money = sum(cost.device_hours for cost in costs), sum(cost.money for cost in costs)
+        return Cost(seconds, hours, money, busy / seconds if seconds else 1.0)
+
+
+def sweep(cluster: Cluster, stages: Mapping[str, ScaledStage]) -> list[ScalePoint]:
+    """One node, two, four and so on, with the cluster's own number, until twice the nodes pay for no stage.
+
+    Args:
+        cluster: its number of nodes is in the sweep.
+        stages: by name.
+    """
+    points: list[ScalePoint] = []
+    for doubling in range(LAST_DOUBLING):
+        points.append(_scale_point(cluster.of_nodes(2**doubling), stages))
+        if points[-1].num_nodes > cluster.num_nodes:
+            fewer, more = points[-2:]
+            if not any(_is_worth_it(fewer.costs[stage], more.costs[stage]) for stage in stages):
+                break
+    if cluster.num_nodes not in [point.num_nodes for point in points]:
+        points.append(_scale_point(cluster, stages))
+    return sorted(points, key=lambda point: point.num_nodes)
+
+
+def pays_up_to(points: Sequence[ScalePoint], stage: str) -> int:
+    """Nodes from which on twice as many do not pay for the stage."""
+    costs = {point.num_nodes: point.costs[stage] for point in points}
+    nodes = 1
+    while 2 * nodes in costs and _is_worth_it(costs[nodes], costs[2 * nodes]):
+        nodes *= 2
+    return nodes
+
+
+def _is_worth_it(fewer: Cost | None, more: Cost | None) -> bool:
+    return fewer is not None and more is not None and fewer.seconds >= PAYING_SPEEDUP * more.seconds > 0
+
+
+def _scale_point(cluster: Cluster, stages: Mapping[str, ScaledStage]) -> ScalePoint:
+    costs: dict[str, Cost | None] = {}
+    for name, stage in stages.items():
+        is_refused = stage.most_devices is not None and cluster.world_size > stage.most_devices
+        costs[name] = None if is_refused else stage.cost_on(cluster)
+    return ScalePoint(cluster.num_nodes, cluster.world_size, costs)

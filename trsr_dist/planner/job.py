@@ -1,0 +1,292 @@
+"""The plan of a run: from its config and what lies in its folder to the time, memory and money of its stages. Writes
+nothing."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from trsr_dist.config import Config, dump_config
+from trsr_dist.config.sections import PROMPTLESS
+from trsr_dist.data.store import HistoryStore
+from trsr_dist.environment import array_task, detect_ranks
+from trsr_dist.errors import ConfigError, RunError
+from trsr_dist.evaluate.passes import drawn_protocols, plan_passes
+from trsr_dist.log import show
+from trsr_dist.planner import text
+from trsr_dist.planner.cost import Cluster
+from trsr_dist.planner.hardware import hardware
+from trsr_dist.planner.shape import ModelShape
+from trsr_dist.planner.stages import (
+    PlannedStage,
+    ScoringForecast,
+    ScoringSettings,
+    SummaryForecast,
+    TrainingForecast,
+    TrainingSettings,
+    forecast_scoring,
+    forecast_summaries,
+    forecast_training,
+)
+from trsr_dist.planner.work import (
+    BYTES_PER_TOKEN,
+    PromptLengths,
+    SummarySettings,
+    filler,
+    history_lengths,
+    shard_lengths,
+    split_work,
+    summary_work,
+)
+from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.run import MANIFEST, RunFolder
+from trsr_dist.summarize.plans import writer
+
+HERE = "here"
+"""The name of the hardware that is measured."""
+STAGES = ("summarize", "train", "evaluate")
+WORD_BYTES = 6
+"""An English word with its blank: the extractive engine's limit counts words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """For which cluster to plan."""
+
+    hardware: str = "h100"
+    num_nodes: int = 1
+    devices_per_node: int = 8
+    utilization: float | None = None
+    """None: what is usual on that hardware."""
+    price_per_hour: float = 0.0
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Request:
+        """From the options of ``cluster_options``."""
+        return cls(args.hardware, args.nodes, args.devices_per_node, args.mfu, args.price)
+
+    @property
+    def cluster(self) -> Cluster:
+        """
+        Raises:
+            ConfigError: the hardware is unknown.
+        """
+        if self.hardware == HERE:
+            from trsr_dist.planner.here import this_machine
+
+            device = this_machine(self.devices_per_node)
+        else:
+            device = hardware(self.hardware)
+        utilization = device.utilization if self.utilization is None else self.utilization
+        return Cluster(device, self.num_nodes, self.devices_per_node, utilization, self.price_per_hour)
+
+
+def dry_run(config: Config, request: Request, stage: str) -> int:
+    """Print config and forecast of one stage, from the first process of all."""
+    if detect_ranks().is_main and array_task()[0] == 0:
+        cluster = request.cluster
+        planned = plan_stages(config, [stage], cluster.hardware.precision)
+        show(dump_config(config) + "# plan\n" + text.in_words(planned, cluster))
+    return 0
+
+
+def plan_stages(config: Config, names: Sequence[str], precision: str = "bfloat16") -> list[PlannedStage]:
+    """The stages, in the order of ``STAGES``.
+
+    Args:
+        config: of the run.
+        names: of the stages.
+        precision: what ``train.precision=auto`` means on the hardware.
+
+    Raises:
+        ConfigError: a stage of another name is asked for.
+        RunError: what a stage would read is not there.
+        ModelError: a model's config or tokenizer cannot be read.
+    """
+    unknown = sorted(set(names) - set(STAGES))
+    if unknown:
+        raise ConfigError(f"stage {unknown[0]!r}: expected one of {', '.join(STAGES)}")
+    inputs = Inputs(config, precision)
+    makers = {"summarize": summarize_stage, "train": train_stage, "evaluate": evaluate_stage}
+    return [makers[name](config, inputs) for name in STAGES if name in names]
+
+
+class Inputs:
+    """What the stages read, opened once and when needed."""
+
+    def __init__(self, config: Config, auto_precision: str) -> None:
+        self._config = config
+        self.precision = auto_precision if config.train.precision == "auto" else config.train.precision
+        self.run = RunFolder(Path(config.run.dir))
+
+    @cached_property
+    def store(self) -> HistoryStore:
+        return HistoryStore(self.run.histories, check=False)
+
+    @cached_property
+    def shape(self) -> ModelShape:
+        """Of the model that is trained."""
+        return ModelShape.from_config(self._model_config.to_dict())
+
+    @cached_property
+    def builder(self) -> PromptBuilder:
+        from trsr_dist.pretrained import load_tokenizer
+
+        return PromptBuilder(load_tokenizer(self._source), **self._config.prompt.model_dump())
+
+    @cached_property
+    def shares_prefix(self) -> bool:
+        """Whether the model's prompts can share their prefixes."""
+        from trsr_dist.model.loading import why_not_shared
+
+        return not why_not_shared(self._model_config, self.builder.max_tokens)
+
+    @cached_property
+    def _model_config(self) -> Any:
+        from trsr_dist.pretrained import load_config
+
+        return load_config(self._source)
+
+    @property
+    def _source(self) -> Any:
+        from trsr_dist.pretrained import BaseSource
+
+        model = self._config.model
+        if not model.name_or_path:
+            raise ConfigError("model.name_or_path is empty: name a base model's folder or hub id")
+        return BaseSource(self.run.resolve(model.name_or_path), model.revision, model.trust_remote_code)
+
+    def require(self, split: str) -> None:
+        """Look for what is to be read, before the hub is asked for anything.
+
+        Raises:
+            RunError: the split has no shards, and there are no histories either.
+        """
+        if not self._has_shards(split):
+            self.store  # noqa: B018
+
+    def _has_shards(self, split: str) -> bool:
+        return (self.run.split(split) / MANIFEST).is_file()
+
+    def lengths(self, split: str) -> PromptLengths:
+        """Of a split's prompts: from its shards, or, where there are none yet, from its histories.
+
+        Raises:
+            RunError: there are no histories either, or the split has no users.
+        """
+        if self._has_shards(split):
+            found = shard_lengths(self.run.split(split), self.builder)
+        else:
+            found = history_lengths(
+                self.store,
+                split,
+                self.builder,
+                self._config.domain,
+                self._expected_summary,
+                self._config.prompt.recent_items,
+            )
+        if not found.num_users:
+            raise RunError(f"{self.run.root}: no users in {split}; prepare data with another data.split")
+        return found
+
+    def _expected_summary(self, history: Sequence[str]) -> str:
+        """What will stand in place of the summary, or as many of the history's own words as the longest one has."""
+        settings = self._config.summarize
+        if settings.scheme in PROMPTLESS:
+            return writer(settings.scheme)(history, self._config.prompt.recent_items, settings.max_new_tokens)
+        unit = WORD_BYTES if settings.engine == "extractive" else BYTES_PER_TOKEN
+        return filler(history, round(settings.max_new_tokens * unit))
+
+
+def model_shape(name_or_path: str, revision: str = "", trust_remote_code: bool = False) -> ModelShape:
+    """Sizes of a local model or one of the hub, of which only its config is fetched.
+
+    Raises:
+        ModelError: there is no config, or it lacks a size.
+    """
+    from trsr_dist.pretrained import BaseSource, load_config
+
+    source = BaseSource(name_or_path, revision, trust_remote_code)
+    return ModelShape.from_config(load_config(source).to_dict())
+
+
+def summarize_stage(config: Config, inputs: Inputs) -> PlannedStage:
+    """The summarization of all splits."""
+    s = config.summarize
+    settings = SummarySettings(
+        scheme=s.scheme,
+        block_size=s.block_size,
+        fan_in=s.fan_in,
+        max_prompt_tokens=s.max_prompt_tokens,
+        max_new_tokens=s.max_new_tokens,
+        users_per_unit=s.users_per_shard,
+        domain=config.domain,
+        num_in_flight=s.max_in_flight,
+        engine=s.engine,
+    )
+    work = summary_work(inputs.store, settings)
+    shape = None
+    if s.asks_model:
+        shape = model_shape(inputs.run.resolve(s.model), s.revision, s.trust_remote_code)
+
+    def forecast(cluster: Cluster) -> SummaryForecast:
+        return SummaryForecast(work) if shape is None else forecast_summaries(shape, work, settings, cluster)
+
+    return PlannedStage("summarize", forecast, lambda found, cluster: text.summary_lines(found, settings, cluster))
+
+
+def train_stage(config: Config, inputs: Inputs) -> PlannedStage:
+    """The training."""
+    inputs.require("train")
+    train, lora = config.train, config.lora
+    settings = TrainingSettings(
+        num_epochs=train.num_epochs,
+        max_steps=train.max_steps,
+        rows_per_step=train.rows_per_step,
+        row_tokens=train.row_tokens,
+        lora_r=lora.r,
+        target_modules=lora.target_modules,
+        precision=inputs.precision,
+        recompute=train.activation_checkpointing,
+        full_head=train.loss == "full_text",
+        dropout=lora.dropout > 0,
+        quantization=config.model.quantization,
+        shares_prefix=inputs.shares_prefix,
+    )
+    shape, chosen = inputs.shape, Path(train.deepspeed_config).stem
+    work = split_work(inputs.lengths("train"), train.row_tokens, train.negatives_per_positive, config.run.seed)
+
+    def forecast(cluster: Cluster) -> TrainingForecast:
+        return forecast_training(shape, work, settings, cluster, chosen)
+
+    return PlannedStage(
+        "train",
+        forecast,
+        lambda found, cluster: text.training_lines(shape, settings, found, cluster, chosen),
+        train.rows_per_step,
+        "train.rows_per_step",
+    )
+
+
+def evaluate_stage(config: Config, inputs: Inputs) -> PlannedStage:
+    """The evaluation of the config's split, all passes of a language model."""
+    evaluate = config.evaluate
+    inputs.require(evaluate.split)
+    drawn = drawn_protocols(evaluate.protocols, config.data.candidates)
+    settings = ScoringSettings(
+        passes=tuple(entry.name for entry in plan_passes(evaluate.baselines, drawn)),
+        row_tokens=evaluate.row_tokens,
+        precision=inputs.precision,
+        divided=bool(evaluate.deepspeed_config),
+        shares_prefix=inputs.shares_prefix,
+    )
+    shape, work = inputs.shape, split_work(inputs.lengths(evaluate.split), evaluate.row_tokens, None, config.run.seed)
+
+    def forecast(cluster: Cluster) -> ScoringForecast:
+        return forecast_scoring(shape, work, settings, cluster)
+
+    return PlannedStage("evaluate", forecast, lambda found, cluster: text.scoring_lines(evaluate.split, found, cluster))

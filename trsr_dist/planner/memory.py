@@ -1,0 +1,199 @@
+"""Memory of one rank by ZeRO stage (arXiv 1910.02054), for LoRA on a frozen base, and what it sends in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from trsr_dist.planner.shape import ATTENTION_MODULES, ModelShape
+
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""Of a number."""
+QUANTIZED_BITS = {"4bit": 4 + 8 / 64 + 32 / (64 * 256), "8bit": 8.0}
+"""Of a weight in a linear module. NF4 with double quantization (arXiv 2305.14314): an 8-bit scale for 64 weights, and a
+float32 one for 256 of these. LLM.int8 (arXiv 2208.07339): its scale of a row is not counted."""
+KEPT_BY_CPU = 3
+"""A process on CPU cores keeps up to so many times what it needs, where the machine has it free (see
+``environment.return_large_blocks``): 5.1 GB of 1.9 were measured."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankMemory:
+    """Bytes on one rank; ``host`` is what offloading moves out of the device."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    host: int = 0
+
+    @property
+    def device(self) -> int:
+        return self.weights + self.adapter + self.gradients + self.optimizer + self.activations
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroSetting:
+    """What of the training state is divided over the ranks, and what leaves the device."""
+
+    stage: int
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class KeptActivations:
+    """What the backward pass finds, and what it makes again."""
+
+    recompute: bool = True
+    """With activation checkpointing."""
+    target_modules: Collection[str] | str = ATTENTION_MODULES
+    """With LoRA layers: these need their inputs."""
+    answers_only: bool = True
+    """The last layer runs at the answers, of which there are few, and keeps inputs, keys and values."""
+    dropout: bool = False
+    """On the inputs of the LoRA layers."""
+
+
+def rank_memory(
+    shape: ModelShape,
+    num_lora_parameters: int,
+    row_tokens: int,
+    world_size: int,
+    zero: ZeroSetting,
+    precision: str = "bfloat16",
+    kept: KeptActivations | None = None,
+    quantization: str = "none",
+) -> RankMemory:
+    """Bytes of one rank in one training step on a row of ``row_tokens`` tokens.
+
+    Stage 1 divides the optimizer's state (float32 master copy and two moments), 2 also the gradients, 3 also the
+    weights; at stage 3 the weights of two layers are whole at a time, and DeepSpeed's linear layers keep the inputs of
+    frozen weights too. The base may be quantized below stage 3.
+    """
+    size = BYTES[precision]
+    if zero.stage >= 3:
+        weights = divided_weights(shape, precision, world_size)
+    else:
+        weights = weight_bytes(shape, precision, quantization)
+    gradients = num_lora_parameters * size // (world_size if zero.stage >= 2 else 1)
+    optimizer = num_lora_parameters * 12 // (world_size if zero.stage >= 1 else 1)
+    host = (optimizer if zero.offload_optimizer else 0) + (weights if zero.offload_parameters else 0)
+    return RankMemory(
+        weights=2 * shape.num_layer_parameters * size if zero.offload_parameters else weights,
+        adapter=num_lora_parameters * size,
+        gradients=gradients,
+        optimizer=0 if zero.offload_optimizer else optimizer,
+        activations=activation_bytes(shape, row_tokens, size, kept or KeptActivations(), zero.stage >= 3),
+        host=host,
+    )
+
+
+def weight_bytes(shape: ModelShape, precision: str, quantization: str = "none") -> int:
+    """All weights of the base.
+
+    Args:
+        shape: the base model.
+        precision: of what is not quantized: embeddings, output head, norms, biases.
+        quantization: of the linear modules of the layers; ``none``, ``4bit`` or ``8bit``.
+    """
+    if quantization == "none":
+        return shape.num_parameters * BYTES[precision]
+    linear = shape.num_linear_parameters
+    quantized = round(linear * QUANTIZED_BITS[quantization] / 8)
+    return quantized + (shape.num_parameters - linear) * BYTES[precision]
+
+
+def divided_weights(shape: ModelShape, precision: str, world_size: int) -> int:
+    """Bytes of a rank's share of the weights under ZeRO-3, and of the two layers that are whole at a time."""
+    whole = 2 * shape.num_layer_parameters * BYTES[precision] if world_size > 1 else 0
+    return weight_bytes(shape, precision) // world_size + whole
+
+
+def forward_bytes(shape: ModelShape, row_tokens: int, size: int) -> int:
+    """What a forward pass without gradients holds of a row at its widest place, the MLP: the embeddings, the layer's
+    input, the residual, the MLP's input, three of its activations, and the rotary tables."""
+    widths = 4 * shape.hidden_size + 3 * shape.intermediate_size + 2 * shape.head_dim
+    return row_tokens * size * widths
+
+
+def key_value_bytes(shape: ModelShape, num_tokens: int, precision: str) -> int:
+    """Keys and values of all layers that generation keeps for so many tokens."""
+    return num_tokens * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * BYTES[precision]
+
+
+def activation_bytes(
+    shape: ModelShape,
+    row_tokens: int,
+    size: int,
+    kept: KeptActivations,
+    frozen_inputs: bool = False,
+) -> int:
+    """What the backward pass needs of a row, and what it makes in the layer where it is.
+
+    With recomputation every layer keeps its input only, and one layer at a time the rest.
+
+    Args:
+        shape: the base model.
+        row_tokens: of the row.
+        size: bytes of a number.
+        kept: what is.
+        frozen_inputs: linear layers without LoRA keep their inputs too (ZeRO-3).
+    """
+    layer = row_tokens * layer_bytes_per_token(shape, size, kept.target_modules, kept.dropout, frozen_inputs)
+    keys = 2 * shape.num_kv_heads * shape.head_dim
+    last = row_tokens * (4 * shape.hidden_size + size * (shape.hidden_size + keys)) if kept.answers_only else layer
+    gradients = row_tokens * size * 2 * (shape.intermediate_size + shape.hidden_size)
+    if kept.recompute:
+        inputs = shape.num_layers * row_tokens * shape.hidden_size * size
+        return inputs + layer + gradients + (last if kept.answers_only else 0)
+    return (shape.num_layers - 1) * layer + last + gradients
+
+
+def layer_bytes_per_token(
+    shape: ModelShape,
+    size: int,
+    target_modules: Collection[str] | str,
+    dropout: bool = False,
+    frozen_inputs: bool = False,
+) -> int:
+    """A layer keeps the inputs of its two norms in float32, queries, keys, values and the attention's output, three
+    activations of the MLP, and the inputs of the modules with LoRA layers: with dropout each its own one, and a mask
+    of a byte a value. With ``frozen_inputs`` it keeps the inputs of all linear modules, dropped out or not."""
+    names = set(shape.linears) if target_modules == "all-linear" else set(target_modules)
+    attention = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+    kept = 8 * shape.hidden_size + size * (attention + 3 * shape.intermediate_size)
+    if frozen_inputs or not dropout:
+        # Shared inputs are kept once; that of o_proj is the attention's output, which is counted above.
+        read = set(shape.linears) if frozen_inputs else names
+        groups = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("down_proj",))
+        kept += size * sum(shape.linears[group[0]][0] for group in groups if set(group) & read)
+    if dropout:
+        kept += (size + 1) * sum(shape.linears[name][0] for name in names)
+    return kept
+
+
+def recommend(choices: dict[str, RankMemory], available_bytes: int) -> str:
+    """The first choice that fits, in the given order; empty where none does."""
+    fitting = (name for name, memory in choices.items() if memory.device <= available_bytes)
+    return next(fitting, "")
+
+
+def bytes_sent_per_step(
+    shape: ModelShape,
+    num_lora_parameters: int,
+    world_size: int,
+    stage: int,
+    rows_per_rank: int = 1,
+    precision: str = "bfloat16",
+) -> int:
+    """Ring collectives: an all-reduce sends ``2 (w-1)/w`` of its operand, an all-gather or reduce-scatter half of that.
+
+    Only the adapter has gradients. Stage 3 gathers the weights twice a row: for the forward and for the backward pass.
+    """
+    size, ring = BYTES[precision], (world_size - 1) / world_size
+    sent = 2 * num_lora_parameters * size * ring
+    if stage >= 3:
+        sent += 2 * rows_per_rank * shape.num_parameters * size * ring
+    return round(sent)
