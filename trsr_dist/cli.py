@@ -84,12 +84,8 @@ def run_command(command: Callable[[], int | None]) -> None:
         message = explain(error) if isinstance(error, OSError) else error
         if not isinstance(message, TrsrError):
             raise
-        status = _fail(str(message))
+        print(printable(f"error: {message}", sys.stderr.encoding), file=sys.stderr, flush=True)
+        status = EXIT_ERROR
     except KeyboardInterrupt:
         status = 130
     sys.exit(status)
-
-
-def _fail(message: str) -> int:
-    print(printable(f"error: {message}", sys.stderr.encoding), file=sys.stderr, flush=True)
-    return EXIT_ERROR

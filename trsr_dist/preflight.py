@@ -11,6 +11,7 @@ import shutil
 import socket
 import time
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from importlib import metadata
@@ -171,15 +172,6 @@ def find_faults(reports: list[NodeReport], world_size: int, hosts: list[str]) ->
     return list(dict.fromkeys(faults))
 
 
-def check_nodes(ranks: Ranks, options: PreflightOptions, port: int) -> tuple[list[Fault], list[NodeReport]]:
-    """Compare all nodes without any collective."""
-    wait_for_folder(options.reports, node_name(), options.seconds)
-    report = inspect_node(ranks, options.run, options.scratch, options.free_gb)
-    publish(options.reports, ranks.rank, asdict(replace(report, port=port)))
-    found = collect(options.reports, ranks.world_size, options.seconds, NodeReport)
-    return find_faults(found, ranks.world_size, options.hosts), found
-
-
 def check_network(ranks: Ranks, options: PreflightOptions, port: int) -> tuple[list[Fault], float]:
     """Let every rank connect to rank 0, then time an all-reduce; faults, and GB/s."""
     folder, host, error = options.reports / "connections", options.hosts[0], ""
@@ -227,22 +219,25 @@ def all_reduce_bandwidth(ranks: Ranks, seconds: float) -> float:
 
 def check_all(ranks: Ranks, options: PreflightOptions, network: bool) -> tuple[list[Fault], str]:
     """Nodes first, then the network, in which rank 0 listens while the others connect; faults, and what is there."""
-    if not network or ranks.world_size == 1:
-        faults, nodes = check_nodes(ranks, options, 0)
-        return faults, describe(ranks, nodes)
-    export_ranks(ranks)
-    with socket.create_server(("", 0), backlog=4096) as listener:  # connections to it need not be accepted
-        faults, nodes = check_nodes(ranks, options, listener.getsockname()[1])
+    with ExitStack() as stack:
+        port, with_network = 0, network and ranks.world_size > 1
+        if with_network:
+            export_ranks(ranks)
+            listener = stack.enter_context(socket.create_server(("", 0), backlog=4096))
+            port = listener.getsockname()[1]  # connections to it need not be accepted
+        wait_for_folder(options.reports, node_name(), options.seconds)
+        report = inspect_node(ranks, options.run, options.scratch, options.free_gb)
+        publish(options.reports, ranks.rank, asdict(replace(report, port=port)))
+        nodes = collect(options.reports, ranks.world_size, options.seconds, NodeReport)
+        faults = find_faults(nodes, ranks.world_size, options.hosts)
+        gpus = f"{nodes[0].gpus} GPUs each, {nodes[0].driver}" if nodes and nodes[0].gpus else "no GPUs"
+        summary = f"{ranks.world_size} ranks on {len({node.host for node in nodes})} nodes are ready: {gpus}"
+        if not with_network:
+            return faults, summary
         if faults:
             return faults, ""
         faults, bandwidth = check_network(ranks, options, nodes[0].port)
-    return faults, f"{describe(ranks, nodes)}, all-reduce {bandwidth:.2f} GB/s"
-
-
-def describe(ranks: Ranks, nodes: list[NodeReport]) -> str:
-    """The machine in one line."""
-    gpus = f"{nodes[0].gpus} GPUs each, {nodes[0].driver}" if nodes and nodes[0].gpus else "no GPUs"
-    return f"{ranks.world_size} ranks on {len({node.host for node in nodes})} nodes are ready: {gpus}"
+    return faults, f"{summary}, all-reduce {bandwidth:.2f} GB/s"
 
 
 def report_faults(ranks: Ranks, faults: list[Fault], path: Path) -> None:

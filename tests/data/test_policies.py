@@ -130,9 +130,9 @@ def test_negatives_were_seen_before_the_target(tmp_path: Path) -> None:
     assert len(rows) > 30
     for row in rows:
         negatives = [item for item, label in zip(row.candidates, row.labels, strict=True) if not label]
-        assert all(store.catalogue.first_seen(item) < row.time for item in negatives)
+        assert all(store.catalogue.value(4, item) < row.time for item in negatives)
         assert max(row.candidates) <= row.time - 100 + 2
-    assert store.catalogue.first_seen(30) == 100 + 28
+    assert store.catalogue.value(4, 30) == 100 + 28
 
 
 def test_split_by_time(tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_train_users_may_have_several_targets(tmp_path: Path) -> None:
     assert [list(found) for found in store.sequences("train", 50)] == [
         list(found) for found in single.sequences("train", 50)
     ]
-    assert list(store.catalogue.popularities()) == list(single.catalogue.popularities())
+    assert list(store.catalogue.column("popularity")) == list(single.catalogue.column("popularity"))
     assert not (tmp_path / "run" / "histories" / "targets.spool").exists()
 
 

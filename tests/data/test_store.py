@@ -80,9 +80,9 @@ def rows_of(store: HistoryStore, split: str) -> list[UserRow]:
 def test_columns_equal_the_rows(folder: Path) -> None:
     store = HistoryStore(folder)
     items, catalogue = range(len(store.catalogue)), store.catalogue
-    assert catalogue.popularities().tolist() == [catalogue.popularity(item) for item in items]
-    assert catalogue.first_times().tolist() == [catalogue.first_seen(item) for item in items]
-    assert catalogue.texts() == [catalogue.text(item) for item in items]
+    assert catalogue.column("popularity").tolist() == [catalogue.popularity(item) for item in items]
+    assert catalogue.column("first_seen").tolist() == [catalogue.value(4, item) for item in items]
+    assert catalogue.strings("text") == [catalogue.text(item) for item in items]
     for split in SPLITS:
         rows = rows_of(store, split)
         for column, of in (("targets", targets_of), ("history", lambda row: row.history)):

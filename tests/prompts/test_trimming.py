@@ -79,7 +79,9 @@ def test_the_cuts_are_those_of_a_search_with_all(
         for group in (recent[-5:], [item.text for item in items])
     )
     whole = Parts(summary, shown, capped)
-    expected = search_with_all(whole, lambda tried: builder._fits(sample.instruction, tried))
+    expected = search_with_all(
+        whole, lambda tried: max(map(len, builder._encode_all(sample.instruction, tried))) <= limit
+    )
     ids = builder._encode_all(sample.instruction, expected)
     assert [list(user.prefix + suffix) for suffix in user.suffixes] == ids
     assert {name: n for name, n in user.trims.items() if name not in CAPPED} == expected.trims

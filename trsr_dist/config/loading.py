@@ -26,6 +26,7 @@ ODD_NUMBER = re.compile(r"[-+]?(0[0-7_]+|\d[\d_]*(:[0-5]?\d)+(\.\d*)?)$")
 """Octal without 0o, or sexagesimal."""
 TIMESTAMP = "tag:yaml.org,2002:timestamp"
 FLOAT = "tag:yaml.org,2002:float"
+SECTIONS: dict[str, type[BaseModel]] = {name: field.annotation for name, field in Config.model_fields.items()}
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
@@ -57,7 +58,16 @@ def _load(path: str | Path, overrides: list[str] | tuple[str, ...]) -> Config:
         raise ConfigError(_describe(error, path)) from None
     except TypeError as error:  # a set, bytes: YAML has tags for them
         raise ConfigError(f"{path}: {error}; write texts, numbers and lists only") from None
-    _check_files(config)
+    # Files that the last stages read must be there before the first one is paid for.
+    for key, name in (
+        ("train.deepspeed_config", config.train.deepspeed_config),
+        ("evaluate.deepspeed_config", config.evaluate.deepspeed_config),
+    ):
+        if name or key.startswith("train"):
+            try:
+                read_zero_config(find_file(name), key)
+            except OSError as error:
+                raise ConfigError(f"{key}={name}: {error.strerror}") from None
     return config
 
 
@@ -68,24 +78,7 @@ def dump_config(config: Config) -> str:
 
 def known_keys() -> list[str]:
     """Every key in dotted form."""
-    return [f"{section}.{key}" for section, model in _sections().items() for key in model.model_fields]
-
-
-def _sections() -> dict[str, type[BaseModel]]:
-    return {name: field.annotation for name, field in Config.model_fields.items()}
-
-
-def _check_files(config: Config) -> None:
-    """Files that the last stages read must be there before the first one is paid for."""
-    for key, name in (
-        ("train.deepspeed_config", config.train.deepspeed_config),
-        ("evaluate.deepspeed_config", config.evaluate.deepspeed_config),
-    ):
-        if name or key.startswith("train"):
-            try:
-                read_zero_config(find_file(name), key)
-            except OSError as error:
-                raise ConfigError(f"{key}={name}: {error.strerror}") from None
+    return [f"{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -98,7 +91,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f"{path}: expected sections such as 'run:' and 'data:', found a {type(settings).__name__}")
     for section, values in settings.items():
-        if section in _sections() and not isinstance(values, dict):
+        if section in SECTIONS and not isinstance(values, dict):
             raise ConfigError(f"{path}: section '{section}' must hold 'key: value' lines, found {values!r}")
     return settings
 
@@ -117,8 +110,8 @@ def _apply_override(settings: dict[str, Any], override: str) -> None:
 
 
 def _check_section(section: str) -> None:
-    if section not in _sections():
-        raise ConfigError(f"unknown section '{section}'{_nearest(section, list(_sections()))}")
+    if section not in SECTIONS:
+        raise ConfigError(f"unknown section '{section}'{_nearest(section, list(SECTIONS))}")
 
 
 def check_key(key: str) -> None:

@@ -117,36 +117,27 @@ class CandidateMaker:
         self, rules: CandidateRules, spool: Spool, users: Users, items: ArrowRows, first_seen: np.ndarray
     ) -> None:
         self._rules = rules
+        self._pools: dict[str, PoolOf] = {}
+        seen, categories = None, None
         if rules.seen_before_target:
             check_times(spool.times[users.rows], "data.seen_before_target=true")
-        self._num_items = len(items)
-        self._seen = first_seen if rules.seen_before_target else None
-        self._pools = self._build(spool, users, items)
-
-    def _build(self, spool: Spool, users: Users, items: ArrowRows) -> dict[str, PoolOf]:
-        categories = None
-        if self._rules.within_category:
+            seen = first_seen
+        if rules.within_category:
             categories = items.strings("category")
             if not any(categories):
                 raise DataError("data.candidates=category, and no item has a category; choose another strategy")
-        columns = {"popularity": ("history", "targets"), "targets": ("targets",)}.get(self._rules.strategy)
+        columns = {"popularity": ("history", "targets"), "targets": ("targets",)}.get(rules.strategy)
         if columns is None:
-            pools = pools_of(np.ones(len(items)), self._seen, categories)
-            return dict.fromkeys(SPLITS, pools)
-        train = self._clicks(spool, users.mask(len(spool), "train"), columns)
-        held_out = self._clicks(spool, users.mask(len(spool), "valid", "test"), columns)
-        weights = {"train": train, "valid": held_out, "test": held_out}
-        return {split: pools_of(weights[split], self._seen, categories) for split in SPLITS}
-
-    def _clicks(self, spool: Spool, users: np.ndarray, columns: tuple[str, ...]) -> np.ndarray:
-        """int64 [items]: how often ``users`` clicked each.
-
-        Train users draw by train clicks, the others by held-out clicks. Then positives and negatives of a split come
-        from the same clicks, and popularity, which is counted over train users, does not set them apart; by train
-        clicks alone, held-out negatives would be those that chance made popular in train. Nor is a test target
-        trained on as a negative.
-        """
-        return sum(spool.count(column, users, self._num_items) for column in columns)
+            self._pools = dict.fromkeys(SPLITS, pools_of(np.ones(len(items)), seen, categories))
+            return
+        # Train users draw by train clicks, the others by held-out clicks. Then positives and negatives of a split come
+        # from the same clicks, and popularity, which is counted over train users, does not set them apart; by train
+        # clicks alone, held-out negatives would be those that chance made popular in train. Nor is a test target
+        # trained on as a negative.
+        for splits in (("train",), ("valid", "test")):
+            mask = users.mask(len(spool), *splits)
+            clicks = sum(spool.count(column, mask, len(items)) for column in columns)
+            self._pools |= {split: pools_of(clicks, seen, categories) for split in splits}
 
     def make(self, user: KnownUser, split: str, counts: Counts) -> tuple[list[int], list[int]] | None:
         """Candidates and labels; None where the user is skipped for want of negatives.

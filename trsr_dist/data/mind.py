@@ -52,12 +52,17 @@ class MindReader:
                 continue
             seen.add(key)
             source, clicks = f"{self.log_file}:{row}", cells[3].split()
-            seconds = _seconds(cells[2], source)
+            try:
+                seconds = int(datetime.strptime(cells[2].strip(), TIME).replace(tzinfo=UTC).timestamp())
+            except ValueError:
+                raise DataError(
+                    f"{source}: time {shown(cells[2])}, expected such as 11/13/2019 5:53:12 AM; repair the row"
+                ) from None
             if self.target == "last":  # impressions are not looked at: those of MIND's test rows carry no labels
                 yield UserLog(user, tuple(clicks[:-1]), tuple(clicks[-1:]), seconds, (), source)
             else:
-                clicked, shown = _impressions(cells[4].split(), source)
-                yield UserLog(user, tuple(clicks), clicked, seconds, shown, source)
+                clicked, others = _impressions(cells[4].split(), source)
+                yield UserLog(user, tuple(clicks), clicked, seconds, others, source)
 
     def _rows(self, path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
         """Line numbers and cells; empty lines are passed over, and so is a header, which is counted.
@@ -93,12 +98,3 @@ def _impressions(cells: list[str], source: str) -> tuple[tuple[str, ...], tuple[
             )
         parts[label].append(item)
     return tuple(parts["1"]), tuple(parts["0"])
-
-
-def _seconds(text: str, source: str) -> int:
-    try:
-        return int(datetime.strptime(text.strip(), TIME).replace(tzinfo=UTC).timestamp())
-    except ValueError:
-        raise DataError(
-            f"{source}: time {shown(text)}, expected such as 11/13/2019 5:53:12 AM; repair the row"
-        ) from None

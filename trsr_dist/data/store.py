@@ -130,52 +130,27 @@ class ArrowRows:
         return [text for batch in self.batches for text in batch.column(name).to_pylist()]
 
 
-class Catalogue:
+class Catalogue(ArrowRows):
     """The items, by row."""
 
-    def __init__(self, path: Path) -> None:
-        self._rows = ArrowRows(path)
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def id(self, row: int) -> str:
-        return self._rows.value(0, row)
+        return self.value(0, row)
 
     def text(self, row: int) -> str:
-        return self._rows.value(1, row)
+        return self.value(1, row)
 
     def category(self, row: int) -> str:
-        return self._rows.value(2, row)
+        return self.value(2, row)
 
     def popularity(self, row: int) -> int:
         """Clicks of train users: their histories and targets."""
-        return self._rows.value(3, row)
-
-    def first_seen(self, row: int) -> int:
-        """Unix seconds at which the first user is known to have met the item; 0 where nobody did or without times."""
-        return self._rows.value(4, row)
-
-    def texts(self) -> list[str]:
-        """Of every item, by row."""
-        return self._rows.strings("text")
-
-    def categories(self) -> list[str]:
-        """Of every item, by row."""
-        return self._rows.strings("category")
-
-    def popularities(self) -> np.ndarray:
-        """Of every item, int64 [items]."""
-        return self._rows.column("popularity")
-
-    def first_times(self) -> np.ndarray:
-        """``first_seen`` of every item, int64 [items]."""
-        return self._rows.column("first_seen")
+        return self.value(3, row)
 
     def numbers(self) -> dict[str, tuple[int, int]]:
-        """Popularity and first_seen of every item, by its id."""
-        values = zip(self.popularities().tolist(), self.first_times().tolist(), strict=True)
-        return dict(zip(self._rows.strings("id"), values, strict=True))
+        """Of every item, by its id: popularity, and Unix seconds at which the first user is known to have met it (0
+        where nobody did, or without times)."""
+        values = zip(self.column("popularity").tolist(), self.column("first_seen").tolist(), strict=True)
+        return dict(zip(self.strings("id"), values, strict=True))
 
     def item(self, row: int) -> Item:
         return Item(self.id(row), self.text(row), self.category(row))

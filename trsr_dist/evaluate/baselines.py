@@ -135,11 +135,11 @@ def build_rankers(store: HistoryStore, asked: Sequence[str], seed: int, folder: 
     """
     rankers: dict[str, Ranker] = {}
     if "popularity" in asked:
-        rankers["popularity"] = one_by_one(by_count(store.catalogue.popularities()))
+        rankers["popularity"] = one_by_one(by_count(store.catalogue.column("popularity")))
     if "recency" in asked:
         rankers["recency"] = one_by_one(by_count(store.count_items("train", "targets")))
     if "bm25" in asked:
-        rankers["bm25"] = one_by_one(Bm25(store.catalogue.texts()))
+        rankers["bm25"] = one_by_one(Bm25(store.catalogue.strings("text")))
     tuning, names = {}, [name for name in MODELS if name in asked]
     data = read_training_data(store, names, seed) if names else None
     for name in names:

@@ -95,7 +95,7 @@ class DrawnLists:
         self._num_negatives = num_negatives
         self._seed = seed
         first_seen = first_times(store) if seen_before_target else None
-        categories = store.catalogue.categories() if store.within_category else None
+        categories = store.catalogue.strings("category") if store.within_category else None
         self._pool_of = pools_of(item_weights(protocol, store), first_seen, categories)
 
     def stored(self, user: str) -> StoredUser:
@@ -133,7 +133,7 @@ def item_weights(protocol: str, store: HistoryStore) -> np.ndarray:
 
 def first_times(store: HistoryStore) -> np.ndarray:
     """When each item is first known to have been met, int64 seconds; the largest int64 where never."""
-    times = store.catalogue.first_times()
+    times = store.catalogue.column("first_seen")
     return np.where(times == 0, NEVER, times)
 
 

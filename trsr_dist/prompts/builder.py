@@ -111,7 +111,13 @@ class PromptBuilder:
             probes.append(max(range(len(ids)), key=lambda place: len(ids[place])))
             longest = max(map(count_words, whole.candidates))
             chosen = replace(whole, candidates=tuple(whole.candidates[place] for place in probes))
-            parts = trim(chosen, lambda tried: self._fits(sample.instruction, tried), longest, sample.user).apply(whole)
+            cuts = trim(
+                chosen,
+                lambda tried: max(map(len, self._encode_all(sample.instruction, tried))) <= self.max_tokens,
+                longest,
+                sample.user,
+            )
+            parts = cuts.apply(whole)
             ids = self._encode_all(sample.instruction, parts)
         # Different texts that became the same by cutting: the model cannot tell these candidates apart.
         counts["candidates_equal"] -= len(set(parts.candidates))
@@ -125,7 +131,11 @@ class PromptBuilder:
         head = head_of(summary, CHARACTERS_PER_TOKEN * self.max_tokens)
         recent = [value(text) for text in sample.recent[-self.recent_items :]] if self.recent_items else []
         texts = [value(candidate.text) for candidate in sample.candidates]
-        shown, capped = (tuple(map(self._cap, group)) for group in (recent, texts))
+        limit = self.max_candidate_tokens
+        shown, capped = (
+            tuple(cap_text(head_of(text, CHARACTERS_PER_TOKEN * limit), limit, self._count) for text in group)
+            for group in (recent, texts)
+        )
         counts = {
             "recent_capped": sum(text != cap for text, cap in zip(recent, shown, strict=True)),
             "candidates_capped": sum(text != cap for text, cap in zip(texts, capped, strict=True)),
@@ -134,17 +144,9 @@ class PromptBuilder:
         num_cut = count_words(summary) - count_words(head) if head != summary else 0
         return Parts(head, shown, capped, summary_words_cut=num_cut), counts
 
-    def _cap(self, text: str) -> str:
-        return cap_text(
-            head_of(text, CHARACTERS_PER_TOKEN * self.max_candidate_tokens), self.max_candidate_tokens, self._count
-        )
-
     def _encode_all(self, instruction: str, parts: Parts) -> list[list[int]]:
         prompts = [recommend_prompt(instruction, parts.summary, parts.recent, text) for text in parts.candidates]
         return self.encoder.encode(prompts)
-
-    def _fits(self, instruction: str, parts: Parts) -> bool:
-        return max(map(len, self._encode_all(instruction, parts))) <= self.max_tokens
 
     def _count(self, text: str) -> int:
         """Tokens of a bare text; short texts cannot exceed the limit (a token holds at least one byte)."""

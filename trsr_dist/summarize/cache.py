@@ -143,10 +143,8 @@ class PlaceIndex:
 
     def add(self, key: str, file: int, offset: int) -> None:
         self._new[int(key[:16], 16)] = (file, offset)
-        if len(self._new) >= max(MERGE_AT, len(self._sorted) // 16):  # each merge copies all that is there
-            self._merge()
-
-    def _merge(self) -> None:
+        if len(self._new) < max(MERGE_AT, len(self._sorted) // 16):  # each merge copies all that is there
+            return
         new = np.empty(len(self._new), ENTRY)
         new["key"] = np.fromiter(self._new, np.uint64, len(new))
         new["file"], new["offset"] = np.array(list(self._new.values()), np.int64).T

@@ -67,13 +67,6 @@ class Address:
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         return cls(public, unquote(parts.username or ""), unquote(parts.password or ""), query)
 
-    @property
-    def headers(self) -> dict[str, str]:
-        """User and password as the protocol wants them; they take the key's place, as in any HTTP client."""
-        if not (self.user or self.password):
-            return {}
-        return {"Authorization": "Basic " + base64.b64encode(f"{self.user}:{self.password}".encode()).decode()}
-
 
 class Connection:
     """A client of a server, with all that must not be told.
@@ -100,6 +93,10 @@ class Connection:
         self.private = Secrets([*values, parts.user])
         """Struck from messages; in texts the user's name may be a common word."""
         self.limits = Limits(timeout_seconds)
+        headers = {"Accept-Encoding": "identity"}
+        if parts.user or parts.password:  # they take the key's place, as in any HTTP client
+            encoded = base64.b64encode(f"{parts.user}:{parts.password}".encode()).decode()
+            headers["Authorization"] = f"Basic {encoded}"
         hooks = {"request": [self.limits.begin], "response": [self.limits.bound]}
         try:
             self.client = openai.OpenAI(
@@ -107,7 +104,7 @@ class Connection:
                 api_key=key or "none",
                 timeout=timeout_seconds,
                 max_retries=max_retries,
-                default_headers=parts.headers | {"Accept-Encoding": "identity"},
+                default_headers=headers,
                 default_query=parts.query,
                 http_client=openai.DefaultHttpxClient(event_hooks=hooks),
             )
@@ -217,16 +214,14 @@ def refused_option(error: openai.APIStatusError, options: Mapping[str, Any]) -> 
         return ""
     if named == "model":
         return named
-    return next((name for name in options if name == named or _names(words, name)), "")
-
-
-def _names(words: str, option: str) -> bool:
-    """Whether an error speaks of an option: a common word counts where it is quoted or called one."""
-    if "_" in option:
-        return option in words or (option.startswith("chat_template") and "chat_template" in words)
-    return bool(
-        re.search(rf"""['"`]{option}['"`]|(argument|parameter|field|property)\w*\W(\w+\W+){{0,3}}{option}\b""", words)
-    )
+    for option in options:
+        is_named = option in words or (option.startswith("chat_template") and "chat_template" in words)
+        if "_" not in option:  # a common word counts where it is quoted or called an option
+            kind = r"(argument|parameter|field|property)\w*\W(\w+\W+){0,3}"
+            is_named = re.search(rf"""['"`]{option}['"`]|{kind}{option}\b""", words) is not None
+        if option == named or is_named:
+            return option
+    return ""
 
 
 def describe(error: openai.OpenAIError) -> str:

@@ -155,7 +155,7 @@ class TransformersEngine:
             # Prefill a few at a time while others are decoding, for a step costs as much for one.
             free = min(self.num_slots - len(self._active), len(self._waiting))
             if free > 0 and (not self._active or free >= min(len(self._waiting), max(1, self.num_slots // 8))):
-                self._prefill(self._take_waiting(free))
+                self._prefill(free)
             else:
                 self._decode()
         except RuntimeError as error:
@@ -164,8 +164,12 @@ class TransformersEngine:
             return False
         return True
 
-    def _take_waiting(self, free: int) -> list[Sequence]:
-        """The first in the queue and those of similar length among the next, up to ``free`` in all."""
+    @torch.inference_mode()
+    def _prefill(self, free: int) -> None:
+        """Run the first prompt of the queue and those of similar length among the next, up to ``free`` in all.
+
+        They are padded on the right: what stands behind a token does not touch it, so no mask is needed.
+        """
         nearby = sorted((self._waiting.popleft() for _ in range(free)), key=lambda sequence: -len(sequence.prompt))
         taken = [nearby[0]]
         for sequence in nearby[1:PREFILL_ROWS]:
@@ -175,14 +179,9 @@ class TransformersEngine:
             taken.append(sequence)
         self._waiting.extendleft(reversed(nearby[len(taken) :]))
         self._prefilling = taken
-        return taken
-
-    @torch.inference_mode()
-    def _prefill(self, sequences: list[Sequence]) -> None:
-        """Run prompts, padded on the right: what stands behind a token does not touch it, so no mask is needed."""
-        lengths = [len(sequence.prompt) for sequence in sequences]
-        ids = torch.zeros(len(sequences), max(lengths), dtype=torch.long)
-        for row, sequence in enumerate(sequences):
+        lengths = [len(sequence.prompt) for sequence in taken]
+        ids = torch.zeros(len(taken), max(lengths), dtype=torch.long)
+        for row, sequence in enumerate(taken):
             ids[row, : lengths[row]] = torch.tensor(sequence.prompt)
         last = torch.tensor([length - 1 for length in lengths], device=self.model.device)
         wanted, place = torch.unique(last, return_inverse=True)
@@ -190,12 +189,11 @@ class TransformersEngine:
         logits = self.model(
             input_ids=ids.to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=wanted
         ).logits
-        room = max(length + s.request.max_new_tokens for length, s in zip(lengths, sequences, strict=True))
+        room = max(length + s.request.max_new_tokens for length, s in zip(lengths, taken, strict=True))
         self._slots.admit(cache, lengths, room)
-        self._active += sequences
+        self._active += taken
         self._prefilling = []
-        first = len(self._active) - len(sequences)
-        self._append(logits[torch.arange(len(sequences)), place], first)
+        self._append(logits[torch.arange(len(taken)), place], len(self._active) - len(taken))
 
     @torch.inference_mode()
     def _decode(self) -> None:
