@@ -15,7 +15,7 @@ from trsr_dist.planner.flops import (
     shared_workload,
     training_flops,
 )
-from trsr_dist.planner.hardware import CATALOGUE, Hardware, hardware, recognize
+from trsr_dist.planner.hardware import CATALOGUE, CPU_PROCESS_BYTES, Hardware, hardware, recognize
 from trsr_dist.planner.memory import (
     KeptActivations,
     RankMemory,
@@ -260,6 +260,10 @@ def test_the_catalogue_is_that_of_the_data_sheets() -> None:
         "h200": (989, 141, 4800, 450, 50),
     }
     assert all(hardware(name) is device for name, device in CATALOGUE.items())
+    for device in CATALOGUE.values():
+        assert (device.precision, device.utilization) == ("bfloat16", 0.4)
+        assert (device.process_bytes, device.is_cpu) == (2_147_483_648, False)
+    assert CPU_PROCESS_BYTES == 0.6 * GB, "a core's processes load no CUDA"
 
 
 @pytest.mark.parametrize(

@@ -152,7 +152,7 @@ def spare_memory(planned_bytes: int, ranks_on_node: int) -> None:
     share = available_memory_bytes() // ranks_on_node - CPU_PROCESS_BYTES
     if KEPT_BY_CPU * planned_bytes > share:
         log.info(
-            "%.1f GB are free for this rank's model, %.1f are planned: freed memory is returned at once, which takes "
+            "%.2f GB are free for this rank's model, %.2f are planned: freed memory is returned at once, which takes "
             "time",
             share / GB,
             planned_bytes / GB,
