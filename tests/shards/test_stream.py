@@ -201,5 +201,5 @@ def test_no_item_is_lost_between_shards_and_prompt(
     if not problem:
         shards.check_recent_items(shown)
         return
-    with pytest.raises(ConfigError, match=rf"recent_items={kept}, and {problem}; the prompt is to show {shown}: take"):
+    with pytest.raises(ConfigError, match=rf"recent_items={kept}, and {problem}; the prompt shows {shown}; set"):
         TrainStream(shards, make_builder(recent_items=shown), SETTINGS)

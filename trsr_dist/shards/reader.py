@@ -170,8 +170,8 @@ class ShardSet:
         if num_shown > kept or (num_shown < kept and scheme == "raw"):
             reason = "its users have no more" if num_shown > kept else "its older items end before those"
             raise ConfigError(
-                f"{self.folder}: made with prompt.recent_items={kept}, and {reason}; the prompt is to show {num_shown}: "
-                f"take prompt.recent_items={kept}, or run launch/summarize.py with {num_shown}"
+                f"{self.folder}: made with prompt.recent_items={kept}, and {reason}; the prompt shows {num_shown}; "
+                f"set prompt.recent_items={kept}, or run launch/summarize.py with {num_shown}"
             )
 
     def read(self, index: int, chosen: Sequence[int] | None = None) -> Sample:
