@@ -38,6 +38,7 @@ class Validator:
 
     Raises:
         DataError: the split is empty.
+        ConfigError: the prompt shows more recent items than the shards have.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Validator:
     ) -> None:
         if not len(shards):
             raise DataError(f"{shards.folder}: no validation users; prepare more, or set train.evaluate_every_steps=0")
+        shards.check_recent_items(builder.recent_items)
         self._shards = shards
         self._builder = builder
         self._row_tokens = row_tokens
