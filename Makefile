@@ -59,6 +59,7 @@ real: env  ## the whole method with a small real model: DATA=DIR FORMAT=mind|ama
 	@test -n "$(DATA)" || { echo "make real DATA=DIR [FORMAT=mind|amazon_m2|jsonl]: DIR holds the raw files"; exit 2; }
 	@$(BIN)/python tools/fetch_smollm2.py --output $(MODEL)
 	@$(BIN)/python tools/prepare_data.py $(REAL)
+	@OMP_NUM_THREADS=$(DEVICES) $(BIN)/python tools/evaluate.py $(REAL)
 	@$(BIN)/python launch/summarize.py $(REAL)
 	@$(BIN)/python tools/plan.py $(REAL) --hardware here --devices-per-node $(DEVICES) --stage train --stage evaluate
 	@OMP_NUM_THREADS=1 $(LAUNCHER) --quiet --num_gpus $(DEVICES) launch/train.py $(REAL)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.core.settings_page import PAGE, page
 from trsr_dist.cli import config_parser, parse_config
 from trsr_dist.cli import path as path_argument
 from trsr_dist.config import dump_config, load_config
@@ -319,3 +320,7 @@ def test_every_setting_of_a_training_says_what_a_change_means() -> None:
     marked = {name for section in sections for name in marked_settings(section)}
     names = {name for section in sections for name in type(section).model_fields}
     assert names - marked == FREE_ON_RESUME, "mark a new setting with OnResume, or list it here with the reason"
+
+
+def test_the_settings_page_is_current() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "python -m tests.core.settings_page"

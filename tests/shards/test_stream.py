@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.shards.world import make_builder, make_split
+from tests.shards.world import make_builder, make_sample, make_split, write_split
 from trsr_dist.errors import CheckpointError, ConfigError
 from trsr_dist.hashing import digest
 from trsr_dist.shards.measure import epoch_facts
@@ -181,3 +181,25 @@ def test_trimmed_users_have_the_planned_tokens(tmp_path: Path) -> None:
     for step in islice(stream, stream.steps_in_epoch(0)):
         for row in step.rows:
             assert row.prefix_lengths == tuple(len(full[user].prefix) for user in row.users)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "kept", "shown", "problem"),
+    [
+        ("hierarchical", 3, 3, ""),
+        ("hierarchical", 3, 2, ""),
+        ("hierarchical", 3, 4, "its users have no more"),
+        ("raw", 3, 3, ""),
+        ("raw", 3, 2, "its older items end before those"),
+        ("raw", 3, 4, "its users have no more"),
+    ],
+)
+def test_no_item_is_lost_between_shards_and_prompt(
+    tmp_path: Path, scheme: str, kept: int, shown: int, problem: str
+) -> None:
+    shards = write_split(tmp_path, [make_sample(0)], [1], scheme=scheme, recent_items=kept)
+    if not problem:
+        shards.check_recent_items(shown)
+        return
+    with pytest.raises(ConfigError, match=rf"recent_items={kept}, and {problem}; the prompt shows {shown}; set"):
+        TrainStream(shards, make_builder(recent_items=shown), SETTINGS)

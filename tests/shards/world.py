@@ -31,15 +31,17 @@ def make_sample(number: int, num_negatives: int = 6) -> Sample:
     return Sample(f"user/{number}", "Would the user read it?", text(20), recent, tuple(candidates), provenance)
 
 
-def write_split(folder: Path, samples: Sequence[Sample], sizes: Sequence[int], split: str = "train") -> ShardSet:
-    """A published split of shards of these sizes."""
+def write_split(
+    folder: Path, samples: Sequence[Sample], sizes: Sequence[int], split: str = "train", **settings: object
+) -> ShardSet:
+    """A published split of shards of these sizes, made with these settings."""
     rest = list(samples)
     facts = []
     for number, size in enumerate(sizes):
         facts.append(write_shard(folder / f"{split}-{number:06d}.tar", rest[:size]))
         rest = rest[size:]
     assert not rest, "sizes must add up to the samples"
-    write_split_manifest(folder, facts, {}, {}, split=split)
+    write_split_manifest(folder, facts, settings, {}, split=split)
     return ShardSet(folder)
 
 

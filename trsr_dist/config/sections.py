@@ -346,7 +346,7 @@ class BaseSection(Section):
     intermediate_size: int = Field(352, ge=16)
     """Width of the MLP."""
     vocab_size: int = Field(2048, ge=512)
-    """At most so many tokens in the byte-level BPE vocabulary trained on the texts."""
+    """Upper limit of the byte-level BPE vocabulary, which is trained on the texts."""
     steps: int = Field(700, ge=1)
     """Pre-training steps."""
     batch_size: int = Field(4, ge=1)

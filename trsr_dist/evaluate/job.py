@@ -111,6 +111,7 @@ def _evaluate(job: Evaluation, ranks: Ranks, force: bool, stack: ExitStack) -> N
         shards = ShardSet(job.run.split(job.split))
         users = SplitUsers(shards, job.config.evaluate.max_users, job.config.run.seed, lists)
         models = open_models(job)
+        shards.check_recent_items(models["model"].builder.recent_items)
         folders = score_everything(
             job, users, models, ranks, (lambda: clear_folder(job, entries[0])) if force else None
         )

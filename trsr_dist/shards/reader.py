@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trsr_dist.errors import DataError
+from trsr_dist.errors import ConfigError, DataError
 from trsr_dist.files import plain, remedy_of, sha256_of
 from trsr_dist.log import get_logger
 from trsr_dist.prompts.wording import WORDING_VERSION
@@ -158,6 +158,21 @@ class ShardSet:
     def candidate_hash(self) -> str:
         """Hash of users, candidates and labels of the split."""
         return self.manifest["candidate_hash"]
+
+    def check_recent_items(self, num_shown: int) -> None:
+        """Whether a prompt with the latest ``num_shown`` items, at most, leaves out none of a user's.
+
+        Raises:
+            ConfigError: the samples hold fewer; or they hold more, and no summary tells of those between.
+        """
+        settings = self.manifest["settings"]
+        kept, scheme = settings.get("recent_items", num_shown), settings.get("scheme")
+        if num_shown > kept or (num_shown < kept and scheme == "raw"):
+            reason = "its users have no more" if num_shown > kept else "its older items end before those"
+            raise ConfigError(
+                f"{self.folder}: made with prompt.recent_items={kept}, and {reason}; the prompt shows {num_shown}; "
+                f"set prompt.recent_items={kept}, or run launch/summarize.py with {num_shown}"
+            )
 
     def read(self, index: int, chosen: Sequence[int] | None = None) -> Sample:
         """A sample, with some of its candidates or all.

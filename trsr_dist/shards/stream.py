@@ -50,7 +50,7 @@ class TrainStream:
 
     Raises:
         CheckpointError: the state belongs to other data or settings.
-        ConfigError: a prompt is longer than a row.
+        ConfigError: a prompt is longer than a row, or shows more recent items than the shards have.
         DataError: the split is empty or damaged.
     """
 
@@ -65,6 +65,7 @@ class TrainStream:
         max_data_errors: int | None = None,
         state: StreamState | None = None,
     ) -> None:
+        shards.check_recent_items(builder.recent_items)
         tolerate = max_data_errors is not None
         lengths = measure_lengths(shards, builder, rank, world_size, num_workers, tolerate)
         self.plan = TrainPlan(lengths, settings)

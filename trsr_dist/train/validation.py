@@ -16,7 +16,7 @@ from trsr_dist.evaluate.score import Lockstep, PartScorer, ScoreRow
 from trsr_dist.log import get_logger
 from trsr_dist.model.recommender import score_row
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.records import Sample, metric_names
+from trsr_dist.records import TokenizedUser, metric_names
 from trsr_dist.rows import PackedRow, filler_row
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.train.engine import Engine
@@ -38,6 +38,7 @@ class Validator:
 
     Raises:
         DataError: the split is empty.
+        ConfigError: the prompt shows more recent items than the shards have.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class Validator:
     ) -> None:
         if not len(shards):
             raise DataError(f"{shards.folder}: no validation users; prepare more, or set train.evaluate_every_steps=0")
+        shards.check_recent_items(builder.recent_items)
         self._shards = shards
         self._builder = builder
         self._row_tokens = row_tokens
@@ -74,7 +76,7 @@ class Validator:
             ModelError: no user has finite scores, or a row does not fit the memory.
         """
         damaged: list[str] = []
-        scorers = [PartScorer(self._read(part, damaged), self._builder, self._row_tokens) for part in self._mine]
+        scorers = [PartScorer(self._read(part, damaged), self._row_tokens) for part in self._mine]
         engine.wrapped.eval()
         try:
             self._score(engine, scorers, alive)
@@ -92,14 +94,14 @@ class Validator:
             raise ModelError("validation: no user has finite scores; lower train.learning_rate")
         return dict(zip(metric_names(self._top_k), map(float, average(np.array(table))), strict=True))
 
-    def _read(self, part: int, damaged: list[str]) -> list[Sample]:
+    def _read(self, part: int, damaged: list[str]) -> list[TokenizedUser]:
         samples = []
         for index in self._parts[part]:
             try:
                 samples.append(self._shards.read(index))
             except DataError as error:
                 damaged.append(str(error))
-        return samples
+        return [self._builder.build(sample) for sample in samples]
 
     def _score(self, engine: Engine, scorers: list[PartScorer], alive: Callable[[], None]) -> None:
         def forward(row: PackedRow) -> np.ndarray:
