@@ -152,7 +152,7 @@ def test_rerank_and_score_join_prefix_and_suffix(classifier: str, expected: Expe
 
 def test_an_adapter_is_served_as_it_is(expected: Expected, tmp_path: Path) -> None:
     modules = f"ranker={expected.checkpoint / 'adapter'}"
-    options = ("--enable-lora", "--max-lora-rank", "8", "--lora-modules", modules, "--served-model-name", "base")
+    options = ("--enable-lora", "--max-lora-rank", "16", "--lora-modules", modules, "--served-model-name", "base")
     with vllm_server(expected.base, tmp_path / "log", *options) as address:
         adapted, base = (completions(address, name, expected) for name in ("ranker", "base"))
     scores = torch.cat(expected.scores)
