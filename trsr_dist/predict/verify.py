@@ -152,7 +152,8 @@ def verify(
     builder = local.prompts.builder
     samples = [replace(sample, candidates=sample.candidates[:NUM_CANDIDATES]) for sample in samples]
     users = list(map(builder.build, samples))
-    comparison = Comparison(local, server, texts_of(builder, samples, users), tolerance)
+    ours = dict(zip((user.user for user in users), local.score(users), strict=True))
+    comparison = Comparison(local, server, texts_of(builder, samples, users), ours, tolerance)
     check = {"tokens": comparison.tokens, "text": comparison.text, "chat": comparison.chat}
     return Verification(server.identity, origin, len(users), tolerance, [check[route](users) for route in routes])
 
@@ -164,6 +165,8 @@ class Comparison:
     local: Local
     server: ScoreServer
     texts: Texts
+    ours: dict[str, np.ndarray]
+    """Log-odds here by user."""
     tolerance: float
 
     def tokens(self, users: list[TokenizedUser]) -> RouteCheck:
@@ -220,7 +223,7 @@ class Comparison:
         if missing:
             words, share = f"missing log-probabilities: {missing[0]}", len(missing) / len(entries)
             return RouteCheck(route, len(entries), missing_share=share, fault=words)
-        ours = self.local.score(users)
+        ours = [self.ours[user.user] for user in users]
         theirs: Scores = [np.array([entry.score for entry in row], dtype=np.float32) for row in answers]
         differences = np.abs(np.concatenate(ours) - np.concatenate(theirs))
         pairs = [(u, i, j) for u, row in enumerate(ours) for i, j in combinations(range(len(row)), 2)]
