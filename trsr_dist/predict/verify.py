@@ -185,14 +185,15 @@ class Comparison:
         return self._judge("text", users, answers)
 
     def chat(self, users: list[TokenizedUser]) -> RouteCheck:
-        """What the server makes of messages is scored here."""
+        """What the server makes of messages is scored here, where it is not what the training made of them."""
         if self.local.prompts.builder.style == "plain":
             return RouteCheck("chat", 0, note="the model was trained on plain prompts; send token ids or text")
         users, texts = self._with_texts(users)
         read = [[self._read_message(text) for text in row] for row in texts]
         if not users or any(None in row for row in read):
             return RouteCheck("chat", 0, note="the server has no /tokenize" if users else "all prompts were trimmed")
-        scores = self.local.score_prompts(read)
+        is_ours = [list(map(list, row)) for row in read] == list(map(whole, users))
+        scores = [self.ours[user.user] for user in users] if is_ours else self.local.score_prompts(read)
         pairs = (zip(map(float, row), ids, strict=True) for row, ids in zip(scores, read, strict=True))
         return self._judge("chat", users, [[Answered(score, token_ids=ids) for score, ids in row] for row in pairs])
 
