@@ -152,7 +152,8 @@ def verify(
     builder = local.prompts.builder
     samples = [replace(sample, candidates=sample.candidates[:NUM_CANDIDATES]) for sample in samples]
     users = list(map(builder.build, samples))
-    comparison = Comparison(local, server, texts_of(builder, samples, users), tolerance)
+    ours = dict(zip((user.user for user in users), local.score(users), strict=True))
+    comparison = Comparison(local, server, texts_of(builder, samples, users), ours, tolerance)
     check = {"tokens": comparison.tokens, "text": comparison.text, "chat": comparison.chat}
     return Verification(server.identity, origin, len(users), tolerance, [check[route](users) for route in routes])
 
@@ -164,6 +165,8 @@ class Comparison:
     local: Local
     server: ScoreServer
     texts: Texts
+    ours: dict[str, np.ndarray]
+    """Log-odds here by user."""
     tolerance: float
 
     def tokens(self, users: list[TokenizedUser]) -> RouteCheck:
@@ -182,14 +185,15 @@ class Comparison:
         return self._judge("text", users, answers)
 
     def chat(self, users: list[TokenizedUser]) -> RouteCheck:
-        """What the server makes of messages is scored here."""
+        """What the server makes of messages is scored here, where it is not what the training made of them."""
         if self.local.prompts.builder.style == "plain":
             return RouteCheck("chat", 0, note="the model was trained on plain prompts; send token ids or text")
         users, texts = self._with_texts(users)
         read = [[self._read_message(text) for text in row] for row in texts]
         if not users or any(None in row for row in read):
             return RouteCheck("chat", 0, note="the server has no /tokenize" if users else "all prompts were trimmed")
-        scores = self.local.score_prompts(read)
+        is_ours = [list(map(list, row)) for row in read] == list(map(whole, users))
+        scores = [self.ours[user.user] for user in users] if is_ours else self.local.score_prompts(read)
         pairs = (zip(map(float, row), ids, strict=True) for row, ids in zip(scores, read, strict=True))
         return self._judge("chat", users, [[Answered(score, token_ids=ids) for score, ids in row] for row in pairs])
 
@@ -220,7 +224,7 @@ class Comparison:
         if missing:
             words, share = f"missing log-probabilities: {missing[0]}", len(missing) / len(entries)
             return RouteCheck(route, len(entries), missing_share=share, fault=words)
-        ours = self.local.score(users)
+        ours = [self.ours[user.user] for user in users]
         theirs: Scores = [np.array([entry.score for entry in row], dtype=np.float32) for row in answers]
         differences = np.abs(np.concatenate(ours) - np.concatenate(theirs))
         pairs = [(u, i, j) for u, row in enumerate(ours) for i, j in combinations(range(len(row)), 2)]
