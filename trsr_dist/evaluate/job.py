@@ -24,10 +24,11 @@ from trsr_dist.evaluate.score_files import ScoreFolder
 from trsr_dist.evaluate.users import DrawnLists, SplitUsers, StoredSplit
 from trsr_dist.files import write_json, writing
 from trsr_dist.hashing import digest
+from trsr_dist.locks import Claim, claim, folder_lock
 from trsr_dist.log import get_logger, setup_logging, show
 from trsr_dist.model.artifacts import follow
 from trsr_dist.model.loading import ModelPrompts
-from trsr_dist.run import Claim, RunFolder, claim, folder_lock
+from trsr_dist.run import RunFolder
 from trsr_dist.shards.reader import ShardSet
 
 WAIT_SECONDS = 24 * 3600.0
