@@ -15,7 +15,8 @@ from trsr_dist.config import Config
 from trsr_dist.data.store import HistoryStore, check_files
 from trsr_dist.environment import Ranks, array_task, detect_ranks
 from trsr_dist.errors import ConfigError, RunError
-from trsr_dist.evaluate.evaluation import Evaluation, complete, trained_on_these_shards
+from trsr_dist.evaluate.checks import complete
+from trsr_dist.evaluate.evaluation import Evaluation, trained_on_these_shards
 from trsr_dist.evaluate.passes import assign_parts, split_parts
 from trsr_dist.evaluate.reduce import Reduction, rank_baselines
 from trsr_dist.evaluate.report import baselines_text, publish
