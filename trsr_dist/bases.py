@@ -10,7 +10,7 @@ from typing import Any
 
 from trsr_dist.errors import DataError, ModelError
 from trsr_dist.files import explain, read_json
-from trsr_dist.weights import folder_entries
+from trsr_dist.weights import folder_entries, has_weights
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -116,6 +116,24 @@ def read_model_config(folder: Path) -> dict[str, Any]:
         if key in config and (type(config[key]) is not int or config[key] < 1):
             raise ModelError(f"{folder / CONFIG}: {key} is {config[key]!r}, expected 1 or more; restore the file")
     return config
+
+
+def adapter_file(folder: Path) -> Path:
+    """The file that PEFT reads an adapter's tensors from.
+
+    Raises:
+        ModelError: there is none, or the folder holds a whole model too, so that it is unclear what is meant.
+    """
+    with readable(folder):
+        if has_weights(folder):
+            raise ModelError(
+                f"{folder}: holds an adapter ({ADAPTER_CONFIG}) and the weights of a model; move the adapter's files "
+                "to a folder of their own and name that, or the base without them"
+            )
+        for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE):
+            if (folder / name).is_file():
+                return folder / name
+    raise ModelError(f"{folder}: no {ADAPTER_WEIGHTS}; the adapter is incomplete, copy it again")
 
 
 @contextmanager

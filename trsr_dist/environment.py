@@ -207,17 +207,6 @@ def die_with_parent(number: int = signal.SIGTERM) -> None:
         return
 
 
-def process_start(pid: int) -> str:
-    """Start time of a process of this machine in clock ticks; empty where there is none, or it is hidden."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_text()
-    except (FileNotFoundError, ProcessLookupError, PermissionError):
-        return ""
-    after_name = text.rpartition(")")[2].split()
-    is_dead = after_name[0] in "ZX"
-    return "" if is_dead else after_name[19]
-
-
 def secret(name: str) -> str:
     """A key or token; read when needed, kept in no config, log or file. Empty where unset."""
     return os.environ.get(name, "")

@@ -20,7 +20,7 @@ from typing import IO, Any, BinaryIO
 
 from trsr_dist.errors import DataError, RunError
 from trsr_dist.json_text import parse_json
-from trsr_dist.liveness import Owner, is_abandoned, signature
+from trsr_dist.processes import is_abandoned, signature
 
 MOVED = "old"
 """Kind of the temporary name of a folder that is being replaced."""
@@ -197,7 +197,7 @@ def _remove(path: Path) -> None:
 def atomic_folder(path: str | Path, check: Callable[[], None] | None = None) -> Iterator[Path]:
     """Fill a temporary folder; it takes the place of ``path`` when the block ends without an error.
 
-    ``check`` runs last before that and may object by raising (a lock that was lost, see ``run.FolderLock``).
+    ``check`` runs last before that and may object by raising (a lock that was lost, see ``locks.FolderLock``).
 
     An older folder of that name is moved aside first and removed last. Between the two renames a killed process leaves
     none of that name; ``recover_folder`` gives the older one its name back.
@@ -253,14 +253,14 @@ def replace_folder(new: Path, path: Path) -> None:
     sync_path(path.parent)
 
 
-def recover_folder(path: Path, dead: Owner | None = None, locked: bool = True) -> None:
+def recover_folder(path: Path, dead: str = "", locked: bool = True) -> None:
     """Undo what killed processes left that were replacing ``path``, and nothing of those that live.
 
     The folder that was moved aside last gets its name back where there is none; half-written ones are removed.
 
     Args:
         path: the folder.
-        dead: an owner that is known to be.
+        dead: signature of a process that is known to be.
         locked: this process holds the folder's lock, so that nobody else may be replacing it.
     """
     path = real_folder(path)

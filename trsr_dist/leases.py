@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from trsr_dist.liveness import Beat, Owner, Sign, read_sign, server_time_ns, signature
+from trsr_dist.liveness import Beat, Owner, Sign, read_sign
+from trsr_dist.processes import server_time_ns, signature
 
 BEATS_PER_TERM = 6
 LOOKS_PER_TERM = 20
@@ -32,8 +33,8 @@ class Lease:
 
     path: Path
     name: str
-    former: Owner | None = None
-    """The dead owner that it was taken from."""
+    former: str = ""
+    """Signature of the dead owner that it was taken from; empty where there was none."""
     lost: bool = False
 
 
@@ -64,7 +65,7 @@ class LeaseFolder:
         sign = read_sign(path)
         if not (self._create(path) if sign is None else self.is_dead(path, sign) and self._take_over(path, sign)):
             return None
-        lease = Lease(path, name, sign and sign.owner)
+        lease = Lease(path, name, sign.owner.signature if sign else "")
         with self._guard:
             self._held[name] = lease
         self._beat = self._beat or Beat(self.lease_seconds / BEATS_PER_TERM, self._touch_held)

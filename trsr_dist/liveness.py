@@ -1,16 +1,10 @@
-"""Who is alive on a shared disk: owners, the file server's clock, signs of life.
-
-Made for NFS. Every age is the difference of two of the file server's stamps, so that no host's clock matters.
-"""
+"""Who is alive on a shared disk: owners and their signs of life."""
 
 from __future__ import annotations
 
 import errno
 import os
-import re
 import secrets
-import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,9 +13,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from trsr_dist.environment import detect_ranks, process_start
+from trsr_dist.environment import detect_ranks
 from trsr_dist.errors import DataError
 from trsr_dist.json_text import parse_json
+from trsr_dist.processes import has_ended, process_start, server_time_ns
 
 STALE_READS = 5
 MAX_SIGN_BYTES = 2**20
@@ -52,6 +47,11 @@ class Owner:
         values = {field.name: record.get(field.name, field.default) for field in fields(cls)}
         return cls(**values) if all(type(v) is type(getattr(cls(), k)) for k, v in values.items()) else cls()
 
+    @property
+    def signature(self) -> str:
+        """In the names of what it writes, see ``processes.signature``."""
+        return f"{self.host}-{self.pid}-{self.started}"
+
     def is_gone(self, me: Owner) -> bool:
         """Whether it is certainly dead: its process has ended on this host, or a later start of its Slurm job asks."""
         if self.started and self.host == me.host and has_ended(self.pid, self.started):
@@ -67,19 +67,6 @@ class Owner:
         return (
             f"pid {self.pid} on {self.host}{job}" if self.host else "an unknown process (the file does not say which)"
         )
-
-
-def has_ended(pid: int, started: str) -> bool:
-    """Whether the process of this host that began at ``started`` is gone."""
-    if start := process_start(pid):
-        return start != started
-    try:
-        os.kill(pid, 0)
-    except PermissionError:  # another user's, which /proc may hide (hidepid)
-        return False
-    except (OSError, OverflowError):
-        pass
-    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,45 +116,12 @@ def _read_sign(path: Path) -> Sign:
         os.close(descriptor)
 
 
-def server_time_ns(folder: Path) -> int:
-    """Now, by the clock that stamps the folder's files: the stamp of one just touched there."""
-    with tempfile.TemporaryFile(dir=folder, prefix=f".clock.tmp-{signature()}-") as file:
-        os.utime(file.fileno())
-        return os.fstat(file.fileno()).st_mtime_ns
-
-
 def reader_time(folder: Path) -> float:
     """Unix seconds by the folder's clock; by this host's where it may not be written, as for a colleague who looks."""
     try:
         return server_time_ns(folder) / 1e9
     except OSError:
         return time.time()
-
-
-def signature(owner: Owner | None = None) -> str:
-    """A process in the name of what it writes; without an owner: this one."""
-    owner = owner or Owner(socket.gethostname(), os.getpid(), process_start(os.getpid()))
-    return f"{owner.host}-{owner.pid}-{owner.started}"
-
-
-def is_abandoned(path: Path, silent_seconds: float, dead: Owner | None = None) -> bool:
-    """Whether the process that signed the name of this file or folder has ended.
-
-    Args:
-        path: its name ends in a signature and a token.
-        silent_seconds: a process of another host counts as dead when it has written nothing for so long.
-        dead: an owner on another host that is known to be.
-    """
-    signed = path.name.rpartition("-")[0]
-    if found := re.search(rf"\.\w+-{re.escape(socket.gethostname())}-(\d+)-(\d+)$", signed):
-        return has_ended(int(found[1]), found[2])
-    if dead is not None and signed.endswith(f"-{signature(dead)}"):
-        return True
-    try:
-        newest = max(file.lstat().st_mtime_ns for file in (path, *path.rglob("*")))
-    except FileNotFoundError:  # at work, or gone
-        return False
-    return server_time_ns(path.parent) - newest > silent_seconds * 1e9
 
 
 class Beat:

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from trsr_dist.environment import process_start
 from trsr_dist.errors import RunError
-from trsr_dist.run import CLAIMS, LOCK_STALE_SECONDS, claim
+from trsr_dist.locks import CLAIMS, LOCK_STALE_SECONDS, claim
+from trsr_dist.processes import process_start
 
 SETTINGS = {"model": "abc", "top_k": (3, 5)}
 OTHER = {"model": "abc", "top_k": (1,)}
@@ -95,7 +95,7 @@ RACER = """
 import sys
 from pathlib import Path
 from trsr_dist.errors import RunError
-from trsr_dist.run import claim
+from trsr_dist.locks import claim
 print("ready", flush=True)
 sys.stdin.readline()
 try:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from trsr_dist.environment import process_start
 from trsr_dist.errors import DataError, RunError
 from trsr_dist.files import (
     atomic_file,
@@ -18,6 +17,7 @@ from trsr_dist.files import (
     temporary_name,
     write_json,
 )
+from trsr_dist.processes import process_start
 from trsr_dist.run import MANIFEST, check_inputs, is_finished, manifest_hash, write_manifest
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from tests.kills import killed_at_every_change
 from trsr_dist.files import atomic_file, atomic_folder, recover_folder
-from trsr_dist.run import folder_lock
+from trsr_dist.locks import folder_lock
 
 
 def write(folder: Path, text: str) -> None:

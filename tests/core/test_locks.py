@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from trsr_dist import liveness
-from trsr_dist.environment import process_start
+from trsr_dist import liveness, processes
 from trsr_dist.errors import RunError
 from trsr_dist.files import atomic_folder
 from trsr_dist.liveness import Sign
-from trsr_dist.run import LOCK_STALE_SECONDS, folder_lock
+from trsr_dist.locks import LOCK_STALE_SECONDS, folder_lock
+from trsr_dist.processes import process_start
 
 CLOCK = """
 import sys, time
@@ -30,7 +30,7 @@ TAKE = (
     + """
 from pathlib import Path
 from trsr_dist.errors import RunError
-from trsr_dist.run import folder_lock
+from trsr_dist.locks import folder_lock
 try:
     with folder_lock(Path(sys.argv[1])) as lock:
         print("held", flush=True)
@@ -141,7 +141,7 @@ def test_a_live_process_of_another_user_is_not_taken_for_dead(tmp_path: Path, mo
     def refuse(pid: int, number: int) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
-    monkeypatch.setattr(liveness, "process_start", lambda pid: "")
+    monkeypatch.setattr(processes, "process_start", lambda pid: "")
     monkeypatch.setattr(os, "kill", refuse)
     with pytest.raises(RunError, match=f"held by pid {os.getppid()}"), folder_lock(tmp_path / "shards"):
         pass
@@ -152,7 +152,7 @@ import socket, sys
 from pathlib import Path
 socket.gethostname = lambda: sys.argv[2]
 from trsr_dist.files import atomic_folder
-from trsr_dist.run import folder_lock
+from trsr_dist.locks import folder_lock
 folder = Path(sys.argv[1])
 with folder_lock(folder) as lock, atomic_folder(folder, lock.check) as inside:
     (inside / "text").write_text("late")
@@ -216,7 +216,7 @@ def test_requeued_job_takes_the_lock_over_and_the_earlier_start_learns_it(
 import sys
 from pathlib import Path
 from trsr_dist.files import atomic_folder
-from trsr_dist.run import folder_lock
+from trsr_dist.locks import folder_lock
 folder = Path(sys.argv[1])
 with folder_lock(folder) as lock, atomic_folder(folder, lock.check) as inside:
     (inside / "text").write_text("old")
@@ -258,7 +258,7 @@ RACER = """
 import sys
 from pathlib import Path
 from trsr_dist.errors import RunError
-from trsr_dist.run import folder_lock
+from trsr_dist.locks import folder_lock
 print("ready", flush=True)
 sys.stdin.readline()
 try:

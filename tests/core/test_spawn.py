@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 from tests import spawn
-from trsr_dist.environment import process_start
+from trsr_dist.processes import process_start
 
 KILLED = """
 import os, sys, time

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.shards.world import make_split
-from trsr_dist.environment import process_start
+from trsr_dist.processes import process_start
 
 ROOT = Path(__file__).parents[2]
 TRAINING = """

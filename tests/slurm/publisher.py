@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 from trsr_dist.files import atomic_folder
-from trsr_dist.run import folder_lock
+from trsr_dist.locks import folder_lock
 
 
 def main(folder: Path, restart: str) -> None:

@@ -14,11 +14,12 @@ from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import DataError
 from trsr_dist.files import atomic_folder, writing
 from trsr_dist.hashing import hash64
+from trsr_dist.locks import folder_lock
 from trsr_dist.log import get_logger, progress, setup_logging, show
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.prompts.text import Prompt
 from trsr_dist.records import Sample
-from trsr_dist.run import RunFolder, check_inputs, folder_lock, is_finished, write_manifest
+from trsr_dist.run import RunFolder, check_inputs, is_finished, write_manifest
 from trsr_dist.shards.reader import ShardSet
 
 TOKENIZER_DOCUMENTS = 4000

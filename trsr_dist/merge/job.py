@@ -10,6 +10,7 @@ from trsr_dist.bases import CONFIG, base_folder
 from trsr_dist.errors import ConfigError, ModelError, RunError
 from trsr_dist.files import atomic_folder, read_json, write_json, writing
 from trsr_dist.hashing import digest
+from trsr_dist.locks import FolderLock, folder_lock
 from trsr_dist.log import get_logger
 from trsr_dist.merge.changes import adapter_facts, adapter_hash, write_adapter
 from trsr_dist.merge.classifier import write_padding
@@ -27,7 +28,7 @@ from trsr_dist.merge.source import Source, base_of, find_source
 from trsr_dist.merge.verify import check_weights
 from trsr_dist.model.artifacts import PROVENANCE, base_fingerprint
 from trsr_dist.records import Sample
-from trsr_dist.run import MANIFEST, FolderLock, folder_lock, is_finished, write_manifest
+from trsr_dist.run import MANIFEST, is_finished, write_manifest
 from trsr_dist.shards.reader import ShardSet
 
 logger = get_logger("merge")

@@ -17,10 +17,9 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from trsr_dist.bases import ADAPTER_CONFIG, ADAPTER_PICKLE, readable
+from trsr_dist.bases import ADAPTER_CONFIG, ADAPTER_PICKLE, adapter_file, readable
 from trsr_dist.errors import CheckpointError, ConfigError, DataError, ModelError
 from trsr_dist.files import read_json
-from trsr_dist.model.artifacts import adapter_file
 from trsr_dist.weights import PICKLE_ERRORS, pickle_fault
 
 PREFIX = "base_model.model."

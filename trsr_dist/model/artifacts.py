@@ -14,13 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from typing_extensions import TypedDict
 
-from trsr_dist.bases import ADAPTER_CONFIG, ADAPTER_PICKLE, ADAPTER_WEIGHTS, check_base, read_model_config, readable
+from trsr_dist.bases import ADAPTER_CONFIG, check_base, read_model_config
 from trsr_dist.config.sections import PromptSection
 from trsr_dist.errors import CheckpointError, ModelError
 from trsr_dist.files import read_json, sha256_of
 from trsr_dist.json_text import describe_form
 from trsr_dist.run import MANIFEST, Manifest, read_manifest
-from trsr_dist.weights import has_weights
 
 PROVENANCE = "provenance.json"
 POINTERS = ("latest", "best")
@@ -172,24 +171,6 @@ def check_same_base(place: str | Path, found: str, recorded: str, remedy: str) -
             f"{place}: not the base of the training (fingerprint {found[:12]}..., trained on {recorded[:12]}...): "
             f"another one, or its files have changed; {remedy}"
         )
-
-
-def adapter_file(folder: Path) -> Path:
-    """The file that PEFT reads an adapter's tensors from.
-
-    Raises:
-        ModelError: there is none, or the folder holds a whole model too, so that it is unclear what is meant.
-    """
-    with readable(folder):
-        if has_weights(folder):
-            raise ModelError(
-                f"{folder}: holds an adapter ({ADAPTER_CONFIG}) and the weights of a model; move the adapter's files "
-                "to a folder of their own and name that, or the base without them"
-            )
-        for name in (ADAPTER_WEIGHTS, ADAPTER_PICKLE):
-            if (folder / name).is_file():
-                return folder / name
-    raise ModelError(f"{folder}: no {ADAPTER_WEIGHTS}; the adapter is incomplete, copy it again")
 
 
 def run_of(checkpoint: Path) -> Path | None:

@@ -13,14 +13,13 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from trsr_dist.bases import ADAPTER_CONFIG, CONFIG, BaseName, base_folder, read_model_config
+from trsr_dist.bases import ADAPTER_CONFIG, CONFIG, BaseName, adapter_file, base_folder, read_model_config
 from trsr_dist.distributed import world_size
 from trsr_dist.errors import ConfigError, ModelError
 from trsr_dist.log import get_logger
 from trsr_dist.model.adapters import attach, read_adapter, read_adapter_config
 from trsr_dist.model.artifacts import (
     PROVENANCE,
-    adapter_file,
     base_fingerprint,
     check_checkpoint,
     check_same_base,

@@ -26,10 +26,11 @@ from trsr_dist.files import recover_folder, sweep, writing
 from trsr_dist.hashing import digest
 from trsr_dist.leases import LeaseFolder
 from trsr_dist.liveness import Owner, touching
+from trsr_dist.locks import claim
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.printable import strike_addresses
 from trsr_dist.prompts.wording import WORDING_VERSION
-from trsr_dist.run import SPLITS, RunFolder, claim, is_finished
+from trsr_dist.run import SPLITS, RunFolder, is_finished
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.engines.build import build_engine, engine_identity, revision_to_load
 from trsr_dist.summarize.plans import planner, writer

@@ -28,7 +28,6 @@ from trsr_dist.files import (
     sha256_of,
     write_json,
 )
-from trsr_dist.liveness import Owner
 from trsr_dist.log import get_logger
 from trsr_dist.model.adapters import adapter_name, parameter_name
 from trsr_dist.model.artifacts import POINTERS, PROVENANCE, CheckpointManifest, write_tensors
@@ -190,11 +189,11 @@ class CheckpointFolder:
         for folder in self._folders():
             remove_folder(folder)
 
-    def tidy(self, dead: Owner | None = None) -> None:
+    def tidy(self, dead: str = "") -> None:
         """Make the folder, and clean up what killed processes left in it. Call while holding its lock.
 
         Args:
-            dead: the owner that the lock was taken from.
+            dead: signature of the owner that the lock was taken from; empty where there was none.
         """
         self.root.mkdir(parents=True, exist_ok=True)
         for name in {left.name[1:].partition(".")[0] for left in self.root.glob(".step-*")}:

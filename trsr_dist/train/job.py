@@ -12,8 +12,9 @@ from trsr_dist.config import Config, dump_config
 from trsr_dist.environment import Ranks, detect_ranks
 from trsr_dist.errors import TrsrError
 from trsr_dist.files import writing
+from trsr_dist.locks import FolderLock, folder_lock
 from trsr_dist.log import get_logger, setup_logging
-from trsr_dist.run import FolderLock, RunFolder, folder_lock
+from trsr_dist.run import RunFolder
 from trsr_dist.train.build import build_trainer, first_state, resume_settings
 from trsr_dist.train.checkpoints import CheckpointFolder
 from trsr_dist.train.lifecycle import (
@@ -73,7 +74,7 @@ def _train(
 ) -> Ending:
     distributed.on_rank_zero(lambda: check_stop_file(run.root))
     checkpoints = CheckpointFolder(run.checkpoints, config.train.keep_checkpoints, lock.check if lock else None)
-    distributed.on_rank_zero(lambda: checkpoints.tidy(lock.lease.former if lock else None))
+    distributed.on_rank_zero(lambda: checkpoints.tidy(lock.lease.former if lock else ""))
     checkpoint = None if force else newest_for_all(checkpoints)
     prepared = prepare(config, run, ranks, checkpoint)
     settings, marks = resume_settings(config, prepared.num_steps)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from peft import LoraConfig
 
-from trsr_dist.bases import ADAPTER_CONFIG
+from trsr_dist.bases import ADAPTER_CONFIG, adapter_file
 from trsr_dist.config.on_resume import OnResume
 from trsr_dist.distributed import gather_objects, on_rank_zero
 from trsr_dist.errors import CheckpointError, ConfigError, ModelError, RunError
@@ -17,7 +17,6 @@ from trsr_dist.files import sha256_of
 from trsr_dist.log import get_logger
 from trsr_dist.model.adapters import attach, parameter_name, read_adapter
 from trsr_dist.model.artifacts import (
-    adapter_file,
     check_checkpoint,
     check_same_base,
     follow,
