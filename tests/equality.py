@@ -122,7 +122,11 @@ def _files(folder: Path) -> dict[str, Path]:
 
 def _parse(path: Path) -> object:
     lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines] if path.suffix == ".jsonl" else json.loads("\n".join(lines))
+    if path.suffix == ".json":
+        return json.loads("\n".join(lines))
+    rows = [json.loads(line) for line in lines]
+    # Summaries write a row of counts every few seconds.
+    return [row for row in rows if row.get("stage") != "summarize"]
 
 
 def _unequal(where: str, old: object, new: object) -> Iterator[str]:

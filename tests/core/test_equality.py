@@ -35,6 +35,7 @@ def write(folder: Path, **changed: object) -> Path:
         ({"heartbeats/rank-00000.json": {"pid": 2}}, []),
         ({"checkpoints/manifest.json": {"files": {"state.json": {"size": 10}, "optimizer": {"size": 8}}}}, []),
         ({"metrics.jsonl": FILES["metrics.jsonl"].replace(b"7.0", b"8.5")}, []),
+        ({"metrics.jsonl": b'{"stage": "summarize", "step": 7}\n' + FILES["metrics.jsonl"]}, []),
         ({"shards/a.tar": b"\0\1\7\3"}, ["shards/a.tar: 4 bytes before, 4 after; first at byte 2"]),
         ({"shards/a.tar": b"\0\1"}, ["shards/a.tar: 4 bytes before, 2 after; one is the other's beginning"]),
         ({"new": b""}, ["new: only after"]),
