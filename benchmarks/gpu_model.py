@@ -224,7 +224,7 @@ class Bench:
 
         def step() -> None:
             inputs = RowInputs(row, self._setting.device)
-            states = self.model._states(inputs, answers_only=whole == "nothing")
+            states = self.model.states(inputs, answers_only=whole == "nothing")
             if whole == "layer":
                 states = states[inputs.layout.answer_index]
             logits = self.model.causal.lm_head(states)

@@ -148,7 +148,7 @@ class Bench:
         @torch.no_grad()
         def step() -> None:
             inputs = RowInputs(row, CPU)
-            states = model._states(inputs, answers_only=False)
+            states = model.states(inputs, answers_only=False)
             model.pair_logits(states[inputs.layout.answer_index]).sum().item()
 
         work = shared_workload(len(user.prefix), [len(suffix) for suffix in user.suffixes])

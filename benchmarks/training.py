@@ -173,7 +173,7 @@ class Bench:
                 if text:
                     loss = model(inputs, "text", text_targets(row, ANSWERS, inputs.device, row.num_tokens))
                 else:
-                    states = model._states(inputs, answers_only)
+                    states = model.states(inputs, answers_only)
                     states = states if answers_only else states[inputs.layout.answer_index]
                     loss = cross_entropy(model.causal.lm_head(states), 3 + inputs.labels, reduction="sum")
                 loss.backward()

@@ -63,7 +63,7 @@ def kept_bytes(targets: tuple[str, ...] | str, answers_only: bool, dropout: floa
         return tensor.numel() if is_mask else tensor.untyped_storage().nbytes()
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        states = model._states(RowInputs(row, torch.device("cpu")), answers_only)
+        states = model.states(RowInputs(row, torch.device("cpu")), answers_only)
     assert states.requires_grad
     return sum(map(num_bytes, kept.values())), row.num_tokens
 

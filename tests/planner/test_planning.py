@@ -86,7 +86,7 @@ def test_the_last_layers_savings_agree_with_torchs_counter() -> None:
     counts = []
     for answers_only in (False, True):
         with FlopCounterMode(display=False) as counter, torch.no_grad():
-            model._states(inputs, answers_only)
+            model.states(inputs, answers_only)
         counts.append(counter.get_total_flops())
     work = Workload(tokens=row.num_tokens, pairs=0, answers=row.num_answers)
     shape = ModelShape.from_config(CONFIGS["llama"].to_dict())

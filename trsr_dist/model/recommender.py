@@ -61,20 +61,24 @@ class Recommender(nn.Module):
         """
         if not self.shares_prefix:
             return self._separate(inputs, want)
-        out = self.causal.model(
-            input_ids=inputs.token_ids,
-            position_ids=inputs.position_ids,
-            use_cache=False,
-            tree=(inputs.layout, self._attend),
-            answers_only=want != "text",
-        )
-        states = out.last_hidden_state[0]
+        states = self.states(inputs, answers_only=want != "text")
         if want == "pair":
             return self.pair_logits(states)
         if want == "logits":
             return self.causal.lm_head(states)
         assert targets is not None
         return self._text_loss(states, targets)
+
+    def states(self, inputs: RowInputs, answers_only: bool) -> torch.Tensor:
+        """The decoder's output of a row with shared prefixes: (num_tokens, hidden_size), or its answers' alone."""
+        out = self.causal.model(
+            input_ids=inputs.token_ids,
+            position_ids=inputs.position_ids,
+            use_cache=False,
+            tree=(inputs.layout, self._attend),
+            answers_only=answers_only,
+        )
+        return out.last_hidden_state[0]
 
     def pair_logits(self, states: torch.Tensor) -> torch.Tensor:
         """float32 logits of yes and no: only these two rows of the output head are multiplied, in full precision."""
