@@ -125,7 +125,7 @@ def peak_bytes() -> int:
 
 
 def in_child(function: Callable[..., Any], *args: object) -> Any:
-    """Call a module's function in a fresh process of its own, for instance for its peak memory.
+    """Call a module's function in a fresh process, for instance for its peak memory.
 
     The processes are forked from one that has imported the libraries and done nothing: importing takes longer than most
     of what is measured.

@@ -235,7 +235,7 @@ class Bench:
         return step
 
     def _separate_step(self, prompts: list[TokenizedUser]) -> Callable[[], object]:
-        """One row whose users share nothing, for each has a first token of its own."""
+        """One row whose users share nothing, for each begins with another token."""
         distinct = [_with_first_token(prompt, 100 + number) for number, prompt in enumerate(prompts)]
         return self._shared_step(distinct)
 

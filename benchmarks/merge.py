@@ -38,7 +38,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 
 def run(scale: float) -> list[Row]:
-    """Bytes per second and growth of memory; each way in a process of its own, in turns."""
+    """Bytes per second and growth of memory; each way in a separate process, in turns."""
     ways: dict[str, Callable[[Path], None]] = {
         "cp": _copy,
         "merge": _merge,

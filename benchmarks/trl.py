@@ -1,4 +1,4 @@
-"""A training step against TRL's SFTTrainer with packing, which runs in an environment of its own."""
+"""A training step against TRL's SFTTrainer with packing, which runs in a separate environment."""
 
 from __future__ import annotations
 

@@ -56,7 +56,7 @@ class Way:
     name: str
     step: Step
     factor: float
-    """The measured step stands for so many."""
+    """Steps that the measured one stands for."""
     flops: float
     """Counted, of the whole."""
 
@@ -149,7 +149,7 @@ def suffix_lengths(name: str, longest: int, count: int) -> list[int]:
 
 
 def middle(suffixes: Sequence[tuple[int, ...]], limit: int = MEASURED) -> list[int]:
-    """Places of so many suffixes, those of middle length."""
+    """Places of up to ``limit`` suffixes, those of middle length."""
     first = max(0, len(suffixes) - limit) // 2
     return sorted(range(len(suffixes)), key=lambda place: len(suffixes[place]))[first : first + limit]
 

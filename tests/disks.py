@@ -20,7 +20,7 @@ def mounted_disk(folder: Path, size: str) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
     if done.returncode:
-        pytest.skip(f"a file system of its own needs root: {done.stderr.decode().strip()}")
+        pytest.skip(f"mounting a file system needs root: {done.stderr.decode().strip()}")
     try:
         yield folder
     finally:

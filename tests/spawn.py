@@ -63,7 +63,7 @@ def run_ranks(function: Callable[..., Any], world_size: int, *args: object) -> l
 
 
 class Script:
-    """A script of the repository in a process of its own; used as a ``subprocess.Popen``.
+    """A script of the repository in a separate process; used as a ``subprocess.Popen``.
 
     Args:
         command: the script and its arguments.

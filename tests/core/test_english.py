@@ -20,6 +20,8 @@ INSTEAD = {
     r"see there": "what it is",
     r"give leave": "permit",
     r"reckon\w*": "count, assume, estimate",
+    r"so many": "this number of, this many",
+    r"of its own": "separate, another",
 }
 
 

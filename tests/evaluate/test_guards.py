@@ -40,7 +40,7 @@ def done(scored: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def other_run(run: Path, tmp_path: Path) -> Path:
-    """The same run with a split of its own to change."""
+    """The same run with a copy of the split to change."""
     root = tmp_path / "other"
     write_config(root)
     for name in ("histories", "base", "merged", "checkpoints"):

@@ -47,7 +47,7 @@ def score_with(base: Path, builder: PromptBuilder, samples: list[Sample], row_to
 
 @torch.no_grad()
 def score_alone(base: Path, builder: PromptBuilder, sample: Sample, chosen: list[int]) -> np.ndarray:
-    """Scores of some candidates, each in a plain forward pass of its own."""
+    """Scores of some candidates, each in a separate plain forward pass."""
     model, user = load(base).eval(), builder.build(sample)
     yes, no = builder.answer_ids
     scores = []

@@ -9,12 +9,12 @@ from trsr_dist.evaluate.statistics import calibration, correct_prior, has_scale,
 
 
 def bootstrap_interval(values: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
-    """Each row a user of its own."""
+    """Each row another user."""
     return statistics.bootstrap_interval(values, np.ones(len(values), dtype=np.int64), num_samples, seed)
 
 
 def sign_flip_p_values(differences: np.ndarray, num_samples: int, seed: int) -> np.ndarray:
-    """Each row a user of its own."""
+    """Each row another user."""
     return statistics.sign_flip_p_values(differences, np.ones(len(differences), dtype=np.int64), num_samples, seed)
 
 

@@ -67,7 +67,7 @@ class Kind:
     hang_seconds: float
     """A case that takes longer hangs."""
     world: Callable[[Path], Any]
-    """What all cases share, made once in a folder of its own."""
+    """What all cases share, made once in a separate folder."""
     make: Callable[[random.Random, Path, Any], Case]
     """A case in its own folder, from a stream of random numbers and the world."""
     per_child: int = 50

@@ -80,7 +80,7 @@ def read_tables() -> list[Module]:
 
 
 def run_module(module: Module, jobs: int) -> None:
-    """Find the fate of every mutant of the module; all of it in a process of its own."""
+    """Find the fate of every mutant of the module; all of it in a separate process."""
     mutants = mutants_of(module.path.read_text())
     # Again where the tests were edited meanwhile: survivors of other tests do not count.
     while todo := _unknown(module, mutants):

@@ -1,4 +1,4 @@
-"""A warm process that runs a module's tests against one mutant after the other, each in a fork of its own.
+"""A warm process that runs a module's tests against one mutant after the other, each in a separate fork.
 
 It has imported every library that the tests need, and nothing of this project: a fork imports that with the mutant in
 the module's place. The tests must run in the process: what they start elsewhere reads the module from disk.
@@ -29,8 +29,8 @@ OWN = ("trsr_dist", "tests", "conftest")
 MEMORY_BYTES = 4 * 2**30
 """That a fork may take beyond what the nursery has."""
 LEAST_SECONDS, FACTOR, WALL_FACTOR = 3, 5, 20
-"""CPU seconds of a fork: at least so many, or so many times what the true module needs. Time by the clock: so many
-times as much, for machines that are shared."""
+"""Of a fork, the larger of two limits: CPU seconds, and a multiple of what the true module needs. Time by the clock: a
+multiple of it, for machines that are shared."""
 
 
 UNNEEDED = ("cacheprovider", "unraisableexception", "threadexception", "xdist", "timeout")

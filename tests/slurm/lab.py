@@ -148,7 +148,7 @@ class Lab:
         }
 
     def wait_for_nodes(self, number: int, seconds: float = 60) -> None:
-        """Wait until so many nodes are up and free."""
+        """Wait until this number of nodes is up and free."""
 
         def idle() -> bool:
             lines = self.run("sinfo -h -N -p batch -t idle -o %N", check=False).split()

@@ -1,4 +1,4 @@
-"""A training that starts from an adapter: its weights, no step of its own, and only one that fits."""
+"""A training that starts from an adapter: its weights, not its step, and only one that fits."""
 
 from __future__ import annotations
 

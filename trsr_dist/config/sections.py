@@ -137,7 +137,7 @@ class SummarizeSection(Section):
     latest where not all fit. A module in trsr_dist/summarize/plans/ adds another one."""
     engine: Literal["extractive", "transformers", "openai", "vllm"] = "extractive"
     """extractive: deterministic, no model; transformers: Hugging Face, in this process; openai: any OpenAI-compatible
-    server (vLLM serve, SGLang, llama.cpp); vllm: vLLM in this process, in an environment of its own."""
+    server (vLLM serve, SGLang, llama.cpp); vllm: vLLM in this process, in a separate environment."""
     model: FilePath = ""
     """Model folder, hub id, or the server's model name."""
     revision: str = ""

@@ -61,8 +61,8 @@ class Cost:
 
 
 PAYING_SPEEDUP = 1.5
-"""Twice the nodes pay while they make a stage at least so many times as fast: a third of the time is saved, for a third
-more money."""
+"""Twice the nodes pay while they make a stage at least this many times as fast: a third of the time is saved,
+for a third more money."""
 LAST_DOUBLING = 20
 """A million nodes: no sweep goes on beyond."""
 TRAINING_FORMULA = "steps * (ceil(rows / devices) / rows * FLOPs / rate + bytes / link)"
@@ -146,7 +146,7 @@ class ScaledStage:
 
 @dataclass(frozen=True, slots=True)
 class ScalePoint:
-    """All stages on so many nodes."""
+    """All stages on a number of nodes."""
 
     num_nodes: int
     num_devices: int

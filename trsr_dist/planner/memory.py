@@ -13,7 +13,7 @@ QUANTIZED_BITS = {"4bit": 4 + 8 / 64 + 32 / (64 * 256), "8bit": 8.0}
 """Of a weight in a linear module. NF4 with double quantization (arXiv 2305.14314): an 8-bit scale for 64 weights, and a
 float32 one for 256 of these. LLM.int8 (arXiv 2208.07339): its scale of a row is not counted."""
 KEPT_BY_CPU = 3
-"""A process on CPU cores keeps up to so many times what it needs, where the machine has it free (see
+"""A process on CPU cores keeps up to this multiple of what it needs, where the machine has it free (see
 ``environment.return_large_blocks``): 5.1 GB of 1.9 were measured."""
 
 
@@ -119,7 +119,7 @@ def forward_bytes(shape: ModelShape, row_tokens: int, size: int) -> int:
 
 
 def key_value_bytes(shape: ModelShape, num_tokens: int, precision: str) -> int:
-    """Keys and values of all layers that generation keeps for so many tokens."""
+    """Keys and values of all layers that generation keeps for a number of tokens."""
     return num_tokens * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * BYTES[precision]
 
 

@@ -58,7 +58,7 @@ class PlannedStage:
     def check(self, cluster: Cluster) -> None:
         """
         Raises:
-            ConfigError: the stage would refuse to start on so many devices.
+            ConfigError: the stage would refuse to start on this number of devices.
         """
         if self.most_devices is not None and cluster.world_size > self.most_devices:
             raise ConfigError(
@@ -134,7 +134,7 @@ class TrainingSettings:
     quantization: str = "none"
     """Of the base."""
     shares_prefix: bool = True
-    """False: every prompt runs as a sequence of its own."""
+    """False: every prompt runs as a separate sequence."""
 
     @property
     def answers_only(self) -> bool:

@@ -44,7 +44,7 @@ def in_words(stages: Sequence[PlannedStage], cluster: Cluster) -> str:
     """What is assumed, each stage, then how all scale.
 
     Raises:
-        ConfigError: a stage would refuse to start on so many devices.
+        ConfigError: a stage would refuse to start on this number of devices.
     """
     device = cluster.hardware
     lines = [
@@ -62,7 +62,7 @@ def in_json(stages: Sequence[PlannedStage], cluster: Cluster) -> str:
     """The same in numbers: seconds, bytes and counts.
 
     Raises:
-        ConfigError: a stage would refuse to start on so many devices.
+        ConfigError: a stage would refuse to start on this number of devices.
     """
     for stage in stages:
         stage.check(cluster)
@@ -197,7 +197,7 @@ def scaling_lines(points: Sequence[ScalePoint], cluster: Cluster) -> list[str]:
 
 
 def scale_line(point: ScalePoint, cluster: Cluster) -> str:
-    """One number of nodes; a dash where a stage refuses so many devices."""
+    """One number of nodes; a dash where a stage refuses the number of devices."""
     cells = "".join(
         f"{duration(cost.seconds):>14}{cost.efficiency:6.0%}" if cost else f"{'-':>14}{'':6}"
         for cost in point.costs.values()

@@ -116,7 +116,7 @@ def history_lengths(
 
 
 def filler(history: Sequence[str], num_bytes: int) -> str:
-    """The beginning of a history, again and again, in place of a summary of so many bytes."""
+    """The beginning of a history, again and again, in place of a summary of this size in bytes."""
     text = " ".join(history)
     copies = -(-num_bytes // max(1, len(text.encode())))
     return " ".join([text] * copies).encode()[:num_bytes].decode(errors="ignore")

@@ -99,7 +99,7 @@ def trim(parts: Parts, fits: Callable[[Parts], bool], longest: int, user: str) -
 
 
 def head_of(text: str, max_characters: int) -> str:
-    """The longest word-wise head of at most so many characters, for texts that are too long to count their tokens."""
+    """The longest word-wise head within ``max_characters``, for texts that are too long to count their tokens."""
     if len(text) <= max_characters:
         return text
     head = text[:max_characters]
