@@ -35,6 +35,7 @@ GROUPS = {
         "train": "launch/train.py",
         "status": "tools/status.py",
         "merge": "tools/merge_lora.py",
+        "score": "tools/score_shards.py",
     },
     "evaluation": {
         "evaluate": "tools/evaluate.py",
