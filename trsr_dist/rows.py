@@ -59,6 +59,14 @@ class PackedRow:
         """Where the suffixes begin."""
         return self.head_length + sum(length - self.head_length for length in self.prefix_lengths)
 
+    def prefixes(self) -> list[np.ndarray]:
+        """Token ids of each user's whole prefix."""
+        head, end, found = self.token_ids[: self.head_length], self.head_length, []
+        for length in self.prefix_lengths:
+            start, end = end, end + length - self.head_length
+            found.append(np.concatenate([head, self.token_ids[start:end]]))
+        return found
+
 
 def pack_row(tokenized: Sequence[TokenizedUser], teacher: Sequence[np.ndarray] = ()) -> PackedRow:
     """Lay users out as one row; each with its prefix and the suffixes it holds.
