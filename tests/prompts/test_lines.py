@@ -72,7 +72,7 @@ def texts_of(name: str) -> st.SearchStrategy[str]:
 
 @pytest.mark.parametrize("style", ["plain", "auto"])
 @pytest.mark.parametrize("name", [*MADE, *JOINING, *REAL])
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_ids_are_those_of_whole_prompts(name: str, style: str, data: st.DataObject) -> None:
     encoder, parts = encoders(name, style)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.requests import Completion, Request
@@ -31,6 +32,8 @@ SHORT_WORDS = 3
 """A field's value of up to this many words is a topic, a longer one is free text."""
 UNSPACED_WORDS = 2
 """Words of two characters that say as much as one between blanks (Chinese, Japanese, Thai, ...)."""
+MAX_ITEMS = 65_536
+"""Items whose terms are remembered, about 60 MB of news."""
 MIN_LETTERS = 4
 MIN_DENSE_LETTERS = 2
 """Of Han, Katakana and Korean words, whose letters are syllables."""
@@ -74,9 +77,8 @@ class Terms:
         self.seen[term] = self.num_seen
 
     def ranked(self, counter: Counter[str]) -> list[str]:
-        """Most frequent first, then the most recent."""
-        terms = sorted(counter, key=lambda term: (-counter[term], -self.seen[term], term))
-        return [f"{term} ({counter[term]})" if counter[term] > 1 else term for term in terms]
+        """Most frequent first, then the most recent; no two terms were seen at the same time."""
+        return sorted(counter, key=lambda term: (counter[term], self.seen[term]), reverse=True)
 
 
 def extract(prompt: SummaryPrompt, max_words: int) -> str:
@@ -89,14 +91,21 @@ def extract(prompt: SummaryPrompt, max_words: int) -> str:
                 match = _TERM.match(term)
                 terms.add(counter, match["term"], int(match["count"] or 1))
     for item in prompt.items:
-        # Leading short fields make one topic (sports/tennis), later short ones a topic each, the rest gives words.
-        leading, topics, free = split_fields(item)
-        for topic in ["/".join(leading)] * bool(leading) + topics:
+        topics, words = item_terms(item)
+        for topic in topics:
             terms.add(terms.topics, topic)
-        for word in dict.fromkeys(informative_words(free)):
+        for word in words:
             terms.add(terms.words, word)
     text = write_summary(terms, max_words)
     return text or cut_words(" ".join(" ".join((*prompt.previous, *prompt.items)).split()), max_words)
+
+
+@lru_cache(MAX_ITEMS)
+def item_terms(text: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Topics and words of an item: leading short fields make one topic (sports/tennis), later short ones a topic each,
+    the rest gives words. Remembered, as items come back from user to user."""
+    leading, topics, free = split_fields(text)
+    return ("/".join(leading),) * bool(leading) + tuple(topics), tuple(dict.fromkeys(informative_words(free)))
 
 
 def split_fields(text: str) -> tuple[list[str], list[str], str]:
@@ -148,22 +157,28 @@ def write_summary(terms: Terms, max_words: int) -> str:
     """Topics first; words fill what is left."""
     topics, words = terms.ranked(terms.topics), terms.ranked(terms.words)
     room = int(max_words * TOPIC_SHARE) if words else max_words
-    shown = _within(topics, room) or topics[:1]
-    others = _within(words, max_words - sum(len(split_words(term)) for term in shown) - 1) if words else []
+    shown = _within(topics, terms.topics, room) or [_counted(topic, terms.topics) for topic in topics[:1]]
+    room = max_words - sum(len(split_words(term)) for term in shown) - 1
+    others = _within(words, terms.words, room)
     if not shown and not others:
-        others = words[:1]
+        others = [_counted(word, terms.words) for word in words[:1]]
     parts = [", ".join(shown)] * bool(shown) + [f"{WORDS_MARK} {', '.join(others)}"] * bool(others)
     return "; ".join(parts)
 
 
-def _within(terms: Iterable[str], max_words: int) -> list[str]:
+def _within(terms: Iterable[str], counts: Mapping[str, int], max_words: int) -> list[str]:
     kept, room = [], max_words
     for term in terms:
-        room -= len(split_words(term))
+        shown = _counted(term, counts)
+        room -= len(split_words(shown))
         if room < 0:
             break
-        kept.append(term)
+        kept.append(shown)
     return kept
+
+
+def _counted(term: str, counts: Mapping[str, int]) -> str:
+    return f"{term} ({counts[term]})" if counts[term] > 1 else term
 
 
 class ExtractiveEngine:
