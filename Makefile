@@ -30,7 +30,7 @@ REAL = --config configs/smollm2.yaml run.dir=$(REAL_RUN) run.seed=$(SEED) data.f
   model.name_or_path=$(MODEL) $(SET)
 QUICKSTART := --config configs/quickstart.yaml run.dir=$(RUN) run.seed=$(SEED)
 
-.PHONY: help env quickstart real real-server test test-slurm test-real soak mutants fuzz lint format bench wheels gpu-check clean
+.PHONY: help env quickstart real real-server test test-slurm test-real test-serve soak mutants fuzz lint format bench wheels gpu-check clean
 
 help:  ## list the goals
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -79,6 +79,10 @@ test-slurm: env  ## the tests on a real Slurm cluster of this machine (Linux, ro
 test-real: env  ## the tests on real weights, texts and tokenizers (TRSR_REAL_MODEL, _TOKENIZERS, _DATA: their folders)
 	TRSR_REAL_MODEL="$${TRSR_REAL_MODEL:-$(MODEL)}" $(BIN)/python -m pytest -rs -n 2 --dist loadfile -m real \
 	  tests/real tests/prompts
+
+test-serve: env  ## what vLLM serves against our scores (make real-server installs it; TRSR_VLLM: its command)
+	TRSR_REAL_MODEL="$${TRSR_REAL_MODEL:-$(MODEL)}" TRSR_VLLM="$${TRSR_VLLM:-$(SERVER)/bin/vllm}" \
+	  $(BIN)/python -m pytest -rs -m real $(wildcard tests/real/test_serving_*.py)
 
 soak: env  ## the long fault runs
 	$(BIN)/python -m pytest -m soak

@@ -28,6 +28,7 @@ def main() -> None:
     options = MergeOptions(
         base=args.base,
         adapter_only=args.adapter_only,
+        head=args.head,
         dtype=args.dtype,
         max_shard_bytes=args.max_shard_size,
         verify=args.verify,
@@ -49,14 +50,11 @@ def parse_arguments() -> argparse.Namespace:
     add("--output", required=True, type=path, metavar="DIR", help="new folder; appears whole or not at all")
     add("--base", type=expand_home, metavar="DIR", help="base model, where the checkpoint names none or it has moved")
     add("--adapter-only", action="store_true", help="write just the PEFT adapter")
+    add("--head", choices=["causal", "classifier"], default="causal", help="classifier: one logit, the log-odds of yes")
     add("--dtype", choices=["base", "float32", "bfloat16", "float16"], default="base", help="of the merged weights")
     add("--max-shard-size", type=size, metavar="SIZE", help="such as 5GB or 512MiB; default: the base's files")
-    add(
-        "--verify",
-        choices=["auto", "scores", "weights", "none"],
-        default="auto",
-        help="auto: scores as memory allows",
-    )
+    verify = ["auto", "scores", "weights", "none"]
+    add("--verify", choices=verify, default="auto", help="auto: scores as memory allows")
     add("--tolerance", type=float, metavar="X", help="largest log-odds difference; default 1e-4 in float32, else 0.1")
     add("--force", action="store_true", help="replace an earlier merge once the new one is whole")
     add("--update", action="store_true", help="the same, only where the checkpoint or a setting has changed since")

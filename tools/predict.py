@@ -2,7 +2,8 @@
 
 A line of the input: {"id": "u1", "items": ["title: Tea"], "candidates": ["title: Teapot", "title: Tyre"]}, with
 "summary" for a ready one. The output has a line for each, with the candidates by falling log-odds of yes. Prompts,
-trimming and answers are those of the training; they are kept with the model.
+trimming and answers are those of the training; they are kept with the model. With --server a server that has the model
+scores (docs/serving.md), the lines are the same, and a call that was cut off goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ prepare_process()
 import argparse  # noqa: E402
 from typing import get_args  # noqa: E402
 
-from trsr_dist.cli import path, run_command  # noqa: E402
+from trsr_dist.cli import path, run_command, server_options, server_settings  # noqa: E402
 from trsr_dist.config.sections import EvaluateSection, ModelSection  # noqa: E402
 from trsr_dist.files import writing  # noqa: E402
 from trsr_dist.log import setup_logging, show  # noqa: E402
@@ -33,9 +34,11 @@ def main() -> None:
 
     if not args.skip_bad_lines:
         check_lines(args.input)
-    ranker = Ranker.open(
-        args.model, args.device, args.precision, args.attention, args.row_tokens, args.trust_remote_code
-    )
+    if args.server:
+        ranker = Ranker.connect(server_settings(args), args.model, args.trust_remote_code)
+    else:
+        here = (args.device, args.precision, args.attention, args.row_tokens)
+        ranker = Ranker.open(args.model, *here, args.trust_remote_code)
     with writing(args.output):
         count = predict_lines(ranker, args.input, args.output, args.skip_bad_lines)
     show(f"{args.output}: {count} rankings")
@@ -55,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--attention", default="auto", choices=ATTENTION, help="back end, see model.attention")
     add("--row-tokens", type=int, default=8192, metavar="N", help="length of a packed row; memory grows with it")
     add("--trust-remote-code", action="store_true", help="run model code from the hub")
-    args = parser.parse_args()
+    args = server_options(parser).parse_args()
     if args.output.is_dir():
         parser.error(f"--output {args.output} is a folder; name a file")
     if args.output.exists() and args.input.exists() and args.output.samefile(args.input):

@@ -7,12 +7,16 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trsr_dist.config import Config, load_config
 from trsr_dist.environment import expand_home
 from trsr_dist.errors import TrsrError
 from trsr_dist.files import explain
 from trsr_dist.printable import printable
+
+if TYPE_CHECKING:
+    from trsr_dist.predict.server import ServerSettings
 
 EXIT_ERROR = 1
 EXIT_REQUEUE = 75
@@ -49,6 +53,47 @@ def cluster_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--mfu", type=float, metavar="X", help="share of the peak that is reached (default: as usual on that hardware)")
     add("--price", type=float, default=0.0, metavar="X", help="of one device for an hour")
     return parser
+
+
+def server_options(parser: argparse.ArgumentParser, required: bool = False) -> argparse.ArgumentParser:
+    """Add a server's address and how it is asked."""
+    add = parser.add_argument_group("the server (its key, if any: OPENAI_API_KEY)").add_argument
+    add("--server", required=required, default="", metavar="URL", help="such as http://host:8000")
+    add("--served-model", default="", metavar="NAME", help="the server's name of the model; default: its only one")
+    protocols = "completions, classify or auto: the one that the server has (default: %(default)s)"
+    add("--protocol", default="auto", choices=("auto", "completions", "classify"), help=protocols)
+    add("--max-in-flight", type=positive, default=16, metavar="N", help="requests at a time (default: %(default)s)")
+    add("--timeout-seconds", type=positive, default=300, metavar="S", help="of one try (default: %(default)s)")
+    add("--max-retries", type=positive, default=4, metavar="N", help="of one request (default: %(default)s)")
+    top = "tokens that a server without logprob_token_ids is asked for (default: %(default)s)"
+    add("--top-logprobs", type=positive, default=20, metavar="N", help=top)
+    return parser
+
+
+def server_settings(args: argparse.Namespace) -> ServerSettings:
+    """Those of ``server_options``."""
+    from trsr_dist.predict.server import ServerSettings
+
+    return ServerSettings(
+        args.server,
+        args.served_model,
+        args.protocol,
+        args.max_in_flight,
+        args.timeout_seconds,
+        args.max_retries,
+        args.top_logprobs,
+    )
+
+
+def positive(text: str) -> int:
+    """The type of an argument that counts something.
+
+    Raises:
+        argparse.ArgumentTypeError: it is no whole number, or below 1.
+    """
+    if not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, 1 or more")
+    return int(text)
 
 
 def path(text: str) -> Path:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import glob
 import hashlib
+import io
 import json
 import os
 import re
@@ -23,6 +25,7 @@ from trsr_dist.liveness import Owner, is_abandoned, signature
 MOVED = "old"
 """Kind of the temporary name of a folder that is being replaced."""
 TEMPORARY = "tmp"
+PARTIAL = "partial"
 STALE_READS = 5
 MAX_LINE_BYTES = 1 << 26
 MAX_TEXT_BYTES = 1 << 28
@@ -130,6 +133,44 @@ def atomic_file(path: str | Path, mode: str = "w", durable: bool = True) -> Iter
             sync_path(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def resumable_file(path: str | Path, content: str) -> Iterator[tuple[IO[str], int]]:
+    """Append lines to a hidden neighbour of ``path``, which takes its name when the block ends without an error.
+
+    After an error it stays, and the next process that writes the same content goes on behind its last whole line.
+
+    Args:
+        path: takes the content as a whole.
+        content: hash of all that decides the lines.
+
+    Yields:
+        The stream, and the number of lines that are there already.
+
+    Raises:
+        RunError: another process is writing the same.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{PARTIAL}-{content[:16]}")
+    with open(partial, "a+b", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)) as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RunError(f"{partial}: another process is writing it; wait for it, or choose another output") from None
+        stream.seek(0)
+        num_lines, size = 0, 0
+        for line in stream:
+            if line.endswith(b"\n"):
+                num_lines, size = num_lines + 1, size + len(line)
+        stream.truncate(size)
+        with io.TextIOWrapper(stream, encoding="utf-8", line_buffering=True) as text:
+            yield text, num_lines
+            text.flush()
+            os.fsync(stream.fileno())
+            os.replace(partial, path)
+    sync_path(path.parent)
 
 
 def _new(name: str, flags: int) -> int:

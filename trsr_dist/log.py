@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
 import math
@@ -23,6 +24,8 @@ from trsr_dist.printable import printable
 T = TypeVar("T")
 
 METRICS = "metrics.jsonl"
+LINE_SECONDS = 30.0
+"""Between two lines of progress in a log that is no terminal."""
 NOISY_LOGGERS = ("transformers", "peft", "deepspeed", "DeepSpeed", "httpx", "openai", "torch", "torch.distributed")
 
 
@@ -72,10 +75,53 @@ def show(text: str) -> None:
     print(printable(text, sys.stdout.encoding), flush=True)
 
 
-def progress(items: Iterable[T] | None = None, *, total: int | None = None, description: str, unit: str = "it") -> tqdm:
-    """A progress bar on a terminal, silent elsewhere."""
-    quiet = not sys.stderr.isatty()
-    return tqdm(items, total=total, desc=description, unit=unit, disable=quiet, leave=False, dynamic_ncols=True)
+class _LineProgress(tqdm):
+    """Counts as a bar does, and writes a line now and then: for logs that are no terminal."""
+
+    monitor_interval = 0  # no thread: processes may fork while one is open
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        state = self.format_dict
+        if msg is not None or state["elapsed"] < LINE_SECONDS:
+            return  # the bar is being cleared, or has just begun
+        done, total, rate = (_quantity(state[key], self.unit) for key in ("n", "total", "rate"))
+        left = (state["total"] - state["n"]) / state["rate"] if state["total"] and state["rate"] else 0.0
+        parts = [done + (f" of {total}" if total else ""), f"{rate}/s" if rate else ""]
+        parts += [f"{tqdm.format_interval(left)} left" if left else "", state["postfix"] or ""]
+        get_logger("progress").info("%s: %s", self.desc.removesuffix(": "), ", ".join(filter(None, parts)))
+
+
+def _quantity(value: float | None, unit: str) -> str:
+    if value is None:
+        return ""
+    if unit == "B":
+        return f"{tqdm.format_sizeof(value, divisor=1000)}B"
+    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.2g}"
+
+
+def progress(
+    items: Iterable[T] | None = None,
+    *,
+    total: int | None = None,
+    description: str,
+    unit: str = "it",
+    lines: bool = True,
+) -> tqdm:
+    """A progress bar on a terminal; elsewhere a line in the log every ``LINE_SECONDS``, with rate and time left.
+
+    Args:
+        items: are iterated over.
+        total: how many; None: their length, where they have one.
+        description: stands before the numbers.
+        unit: of what is counted; B is shown in kB, MB, GB.
+        lines: False where the caller writes its own.
+    """
+    options = {"total": total, "desc": description, "unit": unit, "leave": False}
+    if sys.stderr.isatty():
+        return tqdm(items, **options, dynamic_ncols=True)
+    quiet = not lines or not get_logger("progress").isEnabledFor(logging.INFO)
+    # miniters: otherwise a slow stretch after a fast one goes by without a line.
+    return _LineProgress(items, **options, disable=quiet, mininterval=LINE_SECONDS, miniters=1, file=io.StringIO())
 
 
 class MetricLog:

@@ -16,7 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from trsr_dist.bases import BaseName, base_folder, read_model_config
@@ -123,12 +130,19 @@ def declared_config(source: BaseSource) -> PretrainedConfig:
     """The model's config as its file says it; most want ``load_config``.
 
     Raises:
-        ModelError: it is not there or cannot be read.
+        ModelError: it is not there or cannot be read, or is that of a classifier, which has no language head.
     """
     if source.is_local:
         read_model_config(Path(source.name_or_path))
     with _reading(source, "config"):
-        return AutoConfig.from_pretrained(source.name_or_path, **source.options)
+        config = AutoConfig.from_pretrained(source.name_or_path, **source.options)
+    if any(str(name).endswith("ForSequenceClassification") for name in config.architectures or ()):
+        raise ModelError(
+            f"model {source.name_or_path!r}: its config.json says {config.architectures[0]}, a classifier: servers "
+            "load it, commands here do not; expected a causal language model: name the checkpoint, or merge it with "
+            "tools/merge_lora.py --head causal"
+        )
+    return config
 
 
 def build_model(config: PretrainedConfig, source: BaseSource, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -211,6 +225,21 @@ def load_causal(
             count / 1e9,
             source.name_or_path,
         )
+    return model
+
+
+def load_classifier(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """A ``*ForSequenceClassification`` with all its weights.
+
+    Raises:
+        ModelError: it is damaged, or weights are missing.
+    """
+    source = BaseSource(str(folder))
+    with _reading(source, "weights"):
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            source.name_or_path, dtype=dtype, output_loading_info=True, use_safetensors=True, **source.options
+        )
+    _refuse_missing(source, sorted(info["missing_keys"]))
     return model
 
 

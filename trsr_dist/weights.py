@@ -11,7 +11,7 @@ import os
 import re
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from pickle import UnpicklingError
@@ -97,6 +97,10 @@ class TensorEntry:
     @property
     def num_bytes(self) -> int:
         return self.num_rows * self.row_bytes
+
+    def row(self, number: int) -> TensorEntry:
+        """One row alone."""
+        return replace(self, shape=(1, *self.shape[1:]), start=self.start + number * self.row_bytes)
 
 
 def file_entries(path: Path) -> list[TensorEntry]:

@@ -78,7 +78,7 @@ def test_forward_passes_of_an_evaluation(tmp_path: Path) -> None:
     passes = []
     model.register_forward_hook(lambda module, args, out: passes.append(len(out)))
     samples = [make_sample(number, num_negatives=20) for number in range(12)]
-    part = PartScorer(samples, builder, row_tokens=4096)
+    part = PartScorer([builder.build(sample) for sample in samples], row_tokens=4096)
     for row in part.rows():
         score_row(model, row, CPU)
     assert len(passes) == len(part) <= 5

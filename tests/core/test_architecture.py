@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "train": {"planner", "prompts", "shards", "model", "evaluate"},
     "merge": {"prompts", "shards", "model"},
     "evaluate": {"prompts", "shards", "data", "model"},
-    "predict": {"prompts", "summarize", "model", "evaluate"},
+    "predict": {"prompts", "shards", "summarize", "model", "merge", "evaluate"},
 }
 
 

@@ -1,11 +1,14 @@
 """metrics.jsonl over restarts, and in the hands of a process that was cut off."""
 
+import re
+import time
 from pathlib import Path
 
 import pytest
 
+from trsr_dist import log
 from trsr_dist.errors import RunError
-from trsr_dist.log import MetricLog, read_metrics
+from trsr_dist.log import MetricLog, progress, read_metrics, setup_logging
 
 
 def write(run: Path, stage: str, steps: range, value: float, **options: object) -> None:
@@ -44,3 +47,26 @@ def test_a_process_that_was_cut_off_writes_nothing_more(tmp_path: Path) -> None:
         metrics.write(2, {"train/loss": 0.4})
     metrics.close()
     assert [row["step"] for row in read_metrics(tmp_path)] == [1]
+
+
+def test_a_log_that_is_no_terminal_shows_progress(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    setup_logging(stage="prepare")
+    with progress(total=4, description="users", unit="user") as bar:
+        bar.update(2)
+    assert not capsys.readouterr().out, "short work needs no line"
+    monkeypatch.setattr(log, "LINE_SECONDS", 0.01)
+    with progress(total=4000, description="users", unit="user") as bar:
+        time.sleep(0.02)
+        bar.update(1000)
+        bar.update(1000)
+        time.sleep(0.02)
+        bar.update(1000)
+    first, last = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"\[prepare\] users: 1,000 of 4,000, [\d,]+/s, 00:00 left", first)
+    assert last.startswith("[prepare] users: 3,000 of 4,000, ")
+    setup_logging(rank=1)
+    for _ in progress(iter(range(3)), description="items"):
+        time.sleep(0.02)
+    assert not any(capsys.readouterr()), "one process of a job writes"

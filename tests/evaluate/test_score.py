@@ -94,7 +94,7 @@ def test_users_without_a_positive_and_scores_that_are_no_numbers_are_named(build
 
     with pytest.raises(DataError, match=r"user 'user/3', item '.*': score nan is not finite.*float32"):
         score_samples([sample], builder, broken, 4096)
-    part = PartScorer([replace(sample, candidates=negatives)], builder, 4096)
+    part = PartScorer([builder.build(replace(sample, candidates=negatives))], 4096)
     for number, row in enumerate(part.rows()):
         part.take(number, np.zeros(row.num_answers, dtype=np.float32))
     with pytest.raises(DataError, match="user 'user/3': no positive among 7 candidates"):

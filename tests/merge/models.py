@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -95,7 +96,7 @@ def random_peft_model(base: Path, seed: int = 2, **settings: Any) -> PeftModel:
 def make_checkpoint(base: Path, folder: Path, **settings: Any) -> Path:
     """A checkpoint folder as training writes it."""
     make_adapter(base, folder / "adapter", **settings)
-    builder = PromptBuilder(byte_level(chat=True))
+    builder = PromptBuilder(AutoTokenizer.from_pretrained(base))
     provenance = {
         "base": {"name_or_path": str(base), "revision": "", "fingerprint": base_fingerprint(base)},
         "prompt": builder.settings,

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.merge import LLAMA2_7B, write_adapter, write_base
+from tests.tokenizers import byte_level
 from trsr_dist.merge.scores import VERSION_1, VERSION_2, available_bytes, cgroup_rests
 
 SMALL = LLAMA2_7B | {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 4}
@@ -27,7 +28,7 @@ from trsr_dist.model.artifacts import base_fingerprint
 source = find_source(Path(sys.argv[1]))
 adapter = source.read()
 name = base_of(source, adapter, None)
-options = inputs.MergeOptions(verify="weights")
+options = inputs.MergeOptions(head=sys.argv[3], verify="weights")
 base = base_folder(name, source.run, "")
 prepared = inputs.prepare(source, adapter, name, base, base_fingerprint(base), options)
 before = peak()
@@ -69,11 +70,13 @@ def test_what_slurm_gives_the_job_is_a_limit(monkeypatch: pytest.MonkeyPatch) ->
     assert available_bytes() < 0
 
 
-def merge_under_limit(folder: Path, sizes: dict[str, int], limit: int) -> dict[str, int]:
+def merge_under_limit(folder: Path, sizes: dict[str, int], limit: int, head: str = "causal") -> dict[str, int]:
     """Merge in a process whose whole address space is limited; figures in bytes."""
     adapter = write_adapter(folder / "adapter", write_base(folder / "base", sizes))
+    if head == "classifier":
+        byte_level(chat=True).save_pretrained(folder / "base")
     done = subprocess.run(
-        [sys.executable, "-c", MERGE, str(adapter), str(folder / "merged")],
+        [sys.executable, "-c", MERGE, str(adapter), str(folder / "merged"), head],
         capture_output=True,
         text=True,
         check=False,
@@ -83,8 +86,9 @@ def merge_under_limit(folder: Path, sizes: dict[str, int], limit: int) -> dict[s
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def test_memory_is_bounded_by_the_largest_tensor(tmp_path: Path) -> None:
-    figures = merge_under_limit(tmp_path, SMALL, 4 * 2**30)
+@pytest.mark.parametrize("head", ["causal", "classifier"])
+def test_memory_is_bounded_by_the_largest_tensor(head: str, tmp_path: Path) -> None:
+    figures = merge_under_limit(tmp_path, SMALL, 4 * 2**30, head)
     assert figures["grown"] <= 2 * figures["largest"] + figures["adapter"], figures
 
 

@@ -20,7 +20,8 @@ class Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def do_GET(self) -> None:  # noqa: N802
-        self.reply({"object": "list", "data": [{"id": "small", "object": "model"}]})
+        models = getattr(self.server.answer, "models", [{"id": "small", "object": "model"}])
+        self.reply({"object": "list", "data": list(models)})
 
     def do_POST(self) -> None:  # noqa: N802
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

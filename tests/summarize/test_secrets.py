@@ -11,10 +11,10 @@ import pytest
 from tests.summarize.server import Answer, Handler, good, prompt_of, serving
 from tests.summarize.world import run_here, write_config, write_histories
 from trsr_dist.config import load_config
+from trsr_dist.connection import Address
 from trsr_dist.errors import ConfigError, TrsrError
 from trsr_dist.printable import Secrets, printable
 from trsr_dist.status import describe_run
-from trsr_dist.summarize.engines.connection import Address
 from trsr_dist.summarize.engines.openai import OpenAIEngine
 
 KEY, PASSWORD = "sk-Ab/1+2_secret%key", "p:W0rd!"
@@ -121,7 +121,7 @@ def test_a_key_that_no_header_takes_is_not_repeated(monkeypatch: pytest.MonkeyPa
 
 
 def test_an_address_is_taken_apart() -> None:
-    found = Address.parse("https://anna:p%40w@host:8000/v1/?a=1&key=long%20one#part")
+    found = Address.parse("https://anna:p%40w@host:8000/v1/?a=1&key=long%20one#part", "--server")
     assert (found.public, found.user, found.password) == ("https://host:8000/v1/", "anna", "p@w")
     assert found.query == {"a": "1", "key": "long one"}
 

@@ -23,7 +23,7 @@ from trsr_dist.model.loading import ModelPrompts, load_weights, open_prompts
 from trsr_dist.model.recommender import score_row
 from trsr_dist.model.zero3 import scoring_config
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.records import Sample
+from trsr_dist.records import Sample, TokenizedUser
 from trsr_dist.rows import PackedRow, filler_row, pack_row
 
 ScoreRow = Callable[[PackedRow], np.ndarray]
@@ -33,17 +33,16 @@ log = get_logger("evaluate")
 
 
 class PartScorer:
-    """The rows of some samples and the scores that come back for them.
+    """The rows of some users and the scores that come back for them.
 
     Args:
-        samples: one part of a split.
-        builder: of the model's prompts.
+        users: the prompts of one part of a split.
         row_tokens: length limit of a row.
     """
 
-    def __init__(self, samples: Sequence[Sample], builder: PromptBuilder, row_tokens: int) -> None:
-        self.users = [builder.build(sample) for sample in samples]
-        self._rows = pack_part(self.users, row_tokens)
+    def __init__(self, users: Sequence[TokenizedUser], row_tokens: int) -> None:
+        self.users = users
+        self._rows = pack_part(users, row_tokens)
         self._scores = [np.full(len(user.suffixes), np.nan, dtype=np.float32) for user in self.users]
 
     def __len__(self) -> int:
@@ -62,11 +61,11 @@ class PartScorer:
             start = stop
 
     def scores(self) -> list[np.ndarray]:
-        """float32 log-odds of every user's candidates, in the order of the samples; NaN where none was taken."""
+        """float32 log-odds of every user's candidates, in the order of the users; NaN where none was taken."""
         return self._scores
 
     def result(self) -> list[UserScores]:
-        """Scores of all users, in the order of the samples.
+        """Scores of all users, in their order.
 
         Raises:
             DataError: a score is not finite, or a user has no positive.
@@ -83,7 +82,7 @@ def score_samples(
     samples: Sequence[Sample], builder: PromptBuilder, score_row: ScoreRow, row_tokens: int
 ) -> list[UserScores]:
     """Scores of the samples' candidates, in the order of the samples."""
-    part = PartScorer(samples, builder, row_tokens)
+    part = PartScorer([builder.build(sample) for sample in samples], row_tokens)
     for number, row in enumerate(part.rows()):
         part.take(number, score_row(row))
     return part.result()

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import copy
 import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -42,8 +41,6 @@ PADDING = 0
 """Embedding row of padding; item row i has embedding row i + 1."""
 INITIAL_DEVIATION = 0.1
 """Of item embeddings. With the published 0.01 to 0.02 the softmax stays at chance for twice the steps."""
-LOG_SECONDS = 600.0
-"""How often a long training logs its progress; a terminal shows a bar."""
 
 log = get_logger("evaluate")
 
@@ -237,17 +234,16 @@ def train_sequential(
         ranker = make_ranker(name, num_items, settings)
         model = ranker.model
         generator, optimizers = torch.Generator().manual_seed(seed), make_optimizers(model, settings.learning_rate)
-        best, best_epoch, best_state, epoch, said = -math.inf, 0, model.state_dict(), 0, time.monotonic()
-        for epoch in progress(range(1, settings.max_epochs + 1), description=name, unit="epoch"):
+        best, best_epoch, best_state, epoch = -math.inf, 0, model.state_dict(), 0
+        bar = progress(range(1, settings.max_epochs + 1), description=name, unit="epoch")
+        for epoch in bar:
             _train_epoch(model, optimizers, sequences, generator, settings)
             metric = validate(ranker)
             if metric > best:
                 best, best_epoch, best_state = metric, epoch, copy.deepcopy(model.state_dict())
             if epoch >= settings.min_epochs and epoch - best_epoch >= settings.patience_epochs:
                 break
-            if time.monotonic() - said >= LOG_SECONDS:
-                said = time.monotonic()
-                log.info("%s: epoch %d of at most %d, validation NDCG@10 %.4f", name, epoch, settings.max_epochs, best)
+            bar.set_postfix_str(f"best validation NDCG@10 {best:.4f}", refresh=False)
         model.load_state_dict(best_state)
     return Trained(ranker, best, best_epoch, epoch)
 

@@ -14,6 +14,7 @@ from trsr_dist.errors import ModelError, RunError, TrsrError
 from trsr_dist.files import read_json
 from trsr_dist.log import get_logger
 from trsr_dist.merge.changes import find_changes
+from trsr_dist.merge.classifier import check_head, classifier_plan, config_values, padding_token
 from trsr_dist.merge.plan import MergePlan, make_plan
 from trsr_dist.merge.source import Source
 from trsr_dist.model.adapters import Adapter, attach
@@ -37,6 +38,8 @@ class MergeOptions:
     base: str | None = None
     """Folder or hub id; None: the one the checkpoint names."""
     adapter_only: bool = False
+    head: Literal["causal", "classifier"] = "causal"
+    """classifier: one label, whose logit is the log-odds of yes."""
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
     max_shard_bytes: int | None = None
     """None: the base's files."""
@@ -64,6 +67,10 @@ class Inputs:
     builder: PromptBuilder | None
     dtype: torch.dtype
     """Of the merged weights."""
+    config_values: dict[str, Any]
+    """What config.json of the output says beside the base's."""
+    padding: str = ""
+    """Token that the output's tokenizer pads with; empty: its own."""
 
     @property
     def tokenizer(self) -> Path:
@@ -93,13 +100,19 @@ def prepare(
     plan = make_plan(by_file, changes, tied, keep_tied, dtype, options.max_shard_bytes, unties)
     vocabulary = config.get_text_config().vocab_size
     builder = resolve_prompt(source.tokenizer or base, source.tokenizer is None, vocabulary, source.provenance)
+    values, padding = {}, ""
+    if options.head == "classifier":
+        check_head(base, config, entries, builder)
+        plan = classifier_plan(plan, tied, structure.prefix, builder.answer_ids)
+        padding, pad_id = padding_token(builder, vocabulary)
+        values = config_values(config.model_type, builder, pad_id)
     changed = sum(output.change is not None for output in plan.outputs)
     logger.info(
         f"{source.kind} {source.folder.name}: {len(changes)} changes, {adapter.num_bytes / 1e6:.1f} MB of adapter; "
         f"base {base_name.name_or_path}: {len(entries)} tensors, {changed} of {len(plan.outputs)} written are changed"
     )
     main_dtype = dtype or max(entries.values(), key=lambda entry: entry.num_bytes).dtype
-    return Inputs(source, adapter, base_name, base, fingerprint, plan, builder, main_dtype)
+    return Inputs(source, adapter, base_name, base, fingerprint, plan, builder, main_dtype, values, padding)
 
 
 def check_output(output: Path, inputs: list[Path], force: bool) -> None:

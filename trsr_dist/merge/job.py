@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from trsr_dist.bases import CONFIG, base_folder
-from trsr_dist.errors import ModelError, RunError
+from trsr_dist.errors import ConfigError, ModelError, RunError
 from trsr_dist.files import atomic_folder, read_json, write_json, writing
 from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger
 from trsr_dist.merge.changes import adapter_facts, adapter_hash, write_adapter
+from trsr_dist.merge.classifier import write_padding
 from trsr_dist.merge.inputs import DTYPES, STAGE, Inputs, MergeOptions, check_output, check_space, prepare
 from trsr_dist.merge.output import adapt_config, copy_other_files, model_card, write_weights
 from trsr_dist.merge.scores import (
@@ -39,6 +40,8 @@ def merge(checkpoint: Path, output: Path, options: MergeOptions) -> None:
         TrsrError: an input is damaged or does not fit, the result is not equal, or there is no room. Nothing is left
             behind then, and an older output stays.
     """
+    if options.adapter_only and options.head != "causal":
+        raise ConfigError("--adapter-only writes no head, --head classifier is one; leave out one of the two")
     source = find_source(checkpoint)
     if source.kind == "merged":
         logger.info(f"{source.folder}: already a merged model; nothing to do")
@@ -53,6 +56,7 @@ def merge(checkpoint: Path, output: Path, options: MergeOptions) -> None:
         logger.info(f"would write {plan.num_bytes / 1e9:.3f} GB in {len(plan.files)} files to {output}")
         return
     settings = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_bytes, "only": options.adapter_only}
+    settings |= {"head": options.head} if options.head != "causal" else {}  # merges of before have no such key
     hashes = {"adapter": adapter_hash(adapter), "base": fingerprint}
     with writing(output), folder_lock(output) as lock:
         if _is_current(output, settings, hashes, options):
@@ -96,7 +100,9 @@ def _write(
             write_adapter(inputs.adapter, folder, inputs.base_name.name_or_path)
         else:
             copy_other_files(inputs.base, inputs.tokenizer, folder)
-            adapt_config(folder, inputs.plan.unties, DTYPES.get(options.dtype))
+            adapt_config(folder, inputs.plan.unties, DTYPES.get(options.dtype), inputs.config_values)
+            if inputs.padding:
+                write_padding(folder, inputs.padding)
             write_weights(folder, inputs.plan)
             provenance["merge"]["verification"] = verify(folder, inputs, options)
         (folder / "README.md").write_text(model_card(provenance, metrics), encoding="utf-8")
@@ -117,6 +123,7 @@ def make_provenance(inputs: Inputs, options: MergeOptions) -> dict[str, Any]:
     facts = {
         "source": f"{inputs.source.kind} {inputs.source.folder.name}",
         "adapter_only": options.adapter_only,
+        "head": options.head,
         "dtype": str(inputs.dtype).removeprefix("torch."),
         "untied_embeddings": inputs.plan.unties,
         "changed_tensors": sum(output.change is not None for output in inputs.plan.outputs),
@@ -160,7 +167,16 @@ def _verify_scores(folder: Path, inputs: Inputs, options: MergeOptions) -> dict[
     users = sample_users(inputs.builder, samples)
     ids = inputs.builder.answer_ids
     result = check_scores(
-        inputs.base, inputs.adapter, folder, users, ids, inputs.dtype, num_bytes, options.tolerance, origin
+        inputs.base,
+        inputs.adapter,
+        folder,
+        users,
+        ids,
+        inputs.dtype,
+        num_bytes,
+        options.tolerance,
+        origin,
+        options.head == "classifier",
     )
     logger.info(
         f"scores on {result.num_prompts} prompts ({origin}, {result.dtype}): largest difference "

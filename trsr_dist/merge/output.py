@@ -25,7 +25,7 @@ from trsr_dist.log import progress
 from trsr_dist.merge.plan import MergePlan, Output
 from trsr_dist.model.artifacts import PROVENANCE
 from trsr_dist.run import MANIFEST
-from trsr_dist.weights import DTYPES, INDEX, header_bytes, read_rows
+from trsr_dist.weights import DTYPES, INDEX, header_bytes
 
 BLOCK_ELEMENTS = 2**20
 """Elements of a tensor that are merged at once: 4 MiB in float32, which stays in the processor's cache."""
@@ -60,7 +60,7 @@ def write_weights(folder: Path, plan: MergePlan) -> None:
         jobs: list[Future[None]] = []
         for name, outputs in zip(plan.file_names, plan.files, strict=True):
             target = files.enter_context(open(folder / name, "wb", buffering=0)).fileno()
-            header = header_bytes([(out.name, out.code, out.source.shape) for out in outputs])
+            header = header_bytes([(out.name, out.code, out.shape) for out in outputs])
             position = _write_at(target, header, 0)
             for output in outputs:
                 jobs.append(writers.submit(_write_tensor, target, position, output, bar))
@@ -79,19 +79,18 @@ def _write_tensor(target: int, position: int, output: Output, bar: tqdm) -> None
     if output.is_copy:
         _copy_bytes(target, position, output, bar)
         return
-    for first, base in read_rows(output.source, BLOCK_ELEMENTS):
-        block = merged_rows(output, base, first)
+    for _, _, exact in output.blocks(BLOCK_ELEMENTS, torch.float32):
+        block = rounded_rows(output, exact)
         position = _write_at(target, block.contiguous().view(torch.uint8).numpy(), position)
         bar.update(block.nbytes)
 
 
-def merged_rows(output: Output, base: torch.Tensor, first: int) -> torch.Tensor:
-    """Rows of the merged tensor: computed in float32, rounded once to the output's dtype.
+def rounded_rows(output: Output, exact: torch.Tensor) -> torch.Tensor:
+    """Rows of the merged tensor, computed in float32, rounded once to the output's dtype.
 
     Raises:
         ModelError: a finite value becomes infinite in the output's dtype.
     """
-    exact = output.change.rows(base, first) if output.change is not None else base
     rounded = exact.to(DTYPES[output.code])
     # aminmax is one pass over the block and carries NaN through; isfinite().all() takes three.
     if not torch.isfinite(torch.stack(rounded.aminmax())).all():
@@ -147,8 +146,8 @@ def _is_copied(path: Path) -> bool:
     return path.suffix in SUFFIXES or path.name.upper().startswith(LEGAL)
 
 
-def adapt_config(output: Path, unties: bool, dtype: torch.dtype | None) -> None:
-    """Write into config.json what the merge changed; left byte for byte where it changed nothing."""
+def adapt_config(output: Path, unties: bool, dtype: torch.dtype | None, values: dict[str, Any]) -> None:
+    """Write into config.json what the merge changed, and ``values``; left byte for byte where nothing has changed."""
     path = output / CONFIG
     config = read_json(path, finite=False)
     before, nested = json.dumps(config), config.get("text_config")
@@ -159,6 +158,7 @@ def adapt_config(output: Path, unties: bool, dtype: torch.dtype | None) -> None:
             for key in ("dtype", "torch_dtype"):
                 if key in section or (section is config and key == "dtype" and "torch_dtype" not in section):
                     section[key] = str(dtype).removeprefix("torch.")
+    config |= values
     if json.dumps(config) != before:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
@@ -172,18 +172,19 @@ def model_card(provenance: dict[str, Any], metrics: dict[str, Any] | None) -> st
     """
     base, merge = provenance["base"]["name_or_path"], provenance["merge"]
     library, relation = ("peft", "adapter") if merge["adapter_only"] else ("transformers", "finetune")
+    is_classifier = merge["head"] == "classifier"
     merge_rows = [(name, value) for name, value in merge.items() if name not in ("adapter", "verification")]
     sections = {
         "Training": _training(provenance),
         "Prompt and answers": _prompt(provenance),
-        "Evaluation": _evaluation(metrics),
+        "Evaluation": _evaluation(metrics, "the checkpoint" if is_classifier else "this folder"),
         "Merge": _table(("fact", "value"), merge_rows),
         "For you to fill in": [f"- {point}: {FILL_IN}" for point in OPEN_POINTS],
     }
     lines = [
         "---",
         f"base_model: {json.dumps(base)}",
-        "pipeline_tag: text-generation",
+        f"pipeline_tag: {'text-classification' if is_classifier else 'text-generation'}",
         f"library_name: {library}",
         f"base_model_relation: {relation}",
         "tags:",
@@ -196,10 +197,28 @@ def model_card(provenance: dict[str, Any], metrics: dict[str, Any] | None) -> st
         f"A language model that answers whether a user will like an item; made from `{base}` with LoRA.",
         "Its score is the log-odds of the answer: logit(yes) - logit(no) at the prompt's last token.",
         "",
+        *(_use(provenance) if is_classifier else ()),
     ]
     for title, content in sections.items():
         lines += [f"## {title}", "", *content, ""]
     return "\n".join(lines)
+
+
+def _use(provenance: dict[str, Any]) -> list[str]:
+    """How the score of a whole prompt, as the training wrote it, is had from a classifier."""
+    special = provenance["prompt"]["style"] == "plain"
+    request = {"input": ["PROMPT"], "use_activation": False, "add_special_tokens": special}
+    return [
+        "This is a classifier: the logit of its one label is the score, its sigmoid the probability of yes against no.",
+        "",
+        "```python",
+        'classifier = pipeline("text-classification", model=FOLDER)',
+        f'classifier(prompts, function_to_apply="none", add_special_tokens={special})  # "none": scores',
+        "```",
+        "",
+        f"vLLM: `vllm serve FOLDER --runner pooling`, then POST `{json.dumps(request)}` to `/classify`.",
+        "",
+    ]
 
 
 def _training(provenance: dict[str, Any]) -> list[str]:
@@ -217,9 +236,9 @@ def _prompt(provenance: dict[str, Any]) -> list[str]:
     return _table(("setting", "value"), rows)
 
 
-def _evaluation(metrics: dict[str, Any] | None) -> list[str]:
+def _evaluation(metrics: dict[str, Any] | None, model: str) -> list[str]:
     if not metrics:
-        return [f"{FILL_IN} Run `python tools/evaluate.py --config C --model DIR` on this folder."]
+        return [f"{FILL_IN} Run `python tools/evaluate.py --config C --model DIR` on {model}."]
     users = [f"{metrics['num_users']} users, {metrics['num_candidates']} candidates.", ""]
     return users + _table(("metric", "value"), [(name, f"{value:.4f}") for name, value in metrics["metrics"].items()])
 

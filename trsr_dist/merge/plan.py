@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -10,7 +10,7 @@ import torch
 
 from trsr_dist.errors import ModelError
 from trsr_dist.merge.changes import Change
-from trsr_dist.weights import CODES, DTYPES, SINGLE, TensorEntry
+from trsr_dist.weights import CODES, DTYPES, SINGLE, TensorEntry, read_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +22,31 @@ class Output:
     """The format's name of the dtype."""
     source: TensorEntry
     change: Change | None
+    answers: tuple[int, int] | None = None
+    """Rows of the changed source, whose difference is this tensor's one row; None: all rows are taken."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape if self.answers is None else (1, *self.source.shape[1:])
 
     @property
     def num_bytes(self) -> int:
-        return prod(self.source.shape) * DTYPES[self.code].itemsize
+        return prod(self.shape) * DTYPES[self.code].itemsize
 
     @property
     def is_copy(self) -> bool:
         """Whether its bytes are the base's."""
-        return self.change is None and self.code == self.source.code
+        return self.change is None and self.answers is None and self.code == self.source.code
+
+    def blocks(self, max_elements: int, dtype: torch.dtype) -> Iterator[tuple[int, torch.Tensor, torch.Tensor]]:
+        """Blocks of whole rows: (first row, the base's values, the merged ones, computed in ``dtype``)."""
+        if self.answers is None:
+            for first, base in read_rows(self.source, max_elements):
+                yield first, base, base if self.change is None else self.change.rows(base, first, dtype)
+            return
+        rows = [(number, next(read_rows(self.source.row(number), max_elements))[1]) for number in self.answers]
+        yes, no = (row.to(dtype) if self.change is None else self.change.rows(row, n, dtype) for n, row in rows)
+        yield 0, torch.cat([row for _, row in rows]).abs().amax(dim=0, keepdim=True), yes - no
 
 
 @dataclass(frozen=True, slots=True)

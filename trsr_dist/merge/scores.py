@@ -16,7 +16,7 @@ from trsr_dist.environment import slurm_memory_bytes
 from trsr_dist.errors import ModelError
 from trsr_dist.log import progress
 from trsr_dist.model.adapters import Adapter, attach
-from trsr_dist.pretrained import BaseSource, load_causal
+from trsr_dist.pretrained import BaseSource, load_causal, load_classifier, load_tokenizer
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Sample, TokenizedUser
@@ -67,6 +67,7 @@ def check_scores(
     num_bytes: int,
     tolerance: float | None,
     prompts: str,
+    is_classifier: bool = False,
 ) -> ScoreCheck:
     """Score the users' prompts with both models, one in memory at a time.
 
@@ -74,6 +75,7 @@ def check_scores(
         num_bytes: of the weights in memory, the adapter's too.
         tolerance: largest log-odds difference that is accepted; None: by the dtype and the logits' size.
         prompts: where the prompts come from, for the record.
+        is_classifier: the merged model's logit is the log-odds.
 
     Raises:
         ModelError: a log-odds differs by more than ``tolerance``, or is not finite.
@@ -85,7 +87,10 @@ def check_scores(
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-    after, _ = log_odds(_load(merged, dtype, device), users, answer_ids)
+    if is_classifier:
+        after = classifier_log_odds(merged, users, dtype, device)
+    else:
+        after, _ = log_odds(_load(merged, dtype, device), users, answer_ids)
     gc.collect()
     if tolerance is None:
         # Logits are rounded to the dtype: the larger they are, the coarser.
@@ -124,6 +129,25 @@ def log_odds(
             largest = max(largest, abs(yes), abs(no))
         scores.append(torch.stack(row))
     return scores, largest
+
+
+@torch.no_grad()
+def classifier_log_odds(
+    folder: Path, users: Sequence[TokenizedUser], dtype: torch.dtype, device: str
+) -> list[torch.Tensor]:
+    """A classifier's logits of each candidate, float32, one tensor a user.
+
+    A user's prompts are one batch. The folder's own tokenizer fills it up, by turns on the left and on the right.
+    """
+    model, tokenizer = load_classifier(folder, dtype).to(device).eval(), load_tokenizer(BaseSource(str(folder)))
+    scores = []
+    for number, user in enumerate(progress(users, description="score", unit="user")):
+        ids = [[*user.prefix, *suffix] for suffix in user.suffixes]
+        side = ("left", "right")[number % 2]
+        batch = tokenizer.pad({"input_ids": ids}, padding_side=side, return_tensors="pt").to(device)
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+        scores.append(logits[:, 0].float().cpu())
+    return scores
 
 
 def compare(

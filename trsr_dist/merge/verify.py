@@ -54,9 +54,9 @@ def check_weights(folder: Path, plan: MergePlan) -> WeightCheck:
 
 def _check_tensor(output: Output, written: TensorEntry, result: WeightCheck) -> None:
     finfo = torch.finfo(written.dtype)
-    pairs = zip(read_rows(output.source, BLOCK_ELEMENTS), read_rows(written, BLOCK_ELEMENTS), strict=True)
-    for (first, base), (_, found) in pairs:
-        exact = base.double() if output.change is None else output.change.rows(base, first, torch.float64)
+    blocks = output.blocks(BLOCK_ELEMENTS, torch.float64)
+    for (first, base, merged), (_, found) in zip(blocks, read_rows(written, BLOCK_ELEMENTS), strict=True):
+        exact = merged.double()
         difference = exact.sub(found).abs_()
         magnitude = exact.abs()
         scale = torch.maximum(magnitude.amax(dim=1), base.abs().amax(dim=1))

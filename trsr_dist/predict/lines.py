@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
-from itertools import tee
+from dataclasses import asdict, dataclass
+from itertools import islice, tee
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from trsr_dist.errors import DataError
-from trsr_dist.files import atomic_file, numbered_lines
+from trsr_dist.files import atomic_file, numbered_lines, resumable_file, sha256_of
+from trsr_dist.hashing import digest
 from trsr_dist.json_text import parse_json
 from trsr_dist.log import get_logger, progress
 from trsr_dist.predict.ranker import Ranker, Ranking, Request
@@ -42,16 +43,30 @@ class Line:
 def predict_lines(ranker: Ranker, source: Path, target: Path, skip_bad: bool) -> int:
     """Rank every line of ``source`` into ``target``, which appears whole; returns the number of rankings.
 
+    What a server has ranked before it failed is kept, and the next call goes on from there.
+
     Raises:
         DataError: a request cannot be ranked.
+        EngineError: a server fails.
     """
-    asked, lines = tee(read_lines(source, skip_bad))
-    rankings = ranker.rank_many(line.request for line in asked)
-    count = 0
-    with atomic_file(target) as stream:
-        for ranking in progress(rankings, description="predict", unit="user"):
-            stream.write(json.dumps(answer(next(lines), ranking), ensure_ascii=False) + "\n")
-            count += 1
+    if ranker.server is None:
+        with atomic_file(target) as stream:
+            return write_rankings(ranker, read_lines(source, skip_bad), stream)
+    decisive = [sha256_of(source), skip_bad, ranker.server.identity, ranker.builder.fingerprint, ranker.domain]
+    with resumable_file(target, digest([*decisive, asdict(ranker.history)])) as (stream, num_done):
+        if num_done:
+            log.info("going on behind the %d rankings of an earlier call (%s)", num_done, stream.name)
+        lines = islice(read_lines(source, skip_bad), num_done, None)
+        return num_done + write_rankings(ranker, lines, stream)
+
+
+def write_rankings(ranker: Ranker, lines: Iterator[Line], stream: IO[str]) -> int:
+    """Rank lines in their order; returns how many."""
+    asked, lines = tee(lines)
+    rankings, count = ranker.rank_many(line.request for line in asked), 0
+    for ranking in progress(rankings, description="predict", unit="user"):
+        stream.write(json.dumps(answer(next(lines), ranking), ensure_ascii=False) + "\n")
+        count += 1
     return count
 
 

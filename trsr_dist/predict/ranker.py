@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,15 +17,18 @@ from trsr_dist.environment import detect_ranks
 from trsr_dist.errors import ConfigError, DataError, ModelError
 from trsr_dist.evaluate.score import PartScorer
 from trsr_dist.log import get_logger
-from trsr_dist.model.loading import LoadedModel, open_model, resolve_precision
+from trsr_dist.model.loading import LoadedModel, ModelPrompts, open_model, open_prompts, resolve_precision
 from trsr_dist.model.recommender import score_row
 from trsr_dist.prompts.text import one_line
 from trsr_dist.prompts.wording import recommend_instruction
-from trsr_dist.records import Candidate, Sample
+from trsr_dist.records import Candidate, Sample, TokenizedUser
 from trsr_dist.summarize.extract import extract
 from trsr_dist.summarize.plans import planner, writer
 from trsr_dist.summarize.plans.graph import Plan, node_prompt
 from trsr_dist.words import has_text
+
+if TYPE_CHECKING:
+    from trsr_dist.predict.server import ScoreServer, ServerSettings
 
 REQUESTS_PER_BATCH = 64
 """Requests whose prompts are packed into rows together."""
@@ -108,8 +112,9 @@ class Ranker:
     """Ranks candidates by the log-odds of yes, with the prompts, the trimming and the answers of the training.
 
     Args:
-        loaded: model, tokenizer and prompts; see ``open``.
+        loaded: model, tokenizer and prompts; see ``open``. The prompts alone where a server has the model.
         row_tokens: length limit of a packed row, in tokens. Memory grows with it.
+        server: that scores in this process's place; see ``connect``.
 
     Example:
         >>> ranker = Ranker.open("runs/quickstart/merged")
@@ -118,12 +123,15 @@ class Ranker:
         (Ranked(text='title: Teapot', score=1.87, index=1), Ranked(text='title: Tyre', score=-2.31, index=0))
     """
 
-    def __init__(self, loaded: LoadedModel, row_tokens: int = 8192) -> None:
+    def __init__(
+        self, loaded: LoadedModel | ModelPrompts, row_tokens: int = 8192, server: ScoreServer | None = None
+    ) -> None:
         self.builder = loaded.builder
         self.domain: str = loaded.provenance.get("domain", "items")
         self.history = HistorySettings.of(loaded.provenance)
-        self._model = loaded.model
-        self._row_tokens = row_tokens
+        self.server = server
+        self.score_users = server.score_users if server is not None else partial(score, loaded.model, row_tokens)
+        """Log-odds of the candidates of tokenized users."""
         self._has_warned = False
 
     @classmethod
@@ -151,13 +159,35 @@ class Ranker:
             ModelError: the model cannot be read.
             CheckpointError: an incomplete or damaged checkpoint.
         """
-        place = device_of(detect_ranks()) if device == "auto" else find_device(device)
+        place = choose_device(device)
         dtype = getattr(torch, resolve_precision(precision, place))
         prompt = PromptSection().model_dump()
         loaded = open_model(name_or_path, place, dtype, prompt, attention, trust_remote_code)
-        if "prompt" not in loaded.provenance:
-            log.warning("%s: records no prompts of a training; the default ones are used", name_or_path)
+        warn_of_prompts(name_or_path, loaded.provenance)
         return cls(loaded, row_tokens)
+
+    @classmethod
+    def connect(cls, server: str | ServerSettings, name_or_path: str, trust_remote_code: bool = False) -> Ranker:
+        """Rank through a server; no weights are loaded here.
+
+        Args:
+            server: its address and how it is asked; an address alone will do.
+            name_or_path: the merged folder (or checkpoint, or adapter) that it serves, for tokenizer and prompts.
+            trust_remote_code: run the tokenizer's code from the hub.
+
+        Raises:
+            ConfigError: no address of a server, several models there and none named, or openai is not installed.
+            EngineError: the server does not answer.
+            ModelError: the tokenizer cannot be read.
+        """
+        try:
+            from trsr_dist.predict.server import ScoreServer, ServerSettings
+        except ImportError as error:
+            raise ConfigError(f"servers are asked with openai: {error} (pip install 'trsr_dist[openai]')") from None
+        prompts = open_prompts(name_or_path, PromptSection().model_dump(), trust_remote_code)
+        warn_of_prompts(name_or_path, prompts.provenance)
+        settings = ServerSettings(server) if isinstance(server, str) else server
+        return cls(prompts, server=ScoreServer(settings, prompts.builder))
 
     def rank(self, request: Request) -> Ranking:
         """Rank one request's candidates.
@@ -169,15 +199,12 @@ class Ranker:
         return next(self.rank_many([request]))
 
     def rank_many(self, requests: Iterable[Request]) -> Iterator[Ranking]:
-        """The same for many requests, in their order; several share a forward pass."""
+        """The same for many requests, in their order; several share a forward pass, or are at the server together."""
         waiting = iter(requests)
         while batch := list(islice(waiting, REQUESTS_PER_BATCH)):
             samples = [self.sample(request) for request in batch]
-            part = PartScorer(samples, self.builder, self._row_tokens)
-            device = next(self._model.parameters()).device
-            for number, row in enumerate(part.rows()):
-                part.take(number, score_row(self._model, row, device))
-            for request, sample, user, scores in zip(batch, samples, part.users, part.scores(), strict=True):
+            users = [self.builder.build(sample) for sample in samples]
+            for request, sample, user, scores in zip(batch, samples, users, self.score_users(users), strict=True):
                 yield Ranking(by_score(request, scores), sample.summary, user.trims)
 
     def prompts(self, request: Request) -> list[str]:
@@ -216,6 +243,19 @@ class Ranker:
         return summarize_items(items, self.history, self.domain, self.builder.recent_items)
 
 
+def score(model: torch.nn.Module, row_tokens: int, users: Sequence[TokenizedUser]) -> list[np.ndarray]:
+    """float32 log-odds of every user's candidates by a model in this process, a ``Recommender``."""
+    part, device = PartScorer(users, row_tokens), next(model.parameters()).device
+    for number, row in enumerate(part.rows()):
+        part.take(number, score_row(model, row, device))
+    return part.scores()
+
+
+def warn_of_prompts(name: str, provenance: Mapping[str, Any]) -> None:
+    if "prompt" not in provenance:
+        log.warning("%s: records no prompts of a training; the default ones are used", name)
+
+
 def summarize_items(items: Sequence[str], settings: HistorySettings, domain: str, num_recent: int) -> str:
     """The extractive summary of item texts, oldest first, or what the scheme has in its place; empty without items.
 
@@ -235,12 +275,14 @@ def summarize_items(items: Sequence[str], settings: HistorySettings, domain: str
     return texts[-1]
 
 
-def find_device(name: str) -> torch.device:
-    """A device that is here.
+def choose_device(name: str) -> torch.device:
+    """A device that is here; auto: a GPU where there is one.
 
     Raises:
         ConfigError: it is not, or it is none.
     """
+    if name == "auto":
+        return device_of(detect_ranks())
     try:
         torch.zeros(1, device=name).cpu()
         return torch.device(name)

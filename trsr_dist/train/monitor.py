@@ -57,7 +57,7 @@ class Monitor:
         self._peak_flops = peak_flops
         self._start_interval()
         self._last: dict[str, float] = {}
-        self._bar = progress(total=num_steps, description="train", unit="step") if metrics else None
+        self._bar = progress(total=num_steps, description="train", unit="step", lines=False) if metrics else None
         if self._bar is not None:
             self._bar.update(first_step)
 

@@ -16,7 +16,7 @@ from trsr_dist.evaluate.score import Lockstep, PartScorer, ScoreRow
 from trsr_dist.log import get_logger
 from trsr_dist.model.recommender import score_row
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.records import Sample, metric_names
+from trsr_dist.records import TokenizedUser, metric_names
 from trsr_dist.rows import PackedRow, filler_row
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.train.engine import Engine
@@ -76,7 +76,7 @@ class Validator:
             ModelError: no user has finite scores, or a row does not fit the memory.
         """
         damaged: list[str] = []
-        scorers = [PartScorer(self._read(part, damaged), self._builder, self._row_tokens) for part in self._mine]
+        scorers = [PartScorer(self._read(part, damaged), self._row_tokens) for part in self._mine]
         engine.wrapped.eval()
         try:
             self._score(engine, scorers, alive)
@@ -94,14 +94,14 @@ class Validator:
             raise ModelError("validation: no user has finite scores; lower train.learning_rate")
         return dict(zip(metric_names(self._top_k), map(float, average(np.array(table))), strict=True))
 
-    def _read(self, part: int, damaged: list[str]) -> list[Sample]:
+    def _read(self, part: int, damaged: list[str]) -> list[TokenizedUser]:
         samples = []
         for index in self._parts[part]:
             try:
                 samples.append(self._shards.read(index))
             except DataError as error:
                 damaged.append(str(error))
-        return samples
+        return [self._builder.build(sample) for sample in samples]
 
     def _score(self, engine: Engine, scorers: list[PartScorer], alive: Callable[[], None]) -> None:
         def forward(row: PackedRow) -> np.ndarray:

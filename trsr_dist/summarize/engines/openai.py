@@ -17,6 +17,7 @@ from typing import Any
 
 import openai
 
+from trsr_dist.connection import KEY_VARIABLE, MALFORMED, Connection, describe, refused_option
 from trsr_dist.environment import secret, server_address
 from trsr_dist.errors import ConfigError, DataError, EngineError
 from trsr_dist.log import get_logger
@@ -24,16 +25,8 @@ from trsr_dist.printable import HALVES, in_one_line
 from trsr_dist.prompts.encoder import Encoder, for_any_tokenizer
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.prompts.trimming import trim_prompt
-from trsr_dist.summarize.engines.connection import (
-    KEY_VARIABLE,
-    MALFORMED,
-    Connection,
-    describe,
-    read_reply,
-    refused_option,
-)
 from trsr_dist.summarize.quality import TURN_MARKERS
-from trsr_dist.summarize.requests import Completion, Request
+from trsr_dist.summarize.requests import WHOLE, Completion, Request
 
 TEMPLATE_TOKENS = 64
 """Kept free for the server's chat template (Llama 3's adds 36)."""
@@ -54,6 +47,8 @@ SETTINGS = {
 """What to do where a server refuses an option that has no other way."""
 WORDS = 300
 """Characters of a server's words that are kept."""
+CHARACTERS_PER_TOKEN = 100
+"""A text of more is no answer to the request."""
 UNAVAILABLE = (429, 502, 503, 504)
 """A rate limit, or a proxy whose server is gone: never the prompt's fault."""
 
@@ -102,7 +97,8 @@ class OpenAIEngine:
         self.max_prompt_tokens = max_prompt_tokens
         self.max_retries = max_retries
         self._encoder, self._encoding = encoder, threading.Lock()  # a tokenizer serves one thread at a time
-        self._connection = Connection(address, secret(KEY_VARIABLE), timeout_seconds, max_retries)
+        setting = "summarize.base_url or OPENAI_BASE_URL"
+        self._connection = Connection(address, secret(KEY_VARIABLE), timeout_seconds, max_retries, setting)
         self._client = self._connection.client
         self._instead: dict[str, str] = {}
         """Options that the server has refused, with what is sent in their place."""
@@ -277,10 +273,9 @@ class OpenAIEngine:
     def _count(self, text: str) -> int:
         """Tokens of a text; vLLM, SGLang and llama.cpp have ``/tokenize`` beside ``/v1``."""
         if self._counts_tokens:
-            root = str(self._client.base_url).rstrip("/").removesuffix("/v1")
             body, reply = {"model": self.model, "prompt": text, "content": text}, None
             try:
-                reply = self._client.with_options(base_url=root).post("/tokenize", cast_to=object, body=body)
+                reply = self._connection.post("/tokenize", body)
             except openai.APIConnectionError as error:
                 raise self._lost(error) from None
             except (openai.APIStatusError, *MALFORMED):
@@ -293,3 +288,40 @@ class OpenAIEngine:
             self._counts_tokens = False
             log.warning("%s counts no tokens; taking %d bytes for one", self._connection.address, BYTES_PER_TOKEN)
         return len(text.encode()) // BYTES_PER_TOKEN
+
+
+def read_reply(request: Request, reply: Any) -> Completion:
+    """The completion in a reply of either protocol.
+
+    Raises:
+        ValueError: the reply holds no text, or one that was aborted or filtered or is far too long; a reply of another
+            form may raise whatever is in ``MALFORMED``.
+    """
+    choices = getattr(reply, "choices", None)
+    if not choices:
+        raise ValueError(f"no choices in {str(reply)!r}")
+    choice = choices[0]
+    ending = getattr(choice, "finish_reason", None)
+    if ending not in WHOLE:
+        raise ValueError(f"finish_reason {ending!r}")
+    message = getattr(choice, "message", None)
+    text = getattr(message, "content", None) if message is not None else getattr(choice, "text", None)
+    if text is None and ending == "length":
+        text = ""  # all that was written are thoughts, which the server keeps apart
+    if not isinstance(text, str):
+        raise ValueError(f"no text in {str(reply)!r}")
+    if len(text) > CHARACTERS_PER_TOKEN * max(request.max_new_tokens, 1):
+        raise ValueError(f"a text of {len(text)} characters, where {request.max_new_tokens} tokens were asked for")
+    usage = getattr(reply, "usage", None)
+    return Completion(
+        request.key,
+        text,
+        cut=ending == "length",
+        prompt_tokens=_number(getattr(usage, "prompt_tokens", 0)),
+        new_tokens=_number(getattr(usage, "completion_tokens", 0)),
+    )
+
+
+def _number(value: object) -> int:
+    """A count, 0 where a server sends something else."""
+    return value if isinstance(value, int) and 0 <= value < 2**31 else 0

@@ -1,5 +1,5 @@
 """The connection to an OpenAI-compatible server: its address, what is secret in it, limits of time and size, and what
-it says: texts, and what it refuses. Any form may come."""
+it says when it refuses. The one place that sends requests over HTTP. Any form may come back."""
 
 from __future__ import annotations
 
@@ -17,7 +17,6 @@ import openai
 
 from trsr_dist.errors import ConfigError, EngineError
 from trsr_dist.printable import Secrets
-from trsr_dist.summarize.requests import WHOLE, Completion, Request
 
 httpx = import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
 """httpx or httpx2, whichever the client is built on."""
@@ -29,8 +28,6 @@ LEAST_QUERY_CHARACTERS = 4
 """Shorter values of an address's query are no secrets."""
 PER_REQUEST = re.compile("context|too long", re.IGNORECASE)
 """Refused for its length: another prompt may fit, though the words name options too."""
-CHARACTERS_PER_TOKEN = 100
-"""A text of more is no answer to the request."""
 MALFORMED = (
     ValueError, TypeError, LookupError, AttributeError, RecursionError, openai.APIResponseValidationError
 )  # fmt: skip
@@ -48,8 +45,12 @@ class Address:
     query: dict[str, str]
 
     @classmethod
-    def parse(cls, address: str) -> Address:
+    def parse(cls, address: str, setting: str) -> Address:
         """Take an address apart.
+
+        Args:
+            address: with user, password and query, or without.
+            setting: that holds it, for the message.
 
         Raises:
             ConfigError: it is none; the message does not repeat it, since it may hold a password.
@@ -60,9 +61,7 @@ class Address:
         except ValueError:
             host = None
         if not host or parts.scheme not in ("http", "https"):
-            raise ConfigError(
-                "summarize.base_url or OPENAI_BASE_URL is no address of a server; expected such as http://host:8000/v1"
-            )
+            raise ConfigError(f"{setting} is no address of a server; expected such as http://host:8000/v1")
         public = parts._replace(netloc=parts.netloc.rpartition("@")[2], query="", fragment="").geturl()
         query = dict(parse_qsl(parts.query, keep_blank_values=True))
         return cls(public, unquote(parts.username or ""), unquote(parts.password or ""), query)
@@ -76,13 +75,14 @@ class Connection:
         key: for the server; empty: none.
         timeout_seconds: of one try.
         max_retries: of one request.
+        setting: that holds the address, for messages.
 
     Raises:
         ConfigError: the address is none, or the key cannot stand in a header.
     """
 
-    def __init__(self, address: str, key: str, timeout_seconds: float, max_retries: int) -> None:
-        parts, key = Address.parse(address), key.strip()
+    def __init__(self, address: str, key: str, timeout_seconds: float, max_retries: int, setting: str) -> None:
+        parts, key = Address.parse(address, setting), key.strip()
         if not (key.isascii() and key.isprintable()):
             raise ConfigError(f"{KEY_VARIABLE} holds characters that no header of HTTP may hold; set it again")
         self.address = parts.public
@@ -110,6 +110,19 @@ class Connection:
             )
         except httpx.InvalidURL as error:
             raise ConfigError(f"{parts.public}: no address of a server ({error})") from None
+        self._root = self.client.with_options(base_url=parts.public.rstrip("/").removesuffix("/v1"))
+
+    def post(self, path: str, body: object) -> Any:
+        """The JSON that comes back from a path below the server's root, such as ``/v1/completions``.
+
+        Raises:
+            openai.OpenAIError: nothing does, or an error.
+        """
+        return self._root.post(path, cast_to=object, body=body)
+
+    def models(self) -> Any:
+        """What the server says of its models; errors as of ``post``."""
+        return self._root.get("/v1/models", cast_to=object)
 
 
 class Limits:
@@ -168,43 +181,6 @@ class _Bounded(httpx.SyncByteStream):
 
     def close(self) -> None:
         self._stream.close()
-
-
-def read_reply(request: Request, reply: Any) -> Completion:
-    """The completion in a reply of either protocol.
-
-    Raises:
-        ValueError: the reply holds no text, or one that was aborted or filtered or is far too long; a reply of another
-            form may raise whatever is in ``MALFORMED``.
-    """
-    choices = getattr(reply, "choices", None)
-    if not choices:
-        raise ValueError(f"no choices in {str(reply)!r}")
-    choice = choices[0]
-    ending = getattr(choice, "finish_reason", None)
-    if ending not in WHOLE:
-        raise ValueError(f"finish_reason {ending!r}")
-    message = getattr(choice, "message", None)
-    text = getattr(message, "content", None) if message is not None else getattr(choice, "text", None)
-    if text is None and ending == "length":
-        text = ""  # all that was written are thoughts, which the server keeps apart
-    if not isinstance(text, str):
-        raise ValueError(f"no text in {str(reply)!r}")
-    if len(text) > CHARACTERS_PER_TOKEN * max(request.max_new_tokens, 1):
-        raise ValueError(f"a text of {len(text)} characters, where {request.max_new_tokens} tokens were asked for")
-    usage = getattr(reply, "usage", None)
-    return Completion(
-        request.key,
-        text,
-        cut=ending == "length",
-        prompt_tokens=_number(getattr(usage, "prompt_tokens", 0)),
-        new_tokens=_number(getattr(usage, "completion_tokens", 0)),
-    )
-
-
-def _number(value: object) -> int:
-    """A count, 0 where a server sends something else."""
-    return value if isinstance(value, int) and 0 <= value < 2**31 else 0
 
 
 def refused_option(error: openai.APIStatusError, options: Mapping[str, Any]) -> str:

@@ -1,0 +1,63 @@
+"""Check that a server gives the scores of the trained model: real prompts are scored there and here, as token ids, as
+text and as chat messages. Prints the differences and, where it can be told, what is wrong.
+
+Exit status: 0 where all is within the tolerance, 1 else.
+"""
+
+from __future__ import annotations
+
+from trsr_dist.environment import expand_home, prepare_process
+
+prepare_process()
+
+import argparse  # noqa: E402
+
+from trsr_dist.cli import path, positive, run_command, server_options, server_settings  # noqa: E402
+from trsr_dist.files import write_json  # noqa: E402
+from trsr_dist.log import setup_logging, show  # noqa: E402
+
+EXAMPLE = "python tools/verify_server.py --model runs/quickstart/merged --server http://localhost:8000"
+
+
+def main() -> int:
+    """Load the model, ask the server, compare."""
+    args = parse_arguments()
+    setup_logging(stage="verify")
+    from trsr_dist.predict.diagnosis import Local
+    from trsr_dist.predict.server import ScoreServer
+    from trsr_dist.predict.verify import default_tolerance, find_samples, verify
+
+    local = Local.open(args.model, args.device, args.precision, trust_remote_code=args.trust_remote_code)
+    server = ScoreServer(server_settings(args), local.prompts.builder)
+    domain = local.prompts.provenance.get("domain", "items")
+    samples, origin = find_samples(args.model, args.shards, args.num_users, domain)
+    tolerance = default_tolerance(local) if args.tolerance is None else args.tolerance
+    found = verify(local, server, samples, origin, args.routes, tolerance)
+    if args.json:
+        write_json(args.json, found.report())
+    show("\n".join(found.lines()))
+    return 0 if found.is_equal else 1
+
+
+def parse_arguments() -> argparse.Namespace:
+    from trsr_dist.predict.verify import ROUTES
+
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--model", required=True, type=expand_home, metavar="DIR", help="merged folder, checkpoint or adapter")
+    add("--shards", type=path, metavar="DIR", help="of a split; default: the run's test or valid users, else built-in")
+    add("--num-users", type=positive, default=32, metavar="N", help="default: %(default)s")
+    routes = "; ".join(f"{name}: {what}" for name, what in ROUTES.items())
+    add("--routes", nargs="+", choices=tuple(ROUTES), default=list(ROUTES), metavar="ROUTE", help=f"{routes}")
+    add("--tolerance", type=float, metavar="X", help="of log-odds; default: 0.001 in float32, 0.25 in 16 bits")
+    add("--json", type=path, metavar="FILE", help="write the figures there too")
+    add("--device", default="auto", help="of the model here: cpu, cuda:1, ...; default: a GPU where there is one")
+    add("--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights here")
+    add("--trust-remote-code", action="store_true", help="run model code from the hub")
+    return server_options(parser, required=True).parse_args()
+
+
+if __name__ == "__main__":
+    run_command(main)
