@@ -218,11 +218,13 @@ class LineEncoder:
         tokenizer = self._encoder.tokenizer
         names = [name for name in tokenizer.get_vocab() if MAY_SPAN.search(name)]
         texts = {tokenizer.convert_tokens_to_string([name]) for name in names}
+        # Spelled in a text it is an added token, though no control token: normalizers begin again behind it.
+        unknown = [str(tokenizer.unk_token)] * bool(tokenizer.unk_token)
         # What stands before a line end is not there when a line is tokenized alone.
         spanning = sorted({text[text.rfind("\n") :].strip(" ") for text in texts if SPANS.search(text)})
         if len(spanning) > MAX_SPANNING:
             return None
-        return re.compile("|".join([*map(re.escape, spanning), "  ", "\u2581"]))
+        return re.compile("|".join([*map(re.escape, spanning), *map(re.escape, unknown), "  ", "\u2581"]))
 
     def _whole(self, prompt: Prompt, candidates: Sequence[str]) -> Encoded:
         prompts = [Prompt(prompt.words, (*prompt.texts[:-1], text or NO_SUMMARY)) for text in candidates]
