@@ -1,12 +1,11 @@
 """From texts to tokens and summaries: users a CPU-second under real tokenizers, against whole prompts one by one.
 
-TRSR_REAL_TOKENIZERS names a folder of tokenizers, without it a small one is made; TRSR_REAL_DATA one with MIND's
-news.tsv, without it titles are made of invented words.
+Real tokenizers are those in ``TOKENIZERS``, where that folder is there; else a small one is made. Titles are made of
+invented words.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.summarize.extract import extract, item_terms
 
+TOKENIZERS = Path.home() / ".cache" / "trsr_dist" / "tokenizers"
 NUM_CANDIDATES, NUM_RECENT = 21, 5
 SUMMARY_WORDS = 70
 """With five recent items and the instruction a prefix of about 350 tokens."""
@@ -135,21 +135,14 @@ def _texts(builder: PromptBuilder, user: Sample) -> list[str]:
 
 
 def _tokenizers() -> Iterator[tuple[str, Any]]:
-    folder = os.environ.get("TRSR_REAL_TOKENIZERS")
-    if not folder:
-        yield "a made tokenizer", made_tokenizer()
-        return
-    for path in sorted(Path(folder).glob("*/tokenizer.json")):
+    paths = sorted(TOKENIZERS.glob("*/tokenizer.json"))
+    for path in paths:
         yield path.parent.name, AutoTokenizer.from_pretrained(path.parent)
+    if not paths:
+        yield "a made tokenizer", made_tokenizer()
 
 
 def _titles() -> Iterator[str]:
-    path = Path(os.environ.get("TRSR_REAL_DATA") or "/no/such") / "news.tsv"
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines()[:NUM_ITEMS]:
-            _, category, subcategory, title, *_ = line.split("\t")
-            yield f"category: {category}; subcategory: {subcategory}; title: {title}"
-        return
     stream = Random(1)
     words = [
         "".join(stream.choices(("ta", "ren", "mi", "os", "el", "ku"), k=stream.randint(1, 4))) for _ in range(3000)
