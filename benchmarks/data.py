@@ -12,10 +12,9 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from transformers import AutoTokenizer
-
 from benchmarks.common import Row, rate_row, ratio_row, timed
 from benchmarks.stream import _tokenizer as made_tokenizer
+from trsr_dist.pretrained import BaseSource, load_tokenizer
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.prompts.wording import recommend_instruction
@@ -137,7 +136,7 @@ def _texts(builder: PromptBuilder, user: Sample) -> list[str]:
 def _tokenizers() -> Iterator[tuple[str, Any]]:
     paths = sorted(TOKENIZERS.glob("*/tokenizer.json"))
     for path in paths:
-        yield path.parent.name, AutoTokenizer.from_pretrained(path.parent)
+        yield path.parent.name, load_tokenizer(BaseSource(str(path.parent)))
     if not paths:
         yield "a made tokenizer", made_tokenizer()
 
