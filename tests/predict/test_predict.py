@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from tests.evaluate.world import scores_of
 from tests.spawn import run_script
@@ -19,6 +21,8 @@ from trsr_dist.errors import ConfigError, DataError, ModelError
 from trsr_dist.predict import Ranker, Request
 from trsr_dist.predict.lines import as_entry, check_lines
 from trsr_dist.predict.ranker import HistorySettings
+from trsr_dist.records import TokenizedUser
+from trsr_dist.rows import pack_row
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.summarize.plans import raw
 
@@ -94,6 +98,28 @@ def test_a_stranger_with_transformers_alone_gets_the_same_scores(
     scores = json.loads(done.stdout.splitlines()[-1])
     expected = {entry.index: entry.score for entry in ranker.rank(untrimmed).candidates}
     assert dict(enumerate(scores)) == pytest.approx(expected, abs=1e-4)
+
+
+def test_other_candidates_of_a_known_user_cost_themselves(run: Path, requests: list[Request]) -> None:
+    keeping, plain = (Ranker.open(str(run / "merged"), device="cpu", prefix_cache_mb=size) for size in (64, 0))
+
+    def users(of: list[Request]) -> list[TokenizedUser]:
+        return [keeping.builder.build(keeping.sample(request)) for request in of]
+
+    fitting = [request for request, user in zip(requests, users(requests), strict=True) if not user.trims]
+    again = [replace(one, candidates=fitting[-1].candidates) for one in fitting[:8]]
+    list(keeping.rank_many(fitting[:6]))
+    counts: list[int] = []
+    hook = register_module_forward_hook(
+        lambda *args: counts.append(args[2].shape[1]) if isinstance(args[0], nn.Embedding) else None
+    )
+    rankings = list(keeping.rank_many(again))
+    hook.remove()
+    for request, ranking, expected in zip(again, rankings, plain.rank_many(again), strict=True):
+        scores, wanted = ({entry.index: entry.score for entry in found.candidates} for found in (ranking, expected))
+        assert scores == pytest.approx(wanted, abs=1e-5), request.name
+    suffixes = sum(len(suffix) for user in users(again[:6]) for suffix in user.suffixes)
+    assert sum(counts) == suffixes + pack_row(users(again[6:])).num_tokens
 
 
 def test_a_ready_summary_stands_in_the_prompt(ranker: Ranker, requests: list[Request]) -> None:

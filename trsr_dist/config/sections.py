@@ -235,9 +235,15 @@ class LoraSection(Section):
 
 
 class TrainSection(Section):
-    loss: Annotated[Literal["answer", "full_text", "pairwise", "listwise"], OnResume.SAID] = "answer"
+    loss: Annotated[Literal["answer", "full_text", "pairwise", "listwise", "distill"], OnResume.SAID] = "answer"
     """answer: cross-entropy of the answer token; full_text: of all tokens, as the paper's code; pairwise and listwise:
-    over a user's candidates."""
+    over a user's candidates; distill: listwise, and the order and distances that train.teacher gives the candidates."""
+    teacher: FilePath = ""
+    """distill: the model whose scores tools/score_shards.py has put beside the train shards; the folder given there."""
+    teacher_weight: Annotated[float, OnResume.SAID] = Field(0.5, ge=0, le=1)
+    """distill: share of the divergence from the teacher; the rest is the listwise loss."""
+    teacher_temperature: Annotated[float, OnResume.SAID] = Field(1.0, gt=0)
+    """distill: both models' log-odds are divided by it; above 1 the teacher's order among negatives counts more."""
     init_adapter: Annotated[FilePath, OnResume.REFUSED] = ""
     """Folder of a PEFT adapter, or another run's checkpoint, whose weights the training starts from; empty: a fresh
     adapter, which leaves the base as it is."""

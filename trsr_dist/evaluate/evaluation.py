@@ -197,6 +197,6 @@ def trained_on_these_shards(job: Evaluation, provenance: dict[str, Any]) -> bool
     if not is_same:
         log.warning(
             "%s was trained on other shards (%s...) than %s: %s users may be among those it was trained on",
-            job.model, recorded[:12], folder, job.split,
+            job.model, recorded[:12], folder, "valid and test" if job.split == "train" else job.split,
         )  # fmt: skip
     return is_same

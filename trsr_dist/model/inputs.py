@@ -19,16 +19,18 @@ class RowInputs:
 
     row: PackedRow
     device: torch.device
+    suffixes_only: bool = False
+    """The prefixes' keys and values are kept; tokens are those of the suffixes."""
 
     @cached_property
     def token_ids(self) -> torch.Tensor:
         """int64, shape (1, num_tokens)."""
-        return self.to_device(self.row.token_ids)[None]
+        return self.to_device(self.row.token_ids[self._start :])[None]
 
     @cached_property
     def position_ids(self) -> torch.Tensor:
         """int64, shape (1, num_tokens)."""
-        return self.to_device(self.row.position_ids)[None]
+        return self.to_device(self.row.position_ids[self._start :])[None]
 
     @cached_property
     def labels(self) -> torch.Tensor:
@@ -41,8 +43,17 @@ class RowInputs:
         return self.to_device(self.row.group)
 
     @cached_property
+    def teacher(self) -> torch.Tensor:
+        """float32, shape (num_answers,): a teacher's log-odds."""
+        return self.to_device(self.row.teacher)
+
+    @cached_property
     def layout(self) -> Layout:
-        return Layout.of(self.row, self.device)
+        return Layout.of(self.row, self.device, self.suffixes_only)
+
+    @property
+    def _start(self) -> int:
+        return self.row.suffix_start if self.suffixes_only else 0
 
     @cached_property
     def separate(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -62,12 +73,9 @@ class RowInputs:
 
 def separate_prompts(row: PackedRow) -> list[np.ndarray]:
     """Token ids of every prompt of a row, in the order of its answers."""
-    head, start, suffix = row.token_ids[: row.head_length], row.head_length, row.suffix_start
-    prompts = []
-    for length, lengths in zip(row.prefix_lengths, row.suffix_lengths, strict=True):
-        stop = start + length - row.head_length
+    suffix, prompts = row.suffix_start, []
+    for prefix, lengths in zip(row.prefixes(), row.suffix_lengths, strict=True):
         for size in lengths:
-            prompts.append(np.concatenate([head, row.token_ids[start:stop], row.token_ids[suffix : suffix + size]]))
+            prompts.append(np.concatenate([prefix, row.token_ids[suffix : suffix + size]]))
             suffix += size
-        start = stop
     return prompts

@@ -42,7 +42,7 @@ class Recommender(nn.Module):
             register()
             causal.set_attn_implementation(NAME)
             answer_at_last_layer(causal.model)
-            self._attend = build_backend(backend)
+            self.attend = build_backend(backend)
         # Here and not when they are first needed: under ZeRO-3 this is a collective of all ranks.
         self._answer_rows = _rows_of(causal.lm_head, answer_ids)
 
@@ -50,7 +50,9 @@ class Recommender(nn.Module):
     def device(self) -> torch.device:
         return next(self.causal.parameters()).device
 
-    def forward(self, inputs: RowInputs, want: Want, targets: TextTargets | None = None) -> torch.Tensor:
+    def forward(
+        self, inputs: RowInputs, want: Want, targets: TextTargets | None = None, attend: Attend | None = None
+    ) -> torch.Tensor:
         """Run one row.
 
         Args:
@@ -58,10 +60,11 @@ class Recommender(nn.Module):
             want: ``logits``: of the whole vocabulary at the answers, (num_answers, vocab_size); ``pair``: of yes and
                 no, float32, (num_answers, 2); ``text``: the weighted sum of the cross-entropy of ``targets``, a scalar.
             targets: of the full text.
+            attend: in the place of the back end's attention.
         """
         if not self.shares_prefix:
             return self._separate(inputs, want)
-        states = self.states(inputs, answers_only=want != "text")
+        states = self.states(inputs, want != "text", attend)
         if want == "pair":
             return self.pair_logits(states)
         if want == "logits":
@@ -69,13 +72,13 @@ class Recommender(nn.Module):
         assert targets is not None
         return self._text_loss(states, targets)
 
-    def states(self, inputs: RowInputs, answers_only: bool) -> torch.Tensor:
+    def states(self, inputs: RowInputs, answers_only: bool, attend: Attend | None = None) -> torch.Tensor:
         """The decoder's output of a row with shared prefixes: (num_tokens, hidden_size), or its answers' alone."""
         out = self.causal.model(
             input_ids=inputs.token_ids,
             position_ids=inputs.position_ids,
             use_cache=False,
-            tree=(inputs.layout, self._attend),
+            tree=(inputs.layout, attend or self.attend),
             answers_only=answers_only,
         )
         return out.last_hidden_state[0]

@@ -19,6 +19,7 @@ from trsr_dist.evaluate.score import PartScorer
 from trsr_dist.log import get_logger
 from trsr_dist.model.loading import LoadedModel, ModelPrompts, open_model, open_prompts, resolve_precision
 from trsr_dist.model.recommender import score_row
+from trsr_dist.predict.prefixes import PrefixCache
 from trsr_dist.prompts.text import one_line
 from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Sample, TokenizedUser
@@ -30,6 +31,7 @@ from trsr_dist.words import has_text
 if TYPE_CHECKING:
     from trsr_dist.predict.server import ScoreServer, ServerSettings
 
+PREFIX_CACHE_MB = 256
 REQUESTS_PER_BATCH = 64
 """Requests whose prompts are packed into rows together."""
 
@@ -115,6 +117,7 @@ class Ranker:
         loaded: model, tokenizer and prompts; see ``open``. The prompts alone where a server has the model.
         row_tokens: length limit of a packed row, in tokens. Memory grows with it.
         server: that scores in this process's place; see ``connect``.
+        prefix_cache_mb: see ``open``.
 
     Example:
         >>> ranker = Ranker.open("runs/quickstart/merged")
@@ -124,13 +127,22 @@ class Ranker:
     """
 
     def __init__(
-        self, loaded: LoadedModel | ModelPrompts, row_tokens: int = 8192, server: ScoreServer | None = None
+        self,
+        loaded: LoadedModel | ModelPrompts,
+        row_tokens: int = 8192,
+        server: ScoreServer | None = None,
+        prefix_cache_mb: int = PREFIX_CACHE_MB,
     ) -> None:
         self.builder = loaded.builder
         self.domain: str = loaded.provenance.get("domain", "items")
         self.history = HistorySettings.of(loaded.provenance)
         self.server = server
-        self.score_users = server.score_users if server is not None else partial(score, loaded.model, row_tokens)
+        if server is not None:
+            self.score_users = server.score_users
+        elif prefix_cache_mb and loaded.model.shares_prefix:
+            self.score_users = PrefixCache(loaded.model, row_tokens, prefix_cache_mb << 20).score_users
+        else:
+            self.score_users = partial(score, loaded.model, row_tokens)
         """Log-odds of the candidates of tokenized users."""
         self._has_warned = False
 
@@ -143,6 +155,7 @@ class Ranker:
         attention: str = "auto",
         row_tokens: int = 8192,
         trust_remote_code: bool = False,
+        prefix_cache_mb: int = PREFIX_CACHE_MB,
     ) -> Ranker:
         """Load a model.
 
@@ -153,6 +166,8 @@ class Ranker:
             attention: back end of the shared-prefix attention, see ``model.attention``.
             row_tokens: length limit of a packed row, in tokens.
             trust_remote_code: run model code from the hub.
+            prefix_cache_mb: memory (MiB) for keys and values of the users ranked last, so that other candidates of
+                theirs cost these alone; scores move by rounding. 0: none are kept.
 
         Raises:
             ConfigError: there is no such device.
@@ -164,7 +179,7 @@ class Ranker:
         prompt = PromptSection().model_dump()
         loaded = open_model(name_or_path, place, dtype, prompt, attention, trust_remote_code)
         warn_of_prompts(name_or_path, loaded.provenance)
-        return cls(loaded, row_tokens)
+        return cls(loaded, row_tokens, prefix_cache_mb=prefix_cache_mb)
 
     @classmethod
     def connect(cls, server: str | ServerSettings, name_or_path: str, trust_remote_code: bool = False) -> Ranker:

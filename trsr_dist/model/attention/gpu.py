@@ -138,7 +138,8 @@ def block_mask(layout: Layout, answers_only: bool) -> BlockMask:
     if answers_only not in kept:
         own, above = layout.segments
         size, device = layout.num_tokens, layout.device
-        rows = layout.answer_index if answers_only else torch.arange(size, device=device)
+        rows = torch.arange(layout.num_kept, size, device=device)
+        rows = rows[layout.answer_index] if answers_only else rows
 
         def may_read(batch: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
             row = rows[query]

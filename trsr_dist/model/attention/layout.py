@@ -62,10 +62,15 @@ class Layout:
     """Tokens of each P_u, without the head."""
     suffixes: tuple[tuple[int, ...], ...]
     device: torch.device
+    num_kept: int = 0
+    """Tokens at the beginning whose keys and values come from an earlier pass: 0, or all before the suffixes. They are
+    no queries, and places of queries are counted from the first suffix."""
 
     @classmethod
-    def of(cls, row: PackedRow, device: torch.device) -> Layout:
-        """The layout of a row with at least one user."""
+    def of(cls, row: PackedRow, device: torch.device, suffixes_only: bool = False) -> Layout:
+        """The layout of a row with at least one user; with ``suffixes_only`` whole prefixes are kept, no head."""
+        if suffixes_only:
+            return cls(0, row.prefix_lengths, row.suffix_lengths, device, sum(row.prefix_lengths))
         prefixes = tuple(length - row.head_length for length in row.prefix_lengths)
         return cls(row.head_length, prefixes, row.suffix_lengths, device)
 
@@ -88,13 +93,14 @@ class Layout:
 
     @cached_property
     def calls(self) -> tuple[Call, ...]:
-        """Attention of all tokens; the first call covers all queries."""
-        head, start, end = self.head, self.suffix_start, self.num_tokens
-        segments = (*((head,) if head else ()), *self.prefixes, *self._suffix_lengths)
-        calls = [Call(slice(0, end), slice(0, end), segments, segments, True, self.device)]
+        """Attention of all queries; the first call covers them."""
+        head, start, end, kept = self.head, self.suffix_start, self.num_tokens, self.num_kept
+        above = () if kept else (*((head,) if head else ()), *self.prefixes)
+        segments, suffixes = (*above, *self._suffix_lengths), slice(start - kept, end - kept)
+        calls = [Call(slice(0, end - kept), slice(kept, end), segments, segments, True, self.device)]
         if head:
             calls.append(Call(slice(head, end), slice(0, head), (end - head,), (head,), False, self.device))
-        calls.append(Call(slice(start, end), slice(head, start), self.suffix_totals, self.prefixes, False, self.device))
+        calls.append(Call(suffixes, slice(head, start), self.suffix_totals, self.prefixes, False, self.device))
         return tuple(calls)
 
     @cached_property
@@ -143,8 +149,8 @@ class Layout:
 
     @cached_property
     def answer_index(self) -> torch.Tensor:
-        """int64, shape (num_answers,): the last token of each suffix."""
-        ends = [end - 1 for end in accumulate(self._suffix_lengths, initial=self.suffix_start)]
+        """int64, shape (num_answers,): the last token of each suffix, among the queries."""
+        ends = [end - 1 for end in accumulate(self._suffix_lengths, initial=self.suffix_start - self.num_kept)]
         return send(torch.tensor(ends[1:], dtype=torch.int64), self.device)
 
     @cached_property
@@ -162,11 +168,11 @@ class Layout:
 
     @cached_property
     def mask(self) -> torch.Tensor:
-        """bool, shape (num_tokens, num_tokens): True where the row's token may read the column's. Quadratic."""
+        """bool, shape (num_queries, num_tokens): True where the row's token may read the column's. Quadratic."""
         own, above = self.segments
         places = torch.arange(self.num_tokens, device=self.device)
         related = (own[None] == own[:, None]) | (own[None] == above[:, None]) | (own[None] == 0)
-        return related & (places[None] <= places[:, None])
+        return (related & (places[None] <= places[:, None]))[self.num_kept :]
 
     @property
     def _suffix_lengths(self) -> tuple[int, ...]:
