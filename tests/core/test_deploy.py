@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -21,9 +22,8 @@ def documents() -> list[dict[str, Any]]:
 
 
 def test_kubernetes_takes_every_document() -> None:
-    validator = pytest.importorskip("kubernetes_validate", reason="pip install kubernetes-validate")
     for document in documents():
-        validator.validate(document, validator.latest_version(), strict=True)
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
 
 
 def test_the_training_has_a_pod_for_each_node() -> None:

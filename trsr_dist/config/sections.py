@@ -251,6 +251,8 @@ class TrainSection(Section):
     """Negatives drawn per epoch from the sample's pool (the paper: 1)."""
     pool_size: int = Field(20, ge=1, le=100_000)
     """Negatives kept in each train sample, to draw from: a sample holds the texts of all of them, hence the limit."""
+    pool: Literal["all", "mined"] = "all"
+    """Negatives to draw from: all of the sample's, or those that tools/mine_negatives.py has found to be hard."""
     learning_rate: Annotated[float, OnResume.SAID] = Field(1e-4, gt=0)
     """Peak learning rate of AdamW."""
     warmup_ratio: Annotated[float, OnResume.SAID] = Field(0.03, ge=0, lt=1)
