@@ -60,8 +60,11 @@ class RunSection(Section):
     """Folder of this run: everything the stages write lies below it."""
     seed: int = Field(0, ge=0)
     """Fixes data order, negatives, splits of ties, dropout and sampling."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
+    """Get scalars, figures, settings and final metrics of summarize, train and evaluate, beside metrics.jsonl. All but
+    the first are extras; keys and addresses come from WANDB_API_KEY, MLFLOW_TRACKING_URI and the like."""
     tensorboard: bool = True
-    """Write TensorBoard events beside metrics.jsonl."""
+    """False leaves tensorboard out of run.trackers."""
 
 
 class DemoSection(Section):
