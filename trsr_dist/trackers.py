@@ -268,7 +268,9 @@ class Background:
     def _lose(self, reason: str) -> None:
         if not self._is_lost:
             self._is_lost = True
-            log.warning("tracker %s: %s; the run goes on without it", self._name, in_one_line(reason, 300))
+            log.warning(
+                "tracker %s: %s; the run goes on without it", self._name, in_one_line(strike_addresses(reason), 300)
+            )
 
 
 def open_metrics(
