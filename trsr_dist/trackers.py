@@ -7,7 +7,6 @@ in the log. Keys and addresses come from the variables that each library reads; 
 from __future__ import annotations
 
 import importlib
-import io
 import json
 import queue
 import secrets
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import numpy as np
 from typing_extensions import TypedDict
 
 from trsr_dist.config import Config, flat_settings
@@ -140,7 +140,7 @@ class Wandb:
         self._run.log({**values, "step": step})
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
-        self._run.log({name: self._image(figure), "step": step})
+        self._run.log({name: self._image(_pixels(figure)), "step": step})
 
     def close(self, settings: Mapping[str, Any], final: Mapping[str, float]) -> None:
         self._run.summary.update({f"final/{name}": value for name, value in final.items()})
@@ -165,11 +165,7 @@ class Trackio:
         self._run.log(dict(values), step=step)
 
     def figure(self, name: str, figure: Figure, step: int) -> None:
-        from PIL import Image
-
-        png = io.BytesIO()
-        figure.savefig(png, format="png")
-        self._run.log({name: self._image(Image.open(png))}, step=step)
+        self._run.log({name: self._image(_pixels(figure))}, step=step)
 
     def close(self, settings: Mapping[str, Any], final: Mapping[str, float]) -> None:
         if final:
@@ -214,6 +210,15 @@ class MLflow:
     def close(self, settings: Mapping[str, Any], final: Mapping[str, float]) -> None:
         self.scalars({f"final/{name}": value for name, value in final.items()}, self._step)
         self._client.set_terminated(self._run)
+
+
+def _pixels(figure: Figure) -> np.ndarray:
+    """uint8 [height, width, 4]; W&B would take the figure itself, where pyplot is loaded."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())
 
 
 TRACKERS: dict[str, type[Tracker]] = {"tensorboard": TensorBoard, "wandb": Wandb, "mlflow": MLflow, "trackio": Trackio}
