@@ -49,6 +49,7 @@ EXTRAS = {
         "pytest-xdist>=3.6",
         "pytrec-eval-terrier>=0.5.6",
         "hypothesis>=6",
+        "kubernetes-validate>=1.30",
         "mutmut>=3.8,<3.9",
         "ruff>=0.14",
     ],

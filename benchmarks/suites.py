@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.common import Row
 
-SUITES = ("training", "scoring", "stream", "summarize", "merge", "planner", "trl", "gpu")
+SUITES = ("training", "scoring", "stream", "data", "summarize", "merge", "planner", "trl", "gpu")
 ALL = "all"
 ALL_SCALE = 0.5
 """All suites then take about ten minutes on two cores."""

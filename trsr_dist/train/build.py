@@ -102,7 +102,10 @@ def build_trainer(
         peak_flops(ranks.world_size),
     )
     answer_ids, seed = prepared.builder.answer_ids, config.run.seed
-    runner = StepRunner(engine, train.loss, answer_ids, train.row_tokens, seed, control.heartbeat)
+    runner = StepRunner(
+        engine, train.loss, answer_ids, train.row_tokens, seed, control.heartbeat,
+        train.teacher_weight, train.teacher_temperature,
+    )  # fmt: skip
     return Trainer(
         engine, prepared.stream, runner, _loop_settings(config, prepared), saving, prepared.validator, state, monitor,
         control,
@@ -196,6 +199,7 @@ def _provenance(
         origin = checkpoint.provenance.get("init_adapter", {})
     elif initial is not None:
         origin = {"folder": str(initial.folder), "sha256": initial.digest}
+    teacher = {} if prepared.stream.teacher is None else {"teacher": prepared.stream.teacher.manifest}
     base = {"name_or_path": prepared.name, "revision": config.model.revision, "fingerprint": prepared.fingerprint}
 
     def describe(state: TrainerState) -> dict[str, Any]:
@@ -206,6 +210,7 @@ def _provenance(
             "answer_ids": list(prepared.builder.answer_ids),
             "domain": config.domain,
             "shards": {"train": manifest_hash(run.split("train"))},
+            **teacher,
             "train": {
                 "step": state.step,
                 "num_steps": prepared.num_steps,
