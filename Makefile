@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SEED ?= 0
-RUN ?= runs/quickstart$(if $(filter-out 0,$(SEED)),-$(SEED))
+RUN ?=
 GPU := $(wildcard /dev/nvidiactl /dev/kfd /dev/dxg)
 # On Linux, PyPI's torch is the CUDA build with gigabytes of libraries. Empty: what pip finds by itself.
 TORCH_INDEX ?= $(if $(GPU),,https://download.pytorch.org/whl/cpu)
@@ -28,7 +28,6 @@ REAL_RUN ?= runs/real-$(FORMAT)
 DEVICES := $(if $(GPU),$(or $(filter 1 2,$(shell nvidia-smi --list-gpus 2>/dev/null | head -n 2 | wc -l)),1),2)
 REAL = --config configs/smollm2.yaml run.dir=$(REAL_RUN) run.seed=$(SEED) data.format=$(FORMAT) data.path=$(DATA) \
   model.name_or_path=$(MODEL) $(SET)
-QUICKSTART := --config configs/quickstart.yaml run.dir=$(RUN) run.seed=$(SEED)
 
 .PHONY: help env quickstart real real-server test test-slurm test-real test-serve soak mutants fuzz lint format bench wheels gpu-check clean
 
@@ -48,12 +47,7 @@ $(STAMP): setup.py constraints.txt
 	@touch $(STAMP)
 
 quickstart: env  ## the whole method on built-in data, on 2 CPU cores (SEED=1 for other data)
-	@$(BIN)/python tools/prepare_data.py $(QUICKSTART)
-	@$(BIN)/python launch/summarize.py $(QUICKSTART)
-	@$(BIN)/python tools/make_tiny_base.py $(QUICKSTART)
-	@$(LAUNCHER) --quiet --num_gpus 2 launch/train.py $(QUICKSTART)
-	@$(BIN)/python tools/merge_lora.py --checkpoint $(RUN)/checkpoints/latest --output $(RUN)/merged
-	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node 2 tools/evaluate.py $(QUICKSTART) --model $(RUN)/merged
+	@$(BIN)/python launch/quickstart.py --seed $(SEED) $(if $(RUN),--run $(RUN))
 
 real: env  ## the whole method with a small real model: DATA=DIR FORMAT=mind|amazon_m2|jsonl, SET="key=value ..."
 	@test -n "$(DATA)" || { echo "make real DATA=DIR [FORMAT=mind|amazon_m2|jsonl]: DIR holds the raw files"; exit 2; }

@@ -1,8 +1,10 @@
 """Install trsr_dist. The ranges cover the pinned CPU set of constraints.txt and torch 2.11 on CUDA."""
 
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 
@@ -31,21 +33,44 @@ INSTALL = [
 EXTRAS = {
     "flash-attn": ["flash-attn>=2.7"],
     "openai": ["openai>=2"],
+    "completion": ["shtab>=1.7"],
+    "wandb": ["wandb>=0.19"],
+    "mlflow": ["mlflow>=3"],
+    "trackio": ["trackio>=0.20"],
     "quantization": ["bitsandbytes>=0.46"],
     "gguf": ["gguf>=0.17"],
     "dev": [
         "openai>=2",
         "bitsandbytes>=0.46",
         "gguf>=0.17",
+        "shtab>=1.7",
         "pytest>=8",
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "pytrec-eval-terrier>=0.5.6",
         "hypothesis>=6",
+        "kubernetes-validate>=1.30",
         "mutmut>=3.8,<3.9",
         "ruff>=0.14",
     ],
 }
+
+SHIPPED = ("configs", "ds_configs", "launch", "tools")
+DEVELOPMENT = ("benchmark.py", "gpu_check.py")
+"""They need benchmarks/."""
+
+
+class BuildWithScripts(build_py):
+    """In a wheel the package also holds the scripts of the commands, and the configs."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:
+            ignored = shutil.ignore_patterns("__pycache__", *DEVELOPMENT)
+            for folder in SHIPPED:
+                target = Path(self.build_lib, "trsr_dist", folder)
+                shutil.copytree(ROOT / folder, target, ignore=ignored, dirs_exist_ok=True)
+
 
 setup(
     name="trsr_dist",
@@ -69,6 +94,8 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["trsr_dist", "trsr_dist.*"]),
     package_data={"trsr_dist": ["**/*.html"]},
+    cmdclass={"build_py": BuildWithScripts},
+    entry_points={"console_scripts": ["trsr = trsr_dist.__main__:main"]},
     install_requires=INSTALL,
     extras_require=EXTRAS,
 )

@@ -22,7 +22,7 @@ EXAMPLE = "srun python launch/preflight.py --run runs/mind --reports runs/mind/l
 
 def main() -> int:
     """Nodes first, network after."""
-    args = parse_arguments()
+    args = build_parser().parse_args()
     ranks = detect_ranks()
     setup_logging(ranks.rank, "preflight")
     options = PreflightOptions(
@@ -36,7 +36,7 @@ def main() -> int:
     return 0
 
 
-def parse_arguments() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     """No config is read: the job's script passes what it knows."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
@@ -50,7 +50,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--free-gb", type=float, default=5, metavar="GB", help="free space needed in both folders")
     add("--timeout-seconds", type=float, default=60, metavar="S", help="limit of each wait for other ranks")
     add("--no-network", action="store_true", help="skip the all-reduce: the stage needs no collectives")
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 One process, or any number of tasks under srun, a Slurm array or torchrun: they share the work through the run folder.
 """
 
+import argparse
+
 from trsr_dist.environment import prepare_process
 
 prepare_process()
@@ -10,9 +12,13 @@ prepare_process()
 from trsr_dist.cli import cluster_options, config_parser, parse_config, run_command  # noqa: E402
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
     example = "python launch/summarize.py --config configs/quickstart.yaml"
-    args, config = parse_config(cluster_options(config_parser(__doc__, example)))
+    return cluster_options(config_parser(__doc__, example))
+
+
+def main() -> int:
+    args, config = parse_config(build_parser())
     if args.dry_run:
         from trsr_dist.planner.job import Request, dry_run
 

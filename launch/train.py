@@ -4,6 +4,8 @@ Under deepspeed, torchrun or srun, on any number of ranks, or alone in one proce
 saved, run it again.
 """
 
+import argparse
+
 from trsr_dist.environment import prepare_process
 
 prepare_process()
@@ -11,9 +13,13 @@ prepare_process()
 from trsr_dist.cli import cluster_options, config_parser, parse_config, run_command  # noqa: E402
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
     example = "deepspeed --num_gpus 8 launch/train.py --config configs/mind.yaml train.learning_rate=1e-4"
-    args, config = parse_config(cluster_options(config_parser(__doc__, example)))
+    return cluster_options(config_parser(__doc__, example))
+
+
+def main() -> int:
+    args, config = parse_config(build_parser())
     if args.dry_run:
         from trsr_dist.planner.job import Request, dry_run
 

@@ -14,8 +14,7 @@ from trsr_dist.log import show
 EXAMPLE = "python tools/compare.py runs/one/evaluation runs/two/evaluation"
 
 
-def main() -> None:
-    """Print the table."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -26,6 +25,12 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=10000, help="resamples and sign vectors")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--unfinished", action="store_true", help="compare the users that both have")
+    return parser
+
+
+def main() -> None:
+    """Print the table."""
+    parser = build_parser()
     args = parser.parse_args()
     if min(*args.top_k, args.samples) < 1 or args.seed < 0:
         parser.error("--top-k and --samples are 1 or more, --seed is 0 or more")

@@ -4,6 +4,8 @@ One process, or any number of ranks under srun, torchrun or deepspeed, or tasks 
 complete what a kill left open. Without --model it ranks with the baselines alone, from the prepared histories.
 """
 
+import argparse
+
 from trsr_dist.environment import expand_home, prepare_process
 
 prepare_process()
@@ -11,7 +13,7 @@ prepare_process()
 from trsr_dist.cli import cluster_options, config_parser, parse_config, run_command  # noqa: E402
 
 
-def main() -> int:
+def build_parser() -> argparse.ArgumentParser:
     example = "python tools/evaluate.py --config configs/quickstart.yaml --model RUN/merged"
     parser = cluster_options(config_parser(__doc__, example))
     parser.add_argument(
@@ -24,7 +26,11 @@ def main() -> int:
     parser.add_argument(
         "--output", default="", type=expand_home, metavar="DIR", help="where results go; default RUN/evaluation"
     )
-    args, config = parse_config(parser)
+    return parser
+
+
+def main() -> int:
+    args, config = parse_config(build_parser())
     if args.dry_run:
         from trsr_dist.planner.job import Request, dry_run
 

@@ -12,11 +12,15 @@ import argparse  # noqa: E402
 from trsr_dist.cli import path, run_command  # noqa: E402
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     folder = "~/.cache/trsr_dist/smollm2-135m-instruct"
     parser.add_argument("--output", type=path, default=path(folder), metavar="DIR", help=f"default: {folder}")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     from trsr_dist.base.published import fetch
     from trsr_dist.log import setup_logging
 

@@ -27,14 +27,17 @@ from trsr_dist.shards.plan import PackingSettings  # noqa: E402
 
 def main() -> int:
     """Parse, look, print."""
-    args = parse_arguments()
+    parser = build_parser()
+    args = parser.parse_intermixed_args()
+    if args.overrides and not args.config:
+        parser.error(f"{args.overrides[0]}: an override changes a config; give --config FILE")
     setup_logging(stage="inspect")
     config = load_config(args.config, args.overrides) if args.config else Config(data={"format": "demo"})
     options = Options(args.index, args.verify, args.samples, make_tokens(args, config), item_facts(args.dir))
     return inspect_shards(args.dir, options)
 
 
-def parse_arguments() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("dir", type=path, metavar="DIR", help="RUN/shards, or the folder of one split")
@@ -45,10 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--samples", type=int, default=1, metavar="N", help="samples to show of each split (default: 1)")
     add("--workers", type=int, default=0, metavar="N", help="processes that measure token lengths")
     add("overrides", nargs="*", metavar="key=value", help="override a setting of the config")
-    args = parser.parse_intermixed_args()
-    if args.overrides and not args.config:
-        parser.error(f"{args.overrides[0]}: an override changes a config; give --config FILE")
-    return args
+    return parser
 
 
 def make_tokens(args: argparse.Namespace, config: Config) -> Tokens | None:

@@ -17,8 +17,7 @@ from trsr_dist.evaluate.leaderboard import read_entries, write_leaderboard
 EXAMPLE = "python tools/leaderboard.py runs/real-* --config configs/smollm2.yaml --output docs/real_results"
 
 
-def main() -> None:
-    """Read the runs, write the table."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -27,7 +26,12 @@ def main() -> None:
     parser.add_argument("--output", type=path, required=True, metavar="NAME", help="without suffix")
     parser.add_argument("--split", default="test", choices=("valid", "test"))
     parser.add_argument("--note", type=path, metavar="FILE", help="text that stands above the tables")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Read the runs, write the table."""
+    args = build_parser().parse_args()
     shared = load_config(args.config)
     entries = [entry for run in args.runs for entry in read_entries(run, shared, args.split)]
     command = f"python tools/leaderboard.py {shlex.join(sys.argv[1:])}"

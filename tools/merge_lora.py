@@ -20,7 +20,7 @@ EXAMPLE = "python tools/merge_lora.py --checkpoint runs/quickstart/checkpoints/l
 
 def main() -> None:
     """Parse, merge."""
-    args = parse_arguments()
+    args = build_parser().parse_args()
     setup_logging(stage="merge")
     from trsr_dist.merge.inputs import MergeOptions
     from trsr_dist.merge.job import merge
@@ -40,7 +40,7 @@ def main() -> None:
     merge(args.checkpoint, args.output, options)
 
 
-def parse_arguments() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     """The command line; no config is read, the checkpoint holds all that is needed."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--force", action="store_true", help="replace an earlier merge once the new one is whole")
     add("--update", action="store_true", help="the same, only where the checkpoint or a setting has changed since")
     add("--dry-run", action="store_true", help="check the inputs and print the plan; write nothing")
-    return parser.parse_args()
+    return parser
 
 
 def size(text: str) -> int:

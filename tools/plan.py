@@ -6,24 +6,31 @@ are no shards yet; of the models only config.json is read, and the tokenizer.
 
 from __future__ import annotations
 
+import argparse
+
 from trsr_dist.cli import cluster_options, config_parser, parse_config, run_command
+
+STAGES = ("summarize", "train", "evaluate")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    example = "python tools/plan.py --config configs/mind.yaml --hardware h100 --nodes 4 --price 2.5"
+    parser = cluster_options(config_parser(__doc__, example))
+    parser.add_argument("--stage", action="append", choices=STAGES, help="may stand several times (default: all)")
+    parser.add_argument("--json", action="store_true", help="print seconds, bytes and counts as JSON")
+    return parser
 
 
 def main() -> None:
     """Print the forecast."""
-    example = "python tools/plan.py --config configs/mind.yaml --hardware h100 --nodes 4 --price 2.5"
-    parser = cluster_options(config_parser(__doc__, example))
-    stages = ("summarize", "train", "evaluate")
-    parser.add_argument("--stage", action="append", choices=stages, help="may stand several times (default: all)")
-    parser.add_argument("--json", action="store_true", help="print seconds, bytes and counts as JSON")
-    args, config = parse_config(parser)
+    args, config = parse_config(build_parser())
     from trsr_dist.log import show
     from trsr_dist.planner.job import Request, plan_stages
     from trsr_dist.planner.text import in_json, in_words
 
     describe = in_json if args.json else in_words
     cluster = Request.of(args).cluster
-    show(describe(plan_stages(config, args.stage or stages, cluster.hardware.precision), cluster))
+    show(describe(plan_stages(config, args.stage or STAGES, cluster.hardware.precision), cluster))
 
 
 if __name__ == "__main__":

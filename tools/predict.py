@@ -34,7 +34,7 @@ def main() -> None:
 
     if not args.skip_bad_lines:
         check_lines(args.input)
-    if args.server:
+    if args.address:
         ranker = Ranker.connect(server_settings(args), args.model, args.trust_remote_code)
     else:
         here = (args.device, args.precision, args.attention, args.row_tokens)
@@ -44,7 +44,7 @@ def main() -> None:
     show(f"{args.output}: {count} rankings")
 
 
-def parse_arguments() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -58,7 +58,12 @@ def parse_arguments() -> argparse.Namespace:
     add("--attention", default="auto", choices=ATTENTION, help="back end, see model.attention")
     add("--row-tokens", type=int, default=8192, metavar="N", help="length of a packed row; memory grows with it")
     add("--trust-remote-code", action="store_true", help="run model code from the hub")
-    args = server_options(parser).parse_args()
+    return server_options(parser)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = build_parser()
+    args = parser.parse_args()
     if args.output.is_dir():
         parser.error(f"--output {args.output} is a folder; name a file")
     if args.output.exists() and args.input.exists() and args.output.samefile(args.input):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from functools import reduce
 
@@ -9,11 +10,15 @@ from trsr_dist.cli import config_parser, parse_config, run_command
 from trsr_dist.config import check_key, dump_config
 
 
-def main() -> None:
-    """``--key run.dir`` prints that value (JSON where it is no text); without ``--key`` the whole config is printed."""
+def build_parser() -> argparse.ArgumentParser:
     parser = config_parser(__doc__, "python tools/setting.py --config configs/quickstart.yaml --key run.dir")
     parser.add_argument("--key", metavar="SECTION.NAME", help="the setting to print")
-    args, config = parse_config(parser)
+    return parser
+
+
+def main() -> None:
+    """``--key run.dir`` prints that value (JSON where it is no text); without ``--key`` the whole config is printed."""
+    args, config = parse_config(build_parser())
     if not args.key:
         print(dump_config(config), end="")
         return

@@ -11,13 +11,17 @@ from trsr_dist.status import describe_run
 EXAMPLE = "python tools/status.py runs/mind\n  watch -n 10 python tools/status.py runs/mind"
 
 
-def main() -> None:
-    """Print what the run folder tells."""
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("run", type=path, metavar="RUN", help="the run folder (run.dir)")
-    show(describe_run(parser.parse_args().run))
+    return parser
+
+
+def main() -> None:
+    """Print what the run folder tells."""
+    show(describe_run(build_parser().parse_args().run))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ EXAMPLE = "python tools/verify_server.py --model runs/quickstart/merged --server
 
 def main() -> int:
     """Load the model, ask the server, compare."""
-    args = parse_arguments()
+    args = build_parser().parse_args()
     setup_logging(stage="verify")
     from trsr_dist.predict.diagnosis import Local
     from trsr_dist.predict.server import ScoreServer
@@ -39,7 +39,7 @@ def main() -> int:
     return 0 if found.is_equal else 1
 
 
-def parse_arguments() -> argparse.Namespace:
+def build_parser() -> argparse.ArgumentParser:
     from trsr_dist.predict.verify import ROUTES
 
     parser = argparse.ArgumentParser(
@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", default="auto", help="of the model here: cpu, cuda:1, ...; default: a GPU where there is one")
     add("--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights here")
     add("--trust-remote-code", action="store_true", help="run model code from the hub")
-    return server_options(parser, required=True).parse_args()
+    return server_options(parser, required=True)
 
 
 if __name__ == "__main__":

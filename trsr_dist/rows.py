@@ -37,6 +37,8 @@ class PackedRow:
     users: tuple[str, ...]
     items: tuple[str, ...]
     """Item id of each answer, in the order of ``answer_index``."""
+    teacher: np.ndarray
+    """float32, shape (num_answers,): a teacher's log-odds; shape (0,) where there is no teacher."""
 
     @property
     def num_tokens(self) -> int:
@@ -66,8 +68,13 @@ class PackedRow:
         return found
 
 
-def pack_row(tokenized: Sequence[TokenizedUser]) -> PackedRow:
-    """Lay users out as one row; each with its prefix and the suffixes it holds."""
+def pack_row(tokenized: Sequence[TokenizedUser], teacher: Sequence[np.ndarray] = ()) -> PackedRow:
+    """Lay users out as one row; each with its prefix and the suffixes it holds.
+
+    Args:
+        tokenized: the users.
+        teacher: float32, of each user a teacher's log-odds of the suffixes; empty: there is no teacher.
+    """
     prefixes = [np.asarray(user.prefix) for user in tokenized]
     suffixes = [(user, np.asarray(suffix)) for user in tokenized for suffix in user.suffixes]
     head = head_length([user.prefix for user in tokenized])
@@ -87,12 +94,14 @@ def pack_row(tokenized: Sequence[TokenizedUser]) -> PackedRow:
         suffix_lengths=tuple(tuple(map(len, user.suffixes)) for user in tokenized),
         users=tuple(user.user for user in tokenized),
         items=tuple(item for user in tokenized for item in user.items),
+        teacher=np.concatenate([np.zeros(0, np.float32), *teacher]),
     )
 
 
 def filler_row(answer_ids: tuple[int, int]) -> PackedRow:
     """The shortest row: one prompt of two tokens, which a rank runs to keep step with others."""
-    return pack_row([TokenizedUser("", (answer_ids[0],), ((answer_ids[1],),), (0,), ("",))])
+    user = TokenizedUser("", (answer_ids[0],), ((answer_ids[1],),), (0,), ("",))
+    return pack_row([user], [np.zeros(1, np.float32)])
 
 
 def head_length(prefixes: Sequence[Sequence[int]]) -> int:

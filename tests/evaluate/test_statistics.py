@@ -155,4 +155,5 @@ def test_the_correction_takes_the_ratio_that_is_met() -> None:
 
 
 def test_losses_that_leave_the_place_of_the_scores_open() -> None:
-    assert [has_scale(loss) for loss in ("pointwise", None, "pairwise", "listwise")] == [True, True, False, False]
+    losses = ("pointwise", None, "pairwise", "listwise", "distill")
+    assert [has_scale(loss) for loss in losses] == [True, True, False, False, False]

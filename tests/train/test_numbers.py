@@ -7,6 +7,7 @@ import random
 from dataclasses import astuple, fields
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from tests.model.world import ANSWERS, CPU, make_model, make_user, model_config, recommender
 from trsr_dist.model.inputs import RowInputs, separate_prompts
 from trsr_dist.rows import PackedRow, pack_row
-from trsr_dist.train.losses import PER_USER, RowLoss, listwise_sum, pairwise_sum, row_loss
+from trsr_dist.train.losses import PER_USER, RowLoss, distill_sum, listwise_sum, pairwise_sum, row_loss
 from trsr_dist.train.meter import Sums, count_pairs, scalars
 from trsr_dist.train.schedule import learning_rate
 
@@ -142,7 +143,8 @@ def test_what_is_not_known_is_not_said() -> None:
 
 @pytest.fixture(scope="module")
 def row() -> PackedRow:
-    return pack_row([make_user("a", 20, (3, 6, 4), 5), make_user("b", 12, (5, 2), 5)])
+    teacher = [np.float32([0.5, -1.0, 2.0]), np.float32([-3.0, 0.0])]
+    return pack_row([make_user("a", 20, (3, 6, 4), 5), make_user("b", 12, (5, 2), 5)], teacher)
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +163,7 @@ class TestRowLoss:
     """The losses of a real model's row equal those of its prompts one by one."""
 
     def run(self, base: nn.Module, row: PackedRow, loss: str) -> RowLoss:
-        return row_loss(recommender(base, "dense"), RowInputs(row, CPU), loss, ANSWERS, 100)
+        return row_loss(recommender(base, "dense"), RowInputs(row, CPU), loss, ANSWERS, 100, 0.6, 2.0)
 
     def test_answer(self, base: nn.Module, row: PackedRow, logits: list[torch.Tensor]) -> None:
         found = self.run(base, row, "answer")
@@ -186,8 +188,11 @@ class TestRowLoss:
     def test_over_users(self, base: nn.Module, row: PackedRow, logits: list[torch.Tensor], loss: str) -> None:
         found = self.run(base, row, loss)
         log_odds = torch.stack([values[-1][ANSWERS[0]] - values[-1][ANSWERS[1]] for values in logits])
-        sums = {"pairwise": pairwise_sum, "listwise": listwise_sum}[loss]
-        expected = sums(log_odds, torch.from_numpy(row.labels), torch.from_numpy(row.group)).item()
+        labels, group = torch.from_numpy(row.labels), torch.from_numpy(row.group)
+        if loss == "distill":
+            expected = distill_sum(log_odds, torch.from_numpy(row.teacher), labels, group, 0.6, 2.0).item()
+        else:
+            expected = {"pairwise": pairwise_sum, "listwise": listwise_sum}[loss](log_odds, labels, group).item()
         assert found.total.item() == pytest.approx(expected, rel=1e-4)
         assert found.log_odds.tolist() == pytest.approx(log_odds.tolist(), rel=1e-3, abs=1e-5)
         assert found.total.requires_grad and not found.log_odds.requires_grad

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -24,7 +25,11 @@ from trsr_dist.train.losses import row_loss
 from trsr_dist.train.meter import Sums
 from trsr_dist.train.step import StepRunner
 
-ROWS = [pack_row([make_user("a", 9, (3, 2)), make_user("b", 7, (4,))]), pack_row([make_user("c", 8, (2, 5))])]
+TEACHER = [np.float32([1.0, -2.0]), np.float32([0.5]), np.float32([-1.0, 3.0])]
+ROWS = [
+    pack_row([make_user("a", 9, (3, 2)), make_user("b", 7, (4,))], TEACHER[:2]),
+    pack_row([make_user("c", 8, (2, 5))], TEACHER[2:]),
+]
 """Five answers of three users."""
 EMPTY = pack_row([])
 
@@ -102,7 +107,10 @@ def test_masks_do_not_depend_on_which_rows_a_rank_runs(tmp_path: Path) -> None:
     assert relative(together.gradients(), apart.gradients()) < 1e-5
 
 
-@pytest.mark.parametrize(("loss", "weight"), [("answer", 5), ("full_text", 5), ("pairwise", 3), ("listwise", 3)])
+LOSSES = [("answer", 5), ("full_text", 5), ("pairwise", 3), ("listwise", 3), ("distill", 3)]
+
+
+@pytest.mark.parametrize(("loss", "weight"), LOSSES)
 def test_gradients_are_those_of_the_mean_over_the_step(tmp_path: Path, loss: str, weight: int) -> None:
     """An empty row adds nothing, though it runs."""
     engine, plain = PlainEngine(), PlainEngine()

@@ -56,6 +56,8 @@ def _of_the_training(config: Config) -> Iterator[str]:
             f"train.negatives_per_positive={train.negatives_per_positive} is above train.pool_size={train.pool_size}: "
             "a sample keeps only that many negatives to draw from"
         )
+    if train.loss == "distill" and not train.teacher:
+        yield "train.teacher is empty: train.loss=distill follows the scores of a model, see tools/score_shards.py"
     if train.early_stopping_patience and not train.evaluate_every_steps:
         yield (
             f"train.early_stopping_patience={train.early_stopping_patience} counts evaluations, and "

@@ -30,7 +30,7 @@ SECTIONS: dict[str, type[BaseModel]] = {name: field.annotation for name, field i
 
 
 def load_config(path: str | Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Defaults, then the file, then ``key=value`` overrides.
+    """Defaults, then the file (else the shipped one of that name), then ``key=value`` overrides.
 
     Raises:
         ConfigError: the file is missing or not YAML, a key is unknown, a value has a wrong type, two settings
@@ -76,16 +76,23 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
 
 
+def flat_settings(config: Config) -> dict[str, Any]:
+    """The merged config by dotted key, with values as in JSON."""
+    sections = config.model_dump(mode="json").items()
+    return {f"{section}.{key}": value for section, values in sections for key, value in values.items()}
+
+
 def known_keys() -> list[str]:
     """Every key in dotted form."""
     return [f"{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields]
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ConfigError(f"{path}: no such config file; the shipped ones lie in configs/")
+    found = find_file(str(path))
+    if not found.is_file():
+        raise ConfigError(f"{path}: no such config file; the shipped ones are named such as configs/mind.yaml")
     try:
-        settings = parse_yaml(read_text(path)) or {}
+        settings = parse_yaml(read_text(found)) or {}
     except (ConfigError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: {error}") from None
     if not isinstance(settings, dict):

@@ -60,8 +60,11 @@ class RunSection(Section):
     """Folder of this run: everything the stages write lies below it."""
     seed: int = Field(0, ge=0)
     """Fixes data order, negatives, splits of ties, dropout and sampling."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
+    """Get scalars, figures, settings and final metrics of summarize, train and evaluate, beside metrics.jsonl. All but
+    the first are extras; keys and addresses come from WANDB_API_KEY, MLFLOW_TRACKING_URI and the like."""
     tensorboard: bool = True
-    """Write TensorBoard events beside metrics.jsonl."""
+    """False leaves tensorboard out of run.trackers."""
 
 
 class DemoSection(Section):
@@ -235,9 +238,15 @@ class LoraSection(Section):
 
 
 class TrainSection(Section):
-    loss: Annotated[Literal["answer", "full_text", "pairwise", "listwise"], OnResume.SAID] = "answer"
+    loss: Annotated[Literal["answer", "full_text", "pairwise", "listwise", "distill"], OnResume.SAID] = "answer"
     """answer: cross-entropy of the answer token; full_text: of all tokens, as the paper's code; pairwise and listwise:
-    over a user's candidates."""
+    over a user's candidates; distill: listwise, and the order and distances that train.teacher gives the candidates."""
+    teacher: FilePath = ""
+    """distill: the model whose scores tools/score_shards.py has put beside the train shards; the folder given there."""
+    teacher_weight: Annotated[float, OnResume.SAID] = Field(0.5, ge=0, le=1)
+    """distill: share of the divergence from the teacher; the rest is the listwise loss."""
+    teacher_temperature: Annotated[float, OnResume.SAID] = Field(1.0, gt=0)
+    """distill: both models' log-odds are divided by it; above 1 the teacher's order among negatives counts more."""
     init_adapter: Annotated[FilePath, OnResume.REFUSED] = ""
     """Folder of a PEFT adapter, or another run's checkpoint, whose weights the training starts from; empty: a fresh
     adapter, which leaves the base as it is."""
@@ -245,6 +254,8 @@ class TrainSection(Section):
     """Negatives drawn per epoch from the sample's pool (the paper: 1)."""
     pool_size: int = Field(20, ge=1, le=100_000)
     """Negatives kept in each train sample, to draw from: a sample holds the texts of all of them, hence the limit."""
+    pool: Literal["all", "mined"] = "all"
+    """Negatives to draw from: all of the sample's, or those that tools/mine_negatives.py has found to be hard."""
     learning_rate: Annotated[float, OnResume.SAID] = Field(1e-4, gt=0)
     """Peak learning rate of AdamW."""
     warmup_ratio: Annotated[float, OnResume.SAID] = Field(0.03, ge=0, lt=1)

@@ -9,7 +9,7 @@ from trsr_dist.errors import ConfigError, DataError
 from trsr_dist.files import read_text
 from trsr_dist.json_text import parse_json
 
-ROOT = Path(__file__).parents[2]
+PACKAGE = Path(__file__).parents[1]
 OWNED = {
     "train_batch_size": "train.rows_per_step",
     "train_micro_batch_size_per_gpu": "train.rows_per_step",
@@ -29,8 +29,16 @@ OFFLOADS = ("offload_optimizer", "offload_param")
 
 
 def find_file(name: str) -> Path:
-    """A file named relative to the working folder, else to this repository, which is not part of a wheel."""
-    return Path(name) if Path(name).exists() else ROOT / name
+    """A file named relative to the working folder, else one that is shipped."""
+    return Path(name) if Path(name).exists() else shipped_file(name)
+
+
+def shipped_file(name: str) -> Path:
+    """A file of ``configs/``, ``ds_configs/``, ``launch/`` or ``tools/``.
+
+    A wheel has these folders inside the package, the repository beside it.
+    """
+    return PACKAGE / name if (PACKAGE / name).exists() else PACKAGE.parent / name
 
 
 def read_zero_config(path: str | Path, key: str = "train.deepspeed_config") -> dict[str, Any]:
@@ -46,10 +54,7 @@ def read_zero_config(path: str | Path, key: str = "train.deepspeed_config") -> d
     """
     path = Path(path)
     if not path.exists() or path.is_dir():
-        raise ConfigError(
-            f"{key}={path}: no such file; the shipped ones lie in ds_configs/ of the repository, which is installed "
-            "with pip install -e"
-        )
+        raise ConfigError(f"{key}={path}: no such file; the shipped ones are named such as ds_configs/zero1.json")
     try:
         settings = parse_json(read_text(path), object, unique=True)
     except (DataError, UnicodeDecodeError, OSError) as error:

@@ -18,7 +18,7 @@ LEVEL = 0.95
 CHUNK_NUMBERS = 10_000_000
 """Drawn numbers that are in memory at once."""
 NUM_BINS = 10
-RANKING_LOSSES = ("pairwise", "listwise")
+RANKING_LOSSES = ("pairwise", "listwise", "distill")
 """They do not change where a number is added to all scores of a user: the log-odds stand nowhere in particular."""
 
 

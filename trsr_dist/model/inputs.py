@@ -43,6 +43,11 @@ class RowInputs:
         return self.to_device(self.row.group)
 
     @cached_property
+    def teacher(self) -> torch.Tensor:
+        """float32, shape (num_answers,): a teacher's log-odds."""
+        return self.to_device(self.row.teacher)
+
+    @cached_property
     def layout(self) -> Layout:
         return Layout.of(self.row, self.device, self.suffixes_only)
 

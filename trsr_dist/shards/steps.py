@@ -32,6 +32,8 @@ class StreamState:
     rows_per_step: int
     negatives_per_positive: int
     seed: int
+    teacher: str = ""
+    """Hash of the teacher's scores; empty: none are read."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -46,7 +48,16 @@ class StreamState:
         Raises:
             CheckpointError: names the first difference.
         """
-        for name in ("shards", "prompt", "plan", "row_tokens", "rows_per_step", "negatives_per_positive", "seed"):
+        for name in (
+            "shards",
+            "prompt",
+            "plan",
+            "row_tokens",
+            "rows_per_step",
+            "negatives_per_positive",
+            "seed",
+            "teacher",
+        ):
             saved, now = getattr(self, name), getattr(start, name)
             if saved != now:
                 raise CheckpointError(

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 
+import numpy as np
 from torch.utils.data import DataLoader
 
 from trsr_dist.environment import die_with_parent
@@ -27,6 +28,7 @@ from trsr_dist.shards.measure import epoch_facts, measure_lengths
 from trsr_dist.shards.plan import PackingSettings, TrainPlan, Unit
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.steps import Step, StepSpec, StreamState, step_specs
+from trsr_dist.shards.tables import CandidateTable
 
 ADVISED_STEPS = 4
 """Steps whose samples the kernel is asked to read before they are handed out."""
@@ -47,6 +49,8 @@ class TrainStream:
         max_data_errors: damaged samples are left out and counted; more than this many on one rank stop the run. None:
             the first one does.
         state: go on after this step; None: from the start.
+        teacher: scores of the split's candidates, which the rows carry along.
+        pool: whether each candidate may be drawn as a negative; None: all may.
 
     Raises:
         CheckpointError: the state belongs to other data or settings.
@@ -64,18 +68,23 @@ class TrainStream:
         num_workers: int = 0,
         max_data_errors: int | None = None,
         state: StreamState | None = None,
+        teacher: CandidateTable | None = None,
+        pool: CandidateTable | None = None,
     ) -> None:
         shards.check_recent_items(builder.recent_items)
         tolerate = max_data_errors is not None
         lengths = measure_lengths(shards, builder, rank, world_size, num_workers, tolerate)
-        self.plan = TrainPlan(lengths, settings)
+        self.plan = TrainPlan(lengths, settings, pool)
+        self.teacher = teacher
+        taught_by = "" if teacher is None else teacher.sha256
         start = StreamState(
-            0, 0, 0, 0, shards.manifest_hash, builder.fingerprint, self.plan.identity, **asdict(settings)
-        )
+            0, 0, 0, 0, shards.manifest_hash, builder.fingerprint, self.plan.identity, **asdict(settings),
+            teacher=taught_by,
+        )  # fmt: skip
         if state is not None:
             state.check(start)
         self._state = state or start
-        self._reader = StepReader(shards, builder)
+        self._reader = StepReader(shards, builder, None if teacher is None else teacher.values)
         self._rank = rank
         self._world_size = world_size
         self._num_workers = num_workers
@@ -126,6 +135,8 @@ class StepReader:
 
     shards: ShardSet
     builder: PromptBuilder
+    teacher: np.ndarray | None = None
+    """float32, shape (num_samples, most candidates): a teacher's log-odds."""
 
     def __getitem__(self, spec: StepSpec) -> Step:
         rows = [self.read_row(units) for units in spec.rows]
@@ -141,13 +152,16 @@ class StepReader:
 
     def read_row(self, units: Sequence[Unit]) -> tuple[PackedRow, list[str]]:
         """The row, and what was wrong with the units that it lacks; a row without units is empty."""
-        tokenized, errors = [], []
+        tokenized, teacher, errors = [], [], []
         for unit in units:
             try:
                 tokenized.append(self.tokenize(unit))
             except DataError as error:
                 errors.append(str(error))
-        return pack_row(tokenized), errors
+                continue
+            if self.teacher is not None:
+                teacher.append(self.teacher[unit.sample, list(unit.candidates)])
+        return pack_row(tokenized, teacher), errors
 
     def tokenize(self, unit: Unit) -> TokenizedUser:
         """The user with the unit's candidates, exactly as planned.

@@ -13,7 +13,7 @@ from trsr_dist.config import Config
 from trsr_dist.config.on_resume import OnResume, marked_settings
 from trsr_dist.environment import Ranks, available_memory_bytes, return_large_blocks
 from trsr_dist.errors import TrsrError
-from trsr_dist.log import MetricLog, get_logger
+from trsr_dist.log import get_logger
 from trsr_dist.model.adapters import adapter_config, add_lora
 from trsr_dist.model.loading import load_base, load_base_divided
 from trsr_dist.model.recommender import Recommender, enable_recomputation
@@ -22,6 +22,7 @@ from trsr_dist.planner.hardware import CPU_PROCESS_BYTES, GB, recognize
 from trsr_dist.planner.memory import KEPT_BY_CPU, KeptActivations, rank_memory
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.run import RunFolder, manifest_hash
+from trsr_dist.trackers import open_metrics
 from trsr_dist.train.checkpoints import Checkpoint, CheckpointFolder, TrainerState
 from trsr_dist.train.elastic import Saving, restore_state, start_from
 from trsr_dist.train.engine import Engine
@@ -91,7 +92,7 @@ def build_trainer(
     saving = Saving(engine, checkpoints, ranks.is_main, adapter, _provenance(config, run, prepared, checkpoint))
     metrics = None
     if ranks.is_main:
-        metrics = MetricLog(run.root, "train", config.run.tensorboard, state.step + 1, checkpoints.fence)
+        metrics = open_metrics(config, run.root, "train", state.step + 1, checkpoints.fence)
     monitor = Monitor(
         metrics,
         prepared.num_steps,
@@ -101,7 +102,10 @@ def build_trainer(
         peak_flops(ranks.world_size),
     )
     answer_ids, seed = prepared.builder.answer_ids, config.run.seed
-    runner = StepRunner(engine, train.loss, answer_ids, train.row_tokens, seed, control.heartbeat)
+    runner = StepRunner(
+        engine, train.loss, answer_ids, train.row_tokens, seed, control.heartbeat,
+        train.teacher_weight, train.teacher_temperature,
+    )  # fmt: skip
     return Trainer(
         engine, prepared.stream, runner, _loop_settings(config, prepared), saving, prepared.validator, state, monitor,
         control,
@@ -195,6 +199,7 @@ def _provenance(
         origin = checkpoint.provenance.get("init_adapter", {})
     elif initial is not None:
         origin = {"folder": str(initial.folder), "sha256": initial.digest}
+    teacher = {} if prepared.stream.teacher is None else {"teacher": prepared.stream.teacher.manifest}
     base = {"name_or_path": prepared.name, "revision": config.model.revision, "fingerprint": prepared.fingerprint}
 
     def describe(state: TrainerState) -> dict[str, Any]:
@@ -205,6 +210,7 @@ def _provenance(
             "answer_ids": list(prepared.builder.answer_ids),
             "domain": config.domain,
             "shards": {"train": manifest_hash(run.split("train"))},
+            **teacher,
             "train": {
                 "step": state.step,
                 "num_steps": prepared.num_steps,

@@ -11,9 +11,15 @@ from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Want
 from trsr_dist.model.text_targets import text_targets
 
-WANTS: dict[str, Want] = {"answer": "logits", "full_text": "text", "pairwise": "pair", "listwise": "pair"}
+WANTS: dict[str, Want] = {
+    "answer": "logits",
+    "full_text": "text",
+    "pairwise": "pair",
+    "listwise": "pair",
+    "distill": "pair",
+}
 """What each loss asks of the model."""
-PER_USER = ("pairwise", "listwise")
+PER_USER = ("pairwise", "listwise", "distill")
 """Losses that are averaged over users; the others over answers."""
 
 
@@ -22,13 +28,19 @@ class RowLoss:
     """A row's loss and what is watched beside it."""
 
     total: torch.Tensor
-    """Scalar with a gradient: the sum over answers (answer, full_text) or users (pairwise, listwise)."""
+    """Scalar with a gradient: the sum over answers (answer, full_text) or users (the others)."""
     log_odds: torch.Tensor | None
     """float32, shape (num_answers,), without a gradient; None where the loss does not compute them."""
 
 
 def row_loss(
-    model: torch.nn.Module, inputs: RowInputs, loss: str, answer_ids: tuple[int, int], row_tokens: int
+    model: torch.nn.Module,
+    inputs: RowInputs,
+    loss: str,
+    answer_ids: tuple[int, int],
+    row_tokens: int,
+    teacher_weight: float = 0.0,
+    temperature: float = 1.0,
 ) -> RowLoss:
     """Run the model on a row and sum its loss.
 
@@ -38,6 +50,8 @@ def row_loss(
         loss: ``train.loss``.
         answer_ids: tokens of yes and no.
         row_tokens: what a row of this run can hold.
+        teacher_weight: of ``distill_sum``.
+        temperature: of ``distill_sum``.
     """
     want = WANTS[loss]
     if want == "text":
@@ -51,8 +65,12 @@ def row_loss(
         log_odds = (logits[:, yes] - logits[:, no]).detach()
         return RowLoss(cross_entropy(logits, targets, reduction="sum"), log_odds)
     log_odds = output[:, 0] - output[:, 1]
-    sums = pairwise_sum if loss == "pairwise" else listwise_sum
-    return RowLoss(sums(log_odds, inputs.labels, inputs.group), log_odds.detach())
+    labels, group = inputs.labels, inputs.group
+    if loss == "distill":
+        total = distill_sum(log_odds, inputs.teacher, labels, group, teacher_weight, temperature)
+    else:
+        total = (pairwise_sum if loss == "pairwise" else listwise_sum)(log_odds, labels, group)
+    return RowLoss(total, log_odds.detach())
 
 
 def pairwise_sum(log_odds: torch.Tensor, labels: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
@@ -77,8 +95,39 @@ def listwise_sum(log_odds: torch.Tensor, labels: torch.Tensor, group: torch.Tens
         labels: shape (num_answers,): above 0 for positives.
         group: shape (num_answers,): the user.
     """
-    same = group[:, None] == group[None]
-    normalizers = log_odds[None].expand(len(labels), -1).masked_fill(~same, float("-inf")).logsumexp(1)
     positives = labels > 0
-    counts = (same & positives[None]).sum(1).clamp(min=1)
-    return ((normalizers - log_odds) / counts).where(positives, 0.0).sum()
+    counts = ((group[:, None] == group[None]) & positives[None]).sum(1).clamp(min=1)
+    return (-_log_softmax(log_odds, group) / counts).where(positives, 0.0).sum()
+
+
+def distill_sum(
+    log_odds: torch.Tensor,
+    teacher: torch.Tensor,
+    labels: torch.Tensor,
+    group: torch.Tensor,
+    teacher_weight: float,
+    temperature: float,
+) -> torch.Tensor:
+    """Sum over users of ``(1 - w)`` times the listwise loss and ``w T^2`` times KL(teacher || student).
+
+    The divergence is that of the softmax over the user's candidates at temperature T; T^2 keeps its gradients at the
+    size of the other term's (Hinton et al., arXiv 1503.02531). Only differences within a user count.
+
+    Args:
+        log_odds: the student's, float32, shape (num_answers,).
+        teacher: the teacher's, float32, shape (num_answers,).
+        labels: shape (num_answers,): above 0 for positives.
+        group: shape (num_answers,): the user.
+        teacher_weight: w, from 0 to 1.
+        temperature: T, above 0.
+    """
+    ours, theirs = _log_softmax(log_odds / temperature, group), _log_softmax(teacher / temperature, group)
+    divergence = (theirs.exp() * (theirs - ours)).sum()
+    hard = listwise_sum(log_odds, labels, group)
+    return (1 - teacher_weight) * hard + teacher_weight * temperature**2 * divergence
+
+
+def _log_softmax(scores: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+    """Over the scores of each group; float32, shape (num_answers,)."""
+    others = group[:, None] != group[None]
+    return scores - scores[None].expand(len(group), -1).masked_fill(others, float("-inf")).logsumexp(1)

@@ -15,8 +15,9 @@ from trsr_dist.config.zero import find_file, read_zero_config
 from trsr_dist.distributed import device_of, on_rank_zero, once_per_node
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import ConfigError
+from trsr_dist.evaluate.evaluation import model_identity
 from trsr_dist.log import get_logger
-from trsr_dist.model.artifacts import base_fingerprint
+from trsr_dist.model.artifacts import base_fingerprint, follow
 from trsr_dist.model.loading import resolve_precision, shared_backend
 from trsr_dist.model.zero3 import check_equal_calls
 from trsr_dist.planner.memory import ZeroSetting
@@ -28,6 +29,7 @@ from trsr_dist.shards.plan import PackingSettings
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.steps import StreamState
 from trsr_dist.shards.stream import TrainStream
+from trsr_dist.shards.tables import MINED, CandidateTable, open_table, scores_folder
 from trsr_dist.train.checkpoints import Checkpoint
 from trsr_dist.train.engine import complete_zero_config, zero_setting
 from trsr_dist.train.losses import PER_USER
@@ -161,8 +163,9 @@ def open_stream(
 ) -> TrainStream:
     """The train split's stream, from where the checkpoint stands."""
     train = config.train
+    shards = ShardSet(run.split("train"), open_cache(train.cache_dir, train.cache_gb))
     return TrainStream(
-        ShardSet(run.split("train"), open_cache(train.cache_dir, train.cache_gb)),
+        shards,
         builder,
         packing_settings(config),
         ranks.rank,
@@ -170,7 +173,44 @@ def open_stream(
         train.num_workers,
         train.max_data_errors if train.data_errors == "skip" else None,
         None if checkpoint is None else StreamState.from_dict(checkpoint.state.stream),
+        open_teacher(config, run, shards) if train.loss == "distill" else None,
+        open_pool(shards, train.negatives_per_positive) if train.pool == "mined" else None,
     )
+
+
+def open_pool(shards: ShardSet, negatives_per_positive: int) -> CandidateTable:
+    """Which negatives are hard.
+
+    Raises:
+        RunError: none were mined for these shards.
+        ConfigError: fewer stay than are drawn.
+        DataError: the table is damaged.
+    """
+    pool = open_table(shards.folder / MINED, shards, "run tools/mine_negatives.py with this config")
+    num_kept = pool.manifest["settings"]["negatives_per_positive"]
+    if num_kept < negatives_per_positive:
+        raise ConfigError(
+            f"train.negatives_per_positive={negatives_per_positive}: {shards.folder / MINED} keeps {num_kept} per "
+            "positive; lower the former, or mine again with --negatives"
+        )
+    return pool
+
+
+def open_teacher(config: Config, run: RunFolder, shards: ShardSet) -> CandidateTable:
+    """What the teacher says of the train users' candidates.
+
+    Raises:
+        RunError: it has not scored these shards.
+        DataError: its scores are damaged.
+    """
+    name = str(follow(Path(run.resolve(config.train.teacher))))
+    remedy = f"run tools/score_shards.py with this config and --model {config.train.teacher}"
+    teacher = open_table(scores_folder(shards, model_identity(name, config.model.revision)), shards, remedy)
+    if teacher.manifest["trained_on_these_shards"] is False:
+        log.warning(
+            "train.teacher=%s was trained on other shards: what it says may tell of the valid and test users", name
+        )
+    return teacher
 
 
 def open_validator(config: Config, run: RunFolder, ranks: Ranks, builder: PromptBuilder) -> Validator | None:

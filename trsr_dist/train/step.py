@@ -29,6 +29,8 @@ class StepRunner:
         row_tokens: what a row can hold.
         seed: of dropout masks.
         heartbeat: of this rank.
+        teacher_weight: ``train.teacher_weight``.
+        temperature: ``train.teacher_temperature``.
     """
 
     def __init__(
@@ -39,6 +41,8 @@ class StepRunner:
         row_tokens: int,
         seed: int,
         heartbeat: Heartbeat,
+        teacher_weight: float = 0.0,
+        temperature: float = 1.0,
     ) -> None:
         self._engine = engine
         self._loss = loss
@@ -46,6 +50,7 @@ class StepRunner:
         self._row_tokens = row_tokens
         self._seed = seed
         self._heartbeat = heartbeat
+        self._teaching = (teacher_weight, temperature)
         self._filler = filler_row(answer_ids)
 
     def backward(self, step: Step) -> tuple[Sums, tuple[str, ...]]:
@@ -87,7 +92,9 @@ class StepRunner:
         torch.manual_seed(hash64(self._seed, step, number) % 2**63)
         inputs = RowInputs(row if row.num_answers else self._filler, self._engine.device)
         try:
-            result = row_loss(self._engine.wrapped, inputs, self._loss, self._answer_ids, self._row_tokens)
+            result = row_loss(
+                self._engine.wrapped, inputs, self._loss, self._answer_ids, self._row_tokens, *self._teaching
+            )
             share = result.total / weight if row.num_answers else result.total * 0.0
             # A loss that is not finite must spoil the gradients too, so that all ranks skip the step.
             self._engine.backward(share * torch.where(torch.isfinite(share), 1.0, float("nan")))
