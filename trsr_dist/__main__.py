@@ -36,6 +36,7 @@ GROUPS = {
         "status": "tools/status.py",
         "merge": "tools/merge_lora.py",
         "score": "tools/score_shards.py",
+        "mine": "tools/mine_negatives.py",
     },
     "evaluation": {
         "evaluate": "tools/evaluate.py",

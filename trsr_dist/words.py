@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from itertools import accumulate
 
 HAN = r"\u3005-\u3007\u3400-\u9fff\uf900-\ufaff\U00020000-\U000323af"
 HIRAGANA = r"\u3040-\u309f"
@@ -61,6 +62,12 @@ def count_words(text: str) -> int:
 def cut_words(text: str, num_words: int) -> str:
     """The first ``num_words`` words; runs of more than 16 characters are cut within, so that any text can be cut."""
     return "".join(_PIECE.findall(text)[:num_words]).strip()
+
+
+def word_heads(text: str) -> list[str]:
+    """What ``cut_words`` leaves of a text for each number of words, from none to all."""
+    ends = accumulate(map(len, _PIECE.findall(text)), initial=0)
+    return [text[:end].strip() for end in ends]
 
 
 def letter_runs(text: str) -> list[str]:

@@ -289,6 +289,7 @@ def test_paths_that_can_be_none_are_refused(config_file: Path, value: str, messa
 FREE_ON_RESUME = {
     "negatives_per_positive",  # the stream's state holds it
     "pool_size",  # the shards' manifest does
+    "pool",  # the stream's state, through the plan
     "teacher",  # the stream's state names its scores
     "num_epochs",  # through the number of steps, which is compared
     "max_steps",
@@ -308,6 +309,7 @@ FREE_ON_RESUME = {
     "early_stopping_patience",
     "log_every_steps",
     "timeout_seconds",
+    "hang_seconds",
     "data_errors",
     "max_data_errors",
     "max_bad_steps",

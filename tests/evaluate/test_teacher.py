@@ -1,4 +1,4 @@
-"""Scores of the train users: the same on any number of ranks and after kills, bound to model and shards."""
+"""Scores of the train users, and pools mined by them: whole on any ranks and after kills, bound to what they read."""
 
 from __future__ import annotations
 
@@ -10,21 +10,28 @@ import pytest
 
 from tests.spawn import run_ranks
 from trsr_dist.config import load_config
-from trsr_dist.errors import DataError, ModelError, RunError
+from trsr_dist.errors import ConfigError, DataError, ModelError, RunError
 from trsr_dist.evaluate import passes
+from trsr_dist.evaluate.mining import choose_hard, mine_negatives
 from trsr_dist.evaluate.score_files import read_scores
 from trsr_dist.evaluate.teacher import plan_scoring, score_shards
+from trsr_dist.model.loading import open_prompts
+from trsr_dist.shards.measure import measure_lengths
+from trsr_dist.shards.plan import PackingSettings, TrainPlan, Unit
 from trsr_dist.shards.reader import ShardSet
-from trsr_dist.shards.tables import TABLE, open_table
+from trsr_dist.shards.tables import MINED, TABLE, open_table
+from trsr_dist.train.prepare import open_pool
 
 NUM_PARTS = 3
 
 
-def score(rank: int, world_size: int, run: Path, *, model: str = "RUN/merged", override: str = "") -> None:
+def score(
+    rank: int, world_size: int, run: Path, *, model: str = "RUN/merged", override: str = "", force: bool = False
+) -> None:
     """The job in small parts."""
     passes.USERS_PER_PART = 16
     overrides = [f"run.dir={run}", *([override] if override else [])]
-    assert score_shards(load_config(run / "config.yaml", overrides), model) == 0
+    assert score_shards(load_config(run / "config.yaml", overrides), model, force) == 0
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +87,11 @@ def test_one_process_goes_on_where_ranks_were_killed(run: Path, scored: Path, tm
     before = {path: path.stat().st_mtime_ns for path in scores.glob("[!.]*")}
     score(0, 1, folder)
     assert {path: path.stat().st_mtime_ns for path in before} == before, "a finished job is left alone"
+    score(0, 1, folder, override="evaluate.row_tokens=1024", force=True)
+    again = open_table(scores, ShardSet(folder / "shards" / "train"), "")
+    assert again.manifest["settings"]["row_tokens"] == 1024 and (scores / TABLE).read_bytes() != whole
+    first = open_table(scores_of(scored), ShardSet(scored / "shards" / "train"), "")
+    assert np.allclose(again.values, first.values, atol=1e-4)
 
 
 def test_scores_of_other_settings_models_and_shards_are_refused(scored: Path, tmp_path: Path) -> None:
@@ -98,3 +110,52 @@ def test_scores_of_other_settings_models_and_shards_are_refused(scored: Path, tm
     (damaged / TABLE).write_bytes((damaged / TABLE).read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(DataError, match="not those of the manifest"):
         open_table(damaged, shards, "score them")
+
+
+def test_the_hardest_below_the_margin_stay_and_the_safest_fill_up() -> None:
+    scores = np.float32([1.0, 0.9, 3.0, -1.0, 0.2, 0.96, -5.0])
+    positive = np.arange(7) == 0
+    limit_at_94_percent = {1: [0, 1], 2: [0, 1, 4], 4: [0, 1, 3, 4, 6]}
+    for num_negatives, expected in limit_at_94_percent.items():
+        pool, filled = choose_hard(scores, positive, num_negatives, 0.94)
+        assert (np.flatnonzero(pool).tolist(), filled) == (expected, 0)
+    assert choose_hard(scores, positive, 5, 0.94)[1] == 1
+    assert np.flatnonzero(~choose_hard(scores, positive, 5, 0.94)[0]).tolist() == [2], (
+        "the likeliest positive goes first"
+    )
+    assert choose_hard(scores, positive, 20, 0.94)[0].all()
+    two = (np.arange(7) == 0) | (np.arange(7) == 4)
+    assert np.flatnonzero(choose_hard(scores, two, 1, 1.0)[0]).tolist() == [0, 3, 4, 6], "below the lowest positive"
+    assert choose_hard(scores - 70, positive, 2, 0.94)[0].tolist() == choose_hard(scores, positive, 2, 0.94)[0].tolist()
+
+
+def test_a_mined_pool_is_drawn_from_and_bound_to_scores_and_settings(scored: Path, tmp_path: Path) -> None:
+    run = copy_run(scored, tmp_path / "run")
+    config = load_config(run / "config.yaml", [f"run.dir={run}"])
+    shards, scores = ShardSet(run / "shards" / "train"), scores_of(run)
+    lengths = measure_lengths(shards, open_prompts(str(run / "merged"), config.prompt.model_dump()).builder)
+    settings = PackingSettings(2048, 2, 2, 0)
+    with pytest.raises(RunError, match="not complete; run tools/mine_negatives.py"):
+        open_pool(shards, 2)
+    assert mine_negatives(config, "RUN/merged", 3, 0.95) == 0
+    made = (shards.folder / MINED / TABLE).read_bytes()
+    pool = open_pool(shards, 2)
+    assert (pool.values.sum(1) == 4).all()
+    with pytest.raises(ConfigError, match="negatives_per_positive=4: .* keeps 3 per positive"):
+        open_pool(shards, 4)
+    plan, plain = TrainPlan(lengths, settings, pool), TrainPlan(lengths, settings)
+    drawn = {(unit.sample, c) for epoch in range(9) for unit in units_of(plan, epoch) for c in unit.candidates}
+    assert drawn == set(zip(*map(np.ndarray.tolist, np.nonzero(pool.values)), strict=True)), "all of it, no other"
+    assert all(len(unit.candidates) == 3 for unit in units_of(plan, 0))
+    assert plan.identity != plain.identity, "a checkpoint goes on with the pool that it began with"
+    assert mine_negatives(config, "RUN/merged", 3, 0.95) == 0
+    with pytest.raises(RunError, match="made with setting negatives_per_positive=3, now 2"):
+        mine_negatives(config, "RUN/merged", 2, 0.95)
+    assert (shards.folder / MINED / TABLE).read_bytes() == made
+    shutil.rmtree(scores)
+    with pytest.raises(RunError, match="run tools/score_shards.py with this config and --model RUN/merged"):
+        mine_negatives(config, "RUN/merged", 2, 0.95, force=True)
+
+
+def units_of(plan: TrainPlan, epoch: int) -> list[Unit]:
+    return [unit for window in plan.windows(epoch) for row in range(window.num_rows) for unit in window.units(row)]

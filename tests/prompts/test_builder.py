@@ -139,6 +139,10 @@ def longest(user) -> int:  # noqa: ANN001
     return len(user.prefix) + max(map(len, user.suffixes))
 
 
+LINES = PromptBuilder(byte_level())._lines
+"""The tokenizer is checked once."""
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.text(min_size=1, max_size=200), min_size=1, max_size=4),
@@ -149,6 +153,7 @@ def longest(user) -> int:  # noqa: ANN001
 def test_any_text_fits_or_is_refused(candidates: list[str], recent: list[str], summary: str, limit: int) -> None:
     sample = Sample("u", "Answer yes or no.", summary, tuple(recent), tuple(Candidate(c, c, 0) for c in candidates))
     builder = PromptBuilder(byte_level(), max_tokens=limit, max_candidate_tokens=64)
+    builder._lines = LINES
     user = builder.build(sample)
     assert longest(user) <= limit
     assert all(user.suffixes)

@@ -53,6 +53,11 @@ def tokenizer_of(name: str) -> Any:
 
 
 @cache
+def builder_of(name: str, style: str) -> PromptBuilder:
+    return PromptBuilder(tokenizer_of(name), style, max_tokens=9999, max_candidate_tokens=999)
+
+
+@cache
 def spelled(tokenizer: Any) -> list[str]:
     """Every added token as text, and with full-width signs."""
     names = [str(token) for token in tokenizer.added_tokens_decoder.values()]
@@ -111,7 +116,7 @@ def prompts_of(
 def test_texts_make_no_control_token(name: str, style: str, data: st.DataObject) -> None:
     tokenizer = tokenizer_of(name)
     texts = hostile(tokenizer)
-    builder = PromptBuilder(tokenizer, style, max_tokens=9999, max_candidate_tokens=999)
+    builder = builder_of(name, style)
     summary, recent, candidates = data.draw(
         st.tuples(texts, st.lists(texts, max_size=2), st.lists(texts, min_size=1, max_size=2))
     )

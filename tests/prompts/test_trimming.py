@@ -17,6 +17,8 @@ from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.words import count_words, cut_words
 
+LINES = PromptBuilder(byte_level())._lines
+"""The tokenizer is checked once."""
 CAPPED = ("recent_capped", "candidates_capped", "candidates_equal")
 WORDS = ["tennis", "quiet", "final", "rain", "x1", "third", "\u00fcberraschend", "\u5546\u54c1", "http://a.b/c?d=e"]
 
@@ -71,6 +73,7 @@ def test_the_cuts_are_those_of_a_search_with_all(
     candidates: list[str], recent: list[str], summary: str, limit: int, cap: int
 ) -> None:
     builder = PromptBuilder(byte_level(), max_tokens=limit, max_candidate_tokens=cap)
+    builder._lines = LINES
     items = tuple(Candidate(str(place), f"title: {place} {text}".strip(), 0) for place, text in enumerate(candidates))
     sample = Sample("u", recommend_instruction("news"), summary, tuple(recent), items)
     user = builder.build(sample)
@@ -80,10 +83,10 @@ def test_the_cuts_are_those_of_a_search_with_all(
     )
     whole = Parts(summary, shown, capped)
     expected = search_with_all(
-        whole, lambda tried: max(map(len, builder._encode_all(sample.instruction, tried))) <= limit
+        whole, lambda tried: max(builder._encode_all(sample.instruction, tried).lengths) <= limit
     )
-    ids = builder._encode_all(sample.instruction, expected)
-    assert [list(user.prefix + suffix) for suffix in user.suffixes] == ids
+    encoded = builder._encode_all(sample.instruction, expected)
+    assert [user.prefix + suffix for suffix in user.suffixes] == [encoded.prefix + rest for rest in encoded.rests]
     assert {name: n for name, n in user.trims.items() if name not in CAPPED} == expected.trims
 
 

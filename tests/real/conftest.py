@@ -14,7 +14,8 @@ from trsr_dist.run import SPLITS
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.summarize.job import summarize
 
-FEW = ["data.max_users=260", "train.pool_size=4", "evaluate.negatives_per_positive=4"]
+FEW = ["data.max_users=260", "prompt.recent_items=5", "train.pool_size=4", "evaluate.negatives_per_positive=4"]
+"""As many recent items as ``PromptBuilder`` shows by default."""
 TIMEOUT_SECONDS = 1800
 
 

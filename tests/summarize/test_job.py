@@ -8,19 +8,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
 from tests.kills import check_stage
 from tests.summarize.server import Answer, Handler, Server, good, prompt_of, serving
 from tests.summarize.world import run_here, tree_hash, write_config, write_histories
+from tests.tokenizers import byte_level
 from trsr_dist.cli import config_parser, parse_config
 from trsr_dist.config import load_config
 from trsr_dist.data.store import HistoryStore
+from trsr_dist.environment import detect_ranks
 from trsr_dist.errors import ConfigError, ModelError, RunError
 from trsr_dist.files import read_json
+from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import Sample
 from trsr_dist.run import RunFolder
+from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.summarize import plans
 from trsr_dist.summarize.cache import TextCache
@@ -31,7 +36,7 @@ from trsr_dist.summarize.engines.build import (
     recorded_commit,
     revision_to_load,
 )
-from trsr_dist.summarize.job import Job, Task
+from trsr_dist.summarize.job import Job, Task, summarize
 from trsr_dist.summarize.plans import raw
 
 USERS = {"train": 20, "valid": 3, "test": 3}
@@ -289,3 +294,31 @@ def test_killed_at_every_change_while_a_set_is_redone(tmp_path: Path) -> None:
     )
     assert sorted(path.name for path in (run / "shards").iterdir()) == ["test", "train", "valid"]
     assert not list((run / "summaries" / "work").iterdir())
+
+
+@pytest.mark.parametrize("num_tasks", [1, 2])
+def test_tokens_are_counted_as_the_shards_are_written_where_the_tokenizer_is_known(
+    tmp_path: Path, num_tasks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tmp_path / "base"
+    byte_level().save_pretrained(base)
+    run, _ = prepared(tmp_path)
+    config = load_config(write_config(run, model={"name_or_path": str(base)}))
+    for index in range(num_tasks):
+        task = Task(index, num_tasks, f"t{index}", detect_ranks())
+        monkeypatch.setattr(Task, "detect", lambda task=task: task)
+        assert summarize(config) == 0
+    shards, builder = ShardSet(run / "shards" / "train"), PromptBuilder(byte_level(), **config.prompt.model_dump())
+    shutil.copytree(shards.folder, tmp_path / "train", ignore=shutil.ignore_patterns("lengths-*"))
+    with patch.object(PromptBuilder, "build", side_effect=AssertionError("counted again")):
+        ahead = measure_lengths(shards, builder)
+    assert tree_hash(ahead.folder) == tree_hash(measure_lengths(ShardSet(tmp_path / "train"), builder).folder)
+
+
+def test_shards_are_written_whatever_the_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "tokenizer_config.json").write_text("{")
+    run, _ = prepared(tmp_path)
+    run_here(write_config(run, model={"name_or_path": str(tmp_path / "base")}))
+    assert len(samples(run)) == USERS["train"] and not list(run.glob("shards/train/lengths-*"))
+    assert "lengths could not be measured: model" in capsys.readouterr().out

@@ -9,6 +9,7 @@ from typing import Any
 from trsr_dist.errors import ModelError
 from trsr_dist.hashing import digest
 from trsr_dist.prompts.encoder import Encoder
+from trsr_dist.prompts.lines import Encoded, LineEncoder, Memory
 from trsr_dist.prompts.text import recommend_prompt
 from trsr_dist.prompts.trimming import CHARACTERS_PER_TOKEN, Parts, cap_text, head_of, trim
 from trsr_dist.prompts.wording import WORDING_VERSION
@@ -47,6 +48,8 @@ class PromptBuilder:
         self.tokenizer = tokenizer
         self.chat_template_kwargs = dict(chat_template_kwargs or {})
         self.encoder = Encoder(tokenizer, style, self.chat_template_kwargs)
+        self._lines = LineEncoder(self.encoder)
+        self._items: Memory[str, tuple[str, str]] = Memory()
         self.style = self.encoder.style
         self.max_tokens = max_tokens
         self.max_candidate_tokens = max_candidate_tokens
@@ -85,74 +88,81 @@ class PromptBuilder:
         return self.encoder.ids([text])[0]
 
     def build(self, sample: Sample) -> TokenizedUser:
-        """Trim once for all candidates, tokenize each whole prompt, split off the common prefix.
+        """Trim once for all candidates, tokenize, split off the common prefix.
 
         Raises:
             DataError: the instruction alone does not fit.
         """
-        ids, trims = self._encode_within_limit(sample)
-        length = common_prefix_length(ids)
+        encoded, trims = self._encode_within_limit(sample)
+        rests = encoded.rests
+        length = common_prefix_length(rests)
         return TokenizedUser(
             user=sample.user,
-            prefix=tuple(ids[0][:length]),
-            suffixes=tuple(tuple(prompt[length:]) for prompt in ids),
+            prefix=encoded.prefix + rests[0][:length],
+            suffixes=tuple(rest[length:] for rest in rests),
             labels=tuple(candidate.label for candidate in sample.candidates),
             items=tuple(candidate.item for candidate in sample.candidates),
             trims=trims,
         )
 
-    def _encode_within_limit(self, sample: Sample) -> tuple[list[list[int]], dict[str, int]]:
+    def _encode_within_limit(self, sample: Sample) -> tuple[Encoded, dict[str, int]]:
+        self._items.empty_if_full()
         whole, counts = self._whole(sample)
         parts = whole
-        ids = self._encode_all(sample.instruction, parts)
+        encoded = self._encode_all(sample.instruction, parts)
         # What is cut is searched for with the prompts that are too long, and then tried with all: mostly one decides.
         probes: list[int] = []
-        while max(map(len, ids)) > self.max_tokens:
-            probes.append(max(range(len(ids)), key=lambda place: len(ids[place])))
+        while max(lengths := encoded.lengths) > self.max_tokens:
+            probes.append(lengths.index(max(lengths)))
             longest = max(map(count_words, whole.candidates))
             chosen = replace(whole, candidates=tuple(whole.candidates[place] for place in probes))
             cuts = trim(
                 chosen,
-                lambda tried: max(map(len, self._encode_all(sample.instruction, tried))) <= self.max_tokens,
+                lambda tried: max(self._encode_all(sample.instruction, tried).lengths) <= self.max_tokens,
                 longest,
                 sample.user,
             )
             parts = cuts.apply(whole)
-            ids = self._encode_all(sample.instruction, parts)
+            encoded = self._encode_all(sample.instruction, parts)
         # Different texts that became the same by cutting: the model cannot tell these candidates apart.
         counts["candidates_equal"] -= len(set(parts.candidates))
-        return ids, parts.trims | {name: count for name, count in counts.items() if count}
+        return encoded, parts.trims | {name: count for name, count in counts.items() if count}
 
     def _whole(self, sample: Sample) -> tuple[Parts, dict[str, int]]:
         """The sample's texts as they may stand in a prompt, each item capped; how many were, and how many candidates
         differ."""
-        value = self.encoder.value
-        summary = value(sample.summary)
+        summary = self.encoder.value(sample.summary)
         head = head_of(summary, CHARACTERS_PER_TOKEN * self.max_tokens)
-        recent = [value(text) for text in sample.recent[-self.recent_items :]] if self.recent_items else []
-        texts = [value(candidate.text) for candidate in sample.candidates]
-        limit = self.max_candidate_tokens
-        shown, capped = (
-            tuple(cap_text(head_of(text, CHARACTERS_PER_TOKEN * limit), limit, self._count) for text in group)
-            for group in (recent, texts)
-        )
+        recent = [self._item(text) for text in sample.recent[-self.recent_items :]] if self.recent_items else []
+        items = [self._item(candidate.text) for candidate in sample.candidates]
         counts = {
-            "recent_capped": sum(text != cap for text, cap in zip(recent, shown, strict=True)),
-            "candidates_capped": sum(text != cap for text, cap in zip(texts, capped, strict=True)),
-            "candidates_equal": len(set(texts)),
+            "recent_capped": sum(text != capped for text, capped in recent),
+            "candidates_capped": sum(text != capped for text, capped in items),
+            "candidates_equal": len({text for text, _ in items}),
         }
         num_cut = count_words(summary) - count_words(head) if head != summary else 0
-        return Parts(head, shown, capped, summary_words_cut=num_cut), counts
+        shown, candidates = (tuple(capped for _, capped in group) for group in (recent, items))
+        return Parts(head, shown, candidates, summary_words_cut=num_cut), counts
 
-    def _encode_all(self, instruction: str, parts: Parts) -> list[list[int]]:
-        prompts = [recommend_prompt(instruction, parts.summary, parts.recent, text) for text in parts.candidates]
-        return self.encoder.encode(prompts)
+    def _item(self, raw: str) -> tuple[str, str]:
+        """An item's text as it may stand in a prompt, and capped."""
+        if raw in self._items:
+            return self._items[raw]
+        text, limit = self.encoder.value(raw), self.max_candidate_tokens
+        head = head_of(text, CHARACTERS_PER_TOKEN * limit)
+        found = text, cap_text(head, limit, self._count)
+        self._items.keep(raw, found, len(raw))
+        return found
+
+    def _encode_all(self, instruction: str, parts: Parts) -> Encoded:
+        prompt = recommend_prompt(instruction, parts.summary, parts.recent, parts.candidates[0])
+        return self._lines.encode(prompt, parts.candidates)
 
     def _count(self, text: str) -> int:
         """Tokens of a bare text; short texts cannot exceed the limit (a token holds at least one byte)."""
         if len(text.encode()) <= self.max_candidate_tokens:
             return len(text)
-        return self.encoder.count(text)
+        return self._lines.count(text)
 
     def _resolve_answers(self) -> tuple[int, int]:
         """Ids of the answers in context: the prompt's own tokens must stay, and one token must follow.

@@ -99,9 +99,16 @@ class Encoder:
         """
         ids = self.ids([self._render(prompt) for prompt in prompts])
         for place, prompt in enumerate(prompts):
-            if self._control_of(ids[place]) != self._control_tokens(prompt):
+            if self.control_of(ids[place]) != self._control_tokens(prompt):
                 ids[place] = self.ids([self.text(prompt)])[0]
         return ids
+
+    def part_ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of parts of prompts, without special tokens around them; fast, without the library's wrapper."""
+        backend = self.tokenizer.backend_tokenizer if getattr(self.tokenizer, "is_fast", False) else None
+        if backend is None or backend.truncation or backend.padding or backend.encode_special_tokens:
+            return self._tokenize(texts, False)
+        return [one.ids for one in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
     def count(self, text: str) -> int:
         """Tokens of a text alone, as a part of a prompt."""
@@ -118,7 +125,7 @@ class Encoder:
         """
         for number in range(MAX_ROUNDS):
             text = self._render(prompt)
-            if self._control_of(self.ids([text])[0]) == self._control_tokens(prompt):
+            if self.control_of(self.ids([text])[0]) == self._control_tokens(prompt):
                 return prompt
             # Where blanks do not help (a token of one character, a normalizer that takes them out), characters go.
             prompt = self._taken_apart(prompt, self._spellings(text), "" if number > 1 else None)
@@ -134,7 +141,8 @@ class Encoder:
         ids = self.tokenizer(list(texts), add_special_tokens=with_special)["input_ids"]
         return [one[: -self._num_appended] for one in ids] if with_special and self._num_appended else ids
 
-    def _control_of(self, ids: Sequence[int]) -> list[int]:
+    def control_of(self, ids: Sequence[int]) -> list[int]:
+        """The control tokens among ids, in their order."""
         return list(filter(self._control.__contains__, ids))
 
     def _control_tokens(self, prompt: Prompt) -> list[int]:
@@ -144,7 +152,7 @@ class Encoder:
             if len(self._harmless) >= MAX_REMEMBERED:
                 self._harmless.clear()
             twin = Prompt(prompt.words, tuple(HARMLESS if text else "" for text in prompt.texts))
-            self._harmless[key] = self._control_of(self.ids([self._render(twin)])[0])
+            self._harmless[key] = self.control_of(self.ids([self._render(twin)])[0])
         return self._harmless[key]
 
     def _spellings(self, text: str) -> list[tuple[int, int]]:

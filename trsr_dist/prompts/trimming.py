@@ -9,7 +9,7 @@ from functools import cache
 
 from trsr_dist.errors import DataError
 from trsr_dist.prompts.text import SummaryPrompt
-from trsr_dist.words import count_words, cut_words
+from trsr_dist.words import count_words, cut_words, word_heads
 
 CHARACTERS_PER_TOKEN = 16
 """A text is cut to as many characters for each token that it may have, before its tokens are counted: a text of a
@@ -110,9 +110,10 @@ def cap_text(text: str, max_tokens: int, count: Callable[[str], int]) -> str:
     """The longest word-wise head of ``text`` within ``max_tokens``; a single longer word is cut by characters."""
     if count(text) <= max_tokens:
         return text
-    kept = _largest(count_words(text), lambda n: count(cut_words(text, n)) <= max_tokens)
+    heads = word_heads(text)
+    kept = _largest(len(heads) - 1, lambda n: count(heads[n]) <= max_tokens)
     if kept:
-        return cut_words(text, kept)
+        return heads[kept]
     return text[: _largest(len(text), lambda n: count(text[:n]) <= max_tokens)].strip()
 
 

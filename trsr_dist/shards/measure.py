@@ -1,6 +1,7 @@
 """Token lengths of a split and counts of its epochs, each found once and kept beside the shards.
 
-All ranks measure lengths, each its own shards; rank 0 counts. A restart does neither again.
+The tasks that write shards measure lengths where the tokenizer is there, or all ranks do, each its own shards; rank 0
+counts. A restart does neither again.
 """
 
 from __future__ import annotations
@@ -69,21 +70,35 @@ def measure_lengths(
     """
     folder = lengths_folder(shards, builder)
     if not _is_complete(folder, shards, tolerate):
-        try:
-            folder.mkdir(exist_ok=True)
-        except OSError as error:
-            raise DataError(
-                f"{folder}: cannot be made ({error.strerror}); token lengths are kept beside the shards, so let this "
-                "user write there"
-            ) from None
-        measuring = Measuring(shards, builder, folder, tolerate)
-        _measure_shards(measuring, list(range(rank, len(shards.facts), world_size)), num_workers)
+        measuring = measure_share(shards, builder, rank, world_size, num_workers, tolerate)
         if rank == 0:
             wait_for(folder, measuring.all_done(deque(range(len(shards.facts)))))
             write_json(folder / SUMMARY, asdict(_summarize(folder, shards)))
         else:
             wait_for(folder, lambda: _is_complete(folder, shards, tolerate))
     return Lengths(shards, folder)
+
+
+def measure_share(
+    shards: ShardSet,
+    builder: PromptBuilder,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 0,
+    tolerate: bool = False,
+) -> Measuring:
+    """Measure this process's shards where that is missing, and wait for no other; arguments as ``measure_lengths``."""
+    folder = lengths_folder(shards, builder)
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: cannot be made ({error.strerror}); token lengths are kept beside the shards, so let this "
+            "user write there"
+        ) from None
+    measuring = Measuring(shards, builder, folder, tolerate)
+    _measure_shards(measuring, list(range(rank, len(shards.facts), world_size)), num_workers)
+    return measuring
 
 
 def _is_complete(folder: Path, shards: ShardSet, tolerate: bool) -> bool:

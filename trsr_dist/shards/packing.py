@@ -20,7 +20,12 @@ SAMPLED_UNITS = 32
 
 
 def choose_candidates(
-    keys: np.ndarray, starts: np.ndarray, labels: np.ndarray, negatives: int, seed: int
+    keys: np.ndarray,
+    starts: np.ndarray,
+    labels: np.ndarray,
+    negatives: int,
+    seed: int,
+    allowed: np.ndarray | None = None,
 ) -> np.ndarray:
     """All positives of each user and a random draw of its negatives, without replacement.
 
@@ -30,6 +35,7 @@ def choose_candidates(
         labels: bool, shape (num_candidates,).
         negatives: per positive; a user without positives counts as one with one.
         seed: of this epoch's draw.
+        allowed: bool, shape (num_candidates,): negatives are drawn among these alone; None: among all.
 
     Returns:
         bool, shape (num_candidates,): whether a candidate is in.
@@ -38,6 +44,8 @@ def choose_candidates(
     owner = np.repeat(np.arange(len(keys)), counts)
     number = np.arange(len(labels)) - starts[owner]
     rank = mix(mix(keys ^ np.uint64(seed))[owner] + number.astype(np.uint64)) >> np.uint64(24)
+    if allowed is not None:
+        rank[~allowed] = (1 << 40) - 1
     rank[labels] = 0
     # One sort by (user, rank): the user's number stands above the 40 bits of the rank.
     by_rank = np.argsort((owner.astype(np.uint64) << np.uint64(40)) | rank, kind="stable")
@@ -45,7 +53,7 @@ def choose_candidates(
     wanted = positives + negatives * np.maximum(positives, 1)
     chosen = np.zeros(len(labels), dtype=bool)
     chosen[by_rank] = number < wanted[owner]
-    return chosen
+    return chosen if allowed is None else chosen & (allowed | labels)
 
 
 def pack(tokens: np.ndarray, capacity: int, ties: np.ndarray) -> list[list[int]]:

@@ -13,6 +13,7 @@ from trsr_dist.hashing import digest, hash64
 from trsr_dist.shards.lengths import Lengths, Table
 from trsr_dist.shards.order import BLOCK_SAMPLES, Order, mix
 from trsr_dist.shards.packing import attended_pairs, choose_candidates, pack, row_cost, split_unit
+from trsr_dist.shards.tables import CandidateTable
 
 PLAN_VERSION = 1
 """Raised whenever the same lengths and settings would give other rows: a checkpoint then belongs to other steps."""
@@ -158,6 +159,7 @@ class TrainPlan:
     Args:
         lengths: of the train split.
         settings: of the packing.
+        pool: whether each candidate may be drawn as a negative; None: all may.
 
     Attributes:
         head: tokens that every row holds once.
@@ -170,10 +172,11 @@ class TrainPlan:
         DataError: there is nothing to train on.
     """
 
-    def __init__(self, lengths: Lengths, settings: PackingSettings) -> None:
+    def __init__(self, lengths: Lengths, settings: PackingSettings, pool: CandidateTable | None = None) -> None:
         check_fits(lengths, settings.row_tokens, "train.row_tokens")
         self.lengths = lengths
         self.settings = settings
+        self.pool = pool
         self.head = lengths.facts.head_tokens
         self.order = Order(len(lengths.shards), self._window_blocks(), settings.seed)
         self.window = lru_cache(maxsize=2)(self._window)
@@ -182,7 +185,8 @@ class TrainPlan:
     @property
     def identity(self) -> str:
         """Hash of what the rows depend on beside the settings."""
-        return digest([PLAN_VERSION, asdict(self.lengths.facts)])[:16]
+        pool = [] if self.pool is None else [self.pool.sha256]
+        return digest([PLAN_VERSION, asdict(self.lengths.facts), *pool])[:16]
 
     def windows(self, epoch: int) -> Iterator[WindowPlan]:
         for window in range(self.order.num_windows):
@@ -194,7 +198,11 @@ class TrainPlan:
         table = self.lengths.table(runs)
         keys = np.concatenate([self.lengths.shards.keys(start, stop) for start, stop in runs])
         draw = hash64(settings.seed, epoch, "negatives")
-        chosen = choose_candidates(keys, table.starts, table.labels, settings.negatives_per_positive, draw)
+        negatives, allowed = settings.negatives_per_positive, None
+        if self.pool is not None:
+            numbers = np.arange(len(table.labels)) - table.starts[table.owner]
+            allowed = self.pool.values[table.samples[table.owner], numbers]
+        chosen = choose_candidates(keys, table.starts, table.labels, negatives, draw, allowed)
         key = hash64(settings.seed, epoch, window, "rows")
         return WindowPlan(table, chosen, settings.row_tokens, key, self.head)
 

@@ -50,6 +50,7 @@ class TrainStream:
             the first one does.
         state: go on after this step; None: from the start.
         teacher: scores of the split's candidates, which the rows carry along.
+        pool: whether each candidate may be drawn as a negative; None: all may.
 
     Raises:
         CheckpointError: the state belongs to other data or settings.
@@ -68,11 +69,12 @@ class TrainStream:
         max_data_errors: int | None = None,
         state: StreamState | None = None,
         teacher: CandidateTable | None = None,
+        pool: CandidateTable | None = None,
     ) -> None:
         shards.check_recent_items(builder.recent_items)
         tolerate = max_data_errors is not None
         lengths = measure_lengths(shards, builder, rank, world_size, num_workers, tolerate)
-        self.plan = TrainPlan(lengths, settings)
+        self.plan = TrainPlan(lengths, settings, pool)
         self.teacher = teacher
         taught_by = "" if teacher is None else teacher.sha256
         start = StreamState(

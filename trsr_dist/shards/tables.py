@@ -20,6 +20,8 @@ from trsr_dist.run import MANIFEST, check_inputs, read_manifest, write_manifest
 from trsr_dist.shards.reader import ShardSet
 
 TABLE = "table.npy"
+MINED = "mined"
+"""Folder of the table that says which negatives tools/mine_negatives.py has left in the pool."""
 
 
 @dataclass(frozen=True, slots=True)

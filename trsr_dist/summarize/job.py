@@ -21,7 +21,7 @@ from trsr_dist.cli import EXIT_REQUEUE
 from trsr_dist.config import Config, dump_config
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.environment import Ranks, array_task, detect_ranks
-from trsr_dist.errors import EngineError, RunError, TrsrError
+from trsr_dist.errors import DataError, EngineError, ModelError, RunError, TrsrError
 from trsr_dist.files import recover_folder, sweep, writing
 from trsr_dist.hashing import digest
 from trsr_dist.leases import LeaseFolder
@@ -29,8 +29,11 @@ from trsr_dist.liveness import Owner, touching
 from trsr_dist.locks import claim
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.printable import strike_addresses
+from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.run import SPLITS, RunFolder, is_finished
+from trsr_dist.shards.measure import measure_share
+from trsr_dist.shards.reader import ShardSet
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.engines.build import build_engine, engine_identity, revision_to_load
 from trsr_dist.summarize.plans import planner, writer
@@ -39,6 +42,7 @@ from trsr_dist.summarize.requests import LazyEngine
 from trsr_dist.summarize.scheduler import Scheduler
 from trsr_dist.summarize.units import SplitWork
 from trsr_dist.summarize.worker import Recipe, Worker
+from trsr_dist.trackers import open_metrics
 
 GONE_SECONDS = 90.0
 """NFS clients keep what they know of a folder for 60 seconds by default."""
@@ -85,6 +89,7 @@ def summarize(config: Config, force: bool = False) -> int:
             else:
                 job.write_config(only_missing=True)
                 log.info("%s: nothing to do, the shards of %s are there", run.shards, ", ".join(SPLITS))
+            measure_ahead(config, run, task)
     finally:
         signal.signal(signal.SIGTERM, earlier)
     return 0
@@ -191,7 +196,7 @@ class Job:
             worker,
             scheduler,
             alone=self.task.count == 1,
-            tensorboard=self.config.run.tensorboard,
+            open_metrics=lambda: open_metrics(self.config, self.run_folder.root, "summarize"),
         )
         state, message = "stopped", ""
         try:
@@ -292,6 +297,22 @@ class Job:
                 "seed": self.config.run.seed,
             },
         )
+
+
+def measure_ahead(config: Config, run: RunFolder, task: Task) -> None:
+    """Measure this task's share of the train split's token lengths, so that no GPU waits for it; without the base's
+    tokenizer here, the training measures."""
+    base = run.resolve(config.model.name_or_path)
+    if not (Path(base) / "tokenizer_config.json").is_file():
+        return
+    from trsr_dist.pretrained import BaseSource, load_tokenizer  # loads torch, which nothing else here may need
+
+    try:
+        tokenizer = load_tokenizer(BaseSource(base, trust_remote_code=config.model.trust_remote_code))
+        builder = PromptBuilder(tokenizer, **config.prompt.model_dump())
+        measure_share(ShardSet(run.split("train")), builder, task.index, task.count)
+    except (DataError, ModelError) as error:
+        log.warning("the shards are written; their token lengths could not be measured: %s", error)
 
 
 def check_one_file_system(summaries: Path, shards: Path) -> None:

@@ -29,7 +29,7 @@ from trsr_dist.shards.plan import PackingSettings
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.steps import StreamState
 from trsr_dist.shards.stream import TrainStream
-from trsr_dist.shards.tables import CandidateTable, open_table, scores_folder
+from trsr_dist.shards.tables import MINED, CandidateTable, open_table, scores_folder
 from trsr_dist.train.checkpoints import Checkpoint
 from trsr_dist.train.engine import complete_zero_config, zero_setting
 from trsr_dist.train.losses import PER_USER
@@ -174,7 +174,26 @@ def open_stream(
         train.max_data_errors if train.data_errors == "skip" else None,
         None if checkpoint is None else StreamState.from_dict(checkpoint.state.stream),
         open_teacher(config, run, shards) if train.loss == "distill" else None,
+        open_pool(shards, train.negatives_per_positive) if train.pool == "mined" else None,
     )
+
+
+def open_pool(shards: ShardSet, negatives_per_positive: int) -> CandidateTable:
+    """Which negatives are hard.
+
+    Raises:
+        RunError: none were mined for these shards.
+        ConfigError: fewer stay than are drawn.
+        DataError: the table is damaged.
+    """
+    pool = open_table(shards.folder / MINED, shards, "run tools/mine_negatives.py with this config")
+    num_kept = pool.manifest["settings"]["negatives_per_positive"]
+    if num_kept < negatives_per_positive:
+        raise ConfigError(
+            f"train.negatives_per_positive={negatives_per_positive}: {shards.folder / MINED} keeps {num_kept} per "
+            "positive; lower the former, or mine again with --negatives"
+        )
+    return pool
 
 
 def open_teacher(config: Config, run: RunFolder, shards: ShardSet) -> CandidateTable:
