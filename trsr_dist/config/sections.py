@@ -60,8 +60,11 @@ class RunSection(Section):
     """Folder of this run: everything the stages write lies below it."""
     seed: int = Field(0, ge=0)
     """Fixes data order, negatives, splits of ties, dropout and sampling."""
+    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
+    """Get scalars, figures, settings and final metrics of summarize, train and evaluate, beside metrics.jsonl. All but
+    the first are extras; keys and addresses come from WANDB_API_KEY, MLFLOW_TRACKING_URI and the like."""
     tensorboard: bool = True
-    """Write TensorBoard events beside metrics.jsonl."""
+    """False leaves tensorboard out of run.trackers."""
 
 
 class DemoSection(Section):
@@ -301,6 +304,9 @@ class TrainSection(Section):
     """Steps between log lines and metric rows."""
     timeout_seconds: float = Field(600, gt=0)
     """A collective that takes longer ends the job and names the rank that was missing."""
+    hang_seconds: float = Field(40, ge=4)
+    """A rank without a sign of life, or a phase of a step without progress, for so long (a phase: also three times the
+    longest of its kind) ends the job with status 74 and is named with its Python calls."""
     data_errors: Literal["fail", "skip"] = "fail"
     """A damaged sample stops the run, or is replaced by an empty one and counted."""
     max_data_errors: int = Field(100, ge=0)
