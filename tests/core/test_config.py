@@ -309,6 +309,7 @@ FREE_ON_RESUME = {
     "early_stopping_patience",
     "log_every_steps",
     "timeout_seconds",
+    "hang_seconds",
     "data_errors",
     "max_data_errors",
     "max_bad_steps",

@@ -314,6 +314,9 @@ class TrainSection(Section):
     """Steps between log lines and metric rows."""
     timeout_seconds: float = Field(600, gt=0)
     """A collective that takes longer ends the job and names the rank that was missing."""
+    hang_seconds: float = Field(40, ge=4)
+    """A rank without a sign of life, or a phase of a step without progress, for so long (a phase: also three times the
+    longest of its kind) ends the job with status 74 and is named with its Python calls."""
     data_errors: Literal["fail", "skip"] = "fail"
     """A damaged sample stops the run, or is replaced by an empty one and counted."""
     max_data_errors: int = Field(100, ge=0)
