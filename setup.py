@@ -34,6 +34,9 @@ EXTRAS = {
     "flash-attn": ["flash-attn>=2.7"],
     "openai": ["openai>=2"],
     "completion": ["shtab>=1.7"],
+    "wandb": ["wandb>=0.19"],
+    "mlflow": ["mlflow>=3"],
+    "trackio": ["trackio>=0.20"],
     "quantization": ["bitsandbytes>=0.46"],
     "gguf": ["gguf>=0.17"],
     "dev": [

@@ -5,37 +5,44 @@ from __future__ import annotations
 import importlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
 from benchmarks.common import Row
 
-SUITES = ("training", "scoring", "stream", "data", "summarize", "merge", "planner", "trl", "gpu")
+SUITES = ("training", "scoring", "stream", "data", "summarize", "merge", "planner", "trl", "serving", "gpu")
 ALL = "all"
 ALL_SCALE = 0.5
 """All suites then take about ten minutes on two cores."""
 
 
-def run_suites(asked: str, scale: float | None, show: Callable[[list[Row]], str]) -> None:
+def run_suites(
+    asked: str,
+    scale: float | None,
+    show: Callable[[list[Row]], str],
+    options: Mapping[str, Mapping[str, Any]],
+) -> None:
     """Print each suite's rows when it has ended, and to standard error how long it took.
 
     Args:
         asked: a suite, or ``all``.
         scale: multiplies the sizes; None: 1, of all suites ``ALL_SCALE``.
         show: rows as text.
+        options: further arguments by suite.
     """
     started = time.monotonic()
     for name in chosen(asked):
         began = time.monotonic()
-        rows = load_suite(name)(scale or (ALL_SCALE if asked == ALL else 1.0))
+        rows = load_suite(name)(scale or (ALL_SCALE if asked == ALL else 1.0), **options.get(name, {}))
         print(show(rows), end="\n\n", flush=True)
         now = time.monotonic()
         print(f"{name}: {now - began:.0f} s, {now - started:.0f} s in all", file=sys.stderr, flush=True)
 
 
-def load_suite(name: str) -> Callable[[float], list[Row]]:
-    """The ``run`` of a suite; its argument multiplies the suite's sizes."""
+def load_suite(name: str) -> Callable[..., list[Row]]:
+    """The ``run`` of a suite; its first argument multiplies the suite's sizes."""
     return importlib.import_module(f"benchmarks.{name}").run
 
 

@@ -2,6 +2,7 @@
 # shellcheck shell=bash disable=SC2034,SC2154,SC2119
 set -euo pipefail
 EXIT_REQUEUE=75 # as in trsr_dist/cli.py: the work is saved and asks to be run again
+EXIT_STUCK=74 # as in trsr_dist/train/lifecycle.py
 # shellcheck source=slurm/site.sh
 source "${TRSR_SITE:-slurm/site.sh}"
 # shellcheck source=slurm/restart.sh

@@ -82,6 +82,7 @@ finish_stage() {
   first=$(grep -m 1 -E 'tasks? [0-9,-]+: ' "$errors" || true)
   case $first in
   *"exit code $EXIT_REQUEUE"*) run_again "the step saved its work and asks to be run again" ;;
+  *"exit code $EXIT_STUCK"*) run_again "a rank was stuck" ;;
   *'exit code'* | '') ;;
   *) run_again "a task was ended by a signal (${first#srun: error: })" ;;
   esac

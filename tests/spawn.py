@@ -115,6 +115,11 @@ class Scripts:
         codes = [rank.poll() for rank in self._ranks]
         return None if None in codes else max(codes, key=abs)
 
+    @property
+    def returncodes(self) -> list[int | None]:
+        """By rank."""
+        return [rank.returncode for rank in self._ranks]
+
     def wait(self, timeout_seconds: float = TIMEOUT_SECONDS) -> int:
         """The largest exit status."""
         for rank in self._ranks:

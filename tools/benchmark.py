@@ -23,11 +23,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, epilog="example: python tools/benchmark.py --suite stream")
     parser.add_argument("--suite", required=True, choices=[*SUITES, ALL], help="which suite")
     parser.add_argument("--scale", type=float, help=f"multiplies the sizes (default: 1; all: {ALL_SCALE})")
+    parser.add_argument("--model", default="", metavar="DIR", help="serving: merged folder that is ranked with")
+    parser.add_argument("--vllm", default="", metavar="FILE", help="serving: vLLM's command, such as bin/vllm")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_const", dest="show", const=json_lines, help="one JSON object a line")
     form.add_argument("--markdown", action="store_const", dest="show", const=markdown, help="a markdown table")
     args = parser.parse_args()
-    run_suites(args.suite, args.scale, args.show or table)
+    options = {"serving": {"model": args.model, "vllm": args.vllm}}
+    run_suites(args.suite, args.scale, args.show or table, options)
 
 
 if __name__ == "__main__":

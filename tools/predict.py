@@ -34,7 +34,7 @@ def main() -> None:
 
     if not args.skip_bad_lines:
         check_lines(args.input)
-    if args.server:
+    if args.address:
         ranker = Ranker.connect(server_settings(args), args.model, args.trust_remote_code)
     else:
         here = (args.device, args.precision, args.attention, args.row_tokens)

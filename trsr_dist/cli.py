@@ -6,17 +6,15 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from trsr_dist.config import Config, load_config
 from trsr_dist.environment import expand_home
 from trsr_dist.errors import TrsrError
 from trsr_dist.files import explain
 from trsr_dist.printable import printable
-
-if TYPE_CHECKING:
-    from trsr_dist.predict.server import ServerSettings
+from trsr_dist.records import ServerSettings
 
 EXIT_ERROR = 1
 EXIT_REQUEUE = 75
@@ -56,33 +54,24 @@ def cluster_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def server_options(parser: argparse.ArgumentParser, required: bool = False) -> argparse.ArgumentParser:
-    """Add a server's address and how it is asked."""
+    """Add a server's address and how it is asked, by the names and defaults of ``ServerSettings``."""
+    parser.set_defaults(**asdict(ServerSettings("")))
     add = parser.add_argument_group("the server (its key, if any: OPENAI_API_KEY)").add_argument
-    add("--server", required=required, default="", metavar="URL", help="such as http://host:8000")
-    add("--served-model", default="", metavar="NAME", help="the server's name of the model; default: its only one")
+    add("--server", dest="address", required=required, metavar="URL", help="such as http://host:8000")
+    add("--served-model", metavar="NAME", help="the server's name of the model; default: its only one")
     protocols = "completions, classify or auto: the one that the server has (default: %(default)s)"
-    add("--protocol", default="auto", choices=("auto", "completions", "classify"), help=protocols)
-    add("--max-in-flight", type=positive, default=16, metavar="N", help="requests at a time (default: %(default)s)")
-    add("--timeout-seconds", type=positive, default=300, metavar="S", help="of one try (default: %(default)s)")
-    add("--max-retries", type=positive, default=4, metavar="N", help="of one request (default: %(default)s)")
+    add("--protocol", choices=("auto", "completions", "classify"), help=protocols)
+    add("--max-in-flight", type=positive, metavar="N", help="requests at a time (default: %(default)s)")
+    add("--timeout-seconds", type=positive, metavar="S", help="of one try (default: %(default)s)")
+    add("--max-retries", type=positive, metavar="N", help="of one request (default: %(default)s)")
     top = "tokens that a server without logprob_token_ids is asked for (default: %(default)s)"
-    add("--top-logprobs", type=positive, default=20, metavar="N", help=top)
+    add("--top-logprobs", type=positive, metavar="N", help=top)
     return parser
 
 
 def server_settings(args: argparse.Namespace) -> ServerSettings:
     """Those of ``server_options``."""
-    from trsr_dist.predict.server import ServerSettings
-
-    return ServerSettings(
-        args.server,
-        args.served_model,
-        args.protocol,
-        args.max_in_flight,
-        args.timeout_seconds,
-        args.max_retries,
-        args.top_logprobs,
-    )
+    return ServerSettings(**{name: getattr(args, name) for name in asdict(ServerSettings(""))})
 
 
 def positive(text: str) -> int:

@@ -150,6 +150,7 @@ def prepare_process(num_threads: int | None = None) -> None:
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TF_CPP_MIN_LOG_LEVEL": "3",
         "PYTHONWARNINGS": "ignore",
+        "MLFLOW_ALLOW_FILE_STORE": "true",
         "ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16",
     }
     if not has_gpu:

@@ -1,4 +1,4 @@
-"""Lines on the terminal, progress bars, metrics.jsonl and TensorBoard."""
+"""Lines on the terminal, progress bars, metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from tqdm import tqdm
 from typing_extensions import TypedDict
@@ -20,6 +20,11 @@ from trsr_dist.errors import DataError
 from trsr_dist.files import atomic_file, plain
 from trsr_dist.json_text import parse_json
 from trsr_dist.printable import printable
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from trsr_dist.trackers import Background
 
 T = TypeVar("T")
 
@@ -125,12 +130,12 @@ def progress(
 
 
 class MetricLog:
-    """Scalars to ``metrics.jsonl`` and TensorBoard; one writer a run, on rank 0.
+    """Scalars to ``metrics.jsonl`` and the trackers; one writer a stage, on rank 0.
 
     Args:
         run_dir: the run's folder.
         stage: goes into each row.
-        tensorboard: also write TensorBoard events.
+        trackers: get the same (``trackers.open_metrics``).
         purge_step: this stage's rows at and above this step are superseded (a resumed run): removed, as torn ones are.
         fence: raises where this process may no longer write (``run.FolderLock.check``).
     """
@@ -139,7 +144,7 @@ class MetricLog:
         self,
         run_dir: Path,
         stage: str,
-        tensorboard: bool = True,
+        trackers: Sequence[Background] = (),
         purge_step: int | None = None,
         fence: Callable[[], None] | None = None,
     ) -> None:
@@ -153,11 +158,7 @@ class MetricLog:
             with atomic_file(path) as stream:
                 stream.writelines(json.dumps(row) + "\n" for row in kept)
         self._rows = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        self.writer = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.writer = SummaryWriter(str(run_dir / "tensorboard" / stage), purge_step=purge_step, flush_secs=10)
+        self._trackers = trackers
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
         """Append one row; names are TensorBoard's, such as ``train/loss``. Values that are not finite are left out.
@@ -170,14 +171,19 @@ class MetricLog:
         scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
         row: dict[str, Any] = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **scalars}
         self._rows.write(json.dumps(row) + "\n")
-        if self.writer is not None:
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, value, step)
+        for tracker in self._trackers:
+            tracker.put("scalars", scalars, step)
 
-    def close(self) -> None:
+    def write_figure(self, name: str, figure: Figure, step: int) -> None:
+        """Of the trackers only."""
+        for tracker in self._trackers:
+            tracker.put("figure", name, figure, step)
+
+    def close(self, settings: Mapping[str, Any] | None = None, final: Mapping[str, float] | None = None) -> None:
+        """Write the rest; hyperparameters and final metrics go to the trackers."""
         self._rows.close()
-        if self.writer is not None:
-            self.writer.close()
+        for tracker in self._trackers:
+            tracker.close(settings or {}, final or {})
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:

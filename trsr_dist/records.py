@@ -99,3 +99,23 @@ def metric_names(top_k: Sequence[int]) -> list[str]:
 def headline(top_k: tuple[int, ...]) -> str:
     """The metric of the sentences and figures that show one only."""
     return f"recall@{top_k[len(top_k) // 2]}"
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSettings:
+    """How a server that has the model is asked; the one owner of these defaults."""
+
+    address: str
+    """``http://host:8000``, with ``/v1`` or without."""
+    served_model: str = ""
+    """The server's name of the model; empty: its only one."""
+    protocol: str = "auto"
+    """``completions``, ``classify``, or ``auto``: the one of them that the server has."""
+    max_in_flight: int = 16
+    """Requests at the same time."""
+    timeout_seconds: float = 300.0
+    """Of one try."""
+    max_retries: int = 4
+    """Of one request."""
+    top_logprobs: int = 20
+    """Most probable tokens that a server without ``logprob_token_ids`` is asked for."""

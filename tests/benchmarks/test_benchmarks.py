@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from transformers import LlamaConfig
 
-from benchmarks import scoring, summarize, training
+from benchmarks import scoring, serving, summarize, training
 from benchmarks.common import Row, as_json, ratio_row, table
 from benchmarks.ways import MEASURED, SHAPE, Way, make_user
+from tests.predict.world import make_folder
 
 CONFIG = LlamaConfig(**(SHAPE | {"hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 96}))
 USER = make_user("user", 40, (7, 5))
@@ -55,6 +58,14 @@ def test_a_users_scores_are_counted_in_falling_order_of_waste() -> None:
     flops = [way.flops for way in ways]
     assert flops == sorted(flops, reverse=True)
     assert len(set(flops)) == len(ways)
+
+
+def test_rankings_with_kept_prefixes_are_those_without(tmp_path: Path) -> None:
+    (missing,) = serving.run(1.0)
+    assert "--model" in missing.note
+    rows = serving.run(0.25, model=str(make_folder(tmp_path / "merged")))
+    assert [row.unit for row in rows] == [*["items/s"] * 2, *["items/CPU-s"] * 2, "log-odds", "items/s"]
+    assert 0 < rows[4].value < 1e-5 and "--vllm" in rows[-1].note
 
 
 def test_a_rows_share_is_that_of_its_bound() -> None:

@@ -12,7 +12,7 @@ from trsr_dist.log import MetricLog, progress, read_metrics, setup_logging
 
 
 def write(run: Path, stage: str, steps: range, value: float, **options: object) -> None:
-    metrics = MetricLog(run, stage, tensorboard=False, **options)
+    metrics = MetricLog(run, stage, **options)
     for step in steps:
         metrics.write(step, {f"{stage}/loss": value})
     metrics.close()
@@ -40,7 +40,7 @@ def test_a_process_that_was_cut_off_writes_nothing_more(tmp_path: Path) -> None:
         if lost:
             raise RunError("lost")
 
-    metrics = MetricLog(tmp_path, "train", tensorboard=False, fence=fence)
+    metrics = MetricLog(tmp_path, "train", fence=fence)
     metrics.write(1, {"train/loss": 0.5})
     lost.append(True)
     with pytest.raises(RunError, match="lost"):

@@ -133,7 +133,7 @@ def test_a_kill_while_publishing_leaves_nothing_that_passes_for_finished(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(report, "write_tensorboard", die)
+        patch.setattr(report, "write_metrics", die)
         with pytest.raises(KeyboardInterrupt):
             evaluate(few(run, "evaluate.top_k=[2]"), "RUN/merged", output=str(done))
     evaluate(few(run), "RUN/merged", output=str(done))

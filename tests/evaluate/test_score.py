@@ -42,7 +42,10 @@ def score_with(base: Path, builder: PromptBuilder, samples: list[Sample], row_to
     def forward(row: PackedRow) -> np.ndarray:
         return score_row(model, row, CPU)
 
-    return [user.scores for user in score_samples(samples, builder, forward, row_tokens)]
+    counts: list[int] = []
+    found = [user.scores for user in score_samples(samples, builder, forward, row_tokens, counts.append)]
+    assert sum(counts) == len(samples), "each user is counted once, with the last of the candidates"
+    return found
 
 
 @torch.no_grad()
@@ -93,7 +96,7 @@ def test_users_without_a_positive_and_scores_that_are_no_numbers_are_named(build
         return np.where(np.arange(row.num_answers) == 2, np.nan, 0.0).astype(np.float32)
 
     with pytest.raises(DataError, match=r"user 'user/3', item '.*': score nan is not finite.*float32"):
-        score_samples([sample], builder, broken, 4096)
+        score_samples([sample], builder, broken, 4096, int)
     part = PartScorer([builder.build(replace(sample, candidates=negatives))], 4096)
     for number, row in enumerate(part.rows()):
         part.take(number, np.zeros(row.num_answers, dtype=np.float32))

@@ -25,11 +25,13 @@ from trsr_dist.train.prepare import open_pool
 NUM_PARTS = 3
 
 
-def score(rank: int, world_size: int, run: Path, *, model: str = "RUN/merged", override: str = "") -> None:
+def score(
+    rank: int, world_size: int, run: Path, *, model: str = "RUN/merged", override: str = "", force: bool = False
+) -> None:
     """The job in small parts."""
     passes.USERS_PER_PART = 16
     overrides = [f"run.dir={run}", *([override] if override else [])]
-    assert score_shards(load_config(run / "config.yaml", overrides), model) == 0
+    assert score_shards(load_config(run / "config.yaml", overrides), model, force) == 0
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +87,11 @@ def test_one_process_goes_on_where_ranks_were_killed(run: Path, scored: Path, tm
     before = {path: path.stat().st_mtime_ns for path in scores.glob("[!.]*")}
     score(0, 1, folder)
     assert {path: path.stat().st_mtime_ns for path in before} == before, "a finished job is left alone"
+    score(0, 1, folder, override="evaluate.row_tokens=1024", force=True)
+    again = open_table(scores, ShardSet(folder / "shards" / "train"), "")
+    assert again.manifest["settings"]["row_tokens"] == 1024 and (scores / TABLE).read_bytes() != whole
+    first = open_table(scores_of(scored), ShardSet(scored / "shards" / "train"), "")
+    assert np.allclose(again.values, first.values, atol=1e-4)
 
 
 def test_scores_of_other_settings_models_and_shards_are_refused(scored: Path, tmp_path: Path) -> None:

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import os
-import signal
-import socket
-import subprocess
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
-from urllib.request import urlopen
 
 import pytest
 from transformers import AutoTokenizer
 
+import benchmarks.vllm
 from tests.tokenizers import LLAMA_2_TEMPLATE
 
 NAMES = ("llama2", "llama3_1", "qwen3", "gemma3", "smollm2")
@@ -25,9 +20,6 @@ REAL = [pytest.param(name, marks=pytest.mark.real) for name in NAMES]
 """For tests that made tokenizers go through as well."""
 CACHE = Path.home() / ".cache" / "trsr_dist"
 """Where tools/fetch_smollm2.py and `make real-server` put things."""
-SERVER_OPTIONS = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "2048")
-START_SECONDS = 900.0
-END_SECONDS = 60.0
 
 
 def model_folder() -> Path:
@@ -79,58 +71,6 @@ def has_model() -> bool:
 
 @contextmanager
 def vllm_server(model: Path, log: Path, *options: str) -> Iterator[str]:
-    """A vLLM server in float32 on loopback for as long as the context lasts; skips the test where vLLM is not there.
-
-    Args:
-        model: folder that is served.
-        log: file for what the server writes.
-        options: further ones of ``vllm serve``.
-
-    Yields:
-        Its address, such as ``http://127.0.0.1:20001``.
-    """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [vllm_program(), "serve", model, "--host", "127.0.0.1", "--port", port, *SERVER_OPTIONS, *options]
-    environment = os.environ | {
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-        "OMP_NUM_THREADS": "1",
-    }
-    with open(log, "wb") as stream:
-        server = subprocess.Popen(
-            list(map(str, command)), stdout=stream, stderr=stream, env=environment, start_new_session=True
-        )
-    try:
-        wait_until_ready(server, f"http://127.0.0.1:{port}", log)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        end(server)
-
-
-def wait_until_ready(server: subprocess.Popen[bytes], address: str, log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while server.poll() is None and time.monotonic() < deadline:
-        try:
-            with urlopen(f"{address}/health", timeout=10) as reply:
-                if reply.status == 200:
-                    return
-        except (URLError, OSError):
-            pass
-        time.sleep(1)
-    pytest.fail(f"vLLM did not answer; its log ends with\n{log.read_text(errors='replace')[-3000:]}")
-
-
-def end(server: subprocess.Popen[bytes]) -> None:
-    """End the server and the processes that it started: the group that it leads."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(server.pid, number)
-            server.wait(END_SECONDS)
-        except subprocess.TimeoutExpired:
-            continue
-        except ProcessLookupError:
-            break
-    server.wait(END_SECONDS)
+    """``benchmarks.vllm.vllm_server``'s address; skips the test where vLLM is not there."""
+    with benchmarks.vllm.vllm_server(vllm_program(), model, log, *options) as server:
+        yield server.address

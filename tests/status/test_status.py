@@ -141,11 +141,11 @@ def test_rates_are_those_of_the_last_minutes() -> None:
 
 
 def test_a_training_with_its_ranks(tmp_path: Path) -> None:
-    metrics = MetricLog(tmp_path, "train", tensorboard=False)
+    metrics = MetricLog(tmp_path, "train")
     metrics.write(10, {"train/loss": 0.7})
     metrics.write(20, {"train/loss": 0.512345, "train/users_per_second": 33.0})
     metrics.close()
-    heartbeat = Heartbeat(tmp_path, Ranks(rank=1, world_size=2, host="node1"), stuck_seconds=100)
+    heartbeat = Heartbeat(tmp_path, Ranks(rank=1, world_size=2, host="node1"), hang_seconds=100)
     heartbeat.start()
     heartbeat.at(21, "gradient sum")
     heartbeat.stop()
@@ -166,11 +166,11 @@ def finish_training(run: Path, num_steps: int, **state: int) -> None:
 
 
 def test_a_finished_training_is_said_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    metrics = MetricLog(tmp_path, "train", tensorboard=False)
+    metrics = MetricLog(tmp_path, "train")
     metrics.write(20, {"train/loss": 0.25})
     metrics.write(20, {"train/save_seconds": 1.0})
     metrics.close()
-    heartbeat = Heartbeat(tmp_path, Ranks(), stuck_seconds=100)
+    heartbeat = Heartbeat(tmp_path, Ranks(), hang_seconds=100)
     heartbeat.start()
     heartbeat.at(20, "saving")
     heartbeat.stop()

@@ -21,7 +21,7 @@ WAIT_SECONDS = 120.0
 class Job:
     """A started training and its output."""
 
-    def __init__(self, run: Path, launcher: str, num_ranks: int = 2) -> None:
+    def __init__(self, run: Path, launcher: str, num_ranks: int = 2, script: str = "launch/train.py") -> None:
         self.run = run
         self._before = max(losses_of(run), default=0)
         (run / "heartbeats").mkdir(exist_ok=True)
@@ -29,7 +29,7 @@ class Job:
             old.unlink()
         log = run / "job.log"
         self._log = open(log, "a+")  # noqa: SIM115
-        command = ["launch/train.py", "--config", str(run / "config.yaml")]
+        command = [script, "--config", str(run / "config.yaml")]
         environment = os.environ | {"PATH": f"{BIN}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
         if launcher == "alone":
             self.process: Script | Scripts | subprocess.Popen = Script(command, log, log, environment)

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.disks import FULL, mounted_disk
 from tests.spawn import run_script
 from tests.train.jobs import Job, is_alive, wait_until
+from tests.train.stuck import STUCK_STEP
 from tests.train.world import link_run, losses_of, make_config, make_run
 from trsr_dist.cli import EXIT_REQUEUE
 from trsr_dist.train.checkpoints import CheckpointFolder
+from trsr_dist.train.lifecycle import EXIT_STUCK
 
 NUM_STEPS = 48
 SAVE_EVERY = 5
 TIMEOUT_SECONDS = 8
+HANG_SECONDS = 5
 HOST = os.uname().nodename
 Start = Callable[..., Job]
 
@@ -37,8 +43,8 @@ def run(source: Path, tmp_path: Path) -> Path:
 def start(run: Path) -> Iterator[Start]:
     jobs = []
 
-    def begin(launcher: str, other: Path | None = None) -> Job:
-        jobs.append(Job(other or run, launcher))
+    def begin(launcher: str, other: Path | None = None, **options: Any) -> Job:
+        jobs.append(Job(other or run, launcher, **options))
         return jobs[-1]
 
     yield begin
@@ -128,15 +134,18 @@ def kill_a_rank(run: Path, start: Start, step: int) -> None:
 
 
 def stop_a_rank(run: Path, start: Start, step: int) -> None:
-    """A stuck rank: the other one ends by itself within the collectives' time limit."""
+    """The other rank finds it, however long a collective may take."""
+    configure(run, timeout_seconds=600, hang_seconds=HANG_SECONDS)
     job = start("srun")
     job.wait_for_step(step)
     ranks = job.pids()
     os.kill(ranks[1], signal.SIGSTOP)
-    wait_until(lambda: not is_alive(ranks[0]), 6 * TIMEOUT_SECONDS)
+    wait_until(lambda: not is_alive(ranks[0]), 6 * HANG_SECONDS)
     os.kill(ranks[1], signal.SIGKILL)
-    assert job.end() != 0
-    assert f"rank 1 on {HOST} (pid {ranks[1]})" in job.output
+    job.end()
+    assert job.process.returncodes == [EXIT_STUCK, -signal.SIGKILL], job.output
+    assert f"rank 0: stuck: rank 1 on {HOST} (pid {ranks[1]}), in step" in job.output
+    configure(run)
 
 
 def damage_the_newest_checkpoint(run: Path, start: Start, step: int) -> None:
@@ -190,6 +199,17 @@ def test_signals_of_one_event_save_once(run: Path, start: Start) -> None:
     job.end()
     wait_until(lambda: not any(map(is_alive, ranks)))
     assert_saved_where_it_stopped(job)
+
+
+def test_a_rank_that_loops_is_named_with_its_calls(run: Path, start: Start) -> None:
+    """And not before, while it loads and saves for longer than a step may hang."""
+    configure(run, timeout_seconds=600, hang_seconds=HANG_SECONDS, save_every_steps=STUCK_STEP - 2)
+    job = start("torchrun", script="tests/train/stuck.py")
+    job.wait_for_step(STUCK_STEP - 1)
+    since = time.monotonic()
+    assert job.end() != 0 and time.monotonic() - since < 60
+    assert f"stuck: rank 1 on {HOST}" in job.output and f"in step {STUCK_STEP}, row of " in job.output
+    assert re.search(r"the innermost first:\n.*/tests/train/stuck.py:\d+ stuck_row\n", job.output)
 
 
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(run: Path, start: Start) -> None:

@@ -21,7 +21,21 @@ from trsr_dist.errors import CheckpointError, ConfigError, RunError
 from trsr_dist.train import lifecycle
 from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState, read_checkpoint
 from trsr_dist.train.engine import complete_zero_config, zero_setting
-from trsr_dist.train.lifecycle import Heartbeat, StopReasons, StopSignals, Walltime, describe_ranks, read_heartbeats
+from trsr_dist.train.lifecycle import (
+    DATA,
+    METRICS,
+    ROW,
+    SAVING,
+    SUMS,
+    VALIDATION,
+    Heartbeat,
+    StopReasons,
+    StopSignals,
+    Walltime,
+    describe_ranks,
+    read_heartbeats,
+    stuck_ranks,
+)
 from trsr_dist.train.losses import listwise_sum, pairwise_sum
 from trsr_dist.train.meter import Sums, count_pairs, scalars
 from trsr_dist.train.schedule import learning_rate
@@ -301,6 +315,44 @@ def test_a_start_that_was_cut_off_does_not_beat_over_the_next_one(tmp_path: Path
         heartbeat.at(step, "forward")
         heartbeat.stop()
     assert [(beat["restart"], beat["step"]) for beat in read_heartbeats(tmp_path / "heartbeats")] == [(1, 2)]
+
+
+def test_who_keeps_a_training_from_going_on() -> None:
+    """Rank, step, count, phase, whether it is late, seconds since its last sign of life."""
+
+    def stuck(*ranks: tuple[int, int, str, bool, float]) -> list[int]:
+        names = ("step", "count", "phase", "is_late", "time")
+        beats = [dict(zip(names, values, strict=True)) | {"rank": rank} for rank, values in enumerate(ranks)]
+        return [beat["rank"] for beat in stuck_ranks([beat | {"time": 100 - beat["time"]} for beat in beats], 100, 40)]
+
+    assert stuck((9, 1, ROW, True, 1), (9, 2, SUMS, False, 1)) == [], "one still works"
+    assert stuck((9, 2, SUMS, True, 1), (9, 1, ROW, True, 1)) == [1], "the one that is behind"
+    assert stuck((9, 2, SUMS, True, 1), (9, 2, SUMS, True, 1)) == [0, 1], "the network"
+    assert stuck((9, 2, SUMS, True, 1), (9, 1, ROW, False, 41)) == [1], "without a sign of life"
+    assert stuck((8, 5, METRICS, True, 1), (8, 99, VALIDATION, False, 1)) == [], "a larger share of the validation"
+    assert stuck((8, 5, VALIDATION, True, 1), (8, 99, VALIDATION, False, 1)) == [0]
+
+
+def test_a_phase_is_late_after_the_limit_and_by_far_longer_than_any_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, heartbeat = [0.0], Heartbeat(tmp_path, Ranks(rank=1, world_size=3), 40)
+    monkeypatch.setattr("trsr_dist.train.lifecycle.time.monotonic", lambda: clock[0])
+
+    def is_late(phase: str, seconds: int, look_seconds: int = 5) -> bool:
+        heartbeat.at(1, phase)
+        for _ in range(seconds // look_seconds):
+            clock[0] += look_seconds
+            heartbeat._watch()
+        return heartbeat._is_late()
+
+    heartbeat._looked = 0.0
+    assert not is_late(SAVING, 4000)
+    assert not is_late(f"{ROW} of 9 tokens", 60), "the first one compiles"
+    assert not is_late(f"{ROW} of 8 tokens", 175) and is_late(f"{ROW} of 8 tokens", 530)
+    assert not is_late(DATA, 5) and not is_late(DATA, 40) and is_late(DATA, 125)
+    assert not is_late(DATA, 3000, 3000), "the whole machine stood still"
+    heartbeat.stop()
 
 
 def test_a_torn_heartbeat_hides_no_other(tmp_path: Path) -> None:

@@ -94,9 +94,9 @@ def test_the_heartbeat_says_what_is_done(tmp_path: Path) -> None:
     heartbeat = Heartbeat(tmp_path, Ranks(), 100)
     found = StepRunner(PlainEngine(), "answer", ANSWERS, 100, 0, heartbeat)
     sums, _ = found.backward(step_of(ROWS))
-    assert heartbeat._state[:2] == (3, "row of 15 tokens")
+    assert heartbeat._phase[:2] == (3, "row of 15 tokens")
     found.reduce(step_of(ROWS), sums, must_stop=False)
-    assert heartbeat._state[:2] == (3, "sums over ranks")
+    assert heartbeat._phase[:2] == (3, "sums over ranks")
 
 
 def test_masks_do_not_depend_on_which_rows_a_rank_runs(tmp_path: Path) -> None:

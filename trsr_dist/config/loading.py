@@ -76,6 +76,12 @@ def dump_config(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
 
 
+def flat_settings(config: Config) -> dict[str, Any]:
+    """The merged config by dotted key, with values as in JSON."""
+    sections = config.model_dump(mode="json").items()
+    return {f"{section}.{key}": value for section, values in sections for key, value in values.items()}
+
+
 def known_keys() -> list[str]:
     """Every key in dotted form."""
     return [f"{section}.{key}" for section, model in SECTIONS.items() for key in model.model_fields]

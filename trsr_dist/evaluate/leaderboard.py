@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from trsr_dist.config import Config, load_config
+from trsr_dist.config import Config, flat_settings, load_config
 from trsr_dist.errors import DataError
 from trsr_dist.evaluate.table import SYSTEMS, column_title
 from trsr_dist.files import atomic_file, read_json, write_json
@@ -26,7 +26,7 @@ OF_A_RUN = ("model", "no_summary", "no_recent", "control")
 """Systems that are the run's own model; the others may be the same in several runs."""
 PAUSE = 10
 """A step that took this many times the median was an interruption."""
-NOT_SETTINGS = ("run.dir", "run.tensorboard", "data.path")
+NOT_SETTINGS = ("run.dir", "run.tensorboard", "run.trackers", "data.path")
 MODEL = "model.name_or_path"
 
 
@@ -126,8 +126,7 @@ def changed_settings(config: Config, shared: Config) -> dict[str, Any]:
 
 
 def _flat(config: Config) -> dict[str, Any]:
-    sections = config.model_dump(mode="json").items()
-    found = {f"{section}.{key}": value for section, keys in sections for key, value in keys.items()}
+    found = flat_settings(config)
     return found | {MODEL: Path(found[MODEL]).name.lower()}
 
 

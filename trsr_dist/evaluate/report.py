@@ -1,4 +1,4 @@
-"""What people read of an evaluation: results file, report, TensorBoard, the table on the terminal.
+"""What people read of an evaluation: results file, report, trackers, the table on the terminal.
 
 The report is one HTML page with tables, figures, examples, config and provenance; it loads nothing else.
 """
@@ -15,15 +15,17 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
 from trsr_dist.config import dump_config
+from trsr_dist.evaluate.advice import recipe, what_to_try
 from trsr_dist.evaluate.evaluation import Evaluation
-from trsr_dist.evaluate.figures import build_figures, to_svg
+from trsr_dist.evaluate.figures import build_figures, to_svg, training_values
 from trsr_dist.evaluate.reduce import Reduced
 from trsr_dist.evaluate.statistics import has_scale
 from trsr_dist.evaluate.table import GAIN, SYSTEMS, column_title, gain_line, list_table, protocol_rows, protocol_table
 from trsr_dist.files import atomic_file, sha256_of, write_json
-from trsr_dist.log import MetricLog, read_metrics, show
+from trsr_dist.log import read_metrics, show
 from trsr_dist.records import headline
 from trsr_dist.run import MANIFEST, write_manifest
+from trsr_dist.trackers import open_metrics
 
 
 def publish(job: Evaluation, reduced: Reduced) -> None:
@@ -31,30 +33,33 @@ def publish(job: Evaluation, reduced: Reduced) -> None:
     (job.folder / MANIFEST).unlink(missing_ok=True)
     results, top_k = reduced.results, job.config.evaluate.top_k
     metric = headline(top_k)
-    figures = build_figures(results, reduced.systems, reduced.model, list(read_metrics(job.run.root)), metric)
+    training = list(read_metrics(job.run.root))
+    figures = build_figures(results, reduced.systems, reduced.model, training, metric)
+    train_auc = list(training_values(training, "train/auc").values()) if results["trained_on_these_shards"] else []
     config = dump_config(job.config)
     write_json(job.results, results)
     shards = job.run.split(job.split)
-    write_report(job.report, ReportParts(results, figures, reduced.examples, config, metric, job.folder, shards))
-    write_tensorboard(job, results, figures)
+    write_report(
+        job.report, ReportParts(results, figures, reduced.examples, config, metric, job.folder, shards, train_auc)
+    )
+    write_metrics(job, results, figures)
     job.write_config()
     write_manifest(job.folder, "evaluate", job.settings(), job.inputs(), report=sha256_of(job.report))
     show(summary_text(job, results))
 
 
-def write_tensorboard(job: Evaluation, results: Mapping[str, Any], figures: Mapping[str, Figure]) -> None:
-    """Scalars to metrics.jsonl and TensorBoard, figures to TensorBoard, at the training step of the model."""
+def write_metrics(job: Evaluation, results: Mapping[str, Any], figures: Mapping[str, Figure]) -> None:
+    """Scalars to metrics.jsonl and the trackers, figures to the trackers, at the training step of the model."""
     step = int(results["provenance"].get("train", {}).get("step") or 0)
-    metrics = MetricLog(job.records.root, "evaluate", job.config.run.tensorboard)
+    metrics = open_metrics(job.config, job.records.root, "evaluate")
     metrics.write(step, scalars(job.split, results))
-    if metrics.writer is not None:
-        for caption, figure in figures.items():
-            metrics.writer.add_figure(f"{job.split}/{caption}", figure, step)
+    for caption, figure in figures.items():
+        metrics.write_figure(f"{job.split}/{caption}", figure, step)
     metrics.close()
 
 
 def scalars(split: str, results: Mapping[str, Any]) -> dict[str, float]:
-    """Metrics, baselines and gains by their names in TensorBoard, those of further protocols too."""
+    """Metrics, baselines and gains by their names in trackers, those of further protocols too."""
     named: dict[str, float] = {}
     entries = {split: results} | {f"{split}_{name}": entry for name, entry in results["protocols"].items()}
     for group, entry in entries.items():
@@ -97,6 +102,8 @@ class ReportParts:
     """Folder of all scores."""
     shards: Path
     """Folder of all texts."""
+    train_auc: Sequence[float] = ()
+    """Of the training's log lines."""
 
 
 def write_report(path: Path, parts: ReportParts) -> None:
@@ -114,6 +121,8 @@ def write_report(path: Path, parts: ReportParts) -> None:
                 systems=system_rows(results),
                 verdict=gain_line(gain, parts.metric) if gain else "",
                 verdict_class="" if gain and gain.get("low", 0) > 0 else "none",
+                advice=what_to_try(results, parts.train_auc, parts.metric),
+                recipe=recipe(results["provenance"]),
                 has_scale=has_scale(results["provenance"].get("train", {}).get("loss")),
                 gain_name=GAIN,
                 metric=column_title(parts.metric),

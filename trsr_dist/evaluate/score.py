@@ -52,13 +52,14 @@ class PartScorer:
         """The packed rows, in the order in which ``take`` expects their scores."""
         return (pack_row([self.users[entry.user].choose(entry.candidates) for entry in row]) for row in self._rows)
 
-    def take(self, row: int, scores: np.ndarray) -> None:
-        """Keep the scores of a row, shape (num_answers,)."""
+    def take(self, row: int, scores: np.ndarray) -> int:
+        """Keep the scores of a row, shape (num_answers,); returns how many users have all of theirs now."""
         start = 0
         for entry in self._rows[row]:
             stop = start + len(entry.candidates)
             self._scores[entry.user][list(entry.candidates)] = scores[start:stop]
             start = stop
+        return sum(not np.isnan(self._scores[user]).any() for user in {entry.user for entry in self._rows[row]})
 
     def scores(self) -> list[np.ndarray]:
         """float32 log-odds of every user's candidates, in the order of the users; NaN where none was taken."""
@@ -79,12 +80,17 @@ class PartScorer:
 
 
 def score_samples(
-    samples: Sequence[Sample], builder: PromptBuilder, score_row: ScoreRow, row_tokens: int
+    samples: Sequence[Sample],
+    builder: PromptBuilder,
+    score_row: ScoreRow,
+    row_tokens: int,
+    count: Callable[[int], object],
 ) -> list[UserScores]:
-    """Scores of the samples' candidates, in the order of the samples."""
+    """Scores of the samples' candidates, in the order of the samples; ``count`` is told after each row how many users
+    it has finished."""
     part = PartScorer([builder.build(sample) for sample in samples], row_tokens)
     for number, row in enumerate(part.rows()):
-        part.take(number, score_row(row))
+        count(part.take(number, score_row(row)))
     return part.result()
 
 
@@ -196,10 +202,12 @@ class Scorer:
 
         together = Lockstep(forward, filler_row(builder.answer_ids), self._device)
         todo = [part for part in self._parts if not folder.has(part)]
-        for part in progress(todo, description=f"score {entry.name}", unit="part"):
-            samples = [self._users.sample(index, entry.change, entry.protocol) for index in parts[part]]
-            score = forward if self._zero is None else together
-            folder.write(part, score_samples(samples, builder, score, row_tokens))
+        num_users = sum(len(parts[part]) for part in todo)
+        with progress(total=num_users, description=f"score {entry.name}", unit="user") as bar:
+            for part in todo:
+                samples = [self._users.sample(index, entry.change, entry.protocol) for index in parts[part]]
+                score = forward if self._zero is None else together
+                folder.write(part, score_samples(samples, builder, score, row_tokens, bar.update))
         if self._zero is not None:
             together.finish()
         return len(todo)

@@ -22,14 +22,14 @@ from trsr_dist.model.recommender import score_row
 from trsr_dist.predict.prefixes import PrefixCache
 from trsr_dist.prompts.text import one_line
 from trsr_dist.prompts.wording import recommend_instruction
-from trsr_dist.records import Candidate, Sample, TokenizedUser
+from trsr_dist.records import Candidate, Sample, ServerSettings, TokenizedUser
 from trsr_dist.summarize.extract import extract
 from trsr_dist.summarize.plans import planner, writer
 from trsr_dist.summarize.plans.graph import Plan, node_prompt
 from trsr_dist.words import has_text
 
 if TYPE_CHECKING:
-    from trsr_dist.predict.server import ScoreServer, ServerSettings
+    from trsr_dist.predict.server import ScoreServer
 
 PREFIX_CACHE_MB = 256
 REQUESTS_PER_BATCH = 64
@@ -196,7 +196,7 @@ class Ranker:
             ModelError: the tokenizer cannot be read.
         """
         try:
-            from trsr_dist.predict.server import ScoreServer, ServerSettings
+            from trsr_dist.predict.server import ScoreServer
         except ImportError as error:
             raise ConfigError(f"servers are asked with openai: {error} (pip install 'trsr_dist[openai]')") from None
         prompts = open_prompts(name_or_path, PromptSection().model_dump(), trust_remote_code)

@@ -28,7 +28,7 @@ from trsr_dist.errors import ConfigError, EngineError
 from trsr_dist.log import get_logger
 from trsr_dist.printable import HALVES, in_one_line
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.records import TokenizedUser
+from trsr_dist.records import ServerSettings, TokenizedUser
 
 PROMPTS_PER_REQUEST = 16
 LEAST_LOGPROB = -9999.0
@@ -41,26 +41,6 @@ WORDS = 300
 """Characters of a server's words that are kept."""
 
 log = get_logger("predict")
-
-
-@dataclass(frozen=True, slots=True)
-class ServerSettings:
-    """How a server is asked."""
-
-    address: str
-    """``http://host:8000``, with ``/v1`` or without."""
-    served_model: str = ""
-    """The server's name of the model; empty: its only one."""
-    protocol: str = "auto"
-    """``completions``, ``classify``, or ``auto``: the one of them that the server has."""
-    max_in_flight: int = 16
-    """Requests at the same time."""
-    timeout_seconds: float = 300.0
-    """Of one try."""
-    max_retries: int = 4
-    """Of one request."""
-    top_logprobs: int = 20
-    """Most probable tokens that a server without ``logprob_token_ids`` is asked for."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,6 +42,7 @@ from trsr_dist.summarize.requests import LazyEngine
 from trsr_dist.summarize.scheduler import Scheduler
 from trsr_dist.summarize.units import SplitWork
 from trsr_dist.summarize.worker import Recipe, Worker
+from trsr_dist.trackers import open_metrics
 
 GONE_SECONDS = 90.0
 """NFS clients keep what they know of a folder for 60 seconds by default."""
@@ -195,7 +196,7 @@ class Job:
             worker,
             scheduler,
             alone=self.task.count == 1,
-            tensorboard=self.config.run.tensorboard,
+            open_metrics=lambda: open_metrics(self.config, self.run_folder.root, "summarize"),
         )
         state, message = "stopped", ""
         try:

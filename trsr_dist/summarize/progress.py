@@ -1,6 +1,6 @@
 """What is seen from outside: a small file of each task, and what they and the committed units add up to.
 
-A task at work reports in its file; one of all writes the totals to TensorBoard and metrics.jsonl.
+A task at work reports in its file; one of all writes the totals to metrics.jsonl and the trackers.
 
 RUN/summaries/progress/{settings}/job.json         splits and units of the job
 RUN/summaries/progress/{settings}/{task}.json      what a task has done, rewritten every few seconds
@@ -270,7 +270,7 @@ class Reporter:
         worker: whose progress it is.
         scheduler: of the same task.
         alone: show a progress bar.
-        tensorboard: write TensorBoard events beside metrics.jsonl.
+        open_metrics: the log for the numbers of the whole job.
     """
 
     def __init__(
@@ -282,7 +282,7 @@ class Reporter:
         worker: Worker,
         scheduler: Scheduler,
         alone: bool,
-        tensorboard: bool,
+        open_metrics: Callable[[], MetricLog],
     ) -> None:
         self.run = run
         self.folder = folder
@@ -290,7 +290,7 @@ class Reporter:
         self.leases = leases
         self.worker = worker
         self.scheduler = scheduler
-        self.tensorboard = tensorboard
+        self._open_metrics = open_metrics
         self._reader = ProgressReader(run, folder)
         self._rates = Rates()
         self._last = float("-inf")
@@ -330,7 +330,7 @@ class Reporter:
         write_task(self.folder, self.own)
         self._last = time.monotonic()
         if self._metrics is None and self.leases.acquire(METRICS_LEASE) is not None:
-            self._metrics = MetricLog(self.run.root, "summarize", self.tensorboard)
+            self._metrics = self._open_metrics()
         if self._metrics is not None:
             overview = self._reader.read()
             self._metrics.write(overview.users_done, overview.scalars)

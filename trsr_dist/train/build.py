@@ -13,7 +13,7 @@ from trsr_dist.config import Config
 from trsr_dist.config.on_resume import OnResume, marked_settings
 from trsr_dist.environment import Ranks, available_memory_bytes, return_large_blocks
 from trsr_dist.errors import TrsrError
-from trsr_dist.log import MetricLog, get_logger
+from trsr_dist.log import get_logger
 from trsr_dist.model.adapters import adapter_config, add_lora
 from trsr_dist.model.loading import load_base, load_base_divided
 from trsr_dist.model.recommender import Recommender, enable_recomputation
@@ -22,6 +22,7 @@ from trsr_dist.planner.hardware import CPU_PROCESS_BYTES, GB, recognize
 from trsr_dist.planner.memory import KEPT_BY_CPU, KeptActivations, rank_memory
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.run import RunFolder, manifest_hash
+from trsr_dist.trackers import open_metrics
 from trsr_dist.train.checkpoints import Checkpoint, CheckpointFolder, TrainerState
 from trsr_dist.train.elastic import Saving, restore_state, start_from
 from trsr_dist.train.engine import Engine
@@ -91,7 +92,7 @@ def build_trainer(
     saving = Saving(engine, checkpoints, ranks.is_main, adapter, _provenance(config, run, prepared, checkpoint))
     metrics = None
     if ranks.is_main:
-        metrics = MetricLog(run.root, "train", config.run.tensorboard, state.step + 1, checkpoints.fence)
+        metrics = open_metrics(config, run.root, "train", state.step + 1, checkpoints.fence)
     monitor = Monitor(
         metrics,
         prepared.num_steps,

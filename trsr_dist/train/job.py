@@ -30,9 +30,6 @@ from trsr_dist.train.prepare import prepare
 from trsr_dist.train.start import check_base, check_finished, check_settings, newest_for_all
 from trsr_dist.train.trainer import Control, Ending
 
-STUCK_FACTOR = 2.0
-"""A rank ends itself after this many times the collectives' timeout without progress."""
-
 log = get_logger("train")
 
 
@@ -55,17 +52,16 @@ def train(config: Config, force: bool = False) -> int:
     if ranks.source != "single":  # started by hand it outlives its shell, as nohup wants it
         follow_launcher()
     signals = StopSignals()
-    heartbeat = Heartbeat(run.root, ranks, STUCK_FACTOR * config.train.timeout_seconds)
+    heartbeat = Heartbeat(run.root, ranks, config.train.hang_seconds)
     reasons = StopReasons(run.root, signals, walltime_of(config.train.walltime_seconds), ranks.is_main)
-    with writing(run.root):
-        heartbeat.start()
-        with (
-            _named_failures(run, ranks),
-            distributed.process_group(ranks, config.train.timeout_seconds, always=True),
-            _locked(run, ranks) as lock,
-        ):
-            ending = _train(config, run, ranks, Control(reasons, heartbeat), lock, force)
-        heartbeat.stop()
+    with (
+        writing(run.root),
+        heartbeat,
+        _named_failures(run, ranks),
+        distributed.process_group(ranks, config.train.timeout_seconds, always=True),
+        _locked(run, ranks) as lock,
+    ):
+        ending = _train(config, run, ranks, Control(reasons, heartbeat), lock, force)
     return 0 if ending.is_complete else EXIT_REQUEUE
 
 

@@ -1,21 +1,23 @@
 """How a rank lives and ends: with its launcher, with signs of life, and for reasons that all ranks agree on.
 
-A collective with a dead or stuck rank fails on the others after the process group's timeout. What each was doing
-is in RUN/heartbeats, so that the error can say who was where.
+Every rank notes in RUN/heartbeats what it does. The first and the last read all of them: a rank that is stuck or gone
+is named and the training ended long before a collective's time limit.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from typing_extensions import TypedDict
 
@@ -27,11 +29,17 @@ from trsr_dist.liveness import Beat, Owner, read_sign, reader_time
 LAUNCHER = b"deepspeed.launcher.launch"
 POLL_SECONDS = 1.0
 BEAT_SECONDS = 5.0
-START = "start"
-WARNING_SHARE = 0.45
-"""Of the time without progress after which a rank ends itself: shortly before the collectives' timeout."""
+START, SAVING, END = "start", "saving", "end"
+DATA, ROW, SUMS, UPDATE = "waiting for data", "row", "sums over ranks", "optimizer step"
+VALIDATION, LOCKSTEP, METRICS = "validation", "validation in lockstep", "metrics over ranks"
+UNLIMITED = (START, SAVING, END)
+"""Phases that take what the model and the disk take."""
+INDEPENDENT = (DATA, VALIDATION)
+"""Phases in which a rank waits for no other one; a row may wait, at ZeRO stage 3."""
+SLOW_FACTOR = 3.0
+"""A phase may take this many times the longest of its kind that this rank has seen."""
 EXIT_STUCK = 74
-"""EX_IOERR: this rank made no progress and has ended itself."""
+"""EX_IOERR: a rank was stuck or gone. Also in slurm/common.sh."""
 STOP_FILE = "STOP"
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 ONE_EVENT_SECONDS = 10.0
@@ -77,73 +85,146 @@ class RankFile(TypedDict):
     pid: int
     step: int
     phase: str
+    count: int
+    """Phases of this step before this one."""
     idle_seconds: float
     """For which it is in this phase, at the time of writing."""
+    is_late: bool
+    """The phase takes longer than it may."""
+    stack: list[str]
+    """Calls of the main thread, the innermost first."""
+
+
+class Phase(NamedTuple):
+    """What a rank does, since when (seconds of the monotonic clock)."""
+
+    step: int
+    name: str
+    count: int
+    since: float
+
+    @property
+    def kind(self) -> str:
+        return self.name.partition(" of ")[0]
 
 
 class Heartbeat:
-    """This rank's step and phase, written every few seconds by a thread.
+    """This rank's step and phase, written every few seconds by a thread, which on two ranks also looks at all others.
 
     Args:
         run_dir: the run's folder.
         ranks: this process.
-        stuck_seconds: without a change for this time the process ends; the collectives' timeout should come first.
+        hang_seconds: ``train.hang_seconds``.
     """
 
-    def __init__(self, run_dir: Path, ranks: Ranks, stuck_seconds: float) -> None:
+    def __init__(self, run_dir: Path, ranks: Ranks, hang_seconds: float) -> None:
         self._folder = run_dir / "heartbeats"
         self._path = self._folder / f"rank-{ranks.rank:05d}.json"
         self._ranks = ranks
         self._owner = replace(Owner.myself(), host=ranks.host, job=ranks.job_id, restart=ranks.restart)
-        self._stuck_seconds = stuck_seconds
-        self._state: tuple[int, str, float] = (0, START, time.monotonic())
-        self._warned = 0.0
+        self._hang_seconds = hang_seconds
+        self._beat_seconds = min(BEAT_SECONDS, hang_seconds / 4)
+        self._phase = self._seen = Phase(0, START, 0, time.monotonic())
+        self._longest: dict[str, float] = {}
+        self._idle_seconds = 0.0
+        self._looked = time.monotonic()
         self._beat: Beat | None = None
 
     def start(self) -> None:
         self._write()
-        self._beat = Beat(BEAT_SECONDS, self._watch)
+        self._beat = Beat(self._beat_seconds, self._watch)
 
     def at(self, step: int, phase: str) -> None:
         """Note what this rank does now."""
-        self._state = (step, phase, time.monotonic())
+        before, now = self._phase, time.monotonic()
+        self._longest[before.kind] = max(self._longest.get(before.kind, 0.0), now - before.since)
+        self._phase = Phase(step, phase, before.count + 1 if step == before.step else 0, now)
 
     def stop(self) -> None:
         if self._beat is not None:
             self._beat.stop()
-        self._write()
+        faulthandler.cancel_dump_traceback_later()
+        with suppress(OSError):  # what went wrong before it matters more
+            self._write()
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
 
     def _watch(self) -> None:
-        with suppress(OSError):  # a full disk must not end the watch over this rank
-            self._write()
-        step, phase, since = self._state
-        if phase == START:
-            return  # loading takes what it takes; its collectives have limits of their own
-        idle = time.monotonic() - since
-        if idle > WARNING_SHARE * self._stuck_seconds and self._warned != since:
-            # In time: NCCL's watchdog ends the process at its own limit without a word of ours.
-            self._warned = since
-            sys.stderr.write(f"rank {self._ranks.rank}: no progress; all ranks:\n{describe_ranks(self._folder)}\n")
-        if idle > self._stuck_seconds:
-            text = describe_ranks(self._folder)
-            sys.stderr.write(f"rank {self._ranks.rank}: stuck in step {step}, phase {phase}; ending\n{text}\n")
-            sys.stderr.flush()
-            os._exit(EXIT_STUCK)
+        # Where this thread does not run again, a call that never ends holds the interpreter's lock: C code names it.
+        faulthandler.dump_traceback_later(self._hang_seconds, file=2)
+        # A machine that was stopped, or a disk that did not answer this thread, has delayed the training as well.
+        now = time.monotonic()
+        passed, self._looked = min(now - self._looked, 2 * self._beat_seconds), now
+        phase = self._phase
+        self._idle_seconds = self._idle_seconds + passed if phase is self._seen else min(now - phase.since, passed)
+        self._seen = phase
+        self._write()
+        if self._ranks.rank in (0, self._ranks.world_size - 1) and phase.kind not in (START, END):
+            self._end_if_stuck()
+
+    def _end_if_stuck(self) -> None:
+        beats = read_heartbeats(self._folder)
+        stuck = stuck_ranks(beats, reader_time(self._folder), self._hang_seconds)
+        if not stuck:
+            return
+        text = describe_ranks(self._folder)
+        first = min(stuck, key=lambda beat: beat["rank"])
+        names = ", ".join(f"rank {beat['rank']} on {beat['host']} (pid {beat['pid']})" for beat in stuck)
+        calls = "\n    ".join(["in these calls, the innermost first:", *first["stack"]])
+        sys.stderr.write(
+            f"rank {self._ranks.rank}: stuck: {names}, in step {first['step']}, {first['phase']}; ending\n"
+            f"  rank {first['rank']} was at its last sign of life {calls}\nall ranks:\n{text}\n"
+        )
+        sys.stderr.flush()
+        os._exit(EXIT_STUCK)
+
+    def _is_late(self) -> bool:
+        """Never in the first phase of a kind, which compiles kernels and connects ranks."""
+        longest = self._longest.get(self._seen.kind)
+        if longest is None or self._seen.kind in UNLIMITED:
+            return False
+        return self._idle_seconds > max(self._hang_seconds, SLOW_FACTOR * longest)
 
     def _write(self) -> None:
         there = read_sign(self._path)
         if there is not None and self._owner.is_superseded_by(there.owner):
             return  # this process was cut off and its job runs elsewhere
-        step, phase, since = self._state
+        frame = sys._current_frames().get(threading.main_thread().ident)
         value = {
             **asdict(self._owner),
             "rank": self._ranks.rank,
             "world_size": self._ranks.world_size,
-            "step": step,
-            "phase": phase,
-            "idle_seconds": round(time.monotonic() - since, 3),
+            "step": self._phase.step,
+            "phase": self._phase.name,
+            "count": self._phase.count,
+            "idle_seconds": round(time.monotonic() - self._phase.since, 3),
+            "is_late": self._phase is self._seen and self._is_late(),
+            "stack": [f"{f.f_code.co_filename}:{line} {f.f_code.co_name}" for f, line in traceback.walk_stack(frame)],
         }
         write_json(self._path, value, durable=False)
+
+
+def stuck_ranks(beats: list[dict[str, Any]], now: float, hang_seconds: float) -> list[dict[str, Any]]:
+    """Who keeps a training from going on; empty where it goes on.
+
+    Args:
+        beats: of ``read_heartbeats``.
+        now: Unix seconds by the file server's clock.
+        hang_seconds: a rank without a sign of life for so long is gone.
+    """
+    if silent := [beat for beat in beats if now - beat["time"] > hang_seconds]:
+        return silent
+    late = [beat for beat in beats if beat["is_late"]]
+    if alone := [beat for beat in late if beat["phase"] in INDEPENDENT]:
+        return alone
+    if len(late) < len(beats):
+        return []  # they wait for one that works
+    behind = min((beat["step"], beat["count"]) for beat in beats)
+    return [beat for beat in beats if (beat["step"], beat["count"]) == behind]
 
 
 def read_heartbeats(folder: Path) -> list[dict[str, Any]]:
@@ -161,7 +242,7 @@ def read_heartbeats(folder: Path) -> list[dict[str, Any]]:
 
 def describe_ranks(folder: Path) -> str:
     """Who was where: one line a rank, those furthest behind first."""
-    beats = sorted(read_heartbeats(folder), key=lambda beat: (beat["step"], beat["time"]))
+    beats = sorted(read_heartbeats(folder), key=lambda beat: (beat["step"], beat["count"], beat["time"]))
     now = reader_time(folder) if beats else 0.0
     return "\n".join(
         f"  rank {beat['rank']} on {beat['host']} (pid {beat['pid']}): step {beat['step']}, {beat['phase']} for "

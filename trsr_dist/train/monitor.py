@@ -1,4 +1,4 @@
-"""What a running training shows: log lines, a progress bar, metrics.jsonl and TensorBoard; on rank 0."""
+"""What a running training shows: log lines, a progress bar, metrics.jsonl and the trackers; on rank 0."""
 
 from __future__ import annotations
 
@@ -89,11 +89,7 @@ class Monitor:
         if self._metrics is None:
             return
         self._bar.close()
-        final = final or self._last
-        if self._metrics.writer is not None and final:
-            plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in settings.items()}
-            self._metrics.writer.add_hparams(plain, {f"final/{k}": v for k, v in final.items()}, run_name="hparams")
-        self._metrics.close()
+        self._metrics.close(settings, final or self._last)
 
     def _write(self, made: Progress) -> None:
         values = scalars(self._sums, self._seconds, self._flops(self._sums), self._peak_flops)

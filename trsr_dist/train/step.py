@@ -14,7 +14,7 @@ from trsr_dist.model.inputs import RowInputs
 from trsr_dist.rows import PackedRow, filler_row
 from trsr_dist.shards.steps import Step
 from trsr_dist.train.engine import Engine
-from trsr_dist.train.lifecycle import Heartbeat
+from trsr_dist.train.lifecycle import ROW, SUMS, Heartbeat
 from trsr_dist.train.losses import PER_USER, RowLoss, row_loss
 from trsr_dist.train.meter import Sums
 
@@ -58,7 +58,7 @@ class StepRunner:
         sums = Sums(num_ranks=1.0)
         results = []
         for row, number in zip(step.rows, step.numbers, strict=True):
-            self._heartbeat.at(step.state.step, f"row of {row.num_tokens} tokens")
+            self._heartbeat.at(step.state.step, f"{ROW} of {row.num_tokens} tokens")
             results.append(self._run_row(row, step.state.step, number, self.weight(step)))
             sums.add_row(row, self._row_tokens)
         # Read back after the last row: until then the GPU need not wait for this process.
@@ -76,7 +76,7 @@ class StepRunner:
 
     def reduce(self, step: Step, sums: Sums, must_stop: bool) -> Sums:
         """Sums over the ranks."""
-        self._heartbeat.at(step.state.step, "sums over ranks")
+        self._heartbeat.at(step.state.step, SUMS)
         sums.stops = float(must_stop)
         total = Sums(*sum_over_ranks(astuple(sums), self._engine.device))
         total.weight = self.weight(step)

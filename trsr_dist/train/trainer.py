@@ -14,7 +14,7 @@ from trsr_dist.shards.stream import TrainStream
 from trsr_dist.train.checkpoints import TrainerState
 from trsr_dist.train.elastic import Saving
 from trsr_dist.train.engine import Engine, StepOutcome, check_gradients
-from trsr_dist.train.lifecycle import Heartbeat, StopReasons
+from trsr_dist.train.lifecycle import DATA, END, SAVING, UPDATE, Heartbeat, StopReasons
 from trsr_dist.train.monitor import Monitor, Progress
 from trsr_dist.train.schedule import learning_rate
 from trsr_dist.train.step import StepRunner
@@ -119,6 +119,7 @@ class Trainer:
                 self._save()
             self._validate()
         self._save()
+        self._control.heartbeat.at(self.state.step, END)
         best = {} if self.state.best_value is None else {self._settings.best_metric: self.state.best_value}
         self._monitor.close(self.state.settings or {}, best)
         return self._ending(reason)
@@ -133,7 +134,7 @@ class Trainer:
     def _step(self, steps: Iterator[Step]) -> str:
         """One step; returns a reason to stop that some rank has."""
         started = time.perf_counter()
-        self._control.heartbeat.at(self.state.step + 1, "waiting for data")
+        self._control.heartbeat.at(self.state.step + 1, DATA)
         step = next(steps)
         waited = time.perf_counter() - started
         own, bad_users = self._runner.backward(step)
@@ -143,7 +144,7 @@ class Trainer:
             self._gradients_checked = True
         reason = self._control.reasons.reason()
         total = self._runner.reduce(step, own, bool(reason))
-        self._control.heartbeat.at(step.state.step, "optimizer step")
+        self._control.heartbeat.at(step.state.step, UPDATE)
         s = self._settings
         rate = learning_rate(self.state.step, s.num_steps, s.learning_rate, s.warmup_ratio, s.schedule)
         outcome = self._engine.step(rate)
@@ -193,7 +194,7 @@ class Trainer:
         if self._saved == self.state:
             return
         started = time.perf_counter()
-        self._control.heartbeat.at(self.state.step, "saving")
+        self._control.heartbeat.at(self.state.step, SAVING)
         self._saving.save(self.state)
         self._saved = self.state
         seconds = time.perf_counter() - started
@@ -209,7 +210,6 @@ class Trainer:
             return
         self._save()
         started = time.perf_counter()
-        self._control.heartbeat.at(self.state.step, "validation")
         self.state = self.state.validated(self._rank_validation_users())
         self._control.reasons.walltime.saw("validation", time.perf_counter() - started)
         self._save()
@@ -219,7 +219,7 @@ class Trainer:
     def _rank_validation_users(self) -> float:
         """The value of the metric that names the best step."""
         step, name = self.state.step, self._settings.best_metric
-        metrics = self._validator.run(self._engine, lambda: self._control.heartbeat.at(step, "validation"))
+        metrics = self._validator.run(self._engine, lambda phase: self._control.heartbeat.at(step, phase))
         self._monitor.evaluated(step, metrics)
         log.info("step %d  validation of %d users  %s %.4f", step, self._validator.num_users, name, metrics[name])
         return metrics[name]

@@ -20,6 +20,7 @@ from trsr_dist.records import TokenizedUser, metric_names
 from trsr_dist.rows import PackedRow, filler_row
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.train.engine import Engine
+from trsr_dist.train.lifecycle import LOCKSTEP, METRICS, VALIDATION
 
 log = get_logger("train")
 
@@ -64,24 +65,25 @@ class Validator:
         costs = [int(shards.sizes(part.start, part.stop).sum()) for part in self._parts]
         self._mine = assign_parts(costs, ranks.world_size)[ranks.rank]
 
-    def run(self, engine: Engine, alive: Callable[[], None]) -> dict[str, float]:
+    def run(self, engine: Engine, alive: Callable[[str], None]) -> dict[str, float]:
         """Metrics over all users with finite scores, equal on all ranks.
 
         Args:
             engine: the model.
-            alive: called before each row, as a sign of life.
+            alive: called with the phase before each user is read and each row scored, as a sign of life.
 
         Raises:
             DataError: a sample is damaged; all ranks raise it.
             ModelError: no user has finite scores, or a row does not fit the memory.
         """
         damaged: list[str] = []
-        scorers = [PartScorer(self._read(part, damaged), self._row_tokens) for part in self._mine]
+        scorers = [PartScorer(self._read(part, damaged, alive), self._row_tokens) for part in self._mine]
         engine.wrapped.eval()
         try:
             self._score(engine, scorers, alive)
         finally:
             engine.wrapped.train()
+        alive(METRICS)
         bad: list[str] = []
         rows = {part: self._metrics(scorer, bad) for part, scorer in zip(self._mine, scorers, strict=True)}
         everywhere = gather_objects((rows, damaged, bad))
@@ -94,18 +96,19 @@ class Validator:
             raise ModelError("validation: no user has finite scores; lower train.learning_rate")
         return dict(zip(metric_names(self._top_k), map(float, average(np.array(table))), strict=True))
 
-    def _read(self, part: int, damaged: list[str]) -> list[TokenizedUser]:
+    def _read(self, part: int, damaged: list[str], alive: Callable[[str], None]) -> list[TokenizedUser]:
         samples = []
         for index in self._parts[part]:
+            alive(VALIDATION)
             try:
                 samples.append(self._shards.read(index))
             except DataError as error:
                 damaged.append(str(error))
         return [self._builder.build(sample) for sample in samples]
 
-    def _score(self, engine: Engine, scorers: list[PartScorer], alive: Callable[[], None]) -> None:
+    def _score(self, engine: Engine, scorers: list[PartScorer], alive: Callable[[str], None]) -> None:
         def forward(row: PackedRow) -> np.ndarray:
-            alive()
+            alive(VALIDATION if engine.stage < 3 else LOCKSTEP)
             try:
                 return score_row(engine.wrapped, row, engine.device)
             except torch.OutOfMemoryError:
