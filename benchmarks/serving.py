@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,19 +31,19 @@ Scores = dict[tuple[str, int], float]
 
 @dataclass(frozen=True, slots=True)
 class Way:
-    """One way to rank the same requests."""
+    """One way to rank requests."""
 
     name: str
     prepare: Callable[[], object]
     """Not measured."""
-    step: Callable[[], Scores]
+    rank: Callable[[list[Request]], Scores]
 
 
 def run(scale: float, model: str = "", vllm: str = "") -> list[Row]:
     """All measurements.
 
     Args:
-        scale: multiplies the number of users.
+        scale: multiplies the number of users; below 1 there is a repetition less.
         model: merged folder; users are those of its run's test split.
         vllm: vLLM's command.
     """
@@ -58,51 +59,56 @@ def run(scale: float, model: str = "", vllm: str = "") -> list[Row]:
             halves[half].append(Request(tuple(texts[half::2]), sample.recent, sample.summary, sample.user))
     earlier, asked = halves
     ways = [
-        Way(COLD, list, lambda: ranked(plain, asked)),
-        Way(KEPT, lambda: ranked(keeping, earlier), lambda: ranked(keeping, asked)),
+        Way(COLD, list, partial(ranked, plain)),
+        Way(KEPT, lambda: ranked(keeping, earlier), partial(ranked, keeping)),
     ]
     with ExitStack() as stack:
         server = None
         if vllm:
             log = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "log"
             server = stack.enter_context(vllm_server(Path(vllm), Path(model), log))
-            ways += ways_of(server, Ranker.connect(server.address, model), earlier, asked)
-        rows = list(compare(ways, f"{len(samples)} users of {Path(origin).name}", server))
+            ways += ways_of(server, Ranker.connect(server.address, model), earlier)
+        case = f"{len(samples)} users of {Path(origin).name}"
+        rows = list(compare(ways, asked, REPEATS if scale >= 1 else REPEATS - 1, case, server))
     return rows if vllm else [*rows, _not_run(VLLM_COLD, "name vLLM's command with --vllm")]
 
 
-def ways_of(server: Vllm, ranker: Ranker, earlier: list[Request], asked: list[Request]) -> list[Way]:
+def ways_of(server: Vllm, ranker: Ranker, earlier: list[Request]) -> list[Way]:
     """Through a server."""
 
-    def singly() -> Scores:
+    def rank_earlier() -> None:
+        server.forget()
+        ranked(ranker, earlier)
+
+    def singly(requests: list[Request]) -> Scores:
         found = {}
-        for request in asked:
+        for request in requests:
             user = ranker.builder.build(ranker.sample(request))
             for place, suffix in enumerate(user.suffixes):
                 found[user.user, place] = ranker.server.ask([[*user.prefix, *suffix]])[0].score
         return found
 
     return [
-        Way(VLLM_COLD, server.forget, lambda: ranked(ranker, asked)),
-        Way(VLLM_KEPT, lambda: ranked(ranker, earlier), lambda: ranked(ranker, asked)),
+        Way(VLLM_COLD, server.forget, partial(ranked, ranker)),
+        Way(VLLM_KEPT, rank_earlier, partial(ranked, ranker)),
         Way(SINGLY, server.forget, singly),
     ]
 
 
-def compare(ways: list[Way], case: str, server: Vllm | None) -> Iterator[Row]:
-    """The ways in turn, after a first round that is not counted."""
+def compare(ways: list[Way], asked: list[Request], repeats: int, case: str, server: Vllm | None) -> Iterator[Row]:
+    """The ways in turn, after a request of each that is not counted."""
     wall: dict[str, list[float]] = {way.name: [] for way in ways}
     cpu: dict[str, list[float]] = {way.name: [] for way in ways}
     scores: dict[str, Scores] = {}
-    for number in range(REPEATS + 1):
-        for way in ways:
-            way.prepare()
-            before = server.cpu_seconds() if server else 0.0
-            with timed() as timer:
-                scores[way.name] = way.step()
-            if number:
-                wall[way.name].append(timer.wall)
-                cpu[way.name].append(timer.cpu + (server.cpu_seconds() - before if server else 0.0))
+    for way in ways:
+        way.rank(asked[:1])
+    for way in ways * repeats:
+        way.prepare()
+        before = server.cpu_seconds() if server else 0.0
+        with timed() as timer:
+            scores[way.name] = way.rank(asked)
+        wall[way.name].append(timer.wall)
+        cpu[way.name].append(timer.cpu + (server.cpu_seconds() - before if server else 0.0))
     num_items = len(scores[COLD])
     for unit, seconds in (("items/s", wall), ("items/CPU-s", cpu)):
         yield from (rate_row("serving", case, way.name, num_items, seconds[way.name], unit) for way in ways)

@@ -1,4 +1,4 @@
-"""Prepare a run's data: from raw MIND, Amazon-M2 or JSONL files to RUN/histories (items, users, splits, negatives)."""
+"""Prepare a run's data: from raw files (data.format) to RUN/histories (items, users, splits, negatives)."""
 
 import argparse
 

@@ -43,7 +43,7 @@ GROUPS = {
         "compare": "tools/compare.py",
         "leaderboard": "tools/leaderboard.py",
     },
-    "use": {"predict": "tools/predict.py", "verify": "tools/verify_server.py"},
+    "use": {"predict": "tools/predict.py", "verify": "tools/verify_server.py", "push": "tools/push.py"},
     "for scripts": {"setting": "tools/setting.py"},
 }
 """In the order of the data."""

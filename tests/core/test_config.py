@@ -54,7 +54,7 @@ def test_override_wins_over_file_over_default(config_file: Path) -> None:
         ("train.lerning_rate=1", ["train.lerning_rate", "did you mean 'train.learning_rate'"]),
         ("trian.learning_rate=1", ["unknown section 'trian'", "'train'"]),
         ("train.learning_rate=fast", ["train.learning_rate='fast'", "number"]),
-        ("data.format=csv", ["data.format='csv'", "'mind', 'amazon_m2', 'jsonl' or 'demo'"]),
+        ("data.format=csv", ["data.format='csv'", "'recbole', 'amazon_reviews' or 'demo'"]),
         ("train.keep_checkpoints=1", ["train.keep_checkpoints=1", "greater than or equal to 2"]),
         ("train.negatives_per_positive=30", ["train.pool_size=20"]),
         ("prompt.max_tokens=5000", ["train.row_tokens=4096"]),
@@ -234,7 +234,7 @@ def test_zero_files_of_another_form_are_refused(tmp_path: Path, text: str) -> No
 
 
 def test_every_setting_says_what_it_means() -> None:
-    from trsr_dist.config.sections import Config
+    from trsr_dist.config.whole import Config
 
     for section in Config.model_fields.values():
         for name, field in section.annotation.model_fields.items():

@@ -1,17 +1,25 @@
 """Rankers that need no language model."""
 
 import math
+from dataclasses import astuple
+from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
-from trsr_dist.evaluate.baselines import Bm25, by_count
+from tests.summarize.world import write_histories
+from trsr_dist.data.store import ArrowRows, HistoryStore
+from trsr_dist.evaluate.baselines import Bm25, build_rankers, by_count
+from trsr_dist.evaluate.reduce import rank_lists
+from trsr_dist.evaluate.users import StoredSplit
 
+NAMES = ("popularity", "recency")
 TEXTS = ["the red fox", "the grey wolf hunts", "red paint and red brushes", "the the the"]
 
 
 def test_counts_rank_by_what_train_users_did() -> None:
-    assert by_count(np.array([1, 1, 2, 0]))([], [3, 2, 0]).tolist() == [0.0, 2.0, 1.0]
+    assert [scores.tolist() for scores in by_count(np.array([1, 1, 2, 0]))([], [[3, 2, 0], [1]])] == [[0, 2, 1], [1]]
 
 
 def test_bm25_equals_its_formula() -> None:
@@ -30,3 +38,18 @@ def test_bm25_of_an_unrelated_or_empty_history_is_zero() -> None:
 
 def test_bm25_reads_words_without_case_and_punctuation() -> None:
     assert Bm25(["RED!", "red"])([0], [1])[0] == pytest.approx(Bm25(["red", "red"])([0], [1])[0])
+
+
+def test_users_are_ranked_without_reading_cells_one_by_one(tmp_path: Path) -> None:
+    write_histories(tmp_path, {"train": 4, "test": 5})
+    store = HistoryStore(tmp_path / "histories")
+    rankers, split, users = build_rankers(store, NAMES, 0, tmp_path).rankers, StoredSplit(store, "test"), range(5)
+    rows = [[store._users["test"].value(column, user) for column in range(5)] for user in users]
+    with patch.object(ArrowRows, "value", side_effect=AssertionError("a cell")):
+        ranked = rank_lists(rankers, list(store.names("test")), split.stored, (1,))
+        found = [split.find(row[0], [f"N{item}" for item in sorted(row[2])]) for row in rows]
+    assert [astuple(user.row) for user in found] == list(map(tuple, rows))
+    assert [user.candidates for user in found] == [sorted(row[2]) for row in rows]
+    counts = [[store.catalogue.popularity(item) for item in row[2]] for row in rows]
+    expected = ranked.table.add([np.array(count) for count in counts], [np.array(row[3]) for row in rows])
+    assert ranked.outcomes["popularity"].tolist() == expected.tolist() and ranked.outcomes.keys() == {"random", *NAMES}

@@ -15,10 +15,8 @@ from pydantic import (
     JsonValue,
     PositiveInt,
     field_validator,
-    model_validator,
 )
 
-from trsr_dist.config.contradictions import contradictions
 from trsr_dist.config.on_resume import OnResume
 from trsr_dist.environment import expand_home
 
@@ -41,6 +39,7 @@ def _are_variables(values: dict[str, JsonValue]) -> dict[str, JsonValue]:
 
 
 TemplateVariables = Annotated[dict[str, JsonValue], AfterValidator(_are_variables)]
+Role = Literal["user", "item", "time", "history", "target", "shown", "id", "category"]
 PROMPTLESS = ("none", "raw")
 """Schemes that ask no engine for anything, whatever ``summarize.engine`` says."""
 NO_THOUGHTS: TemplateVariables = {"enable_thinking": False}
@@ -75,23 +74,32 @@ class DemoSection(Section):
 
 
 class DataSection(Section):
-    format: Literal["mind", "amazon_m2", "jsonl", "demo"] = "mind"
-    """Layout of the raw files; demo writes a small data set in MIND's layout first."""
+    format: Literal["mind", "amazon_m2", "jsonl", "table", "recbole", "amazon_reviews", "demo"] = "mind"
+    """Layout of the raw files. table: interactions.* and items.* as CSV, TSV, Parquet or JSON lines, told by the
+    ending; recbole: atomic files; amazon_reviews: a category of Amazon Reviews 2023 (reviews and meta_*); demo
+    writes a small data set in MIND's layout first."""
     path: FilePath = ""
     """Folder with the raw files. Ignored by demo, which writes RUN/raw."""
     domain: Literal["auto", "news", "products", "items"] = "auto"
-    """Wording of the prompts; auto: news for mind and demo, products for amazon_m2, items for jsonl."""
+    """Wording of the prompts; auto: news for mind and demo, products for amazon_m2 and amazon_reviews,
+    items for the others."""
     behaviors_file: FilePath = "behaviors.tsv"
     """MIND: name of the behaviours file in data.path."""
     items_file: FilePath = ""
     """Name of the item file; empty: the format's own (news.tsv, products_train.csv, items.jsonl)."""
     sessions_file: FilePath = "sessions_train.csv"
     """Amazon-M2: name of the sessions file."""
+    interactions_file: FilePath = ""
+    """table, jsonl, recbole, amazon_reviews: name of the interactions file; empty: the format's own. Its ending tells
+    how it is read."""
+    columns: dict[Role, str] = {}
+    """table, jsonl, recbole, amazon_reviews: names in the files of user, item, time, history, target and shown, and of
+    an item's id and category, where they have others: {user: customer, item: sku, id: sku}."""
     locale: str = ""
     """Amazon-M2: keep only this locale (the paper: UK); empty keeps all, with negatives of the target's locale."""
     time_format: str = ""
-    """JSON lines: form of times that are text, as Python's strptime reads it ('%d.%m.%Y %H:%M'; UTC where no %z stands
-    in it); empty: numbers, ISO 8601, and what C, mail and Goodreads write."""
+    """table, jsonl, recbole, amazon_reviews: form of times that are text, as Python's strptime reads it
+    ('%d.%m.%Y %H:%M'; UTC where no %z stands in it); empty: numbers, ISO 8601, and what C, mail and Goodreads write."""
     item_fields: tuple[str, ...] = ()
     """Fields that make an item's text, in order; empty: the format's default (MIND: category, subcategory, title)."""
     target: Literal["last", "impression"] = "last"
@@ -370,31 +378,3 @@ class BaseSection(Section):
     prompt_share: float = Field(0.8, ge=0, le=1)
     """Share of prompt-shaped documents, the others being plain texts. Their answers are drawn at random, so that
     nothing of the labels is learned."""
-
-
-class Config(Section):
-    """All sections of a run."""
-
-    run: RunSection = RunSection()
-    demo: DemoSection = DemoSection()
-    data: DataSection = DataSection()
-    summarize: SummarizeSection = SummarizeSection()
-    prompt: PromptSection = PromptSection()
-    model: ModelSection = ModelSection()
-    lora: LoraSection = LoraSection()
-    train: TrainSection = TrainSection()
-    evaluate: EvaluateSection = EvaluateSection()
-    base: BaseSection = BaseSection()
-
-    @model_validator(mode="after")
-    def _no_contradictions(self) -> Config:
-        for text in contradictions(self):
-            raise ValueError(text)
-        return self
-
-    @property
-    def domain(self) -> str:
-        """The prompts' wording: ``news``, ``products`` or ``items``."""
-        if self.data.domain != "auto":
-            return self.data.domain
-        return {"mind": "news", "demo": "news", "amazon_m2": "products", "jsonl": "items"}[self.data.format]

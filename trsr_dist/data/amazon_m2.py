@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trsr_dist.data.source import LineReader, RawItem, check_columns, listed
+from trsr_dist.data.source import LineReader, RawItem
+from trsr_dist.data.tables import csv_rows
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
 from trsr_dist.records import UserLog
@@ -16,7 +16,6 @@ from trsr_dist.records import UserLog
 PRODUCT_KEYS = ("id", "locale", "title")
 SESSION_KEYS = ("prev_items", "next_item", "locale")
 ATTRIBUTES = ("title", "price", "brand", "color", "size", "model", "material", "author", "desc")
-MAX_FIELD_CHARACTERS = 1 << 24
 QUOTED = re.compile(r"'([^']*)'|\"([^\"]*)\"")
 
 
@@ -40,7 +39,7 @@ class AmazonReader:
     allowed_fields: tuple[str, ...] = ATTRIBUTES
 
     def items(self) -> Iterator[RawItem]:
-        for row, cells in self._rows(self.item_file, PRODUCT_KEYS):
+        for row, cells in csv_rows(self.item_file, self.lines, PRODUCT_KEYS):
             if self._is_kept(cells, "products_of_other_locales"):
                 fields = {name: cells.get(name, "") for name in ATTRIBUTES}
                 category = "" if self.locale else cells["locale"].strip()
@@ -48,7 +47,7 @@ class AmazonReader:
 
     def logs(self) -> Iterator[UserLog]:
         seen: set[int] = set()
-        for row, cells in self._rows(self.log_file, SESSION_KEYS):
+        for row, cells in csv_rows(self.log_file, self.lines, SESSION_KEYS):
             if not self._is_kept(cells, "sessions_of_other_locales"):
                 continue
             source, locale = f"{self.log_file}:{row}", cells["locale"].strip()
@@ -70,31 +69,6 @@ class AmazonReader:
     def _item(self, item: str, locale: str) -> str:
         item = item.strip()
         return item if self.locale or not item else f"{locale}:{item}"
-
-    def _rows(self, path: Path, required: tuple[str, ...]) -> Iterator[tuple[int, dict[str, str]]]:
-        """Line number at which a record starts, and its cells by column."""
-        csv.field_size_limit(MAX_FIELD_CHARACTERS)
-        records = csv.reader((line for _, line in self.lines.read(path)), strict=True)
-        try:
-            header = tuple(next(records, ()))
-            if missing := [name for name in required if name not in header]:
-                raise DataError(
-                    f"{path}:1: no column {missing[0]!r}; found {listed(header) or 'nothing'}, expected at least "
-                    f"{', '.join(required)}; give the file its header"
-                )
-            if twice := [name for name in header if name and header.count(name) > 1]:
-                raise DataError(f"{path}:1: column {twice[0]!r} stands twice; remove or rename one of the two")
-            row = records.line_num + 1
-            for cells in records:
-                if cells:
-                    check_columns(path, row, len(cells), header)
-                    yield row, dict(zip(header, cells, strict=True))
-                row = records.line_num + 1
-        except csv.Error as error:
-            what = f"{error}; is a quotation mark left open before it?"
-            if "new-line character" in str(error):
-                what = "a carriage return stands outside quotation marks; save the file with line feeds as line ends"
-            raise DataError(f"{path}:{records.line_num}: {what}") from None
 
 
 def parse_items(text: str, source: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""One's own data as JSON lines: ``items.jsonl`` and ``interactions.jsonl``.
+"""One's own data: a file of items and one of interactions, as JSON lines, CSV, TSV, Parquet or RecBole's atomic files.
 
     items.jsonl          {"id": "a", "text": "..."}   or   {"id": "a", "title": "...", "brand": "...", ...}
     interactions.jsonl   {"user": "u", "item": "a", "time": 1700000000}                      one row an interaction
@@ -6,7 +6,7 @@
 
 Times are Unix seconds (or milliseconds, microseconds, nanoseconds: whatever makes a date of our time) or text. A
 user row may name several targets in a list, and ``shown``: items shown with them and not chosen. An item's ``category``
-serves category-hard negatives. Blanks around ids do not count.
+serves category-hard negatives. Blanks around ids do not count. Columns may have other names (``columns``).
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from __future__ import annotations
 import json
 import re
 from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import chain
 from pathlib import Path
@@ -25,12 +25,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from trsr_dist.data.source import Counts, LineReader, RawItem, listed, shown
+from trsr_dist.data.tables import is_table, table_rows
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
 from trsr_dist.json_text import unique_keys
 from trsr_dist.printable import HALVES
 from trsr_dist.records import UserLog
 
+INTERACTION, USER = ("user", "item", "time"), ("user", "history", "target")
+"""What a row of the one or the other kind has."""
+OWN_NAMES = "name yours with data.columns, such as data.columns={user: customer}"
 CONVERT_LITERALS = (
     "python -c 'import ast, json, sys; [print(json.dumps(ast.literal_eval(row))) for row in sys.stdin]' < OLD > NEW"
 )
@@ -59,6 +63,30 @@ class Place(NamedTuple):
         return f"{self.path}:{self.row}"
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """File names, columns and fields of a format, where no setting names others."""
+
+    items: str
+    """A ``*`` stands for an ending or a name that is left open."""
+    interactions: str
+    """Empty: that of the items without ``meta_``."""
+    columns: Mapping[str, str] = field(default_factory=dict)
+    fields: tuple[str, ...] = ()
+
+
+ATOMIC = {"user": "user_id", "item": "item_id", "id": "item_id", "time": "timestamp"}
+REVIEWS = {"user": "user_id", "item": "parent_asin", "id": "parent_asin", "time": "timestamp"}
+LAYOUTS = {
+    "jsonl": Layout("items.jsonl", "interactions.jsonl"),
+    "table": Layout("items.*", "interactions.*"),
+    "recbole": Layout("*.item*", "*.inter*", ATOMIC),
+    "amazon_reviews": Layout(
+        "meta_*.jsonl*", "", {**REVIEWS, "category": "main_category"}, ("title", "store", "categories")
+    ),
+}
+"""RecBole: recbole.io/docs/user_guide/data/atomic_files.html. Amazon Reviews 2023: Hou et al., arXiv 2403.03952."""
+
 Row = tuple[dict[str, Any], Place]
 _decode = json.JSONDecoder(object_pairs_hook=unique_keys).decode
 
@@ -73,6 +101,9 @@ class JsonlReader:
         lines: reads the lines.
         chosen_fields: of an item's text; the others are not read. Empty: all.
         time_format: ``data.time_format``.
+        default_fields: of an item's text, where none are chosen.
+        columns: names in the files of user, item, time, history, target and shown, and of an item's id and category;
+            where they are not as in this list.
     """
 
     item_file: Path
@@ -82,16 +113,19 @@ class JsonlReader:
     time_format: str = ""
     default_fields: tuple[str, ...] = ()
     allowed_fields: tuple[str, ...] = ()
+    columns: Mapping[str, str] = field(default_factory=dict)
 
     def items(self) -> Iterator[RawItem]:
+        id_name, category_name = self._column("id"), self._column("category")
         for record, place in self._records(self.item_file):
-            item = _id(record, "id", place)
+            item = _id(record, id_name, place)
+            chosen = self.chosen_fields or self.default_fields
             try:
-                names = (name for name in self.chosen_fields or record if name != "id" and name in record)
+                names = (name for name in chosen or record if name != id_name and name in record)
                 fields = {name: _text(record[name], name, place) for name in names}
                 category = ""
                 with suppress(DataError):  # no text: it may be a field that nobody chose
-                    category = _text(record.get("category"), "category", place)
+                    category = _text(record.get(category_name), category_name, place)
                 yield RawItem(item, fields, place.row, category)
             except RecursionError:
                 raise DataError(f"{place}: a list lies too deep within lists; repair the row") from None
@@ -102,28 +136,32 @@ class JsonlReader:
         if first is None:
             raise DataError(f"{self.log_file}: holds no record; expected one JSON object a line")
         records = chain([first], records)
-        if "history" in first[0]:
+        if self._column("history") in first[0]:
             return self._user_logs(records)
-        if "item" in first[0]:
+        if self._column("item") in first[0]:
             return self._grouped_logs(records)
-        raise DataError(
-            f"{first[1]}: fields {listed(first[0]) or 'none'}; expected user, item, time or user, history, target"
-        )
+        single, whole = (", ".join(map(self._column, names)) for names in (INTERACTION, USER))
+        raise DataError(f"{first[1]}: fields {listed(first[0]) or 'none'}; expected {single} or {whole} ({OWN_NAMES})")
+
+    def _column(self, role: str) -> str:
+        return self.columns.get(role, role)
 
     def _user_logs(self, records: Iterator[Row]) -> Iterator[UserLog]:
         seen: set[int] = set()
+        user_name, history_name, target_name = map(self._column, USER)
+        shown_name, time_name = self._column("shown"), self._column("time")
         for record, place in records:
-            user = _id(record, "user", place)
+            user = _id(record, user_name, place)
             key = hash64(user)
             if key in seen:
                 self.lines.counts["further_rows_of_a_user"] += 1
                 continue
             seen.add(key)
-            target = _field(record, "target", place)
-            targets = _ids(target if isinstance(target, list) else [target], "target", place)
-            history = _ids(_field(record, "history", place), "history", place)
-            shown = _ids(record.get("shown", []), "shown", place)
-            time = self._seconds(record["time"], place) if "time" in record else 0
+            target = _field(record, target_name, place)
+            targets = _ids(target if isinstance(target, list) else [target], target_name, place)
+            history = _ids(_field(record, history_name, place), history_name, place)
+            shown = _ids(record.get(shown_name, []), shown_name, place)
+            time = self._seconds(record[time_name], place) if time_name in record else 0
             yield UserLog(user, history, targets, int(time), shown, str(place))
 
     def _grouped_logs(self, records: Iterator[Row]) -> Iterator[UserLog]:
@@ -131,11 +169,12 @@ class JsonlReader:
         users: dict[str, int] = {}
         items: dict[str, int] = {}
         user_codes, item_codes, times, rows = array("q"), array("q"), array("d"), array("q")
+        user_name, item_name, time_name = map(self._column, INTERACTION)
         for record, place in records:
-            user, item = _id(record, "user", place), _id(record, "item", place)
+            user, item = _id(record, user_name, place), _id(record, item_name, place)
             user_codes.append(users.setdefault(user, len(users)))
             item_codes.append(items.setdefault(item, len(items)))
-            times.append(self._seconds(_field(record, "time", place), place))
+            times.append(self._seconds(_field(record, time_name, place), place))
             rows.append(place.row)
         names = list(items)
         codes, seconds = np.frombuffer(user_codes, np.int64), np.frombuffer(times, np.float64)
@@ -160,6 +199,10 @@ class JsonlReader:
             raise DataError(f"{place}: time {shown(value)}, expected {expected}") from None
 
     def _records(self, path: Path) -> Iterator[Row]:
+        if is_table(path):
+            for number, record in table_rows(path, self.lines):
+                yield record, Place(path, number)
+            return
         for number, line in self.lines.read(path):
             if line.strip():
                 place = Place(path, number)
@@ -274,7 +317,7 @@ def _parsed_time(text: str) -> datetime:
 
 def _field(record: dict[str, Any], name: str, place: Place) -> Any:  # noqa: ANN401 (any JSON value)
     if name not in record:
-        raise DataError(f"{place}: no field {name!r}; found {listed(record) or 'none'}; add it")
+        raise DataError(f"{place}: no field {name!r}; found {listed(record) or 'none'}; add it, or {OWN_NAMES}")
     return record[name]
 
 

@@ -15,10 +15,11 @@ from trsr_dist.data.assembly import CandidateMaker, CandidateRules, choose_users
 from trsr_dist.data.demo import DEMO_FILES, write_demo
 from trsr_dist.data.histories import HistoryRules, Spool, spool_items, spool_more_targets, spool_users
 from trsr_dist.data.items import CatalogueRules
-from trsr_dist.data.jsonl import JsonlReader
+from trsr_dist.data.jsonl import LAYOUTS, JsonlReader
 from trsr_dist.data.mind import MindReader
 from trsr_dist.data.source import Counts, LineReader, Reader, find_raw, open_raw
 from trsr_dist.data.store import ITEMS, POOLS, ArrowRows, check_files, checksums
+from trsr_dist.data.tables import find_table, unpacked_name
 from trsr_dist.errors import ConfigError, DataError
 from trsr_dist.files import atomic_folder, recover_folder, sha256_of, writing
 from trsr_dist.locks import folder_lock
@@ -26,6 +27,7 @@ from trsr_dist.log import get_logger, setup_logging, show
 from trsr_dist.run import SPLITS, RunFolder, is_finished, write_manifest
 
 ITEM_SPOOL, USER_SPOOL, TARGET_SPOOL = "items.spool", "users.spool", "targets.spool"
+NEWER = ("columns", "interactions_file")
 LARGE_SHARE = 0.05
 """Of unknown items: from here on they are called the cause of an error."""
 
@@ -129,6 +131,9 @@ def _assemble(config: Config, reader: Reader, folder: Path, counts: Counts) -> d
 def _settings(config: Config) -> dict[str, object]:
     """All that the output depends on beside the raw files; where those lie does not matter."""
     settings = config.data.model_dump(mode="json", exclude={"path", "domain"})
+    for name in NEWER:  # histories of before stay those of the same settings
+        if not settings[name]:
+            del settings[name]
     settings["seed"] = config.run.seed
     if holds_locales(config.data):
         settings[POOLS] = "locale"
@@ -172,8 +177,12 @@ def build_reader(config: Config, raw: Path, lines: LineReader) -> Reader:
     if data.format == "amazon_m2":
         products = find_raw(folder, data.items_file or "products_train.csv")
         return AmazonReader(products, find_raw(folder, data.sessions_file), data.locale, lines)
-    items, log = find_raw(folder, data.items_file or "items.jsonl"), find_raw(folder, "interactions.jsonl")
-    return JsonlReader(items, log, lines, data.item_fields, data.time_format)
+    layout = LAYOUTS[data.format]
+    items = find_table(folder, data.items_file or layout.items)
+    reviews = unpacked_name(items).removeprefix("meta_")
+    log = find_table(folder, data.interactions_file or layout.interactions or reviews)
+    columns = {**layout.columns, **data.columns}
+    return JsonlReader(items, log, lines, data.item_fields, data.time_format, layout.fields, columns=columns)
 
 
 def holds_locales(data: DataSection) -> bool:
@@ -214,8 +223,10 @@ def check_data_settings(config: Config) -> None:
             "data.candidates=impressions needs data.target=impression: what was shown with the last click is not in "
             "MIND's files"
         )
-    if data.time_format and data.format != "jsonl":
-        raise ConfigError(f"data.time_format is for data.format=jsonl; the times of {data.format} have one form")
+    if data.format not in LAYOUTS:
+        for name in ("time_format", "columns", "interactions_file"):
+            if getattr(data, name):
+                raise ConfigError(f"data.{name} is for data.format={', '.join(LAYOUTS)}; {data.format} has one form")
     try:
         if data.time_format:
             datetime.strptime(datetime(2001, 2, 3, 16, 5, 6).strftime(data.time_format), data.time_format)

@@ -101,8 +101,9 @@ COMPRESSED: dict[str, tuple[bytes, Callable[[Path], BinaryIO]]] = {
     ".xz": (b"\xfd7zXZ\x00", lzma.open),
 }
 """By the ending of the name: the first bytes, by which such a file is known under any name, and what opens it."""
+PARQUET = ".parquet"
 FOREIGN = {
-    b"PAR1": "a Parquet file; pandas.read_parquet(OLD).to_json(NEW, orient='records', lines=True) writes JSON lines",
+    b"PAR1": "a Parquet file under another name; let it end in .parquet, as data.format=table reads it",
     b"ARROW1": "an Arrow file; write it as JSON lines",
     b"PK\x03\x04": "a ZIP archive (or a spreadsheet); unpack it, or save it as text",
     b"SQLite format 3": "an SQLite database; export its tables as text",
@@ -127,7 +128,7 @@ def open_raw(path: Path) -> BinaryIO:
             head = stream.read(16)
         opener = next((opener for magic, opener in COMPRESSED.values() if head.startswith(magic)), None)
         foreign = next((what for magic, what in FOREIGN.items() if head.startswith(magic)), "")
-        if foreign:
+        if foreign and path.suffix.lower() != PARQUET:
             raise DataError(f"{path}: {foreign}")
         return opener(path) if opener else open(path, "rb")
     except (FileNotFoundError, NotADirectoryError):
@@ -137,7 +138,7 @@ def open_raw(path: Path) -> BinaryIO:
             found = "no folder that can be read"
         raise DataError(
             f"{path}: missing (found there: {found}); set data.path, or give the file this name "
-            "(data.items_file, data.behaviors_file and data.sessions_file name others)"
+            "(data.items_file, data.interactions_file, data.behaviors_file and data.sessions_file name others)"
         ) from None
     except PermissionError:
         raise DataError(f"{path}: may not be read; ask its owner for permission to read file and folders") from None

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,6 +23,8 @@ from trsr_dist.records import Item
 from trsr_dist.run import MANIFEST, SPLITS, manifest_hash, read_manifest
 
 ROWS_PER_BATCH = 4096
+KEPT_BATCHES = 4
+"""Whose names and times are in memory as Python values."""
 ITEMS = "items.arrow"
 REMEDY = "run tools/prepare_data.py --force"
 POOLS = "pools"
@@ -110,6 +114,7 @@ class ArrowRows:
         except (OSError, pa.ArrowException) as error:
             raise DataError(f"{path}: not a complete Arrow file ({error}); {REMEDY}") from None
         self._length = sum(batch.num_rows for batch in self.batches)
+        self._columns = lru_cache(KEPT_BATCHES)(self._batch_columns)
 
     def __len__(self) -> int:
         return self._length
@@ -119,6 +124,26 @@ class ArrowRows:
         if not 0 <= row < self._length:
             raise IndexError(f"row {row} of {self._length}")
         return self.batches[row // ROWS_PER_BATCH].column(column)[row % ROWS_PER_BATCH].as_py()
+
+    def row(self, row: int) -> list:
+        """The cells of a row as Python values; cheap where rows of a batch are read one after the other."""
+        if not 0 <= row < self._length:
+            raise IndexError(f"row {row} of {self._length}")
+        batch, place = divmod(row, ROWS_PER_BATCH)
+        return [
+            values[place] if ends is None else values[ends[place] : ends[place + 1]].tolist()
+            for values, ends in self._columns(batch)
+        ]
+
+    def _batch_columns(self, batch: int) -> list[tuple[Any, np.ndarray | None]]:
+        """Of each column of a batch the values and, of lists, where each begins."""
+        found: list[tuple[Any, np.ndarray | None]] = []
+        for column in self.batches[batch].columns:
+            if pa.types.is_list(column.type):
+                found.append((column.values.to_numpy(), column.offsets.to_numpy()))
+            else:
+                found.append((column.to_pylist(), None))
+        return found
 
     def column(self, name: str) -> np.ndarray:
         """A numeric column as one array."""
@@ -132,6 +157,11 @@ class ArrowRows:
 
 class Catalogue(ArrowRows):
     """The items, by row."""
+
+    @cached_property
+    def ids(self) -> list[str]:
+        """Of all items, in memory; for those who need the ids of many."""
+        return self.strings("id")
 
     def id(self, row: int) -> str:
         return self.value(0, row)
@@ -206,8 +236,7 @@ class HistoryStore:
         return found
 
     def user(self, split: str, index: int) -> UserRow:
-        rows = self._users[split]
-        return UserRow(*(rows.value(column, index) for column in range(5)))
+        return UserRow(*self._users[split].row(index))
 
 
 def _targets(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:

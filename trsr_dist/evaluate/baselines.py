@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +57,17 @@ def one_by_one(score: Scorer) -> Ranker:
     return lambda histories, candidates: list(map(score, histories, candidates))
 
 
-def by_count(counts: np.ndarray) -> Scorer:
+def by_count(counts: np.ndarray) -> Ranker:
     """Rank by a count per item: of train users' clicks (popularity), or of the clicks that were their latest
     (recency, since a target is a user's latest click; needs no times)."""
-    return lambda history, candidates: counts[list(candidates)].astype(np.float64)
+    scores = counts.astype(np.float64)
+
+    def rank(histories: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> list[np.ndarray]:
+        starts = [0, *accumulate(map(len, candidates))]
+        found = scores[np.fromiter(chain.from_iterable(candidates), np.int64, starts[-1])]
+        return [found[start:end] for start, end in pairwise(starts)]
+
+    return rank
 
 
 class Bm25:
@@ -135,9 +143,9 @@ def build_rankers(store: HistoryStore, asked: Sequence[str], seed: int, folder: 
     """
     rankers: dict[str, Ranker] = {}
     if "popularity" in asked:
-        rankers["popularity"] = one_by_one(by_count(store.catalogue.column("popularity")))
+        rankers["popularity"] = by_count(store.catalogue.column("popularity"))
     if "recency" in asked:
-        rankers["recency"] = one_by_one(by_count(store.count_items("train", "targets")))
+        rankers["recency"] = by_count(store.count_items("train", "targets"))
     if "bm25" in asked:
         rankers["bm25"] = one_by_one(Bm25(store.catalogue.strings("text")))
     tuning, names = {}, [name for name in MODELS if name in asked]

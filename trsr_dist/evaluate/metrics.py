@@ -160,9 +160,12 @@ class OutcomeTable:
         target = np.repeat(targets, lengths)
         above = np.add.reduceat(flat_scores > target, starts, dtype=np.int64)
         tied = np.add.reduceat(flat_scores == target, starts, dtype=np.int64)
-        keys, place = np.unique(np.stack([lengths, above, tied], axis=1)[single], axis=0, return_inverse=True)
-        found = np.array([self._number((*key, 1)) for key in keys.tolist()], dtype=np.int32)
-        numbers[single] = found[place.reshape(-1)]
+        # One number for the three, which is several times faster to compare.
+        shape = (int(lengths.max()) + 1,) * 3
+        codes, place = np.unique(np.ravel_multi_index((lengths, above, tied), shape)[single], return_inverse=True)
+        keys = zip(*(part.tolist() for part in np.unravel_index(codes, shape)), strict=True)
+        found = np.array([self._number((*key, 1)) for key in keys], dtype=np.int32)
+        numbers[single] = found[place]
         for user in np.flatnonzero(~single).tolist():
             numbers[user] = self._number(outcome_of(scores[user], labels[user]))
         return numbers

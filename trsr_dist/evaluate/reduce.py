@@ -127,6 +127,7 @@ class Reduction:
         self._split = split
         self._store = store
         self._folders = folders
+        self._categories, self._popularity = store.catalogue.strings("category"), store.catalogue.column("popularity")
 
     def missing(self, entry: ScoringPass) -> list[int]:
         """Parts of a pass that nobody has scored yet."""
@@ -181,17 +182,29 @@ class Reduction:
         outcomes.add(all_scores(stored, scored, rankers), [user.labels for user in scored["model"]])
         own.add(scored["model"])
         for place, sample in enumerate(samples):
-            own.facts.add(user_facts(self._store, sample, stored[place], scored["model"][place].trims))
+            own.facts.add(self._facts(sample, stored[place], scored["model"][place].trims))
             if len(own.examples) < NUM_EXAMPLES:  # the first users of the split, whose order is a hash
                 model, control = (scored[name][place].scores for name in ("model", "control"))
                 own.examples.append(build_example(sample, model, control))
 
+    def _facts(self, sample: Sample, user: StoredUser, trims: dict[str, int]) -> dict[str, str]:
+        """What the slices tell users apart by."""
+        targets = [item for item, candidate in zip(user.candidates, sample.candidates, strict=True) if candidate.label]
+        category = self._categories[targets[0]]
+        facts = {
+            "history length": length_slice(len(user.row.history)),
+            "summary scheme": str(sample.provenance.get("scheme", "unknown")),
+            "trimmed": "yes" if trims else "no",
+            "target": "seen in training" if any(self._popularity[item] for item in targets) else "cold",
+        }
+        return facts | ({"category": category} if category else {})
+
     def _protocol(self, protocol: str, rankers: Mapping[str, Ranker], settings: ResultSettings) -> dict[str, Any]:
         """Model, control and the baselines without a language model on one kind of drawn lists."""
-        outcomes, candidates, name = Outcomes(OutcomeTable(settings.top_k)), ListDigest(), self._store.catalogue.id
+        outcomes, candidates, ids = Outcomes(OutcomeTable(settings.top_k)), ListDigest(), self._store.catalogue.ids
         for number, part in self._parts(f"reduce {protocol}"):
             stored = [self._users.stored(protocol, index) for index in part]
-            expected = [(user.row.user, list(map(name, user.candidates)), user.labels()) for user in stored]
+            expected = [(user.row.user, [ids[item] for item in user.candidates], user.labels()) for user in stored]
             scored = self._read(protocol, number, expected)
             outcomes.add(all_scores(stored, scored, rankers), [user.labels for user in scored["model"]])
             for entry in expected:
@@ -253,16 +266,3 @@ def result_settings(job: Evaluation, train: Mapping[str, Any]) -> ResultSettings
     trained_with = train.get("negatives_per_positive") if has_scale(train.get("loss")) else None
     evaluate = job.config.evaluate
     return ResultSettings(evaluate.top_k, evaluate.bootstrap_samples, job.config.run.seed, trained_with)
-
-
-def user_facts(store: HistoryStore, sample: Sample, user: StoredUser, trims: dict[str, int]) -> dict[str, str]:
-    """What the slices tell users apart by."""
-    targets = [item for item, candidate in zip(user.candidates, sample.candidates, strict=True) if candidate.label]
-    category = store.catalogue.category(targets[0])
-    facts = {
-        "history length": length_slice(len(user.row.history)),
-        "summary scheme": str(sample.provenance.get("scheme", "unknown")),
-        "trimmed": "yes" if trims else "no",
-        "target": "cold" if not any(store.catalogue.popularity(item) for item in targets) else "seen in training",
-    }
-    return facts | ({"category": category} if category else {})

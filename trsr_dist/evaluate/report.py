@@ -15,8 +15,9 @@ from jinja2 import Environment, PackageLoader
 from matplotlib.figure import Figure
 
 from trsr_dist.config import dump_config
+from trsr_dist.evaluate.advice import recipe, what_to_try
 from trsr_dist.evaluate.evaluation import Evaluation
-from trsr_dist.evaluate.figures import build_figures, to_svg
+from trsr_dist.evaluate.figures import build_figures, to_svg, training_values
 from trsr_dist.evaluate.reduce import Reduced
 from trsr_dist.evaluate.statistics import has_scale
 from trsr_dist.evaluate.table import GAIN, SYSTEMS, column_title, gain_line, list_table, protocol_rows, protocol_table
@@ -32,11 +33,15 @@ def publish(job: Evaluation, reduced: Reduced) -> None:
     (job.folder / MANIFEST).unlink(missing_ok=True)
     results, top_k = reduced.results, job.config.evaluate.top_k
     metric = headline(top_k)
-    figures = build_figures(results, reduced.systems, reduced.model, list(read_metrics(job.run.root)), metric)
+    training = list(read_metrics(job.run.root))
+    figures = build_figures(results, reduced.systems, reduced.model, training, metric)
+    train_auc = list(training_values(training, "train/auc").values()) if results["trained_on_these_shards"] else []
     config = dump_config(job.config)
     write_json(job.results, results)
     shards = job.run.split(job.split)
-    write_report(job.report, ReportParts(results, figures, reduced.examples, config, metric, job.folder, shards))
+    write_report(
+        job.report, ReportParts(results, figures, reduced.examples, config, metric, job.folder, shards, train_auc)
+    )
     write_metrics(job, results, figures)
     job.write_config()
     write_manifest(job.folder, "evaluate", job.settings(), job.inputs(), report=sha256_of(job.report))
@@ -97,6 +102,8 @@ class ReportParts:
     """Folder of all scores."""
     shards: Path
     """Folder of all texts."""
+    train_auc: Sequence[float] = ()
+    """Of the training's log lines."""
 
 
 def write_report(path: Path, parts: ReportParts) -> None:
@@ -114,6 +121,8 @@ def write_report(path: Path, parts: ReportParts) -> None:
                 systems=system_rows(results),
                 verdict=gain_line(gain, parts.metric) if gain else "",
                 verdict_class="" if gain and gain.get("low", 0) > 0 else "none",
+                advice=what_to_try(results, parts.train_auc, parts.metric),
+                recipe=recipe(results["provenance"]),
                 has_scale=has_scale(results["provenance"].get("train", {}).get("loss")),
                 gain_name=GAIN,
                 metric=column_title(parts.metric),

@@ -11,7 +11,7 @@ import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
+from itertools import groupby, repeat
 from pathlib import Path
 from typing import Any, NotRequired
 
@@ -69,26 +69,37 @@ def read_scores(path: Path) -> list[UserScores]:
     """
     if not path.is_file():
         raise DataError(f"{path}: missing; run the evaluation again")
-    users = []
-    for user, group in groupby(_rows(path), key=lambda row: row[0]):
-        _, items, labels, scores, trims = zip(*group, strict=True)
-        users.append(UserScores(user, items, np.array(labels, np.int64), np.array(scores, np.float32), trims[0] or {}))
-    return users
-
-
-def _rows(path: Path) -> Iterator[Row]:
     options = arrow_json.ParseOptions(explicit_schema=SCHEMA)
     try:
-        table = arrow_json.read_json(path, arrow_json.ReadOptions(use_threads=False), options)
-        if any(table.column(name).null_count for name in SCHEMA.names):
-            raise pa.ArrowInvalid("a field is missing")
+        return _users(arrow_json.read_json(path, arrow_json.ReadOptions(use_threads=False), options))
     except pa.ArrowInvalid:
         # Slower, and it names the line; an empty file is fine with it.
         lines = path.read_text(encoding="utf-8").splitlines()
-        return (_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1))
-    found = table.column("trims").to_pylist() if "trims" in table.column_names else [None] * len(table)
-    trims = [{name: count for name, count in (cut or {}).items() if count is not None} for cut in found]
-    return zip(*(table.column(name).to_pylist() for name in SCHEMA.names), trims, strict=True)
+        rows = (_row(line, f"{path}:{number}") for number, line in enumerate(lines, 1))
+        users = []
+        for user, group in groupby(rows, key=lambda row: row[0]):
+            _, items, labels, scores, trims = zip(*group, strict=True)
+            users.append(UserScores(user, items, np.array(labels, np.int64), np.array(scores, np.float32), trims[0]))
+        return users
+
+
+def _users(table: pa.Table) -> list[UserScores]:
+    """The users of a part file's rows, a row a candidate.
+
+    Raises:
+        ArrowInvalid: a field is missing.
+    """
+    if any(table.column(name).null_count for name in SCHEMA.names):
+        raise pa.ArrowInvalid("a field is missing")
+    names, items, labels, scores = (table.column(name).to_numpy() for name in SCHEMA.names)
+    items, scores = items.tolist(), scores.astype(np.float32)
+    starts = np.flatnonzero(np.append(True, names[1:] != names[:-1]))
+    cuts = table.column("trims").take(pa.array(starts)).to_pylist() if "trims" in table.column_names else repeat(None)
+    users = []
+    for start, end, cut in zip(starts, [*starts[1:], len(names)], cuts, strict=False):
+        trims = {name: count for name, count in (cut or {}).items() if count is not None}
+        users.append(UserScores(names[start], tuple(items[start:end]), labels[start:end], scores[start:end], trims))
+    return users
 
 
 def _row(line: str, place: str) -> Row:

@@ -59,8 +59,8 @@ class StoredSplit:
     def find(self, user: str, items: list[str]) -> StoredUser:
         """The row of a user and the item rows of the sample's candidates."""
         row = self.row(user)
-        ids = {self._store.catalogue.id(item): item for item in row.candidates}
-        if sorted(ids) != sorted(items):
+        ids = {self._store.catalogue.ids[item]: item for item in row.candidates}
+        if len(ids) != len(items) or ids.keys() != set(items):
             raise self._stale(f"user {user!r} has other candidates in the shards than in the history store")
         return StoredUser(row, [ids[item] for item in items])
 

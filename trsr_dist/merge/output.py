@@ -1,4 +1,4 @@
-"""Writes what a merged folder holds: weights, whatever else a server needs, and the model card.
+"""Writes what a merged folder holds: weights and whatever else a server needs.
 
 Weights go through in blocks of rows: memory does not grow with the model, nor with its largest tensor.
 """
@@ -42,8 +42,6 @@ LEFT_OUT = {MANIFEST, PROVENANCE, ADAPTER_CONFIG, "trainer_state.json", "README.
 TOKENIZER = ("token", "vocab", "merges", "special_tokens", "added_tokens", "chat_template", "spiece", "sentencepiece")
 TEMPLATES = "additional_chat_templates"
 """Folder in which transformers keeps further chat templates."""
-FILL_IN = "_To be filled in._"
-OPEN_POINTS = ("Licence (the base's terms apply)", "Data: origin, consent, licence", "Intended use and users", "Limits")
 
 
 def write_weights(folder: Path, plan: MergePlan) -> None:
@@ -161,91 +159,3 @@ def adapt_config(output: Path, unties: bool, dtype: torch.dtype | None, values: 
     config |= values
     if json.dumps(config) != before:
         path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def model_card(provenance: dict[str, Any], metrics: dict[str, Any] | None) -> str:
-    """README.md of a merged folder or an adapter: what is known is filled in, what only the user knows is marked.
-
-    Args:
-        provenance: the folder's provenance.json.
-        metrics: the run's evaluation/{split}.json, where there is one.
-    """
-    base, merge = provenance["base"]["name_or_path"], provenance["merge"]
-    library, relation = ("peft", "adapter") if merge["adapter_only"] else ("transformers", "finetune")
-    is_classifier = merge["head"] == "classifier"
-    merge_rows = [(name, value) for name, value in merge.items() if name not in ("adapter", "verification")]
-    sections = {
-        "Training": _training(provenance),
-        "Prompt and answers": _prompt(provenance),
-        "Evaluation": _evaluation(metrics, "the checkpoint" if is_classifier else "this folder"),
-        "Merge": _table(("fact", "value"), merge_rows),
-        "For you to fill in": [f"- {point}: {FILL_IN}" for point in OPEN_POINTS],
-    }
-    lines = [
-        "---",
-        f"base_model: {json.dumps(base)}",
-        f"pipeline_tag: {'text-classification' if is_classifier else 'text-generation'}",
-        f"library_name: {library}",
-        f"base_model_relation: {relation}",
-        "tags:",
-        "- recommendation",
-        "- lora",
-        "---",
-        "",
-        "# Recommendation model",
-        "",
-        f"A language model that answers whether a user will like an item; made from `{base}` with LoRA.",
-        "Its score is the log-odds of the answer: logit(yes) - logit(no) at the prompt's last token.",
-        "",
-        *(_use(provenance) if is_classifier else ()),
-    ]
-    for title, content in sections.items():
-        lines += [f"## {title}", "", *content, ""]
-    return "\n".join(lines)
-
-
-def _use(provenance: dict[str, Any]) -> list[str]:
-    """How the score of a whole prompt, as the training wrote it, is had from a classifier."""
-    special = provenance["prompt"]["style"] == "plain"
-    request = {"input": ["PROMPT"], "use_activation": False, "add_special_tokens": special}
-    return [
-        "This is a classifier: the logit of its one label is the score, its sigmoid the probability of yes against no.",
-        "",
-        "```python",
-        'classifier = pipeline("text-classification", model=FOLDER)',
-        f'classifier(prompts, function_to_apply="none", add_special_tokens={special})  # "none": scores',
-        "```",
-        "",
-        f"vLLM: `vllm serve FOLDER --runner pooling`, then POST `{json.dumps(request)}` to `/classify`.",
-        "",
-    ]
-
-
-def _training(provenance: dict[str, Any]) -> list[str]:
-    rows = [("domain", provenance.get("domain"))]
-    rows += [(f"data: {split}", value) for split, value in provenance.get("shards", {}).items()]
-    rows += list(provenance.get("train", {}).items())
-    rows += [(f"LoRA {name}", value) for name, value in provenance["merge"]["adapter"].items()]
-    return _table(("setting", "value"), [(name, value) for name, value in rows if value not in (None, "", [])])
-
-
-def _prompt(provenance: dict[str, Any]) -> list[str]:
-    if not provenance.get("prompt"):
-        return ["Not recorded by the adapter's source."]
-    rows = [*provenance["prompt"].items(), ("answer token ids (yes, no)", provenance["answer_ids"])]
-    return _table(("setting", "value"), rows)
-
-
-def _evaluation(metrics: dict[str, Any] | None, model: str) -> list[str]:
-    if not metrics:
-        return [f"{FILL_IN} Run `python tools/evaluate.py --config C --model DIR` on {model}."]
-    users = [f"{metrics['num_users']} users, {metrics['num_candidates']} candidates.", ""]
-    return users + _table(("metric", "value"), [(name, f"{value:.4f}") for name, value in metrics["metrics"].items()])
-
-
-def _table(head: tuple[str, str], rows: list[tuple[str, Any]]) -> list[str]:
-    if not rows:
-        return ["Not recorded."]
-    texts = ((name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)) for name, value in rows)
-    cells = ((name, text.replace("|", "\\|")) for name, text in texts)
-    return [f"| {head[0]} | {head[1]} |", "|---|---|", *(f"| {name} | {cell} |" for name, cell in cells)]

@@ -1,0 +1,123 @@
+"""Rows of tables by column name: CSV, TSV, RecBole's atomic files, Parquet. Which one is told by the file's ending."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from glob import glob
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from trsr_dist.data.source import COMPRESSED, PARQUET, LineReader, check_columns, find_raw, listed, open_raw
+from trsr_dist.errors import ConfigError, DataError
+
+MAX_FIELD_CHARACTERS = 1 << 24
+JSON_LINES = (".jsonl", ".json", ".ndjson")
+ATOMIC = (".inter", ".item")
+DIALECTS: dict[str, dict[str, Any]] = {
+    ".csv": {},
+    ".tsv": {"delimiter": "\t"},
+    **dict.fromkeys(ATOMIC, {"delimiter": "\t", "quoting": csv.QUOTE_NONE}),
+}
+ROWS_AT_A_TIME = 4096
+
+TableRow = tuple[int, dict[str, Any]]
+"""Line (Parquet: row) from 1, and cells by column."""
+
+
+def unpacked_name(path: Path) -> str:
+    """Without the ending of a compression."""
+    return path.stem if path.suffix in COMPRESSED else path.name
+
+
+def is_table(path: Path) -> bool:
+    """Whether the file is read here: any other name is of JSON lines."""
+    return _ending(path) in (*DIALECTS, PARQUET)
+
+
+def _ending(path: Path) -> str:
+    return Path(unpacked_name(path)).suffix.lower()
+
+
+def find_table(folder: Path, pattern: str) -> Path:
+    """The one raw file of this name, parts of which may be left open as ``*``.
+
+    Raises:
+        ConfigError: several files match; names them.
+    """
+    if "*" not in pattern:
+        return find_raw(folder, pattern)
+    matches = sorted(folder / name for name in glob(pattern, root_dir=folder))
+    found = [path for path in matches if is_table(path) or _ending(path) in JSON_LINES]
+    if len(found) > 1:
+        names = listed(path.name for path in found)
+        raise ConfigError(
+            f"{folder}: {names} may all be meant; name one with data.items_file or data.interactions_file"
+        )
+    return found[0] if found else folder / pattern
+
+
+def table_rows(path: Path, lines: LineReader) -> Iterator[TableRow]:
+    """Rows of a file that is not JSON lines."""
+    if _ending(path) == PARQUET:
+        return _parquet_rows(path)
+    rows = csv_rows(path, lines, (), **DIALECTS[_ending(path)])
+    if _ending(path) not in ATOMIC:
+        return rows
+    # A header of RecBole names types too: user_id:token.
+    return ((row, {name.partition(":")[0]: cell for name, cell in cells.items()}) for row, cells in rows)
+
+
+def csv_rows(path: Path, lines: LineReader, required: tuple[str, ...], **dialect: Any) -> Iterator[TableRow]:
+    """Rows of a file with a header.
+
+    Raises:
+        DataError: the header lacks a required column or names one twice, or a row is damaged.
+    """
+    csv.field_size_limit(MAX_FIELD_CHARACTERS)
+    records = csv.reader((line for _, line in lines.read(path)), strict=True, **dialect)
+    try:
+        header = tuple(next(records, ()))
+        if missing := [name for name in required if name not in header]:
+            raise DataError(
+                f"{path}:1: no column {missing[0]!r}; found {listed(header) or 'nothing'}, expected at least "
+                f"{', '.join(required)}; give the file its header"
+            )
+        if twice := [name for name in header if name and header.count(name) > 1]:
+            raise DataError(f"{path}:1: column {twice[0]!r} stands twice; remove or rename one of the two")
+        row = records.line_num + 1
+        for cells in records:
+            if cells:
+                check_columns(path, row, len(cells), header)
+                yield row, dict(zip(header, cells, strict=True))
+            row = records.line_num + 1
+    except csv.Error as error:
+        what = f"{error}; is a quotation mark left open before it?"
+        if "new-line character" in str(error):
+            what = "a carriage return stands outside quotation marks; save the file with line feeds as line ends"
+        raise DataError(f"{path}:{records.line_num}: {what}") from None
+
+
+def _parquet_rows(path: Path) -> Iterator[TableRow]:
+    row = 0
+    with open_raw(path) as stream:
+        try:
+            for batch in pq.ParquetFile(stream).iter_batches(ROWS_AT_A_TIME):
+                for cells in batch.to_pylist():
+                    row += 1
+                    yield row, {name: _plain(value) for name, value in cells.items()}
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{path}: cannot be read beyond row {row} ({error}); copy or download the file again"
+            ) from None
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 (any Arrow value)
+    """Times as Unix seconds; those without a zone are UTC."""
+    if isinstance(value, datetime):
+        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
+    return value

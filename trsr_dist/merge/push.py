@@ -1,0 +1,152 @@
+"""Merged models and adapters to the Hugging Face hub, each with its card, in one commit."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
+
+from trsr_dist.errors import ModelError, RunError
+from trsr_dist.files import read_json
+from trsr_dist.log import get_logger, show
+from trsr_dist.merge.card import FILL_IN, is_evaluation_of, keep_answers, model_card
+from trsr_dist.model.artifacts import PROVENANCE
+from trsr_dist.run import MANIFEST, read_manifest
+
+CARD = "README.md"
+ORIGIN = "MODEL.json"
+"""Beside a fetched base: the hub id it was made from."""
+
+log = get_logger("push")
+
+
+@dataclass(frozen=True, slots=True)
+class PushOptions:
+    """What goes where."""
+
+    repository: str
+    """``owner/name`` on the hub."""
+    evaluation: Path | None = None
+    """``test.json`` of an evaluation of this model; None: that of its run folder, where there is one."""
+    base_model: str = ""
+    """The base's hub id, where the folder knows only a path."""
+    public: bool = False
+    dry_run: bool = False
+
+
+def push(folder: Path, options: PushOptions, api: HfApi) -> str:
+    """Upload a folder of ``tools/merge_lora.py``, whole or not at all; returns the commit's address.
+
+    The card gets the evaluation's figures and keeps what its owner has filled in. Paths of this machine in
+    provenance.json are cut to their last part.
+
+    Raises:
+        ModelError: it is no such folder, or not all of it is there.
+        RunError: the evaluation is of another model, or the hub refuses.
+    """
+    files = complete_files(folder)
+    provenance = without_paths(read_json(folder / PROVENANCE))
+    provenance["base"]["name_or_path"] = base_of(folder, options.base_model)
+    card = model_card(provenance, evaluation_of(folder, options.evaluation))
+    texts = {
+        CARD: keep_answers(card, (folder / CARD).read_text(encoding="utf-8")),
+        PROVENANCE: json.dumps(provenance, indent=2, ensure_ascii=False) + "\n",
+    }
+    if open_points := [line for line in texts[CARD].splitlines() if FILL_IN in line]:
+        log.warning("the card is open at: %s", "; ".join(line.lstrip("- ") for line in open_points))
+    if options.dry_run:
+        visibility = "public" if options.public else "private"
+        sizes = files | {name: len(text.encode()) for name, text in texts.items()}
+        names = "\n".join(f"  {name} ({size:,} bytes)" for name, size in sizes.items())
+        show(f"{texts[CARD]}\nwould go to {options.repository} ({visibility}):\n{names}")
+        return ""
+    operations = [
+        CommitOperationAdd(name, io.BytesIO(texts[name].encode()) if name in texts else folder / name) for name in files
+    ]
+    return _upload(options, operations, api)
+
+
+def _upload(options: PushOptions, operations: list[CommitOperationAdd], api: HfApi) -> str:
+    name = options.repository
+    try:
+        if api.repo_exists(name):
+            log.info("%s exists and keeps its visibility", name)
+        else:
+            api.create_repo(name, private=not options.public)
+        commit = api.create_commit(name, operations, commit_message="Upload by trsr_dist")
+    except LocalTokenNotFoundError:
+        raise RunError("no token for the hub: set HF_TOKEN, or run `hf auth login`") from None
+    except HFValidationError as error:
+        raise RunError(f"--repo {name}: {error}; expected owner/name") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise RunError(
+            f"{name}: the hub refused, nothing was committed: {error}; check the name and the token's rights"
+        ) from error
+    log.info("pushed %d files: %s", len(operations), commit.commit_url)
+    return commit.commit_url
+
+
+def complete_files(folder: Path) -> dict[str, int]:
+    """Names and bytes of the files that the merge wrote, all of them there.
+
+    Raises:
+        ModelError: there is no manifest of a merge, or a file is missing or of another size.
+    """
+    if not (folder / MANIFEST).is_file() or not (files := read_manifest(folder).get("files")):
+        raise ModelError(
+            f"{folder}: no folder of tools/merge_lora.py ({MANIFEST} with its files is missing); merge the checkpoint "
+            "first, with --adapter-only for the adapter alone"
+        )
+    for name, size in files.items():
+        path = folder / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size and name != CARD:  # its owner may have filled it in
+            raise ModelError(
+                f"{path}: {'missing' if found is None else f'{found} bytes'}, expected {size}; merge again"
+            )
+    return files
+
+
+def base_of(folder: Path, given: str) -> str:
+    """Hub id of the base: as given, as recorded, or what a fetched base was made from; a path's last part otherwise."""
+    recorded = read_json(folder / PROVENANCE)["base"]["name_or_path"]
+    if given or not Path(recorded).is_absolute():
+        return given or recorded
+    if (folder / ORIGIN).is_file():
+        return read_json(folder / ORIGIN)["model"]
+    log.warning("the base is known as a folder, %s; --base-model names it on the hub", recorded)
+    return Path(recorded).name
+
+
+def without_paths(value: Any) -> Any:
+    """The same with absolute paths cut to their last part: they tell of this machine and help nobody else."""
+    if isinstance(value, dict):
+        return {key: without_paths(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [without_paths(item) for item in value]
+    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+
+
+def evaluation_of(folder: Path, given: Path | None) -> dict[str, Any] | None:
+    """Results for the card.
+
+    Raises:
+        RunError: the file is missing, or of another model.
+    """
+    path = given or folder.parent / "evaluation" / "test.json"
+    if not path.is_file():
+        if given is not None:
+            raise RunError(f"{path}: no such file; tools/evaluate.py writes evaluation/test.json")
+        return None
+    results = read_json(path)
+    if is_evaluation_of(results, read_json(folder / PROVENANCE)):
+        return results
+    if given is not None:
+        raise RunError(f"{path}: an evaluation of {results['model']}, another model than {folder}; evaluate this one")
+    log.warning("%s is of another model and is left out of the card", path)
+    return None
