@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from tqdm import tqdm
 from typing_extensions import TypedDict
@@ -23,8 +23,6 @@ from trsr_dist.printable import printable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-    from trsr_dist.trackers import Background
 
 T = TypeVar("T")
 
@@ -129,6 +127,16 @@ def progress(
     return _LineProgress(items, **options, disable=quiet, mininterval=LINE_SECONDS, miniters=1, file=io.StringIO())
 
 
+class Sink(Protocol):
+    """What takes the same as ``metrics.jsonl``; ``trackers.Background``."""
+
+    def put(self, method: str, *arguments: Any) -> None:
+        """Have a method of ``trackers.Tracker`` called."""
+
+    def close(self, settings: Mapping[str, Any], final: Mapping[str, float]) -> None:
+        """Write what is left."""
+
+
 class MetricLog:
     """Scalars to ``metrics.jsonl`` and the trackers; one writer a stage, on rank 0.
 
@@ -144,7 +152,7 @@ class MetricLog:
         self,
         run_dir: Path,
         stage: str,
-        trackers: Sequence[Background] = (),
+        trackers: Sequence[Sink] = (),
         purge_step: int | None = None,
         fence: Callable[[], None] | None = None,
     ) -> None:

@@ -234,7 +234,7 @@ def test_zero_files_of_another_form_are_refused(tmp_path: Path, text: str) -> No
 
 
 def test_every_setting_says_what_it_means() -> None:
-    from trsr_dist.config.sections import Config
+    from trsr_dist.config.whole import Config
 
     for section in Config.model_fields.values():
         for name, field in section.annotation.model_fields.items():

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -13,12 +16,14 @@ from torch import nn
 from tests.model.world import ANSWERS, CPU, make_model, make_user, model_config
 from trsr_dist.distributed import process_group
 from trsr_dist.environment import Ranks
-from trsr_dist.errors import CheckpointError
+from trsr_dist.errors import CheckpointError, RunError
+from trsr_dist.model.artifacts import POINTERS
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.rows import pack_row
 from trsr_dist.train import elastic
-from trsr_dist.train.elastic import adam_step, check_names, gather_state, restore_state, start_from
+from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState, read_checkpoint
+from trsr_dist.train.elastic import Saving, adam_step, check_names, gather_state, restore_state, start_from
 from trsr_dist.train.engine import Engine, complete_zero_config
 from trsr_dist.train.losses import row_loss
 
@@ -75,6 +80,43 @@ def test_the_state_is_a_copy(trained: dict[str, torch.Tensor]) -> None:
     kept = {name: tensor.clone() for name, tensor in before.items()}
     train(engine, 0.01)
     assert all(torch.equal(before[name], tensor) for name, tensor in kept.items())
+
+
+class GatedFolder(CheckpointFolder):
+    """Saves when its gate is open."""
+
+    gate = threading.Event()
+
+    def save(self, *args: Any) -> Path:
+        assert self.gate.wait(60)
+        return super().save(*args)
+
+
+def test_a_checkpoint_of_its_step_is_written_behind_the_next_ones(tmp_path: Path) -> None:
+    engine = make_engine(0)
+    saving, expected = Saving(engine, GatedFolder(tmp_path, 3), True, {}, lambda state: {}), gather_state(engine)
+    saving.save(TrainerState(1, 1, {}, best_step=1))
+    train(engine, 0.01)
+    assert not list(tmp_path.iterdir())
+    GatedFolder.gate.set()
+    saving.wait()
+    assert_close(read_checkpoint(tmp_path / "step-000001").tensors, expected, 0.0)
+    assert {name: (tmp_path / name).read_text() for name in POINTERS} == dict.fromkeys(POINTERS, "step-000001\n")
+    assert saving.write_seconds > 0
+    saving.close()
+
+
+def test_a_checkpoint_that_was_not_written_is_known_and_raised_once(tmp_path: Path) -> None:
+    def fence() -> None:
+        raise RunError("lost")
+
+    saving = Saving(make_engine(0), CheckpointFolder(tmp_path, 3, fence), True, {}, lambda state: {})
+    saving.save(TrainerState(1, 1, {}))
+    saving.close()
+    assert saving.has_failed
+    with pytest.raises(RunError, match="lost"):
+        saving.wait()
+    assert not saving.has_failed
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -117,7 +117,6 @@ def test_without_progress_it_ends_early_and_stays_ended(runs: dict) -> None:
 def start_unluckily(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """Trainings that are stopped before, within and right after a validation, each started until it ends."""
     from trsr_dist.train import validation
-    from trsr_dist.train.elastic import Saving
     from trsr_dist.train.job import train
 
     def start(run: Path) -> int:
@@ -129,16 +128,16 @@ def start_unluckily(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     short, broken, unmarked = (folder / name for name in ("short", "broken", "unmarked"))
     found: dict[str, Any] = {"short": [start(short) for _ in range(6)]}
 
-    run, mark_best, values = validation.Validator.run, Saving.mark_best, iter([0.5, 0.9, 0.6, 0.6])
+    run, mark_best, values = validation.Validator.run, CheckpointFolder.mark_best, iter([0.5, 0.9, 0.6, 0.6])
     validation.Validator.run = _interrupt
     found["broken"] = [start(broken)]
     validation.Validator.run = run
     found["broken"] += [CheckpointFolder(broken / "checkpoints", 9).newest().state.step, start(broken)]
 
     validation.Validator.run = lambda *args: run(*args) | {"mrr@3": next(values)}
-    Saving.mark_best = lambda saving, step: mark_best(saving, step) if step == EVERY else _interrupt()
+    CheckpointFolder.mark_best = lambda folder, step: mark_best(folder, step) if step == EVERY else _interrupt()
     found["unmarked"] = [start(unmarked)]
-    Saving.mark_best = mark_best
+    CheckpointFolder.mark_best = mark_best
     found["unmarked"] += [start(unmarked)]
     return found
 

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from yaml.constructor import ConstructorError
 
-from trsr_dist.config.sections import Config
+from trsr_dist.config.whole import Config
 from trsr_dist.config.zero import find_file, read_zero_config
 from trsr_dist.errors import ConfigError
 from trsr_dist.files import read_text

@@ -15,10 +15,8 @@ from pydantic import (
     JsonValue,
     PositiveInt,
     field_validator,
-    model_validator,
 )
 
-from trsr_dist.config.contradictions import contradictions
 from trsr_dist.config.on_resume import OnResume
 from trsr_dist.environment import expand_home
 
@@ -380,33 +378,3 @@ class BaseSection(Section):
     prompt_share: float = Field(0.8, ge=0, le=1)
     """Share of prompt-shaped documents, the others being plain texts. Their answers are drawn at random, so that
     nothing of the labels is learned."""
-
-
-class Config(Section):
-    """All sections of a run."""
-
-    run: RunSection = RunSection()
-    demo: DemoSection = DemoSection()
-    data: DataSection = DataSection()
-    summarize: SummarizeSection = SummarizeSection()
-    prompt: PromptSection = PromptSection()
-    model: ModelSection = ModelSection()
-    lora: LoraSection = LoraSection()
-    train: TrainSection = TrainSection()
-    evaluate: EvaluateSection = EvaluateSection()
-    base: BaseSection = BaseSection()
-
-    @model_validator(mode="after")
-    def _no_contradictions(self) -> Config:
-        for text in contradictions(self):
-            raise ValueError(text)
-        return self
-
-    @property
-    def domain(self) -> str:
-        """The prompts' wording: ``news``, ``products`` or ``items``."""
-        if self.data.domain != "auto":
-            return self.data.domain
-        return {"mind": "news", "demo": "news", "amazon_m2": "products", "amazon_reviews": "products"}.get(
-            self.data.format, "items"
-        )

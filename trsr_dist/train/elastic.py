@@ -6,8 +6,9 @@ megabytes, and know nothing of ranks.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -45,35 +46,72 @@ def gather_state(engine: Engine) -> dict[str, torch.Tensor]:
     return state
 
 
-@dataclass(frozen=True, slots=True)
 class Saving:
-    """Writes checkpoints of one engine; each method is called by all ranks."""
+    """Writes checkpoints of one engine behind the next steps, in a thread of rank 0: one at a time, in order.
 
-    engine: Engine
-    checkpoints: CheckpointFolder
-    is_main: bool
-    adapter_config: dict[str, Any]
-    provenance: Callable[[TrainerState], dict[str, Any]]
+    Args:
+        engine: whose state is saved.
+        checkpoints: where to.
+        is_main: whether this is rank 0.
+        adapter_config: content of ``adapter_config.json``.
+        provenance: from a state to what a later stage must know.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        checkpoints: CheckpointFolder,
+        is_main: bool,
+        adapter_config: dict[str, Any],
+        provenance: Callable[[TrainerState], dict[str, Any]],
+    ) -> None:
+        self._engine = engine
+        self._checkpoints = checkpoints
+        self._is_main = is_main
+        self._adapter_config = adapter_config
+        self._provenance = provenance
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self.write_seconds = 0.0
+        """The longest that rank 0 has written on one."""
 
     def save(self, state: TrainerState) -> None:
-        """Write a checkpoint; a problem of rank 0 is raised on all ranks.
+        """Copy the state to host memory; writing it goes on when this returns. All ranks call it.
+
+        Raises:
+            TrsrError: as ``wait``, of the checkpoint before this one.
+        """
+        self.wait()
+        tensors = gather_state(self._engine)
+        if self._is_main:
+            self._pending = self._writer.submit(self._write, tensors, state)
+
+    def wait(self) -> None:
+        """Until the last checkpoint is there. All ranks call it; a problem of rank 0 is raised on all of them.
 
         Raises:
             CheckpointError: what was read back is not what was written.
             RunError: the disk is full, or the folder was lost to another process. The checkpoints before it are intact.
         """
-        tensors = gather_state(self.engine)
+        pending, self._pending = self._pending, None
+        on_rank_zero(lambda: pending and pending.result())
 
-        def write() -> None:
-            with writing(self.checkpoints.root):
-                self.checkpoints.save(tensors, state, self.adapter_config, self.provenance(state))
+    @property
+    def has_failed(self) -> bool:
+        """Whether ``wait`` would raise; on rank 0, of what has ended by now."""
+        return self._pending is not None and self._pending.done() and self._pending.exception() is not None
 
-        on_rank_zero(write)
+    def close(self) -> None:
+        """Let this process's writing end, well or not: the folder's lock is given up after it."""
+        self._writer.shutdown()
 
-    def mark_best(self, step: int) -> None:
-        """The checkpoint of this step is the best so far."""
-        if self.is_main:
-            self.checkpoints.mark_best(step)
+    def _write(self, tensors: dict[str, torch.Tensor], state: TrainerState) -> None:
+        started = time.perf_counter()
+        with writing(self._checkpoints.root):
+            self._checkpoints.save(tensors, state, self._adapter_config, self._provenance(state))
+            if state.best_step == state.step:
+                self._checkpoints.mark_best(state.step)
+        self.write_seconds = max(self.write_seconds, time.perf_counter() - started)
 
 
 def restore_state(engine: Engine, state: dict[str, torch.Tensor], step: int) -> None:

@@ -75,7 +75,7 @@ class Monitor:
             self._write(made)
 
     def saved(self, step: int, seconds: float) -> None:
-        """A checkpoint was written."""
+        """The ranks stood still for so long for a checkpoint."""
         if self._metrics is not None:
             self._metrics.write(step, {"train/checkpoint_seconds": seconds})
 

@@ -108,6 +108,12 @@ class Trainer:
             ModelError: too many steps in a row were not finite, or a LoRA layer gets no gradient.
             DataError: a sample is damaged.
         """
+        try:
+            return self._run()
+        finally:
+            self._saving.close()
+
+    def _run(self) -> Ending:
         steps = iter(self._stream)
         reason = ""
         self._validate(at_start=True)
@@ -119,6 +125,8 @@ class Trainer:
                 self._save()
             self._validate()
         self._save()
+        self._control.heartbeat.at(self.state.step, SAVING)
+        self._saving.wait()
         self._control.heartbeat.at(self.state.step, END)
         best = {} if self.state.best_value is None else {self._settings.best_metric: self.state.best_value}
         self._monitor.close(self.state.settings or {}, best)
@@ -142,7 +150,9 @@ class Trainer:
         if not self._gradients_checked:
             check_gradients(self._engine)
             self._gradients_checked = True
-        reason = self._control.reasons.reason()
+        # The last one that is due before leaving may have to wait for another.
+        self._control.reasons.walltime.saw("save", 2 * self._saving.write_seconds)
+        reason = "a checkpoint was not written" if self._saving.has_failed else self._control.reasons.reason()
         total = self._runner.reduce(step, own, bool(reason))
         self._control.heartbeat.at(step.state.step, UPDATE)
         s = self._settings
@@ -197,9 +207,7 @@ class Trainer:
         self._control.heartbeat.at(self.state.step, SAVING)
         self._saving.save(self.state)
         self._saved = self.state
-        seconds = time.perf_counter() - started
-        self._control.reasons.walltime.saw("save", seconds)
-        self._monitor.saved(self.state.step, seconds)
+        self._monitor.saved(self.state.step, time.perf_counter() - started)
 
     def _validate(self, at_start: bool = False) -> None:
         """Rank the validation users if that is due and there is time for it; else a later start will.
@@ -213,8 +221,6 @@ class Trainer:
         self.state = self.state.validated(self._rank_validation_users())
         self._control.reasons.walltime.saw("validation", time.perf_counter() - started)
         self._save()
-        if self.state.best_step == self.state.step:
-            self._saving.mark_best(self.state.step)
 
     def _rank_validation_users(self) -> float:
         """The value of the metric that names the best step."""

@@ -1,14 +1,55 @@
-"""Settings that are right by themselves and wrong together, found when the config is read and not hours later. Pure."""
+"""The whole config. Settings that are right alone and wrong together are found when it is read, not hours later."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
+from pydantic import model_validator
+
+from trsr_dist.config.sections import (
+    BaseSection,
+    DataSection,
+    DemoSection,
+    EvaluateSection,
+    LoraSection,
+    ModelSection,
+    PromptSection,
+    RunSection,
+    Section,
+    SummarizeSection,
+    TrainSection,
+)
 from trsr_dist.records import metric_names
 
-if TYPE_CHECKING:
-    from trsr_dist.config.sections import Config
+
+class Config(Section):
+    """All sections of a run."""
+
+    run: RunSection = RunSection()
+    demo: DemoSection = DemoSection()
+    data: DataSection = DataSection()
+    summarize: SummarizeSection = SummarizeSection()
+    prompt: PromptSection = PromptSection()
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    base: BaseSection = BaseSection()
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Config:
+        for text in contradictions(self):
+            raise ValueError(text)
+        return self
+
+    @property
+    def domain(self) -> str:
+        """The prompts' wording: ``news``, ``products`` or ``items``."""
+        if self.data.domain != "auto":
+            return self.data.domain
+        return {"mind": "news", "demo": "news", "amazon_m2": "products", "amazon_reviews": "products"}.get(
+            self.data.format, "items"
+        )
 
 
 def contradictions(config: Config) -> Iterator[str]:
