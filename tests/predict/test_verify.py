@@ -122,6 +122,14 @@ def test_faults_of_weights(folders: dict[str, Path], locals_: dict[str, Local], 
     assert check(locals_["chat"], half, tolerance=0.25).is_equal
 
 
+def test_a_base_that_is_as_near_as_16_bits_is_named(served: Served, tmp_path: Path) -> None:
+    base = make_folder(tmp_path / "base")
+    load(base, "bfloat16").float().save_pretrained(base)
+    gentle = Local.open(str(make_folder(tmp_path / "gentle", base=base)), device="cpu")
+    found = check(gentle, replace(served, model=load(base))).routes[0]
+    assert found.fault.startswith("the base model is served") and found.largest_difference < 0.25
+
+
 def test_faults_of_answers(locals_: dict[str, Local], served: Served) -> None:
     yes, no = served.answer_ids
     tokenizer = sentencepiece()

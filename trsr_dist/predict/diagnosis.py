@@ -196,7 +196,7 @@ def diagnose(
         return _named_prompts(local.prompts.builder, wanted, told, faults)
     if words := _rescaled(flat, there):
         return words
-    some = slice(0, SAMPLED_USERS)
+    some, rounding = slice(0, SAMPLED_USERS), ""
     for words, scores in _imitations(local, users[some], {} if is_told else faults):
         left = np.abs(np.concatenate(scores) - np.concatenate(theirs[some])).mean()
         differs = np.abs(np.concatenate(ours[some]) - np.concatenate(theirs[some])).mean()
@@ -204,7 +204,9 @@ def diagnose(
             return words
         noise = np.abs(np.concatenate(scores) - np.concatenate(ours[some])).mean()
         if words.startswith("16-bit") and differs <= NOISE * noise:
-            return f"{words} (mean difference {differs:.2g}, with bfloat16 weights here {noise:.2g})"
+            rounding = f"{words} (mean difference {differs:.2g}, with bfloat16 weights here {noise:.2g})"
+    if rounding:  # not at once: the base of a gentle adapter is as near, and gives the server's very scores
+        return rounding
     alike = np.corrcoef(flat, there)[0, 1]
     near = "nearly the same scores: another checkpoint, or quantized weights" if alike > ALIKE else "other scores"
     return f"another adapter or other weights are served ({near}, correlation {alike:.3f}); serve the right folder"
