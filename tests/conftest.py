@@ -1,5 +1,6 @@
 """The libraries' environment, as the entry points set it, before any test imports torch."""
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -18,6 +19,12 @@ def restore_linear() -> Iterator[None]:
     """DeepSpeed's ``zero.Init`` replaces the function for the whole process, and leaves it so."""
     yield
     functional.linear = LINEAR
+
+
+@pytest.fixture(autouse=True)
+def hear_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``setup_logging`` keeps lines from ``caplog``: what an earlier test has set up must not matter."""
+    monkeypatch.setattr(logging.getLogger("trsr"), "propagate", True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

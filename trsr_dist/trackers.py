@@ -22,6 +22,7 @@ from typing_extensions import TypedDict
 
 from trsr_dist.config import Config, flat_settings
 from trsr_dist.files import read_json, write_json
+from trsr_dist.json_text import parse_json
 from trsr_dist.log import MetricLog, get_logger
 from trsr_dist.printable import in_one_line, strike_addresses
 
@@ -272,10 +273,10 @@ class Background:
 
     def _lose(self, reason: str) -> None:
         if not self._is_lost:
-            self._is_lost = True
             log.warning(
                 "tracker %s: %s; the run goes on without it", self._name, in_one_line(strike_addresses(reason), 300)
             )
+            self._is_lost = True  # after the line: whoever closes waits for the thread that writes it
 
 
 def open_metrics(
@@ -290,7 +291,7 @@ def open_metrics(
         purge_step: see ``MetricLog``.
         fence: the same.
     """
-    settings = json.loads(strike_addresses(json.dumps(flat_settings(config))))
+    settings = parse_json(strike_addresses(json.dumps(flat_settings(config))))
     tracked = TrackedStage(root, stage, settings, purge_step)
     names = [name for name in config.run.trackers if name != "tensorboard" or config.run.tensorboard]
     return MetricLog(root, stage, [Background(n, TRACKERS[n], tracked) for n in names], purge_step, fence)

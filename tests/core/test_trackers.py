@@ -1,6 +1,5 @@
 """Trackers: what fails or hangs never stops a stage, restarts go on with the same run, no key is in any file."""
 
-import logging
 import struct
 import threading
 import time
@@ -49,13 +48,6 @@ class Missing(Recorder):
 
 
 @pytest.fixture
-def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
-    """What the log says, whether or not an earlier test has set it up."""
-    monkeypatch.setattr(logging.getLogger("trsr"), "propagate", True)
-    return caplog
-
-
-@pytest.fixture
 def config(tmp_path: Path) -> Config:
     return load_config("configs/quickstart.yaml", [f"run.dir={tmp_path}/run", "run.trackers=[wandb]"])
 
@@ -96,11 +88,11 @@ def test_a_tracker_gets_what_is_written(config: Config, use: Callable) -> None:
     assert figure[:2] == ("figure", "test/Recall by K") and figure[3] == 6
 
 
-def test_one_that_fails_costs_a_line(config: Config, use: Callable, said: pytest.LogCaptureFixture) -> None:
+def test_one_that_fails_costs_a_line(config: Config, use: Callable, caplog: pytest.LogCaptureFixture) -> None:
     use(Failing)
     write(config, range(1, 30))
-    assert len(said.messages) == 1 and KEY not in said.messages[0]
-    assert said.messages[0].startswith(
+    assert len(caplog.messages) == 1 and KEY not in caplog.messages[0]
+    assert caplog.messages[0].startswith(
         "tracker wandb: ConnectionError: no way to https://***@tracker.example for step 1;"
     )
     assert len(list(read_metrics(Path(config.run.dir)))) == 29
@@ -110,7 +102,7 @@ def test_one_that_fails_costs_a_line(config: Config, use: Callable, said: pytest
 def test_one_that_hangs_costs_a_line(
     config: Config,
     use: Callable,
-    said: pytest.LogCaptureFixture,
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
     num_steps: int,
     says: str,
@@ -119,14 +111,16 @@ def test_one_that_hangs_costs_a_line(
     monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.2)
     use(Hanging)
     assert write(config, range(1, num_steps)) < 10
-    assert len(said.messages) == 1 and says in said.messages[0]
+    assert len(caplog.messages) == 1 and says in caplog.messages[0]
     assert len(list(read_metrics(Path(config.run.dir)))) == num_steps - 1
 
 
-def test_one_that_is_not_installed_costs_a_line(config: Config, use: Callable, said: pytest.LogCaptureFixture) -> None:
+def test_one_that_is_not_installed_costs_a_line(
+    config: Config, use: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
     use(Missing)
     write(config, range(1, 3))
-    assert len(said.messages) == 1 and "pip install 'trsr_dist[wandb]'" in said.messages[0]
+    assert len(caplog.messages) == 1 and "pip install 'trsr_dist[wandb]'" in caplog.messages[0]
 
 
 def test_a_restart_goes_on_with_the_run_and_a_new_start_does_not(tmp_path: Path) -> None:
@@ -165,11 +159,11 @@ def no_key_in(folder: Path) -> None:
     assert not [path for path in files if KEY.encode() in path.read_bytes()]
 
 
-def test_wandb_offline(config: Config, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture) -> None:
+def test_wandb_offline(config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     config = real("wandb", config, monkeypatch)
     write(config, range(1, 4), purge_step=1)
     write(config, range(3, 6), purge_step=3)
-    assert not said.messages
+    assert not caplog.messages
     folder = Path(config.run.dir)
     runs = {str(path).rpartition("-")[2] for path in (folder / "trackers/wandb").glob("offline-run-*")}
     records = [record for path in sorted(folder.rglob("*.wandb")) for record in wandb_records(path)]
@@ -203,12 +197,12 @@ def wandb_records(path: Path) -> Iterator[Any]:
             data = b""
 
 
-def test_mlflow_file_store(config: Config, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture) -> None:
+def test_mlflow_file_store(config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     config = real("mlflow", config, monkeypatch)
     write(config, range(1, 4), purge_step=1)
     write(config, range(3, 6), purge_step=3)
     write(config, range(5, 6), stage="evaluate")
-    assert not said.messages
+    assert not caplog.messages
     from mlflow import MlflowClient
 
     client = MlflowClient((Path(config.run.dir) / "trackers" / "mlruns").as_uri())
@@ -225,11 +219,11 @@ def test_mlflow_file_store(config: Config, monkeypatch: pytest.MonkeyPatch, said
     no_key_in(Path(config.run.dir))
 
 
-def test_trackio_local(config: Config, monkeypatch: pytest.MonkeyPatch, said: pytest.LogCaptureFixture) -> None:
+def test_trackio_local(config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     config = real("trackio", config, monkeypatch)
     write(config, range(1, 4), purge_step=1)
     write(config, range(3, 6), purge_step=3)
-    assert not said.messages
+    assert not caplog.messages
     import sqlite3
 
     (path,) = Path(config.run.dir).rglob("*.db")
