@@ -1,4 +1,4 @@
-"""The records and the names of metrics that cross stage borders. Standard library only."""
+"""The records and the names of metrics and losses that cross stage borders. Standard library only."""
 
 from __future__ import annotations
 
@@ -89,6 +89,15 @@ class TokenizedUser:
             tuple(self.items[i] for i in candidates),
             self.trims,
         )
+
+
+RANKING_LOSSES = ("pairwise", "listwise", "distill")
+"""Values of ``train.loss`` that compare a user's candidates: averaged over users, and their scores have no scale."""
+
+
+def has_scale(loss: str | None) -> bool:
+    """Whether the loss of a training made the scores log-odds of yes; an unknown one is taken for such."""
+    return loss not in RANKING_LOSSES
 
 
 def metric_names(top_k: Sequence[int]) -> list[str]:

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 
 from trsr_dist.evaluate import statistics
-from trsr_dist.evaluate.statistics import calibration, correct_prior, has_scale, paired_differences, probabilities
+from trsr_dist.evaluate.statistics import calibration, correct_prior, paired_differences, probabilities
+from trsr_dist.records import has_scale
 
 
 def bootstrap_interval(values: np.ndarray, num_samples: int, seed: int) -> np.ndarray:

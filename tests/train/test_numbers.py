@@ -14,8 +14,9 @@ from torch import nn
 
 from tests.model.world import ANSWERS, CPU, make_model, make_user, model_config, recommender
 from trsr_dist.model.inputs import RowInputs, separate_prompts
+from trsr_dist.records import RANKING_LOSSES
 from trsr_dist.rows import PackedRow, pack_row
-from trsr_dist.train.losses import PER_USER, RowLoss, distill_sum, listwise_sum, pairwise_sum, row_loss
+from trsr_dist.train.losses import RowLoss, distill_sum, listwise_sum, pairwise_sum, row_loss
 from trsr_dist.train.meter import Sums, count_pairs, scalars
 from trsr_dist.train.schedule import learning_rate
 
@@ -184,7 +185,7 @@ class TestRowLoss:
         assert found.total.item() == pytest.approx(expected, rel=1e-4)
         assert found.log_odds is None and found.total.requires_grad
 
-    @pytest.mark.parametrize("loss", PER_USER)
+    @pytest.mark.parametrize("loss", RANKING_LOSSES)
     def test_over_users(self, base: nn.Module, row: PackedRow, logits: list[torch.Tensor], loss: str) -> None:
         found = self.run(base, row, loss)
         log_odds = torch.stack([values[-1][ANSWERS[0]] - values[-1][ANSWERS[1]] for values in logits])

@@ -28,11 +28,10 @@ from trsr_dist.evaluate.results import (
     system_results,
 )
 from trsr_dist.evaluate.score_files import Expected, ScoreFolder, UserScores, expected_of
-from trsr_dist.evaluate.statistics import has_scale
 from trsr_dist.evaluate.users import DrawnLists, SplitUsers, StoredSplit, StoredUser
 from trsr_dist.hashing import ListDigest
 from trsr_dist.log import progress
-from trsr_dist.records import Sample
+from trsr_dist.records import Sample, has_scale
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,10 @@ from trsr_dist.evaluate.advice import recipe, what_to_try
 from trsr_dist.evaluate.evaluation import Evaluation
 from trsr_dist.evaluate.figures import build_figures, to_svg, training_values
 from trsr_dist.evaluate.reduce import Reduced
-from trsr_dist.evaluate.statistics import has_scale
 from trsr_dist.evaluate.table import GAIN, SYSTEMS, column_title, gain_line, list_table, protocol_rows, protocol_table
 from trsr_dist.files import atomic_file, sha256_of, write_json
 from trsr_dist.log import read_metrics, show
-from trsr_dist.records import headline
+from trsr_dist.records import has_scale, headline
 from trsr_dist.run import MANIFEST, write_manifest
 from trsr_dist.trackers import open_metrics
 

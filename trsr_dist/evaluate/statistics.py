@@ -18,8 +18,6 @@ LEVEL = 0.95
 CHUNK_NUMBERS = 10_000_000
 """Drawn numbers that are in memory at once."""
 NUM_BINS = 10
-RANKING_LOSSES = ("pairwise", "listwise", "distill")
-"""They do not change where a number is added to all scores of a user: the log-odds stand nowhere in particular."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,11 +111,6 @@ class Bin:
     """Mean predicted probability of the candidates in the bin."""
     observed: float
     """Share of them that are positives."""
-
-
-def has_scale(loss: str | None) -> bool:
-    """Whether the loss of the training made the scores log-odds of yes; an unknown one is taken for such."""
-    return loss not in RANKING_LOSSES
 
 
 def probabilities(scores: np.ndarray) -> np.ndarray:

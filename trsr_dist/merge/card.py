@@ -6,9 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from trsr_dist.records import has_scale
+
 FILL_IN = "_To be filled in._"
-PROBABILITIES = ("answer", "full_text")
-"""Losses whose scores are the log-odds of a probability; others compare one user's candidates."""
 OPEN_POINTS = ("Licence (the base's terms apply)", "Data: origin, consent, licence", "Intended use and users")
 
 
@@ -137,7 +137,7 @@ def _limits(provenance: dict[str, Any]) -> list[str]:
     config = provenance.get("config", {})
     data, train = config.get("data", {}), provenance.get("train", {})
     limits = ["It ranks the candidates it is given, in the item texts' form of the training; it knows no catalogue."]
-    if train.get("loss", "answer") not in PROBABILITIES:
+    if not has_scale(train.get("loss")):
         limits.append(f"Of the {train['loss']} loss: scores compare one user's candidates, they are no probabilities.")
     if data.get("max_history"):
         limits.append(f"Of longer histories it has seen the latest {data['max_history']} items.")

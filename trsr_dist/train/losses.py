@@ -19,8 +19,6 @@ WANTS: dict[str, Want] = {
     "distill": "pair",
 }
 """What each loss asks of the model."""
-PER_USER = ("pairwise", "listwise", "distill")
-"""Losses that are averaged over users; the others over answers."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from trsr_dist.model.zero3 import check_equal_calls
 from trsr_dist.planner.memory import ZeroSetting
 from trsr_dist.pretrained import BaseSource, load_config, load_tokenizer
 from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.records import RANKING_LOSSES
 from trsr_dist.run import RUN, RunFolder
 from trsr_dist.shards.cache import open_cache
 from trsr_dist.shards.plan import PackingSettings
@@ -32,7 +33,6 @@ from trsr_dist.shards.stream import TrainStream
 from trsr_dist.shards.tables import MINED, CandidateTable, open_table, scores_folder
 from trsr_dist.train.checkpoints import Checkpoint
 from trsr_dist.train.engine import complete_zero_config, zero_setting
-from trsr_dist.train.losses import PER_USER
 from trsr_dist.train.start import InitialAdapter, read_initial
 from trsr_dist.train.validation import Validator
 
@@ -242,7 +242,7 @@ def check_loss(loss: str, backend: str | None, stream: TrainStream, row_tokens: 
     if loss == "full_text" and backend is None:
         raise ConfigError("train.loss=full_text needs shared prefixes, which this model cannot have; use answer")
     longest = stream.plan.lengths.facts.longest_unit
-    if loss in PER_USER and longest > row_tokens:
+    if loss in RANKING_LOSSES and longest > row_tokens:
         raise ConfigError(
             f"train.loss={loss} compares a user's candidates, so they must share a row: the longest user has {longest} "
             f"tokens, train.row_tokens is {row_tokens}; raise it, or lower train.pool_size or prompt.max_tokens"

@@ -11,11 +11,12 @@ from trsr_dist.distributed import sum_over_ranks
 from trsr_dist.errors import ModelError
 from trsr_dist.hashing import hash64
 from trsr_dist.model.inputs import RowInputs
+from trsr_dist.records import RANKING_LOSSES
 from trsr_dist.rows import PackedRow, filler_row
 from trsr_dist.shards.steps import Step
 from trsr_dist.train.engine import Engine
 from trsr_dist.train.lifecycle import ROW, SUMS, Heartbeat
-from trsr_dist.train.losses import PER_USER, RowLoss, row_loss
+from trsr_dist.train.losses import RowLoss, row_loss
 from trsr_dist.train.meter import Sums
 
 
@@ -84,7 +85,7 @@ class StepRunner:
 
     def weight(self, step: Step) -> int:
         """What the step's loss is divided by: users or answers over all ranks."""
-        return step.num_users if self._loss in PER_USER else step.num_answers
+        return step.num_users if self._loss in RANKING_LOSSES else step.num_answers
 
     def _run_row(self, row: PackedRow, step: int, number: int, weight: int) -> RowLoss:
         """Returns the row's loss without its graph."""
