@@ -137,6 +137,18 @@ def test_one_users_failure_is_that_users_alone(tmp_path: Path) -> None:
     assert "refused" in results[3].failure.reason
 
 
+def test_the_failure_told_does_not_depend_on_the_order_of_completions(tmp_path: Path) -> None:
+    def answer(request: Request) -> Completion:
+        block = next(iter(request.prompt.items), "")
+        refused = block.startswith("u4i") and block not in ("u4i0", "u4i5")
+        return Completion(request.key, error=f"refused {block}") if refused else Completion(request.key, "text")
+
+    for capacity in (1, 7, 64):
+        results = run(LateEngine(capacity, answer), tmp_path / str(capacity), users(10))
+        assert results[4].failure.node == 2 and results[4].failure.reason == "refused u4i10"
+        assert [tag for tag, result in results.items() if result.failure] == [4]
+
+
 def test_a_faulty_text_is_tried_once_more_with_sampling(tmp_path: Path) -> None:
     def answer(request: Request) -> Completion:
         return Completion(request.key, "Likes tennis." if request.temperature else "", new_tokens=1)

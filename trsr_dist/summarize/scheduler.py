@@ -53,7 +53,7 @@ class Result:
     records: tuple[dict[str, Any], ...]
     """One a node: key, prompt hash, text, flags, counts. Empty where the plan is empty or has failed."""
     failure: Failure | None = None
-    """What made the plan fail, if it did."""
+    """The first node in the plan that failed, if one did."""
 
 
 @dataclass(slots=True)
@@ -78,7 +78,11 @@ class _User:
     children: list[list[int]]
     order: int
     left: int
-    failed: bool = False
+    """Nodes that still can be written."""
+    failure: Failure | None = None
+    """The failed node that stands first in the plan."""
+    lost: set[int] = field(default_factory=set)
+    """Nodes that failed or were given up, and all that build on them."""
 
 
 @dataclass(slots=True)
@@ -178,7 +182,8 @@ class Scheduler:
         heapq.heappush(self._ready, (-user.height[position], user.order, position, user))
 
     def _start(self, user: _User, position: int) -> None:
-        if user.failed:
+        if user.failure and position > user.failure.node:
+            self._lose(user, position)
             return
         node = user.work.plan[position]
         previous = [user.records[parent]["text"] for parent in node.parents]
@@ -250,19 +255,32 @@ class Scheduler:
         for user, position in waiting:
             self.counts.nodes += 1
             user.records[position] = record
-            user.left -= 1
-            if not user.left and not user.failed:
-                self._finish(Result(user.work.tag, tuple(user.records)))
             for child in user.children[position]:
                 if all(user.records[parent] for parent in user.work.plan[child].parents):
                     self._push(user, child)
+            self._settle(user, 1)
 
     def _fail(self, waiting: list[tuple[_User, int]], key: str, reason: str) -> None:
+        # The nodes that stand before it go on: which failure is told must not depend on the order of the answers.
         for user, position in waiting:
-            self.counts.failures += not user.failed
-            if not user.failed:
-                user.failed = True
-                self._finish(Result(user.work.tag, (), Failure(position, key, reason)))
+            self.counts.failures += user.failure is None
+            if user.failure is None or position < user.failure.node:
+                user.failure = Failure(position, key, reason)
+            self._lose(user, position)
+
+    def _lose(self, user: _User, position: int) -> None:
+        num_lost, stack = len(user.lost), [position]
+        while stack:
+            if (node := stack.pop()) not in user.lost:
+                user.lost.add(node)
+                stack += user.children[node]
+        self._settle(user, len(user.lost) - num_lost)
+
+    def _settle(self, user: _User, num_nodes: int) -> None:
+        """Count nodes as written or lost; the last one gives the user's result."""
+        user.left -= num_nodes
+        if not user.left:
+            self._finish(Result(user.work.tag, () if user.failure else tuple(user.records), user.failure))
 
     def _finish(self, result: Result) -> None:
         self.num_users -= 1

@@ -69,7 +69,8 @@ class OpenUnit:
     samples: dict[int, Sample] = field(default_factory=dict)
     num_finished: int = 0
     left: int = 0
-    failed: list[dict[str, Any]] = field(default_factory=list)
+    failed: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By the user's position: the manifest must not tell who finished first."""
     counts: Counter[str] = field(default_factory=Counter)
 
 
@@ -127,7 +128,7 @@ class Worker:
     @property
     def uncommitted_failures(self) -> list[dict[str, Any]]:
         """Failed users of units that are not committed yet."""
-        return [failure for unit in self._open for failure in unit.failed]
+        return [failure for unit in self._open for failure in unit.failed.values()]
 
     def next_work(self) -> Work | None:
         """The next user of a unit held here, claiming another unit when all are started; None if none is free.
@@ -158,7 +159,8 @@ class Worker:
         unit.left -= 1
         if (failure := result.failure) is not None:
             user = started.row.user
-            unit.failed.append({"user": user, "node": failure.node, "key": failure.key, "reason": failure.reason})
+            facts = {"user": user, "node": failure.node, "key": failure.key, "reason": failure.reason}
+            unit.failed[started.position] = facts
             log.warning("no summary for user %s: node %d: %s", in_one_line(user, 100), failure.node, failure.reason)
             if self.recipe.failed_users == "fail":
                 raise EngineError(
@@ -236,7 +238,8 @@ class Worker:
             log.warning("lost the lease on %s unit %d; dropped it", unit.work.split, unit.unit)
         else:
             samples = [unit.samples[position] for position in sorted(unit.samples)]
-            facts = {"num_users": len(samples), "failed": unit.failed, "counts": dict(sorted((+unit.counts).items()))}
+            failed = [unit.failed[position] for position in sorted(unit.failed)]
+            facts = {"num_users": len(samples), "failed": failed, "counts": dict(sorted((+unit.counts).items()))}
             unit.work.commit(unit.unit, samples, facts, self.task)
         self.leases.release(unit.lease)
 
