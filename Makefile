@@ -4,6 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SEED ?= 0
+SCHEDULES ?= 10
 RUN ?=
 GPU := $(wildcard /dev/nvidiactl /dev/kfd /dev/dxg)
 # On Linux, PyPI's torch is the CUDA build with gigabytes of libraries. Empty: what pip finds by itself.
@@ -29,7 +30,7 @@ DEVICES := $(if $(GPU),$(or $(filter 1 2,$(shell nvidia-smi --list-gpus 2>/dev/n
 REAL = --config configs/smollm2.yaml run.dir=$(REAL_RUN) run.seed=$(SEED) data.format=$(FORMAT) data.path=$(DATA) \
   model.name_or_path=$(MODEL) $(SET)
 
-.PHONY: help env quickstart real real-server test test-slurm test-real test-serve soak mutants fuzz lint format bench wheels gpu-check clean
+.PHONY: help env quickstart real real-server test test-slurm test-real test-serve soak chaos mutants fuzz lint format bench wheels gpu-check clean
 
 help:  ## list the goals
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -80,6 +81,9 @@ test-serve: env  ## what vLLM serves against our scores (make real-server instal
 
 soak: env  ## the long fault runs
 	$(BIN)/python -m pytest -m soak
+
+chaos: env  ## 50 random faults a schedule over the whole chain on a Slurm cluster of this machine (SEED=0 SCHEDULES=10)
+	$(BIN)/python -m tests.chaos --seed $(SEED) --schedules $(SCHEDULES) --output build/chaos.json
 
 mutants: env  ## faults planted in the modules that decide numbers, up to 2 hours (MODULES=shards for some)
 	$(BIN)/python -m tests.mutants $(MODULES)

@@ -5,7 +5,6 @@ Rows and their dealing are the stream's own; only the ranks and their clocks are
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from random import Random
@@ -15,6 +14,7 @@ import numpy as np
 from benchmarks.common import Row
 from benchmarks.mixes import AMAZON, MIND, Mix
 from trsr_dist.hashing import random_stream
+from trsr_dist.planner.failures import DAY, Restarts, best_interval
 from trsr_dist.shards.lengths import Table
 from trsr_dist.shards.packing import deal
 from trsr_dist.shards.plan import WINDOW_SAMPLES, WindowPlan
@@ -28,7 +28,6 @@ JITTER = 0.05
 SAVE, RESTART, DEVICE_DAYS = 10.0, 300.0, 2000.0
 """Seconds of a checkpoint and of a restart, and days between failures of one device: assumed, not measured."""
 FAILURES = 2000
-DAY = 86400.0
 
 
 def simulations(scale: float) -> list[Row]:
@@ -147,32 +146,6 @@ def divide(rows: EpochRows, rows_per_step: int, world_size: int) -> Loads:
             places = [first + row for row in hand]
             costs[step, rank], tokens[step, rank] = rows.costs[places].sum(), rows.tokens[places].sum()
     return Loads(costs, tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class Restarts:
-    """How a job saves and fails. All times in seconds."""
-
-    save: float
-    """A checkpoint's."""
-    interval: float
-    """Work between checkpoints."""
-    restart: float
-    """From a failure to the next step: queue, start, reading the checkpoint, the first window."""
-    between_failures: float
-    """Mean of the whole job: of one device, divided by the number of devices."""
-
-    @property
-    def overhead(self) -> float:
-        """Expected time a second of work, less 1; failures come at random, in restarts too (Daly 2006)."""
-        mean = self.between_failures
-        segment = mean * math.exp(self.restart / mean) * math.expm1((self.interval + self.save) / mean)
-        return segment / self.interval - 1
-
-
-def best_interval(save: float, between_failures: float) -> float:
-    """Seconds of work between checkpoints that cost least, to first order (Young 1974)."""
-    return math.sqrt(2 * save * between_failures)
 
 
 def run_with_failures(work: float, plan: Restarts, draw: Random) -> float:

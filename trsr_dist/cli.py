@@ -40,6 +40,7 @@ def config_parser(description: str, example: str) -> argparse.ArgumentParser:
 
 def cluster_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add what a forecast is made for."""
+    from trsr_dist.planner.failures import RESTART_SECONDS, SAVE_SECONDS
     from trsr_dist.planner.hardware import CATALOGUE
 
     add = parser.add_argument_group("the cluster of the forecast").add_argument
@@ -50,6 +51,9 @@ def cluster_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     add("--devices-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
     add("--mfu", type=float, metavar="X", help="share of the peak that is reached (default: as usual on that hardware)")
     add("--price", type=float, default=0.0, metavar="X", help="of one device for an hour")
+    pause, restart = "pause of a checkpoint (default: %(default)s)", "failure to next step (default: %(default)s)"
+    add("--save-seconds", type=float, default=SAVE_SECONDS, metavar="S", help=pause)
+    add("--restart-seconds", type=float, default=RESTART_SECONDS, metavar="S", help=restart)
     return parser
 
 

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.data_plane import EpochRows, Restarts, best_interval, divide, epoch_rows, mix_windows, run_with_failures
+from benchmarks.data_plane import EpochRows, divide, epoch_rows, mix_windows, run_with_failures
 from benchmarks.mixes import MIND
 from tests.shards.world import make_builder, make_split
 from trsr_dist.hashing import random_stream
+from trsr_dist.planner.failures import Restarts, best_interval
 from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.plan import PackingSettings, TrainPlan
 from trsr_dist.shards.steps import StreamState, step_specs

@@ -23,6 +23,7 @@ from trsr_dist.planner.cost import (
     sweep,
     training_cost,
 )
+from trsr_dist.planner.failures import RATES, best_restarts
 from trsr_dist.planner.hardware import Hardware, hardware
 
 WEIGHTS = 15 * 10**9
@@ -211,3 +212,22 @@ def test_all_stages_are_one_after_the_other() -> None:
     point = ScalePoint(2, 6, {"one": Cost(3.0, 5.0, 7.0, 0.5), "two": Cost(1.0, 2.0, 4.0, 0.9)})
     assert fields(point.whole) == pytest.approx((4.0, 7.0, 11.0, (1.5 + 0.9) / 4))
     assert ScalePoint(1, 1, {}).whole == Cost(0, 0, 0, 1.0)
+
+
+@pytest.mark.parametrize(("save", "restart", "lost"), [(10, 300, 0.037), (1, 20, 0.009)])
+def test_time_lost_to_failures_each_7_9_hours(save: float, restart: float, lost: float) -> None:
+    """Expected restarts, half an interval of work done again, and a pause every interval."""
+    plan = best_restarts(save, restart)[1024]["7.9 hours at 1,024 devices"]
+    assert plan.between_failures == pytest.approx(7.9 * 3600)
+    first_order = (restart + plan.interval / 2) / plan.between_failures + save / plan.interval
+    assert plan.overhead == pytest.approx(first_order, rel=0.03)
+    assert plan.overhead == pytest.approx(lost, rel=0.03)
+
+
+def test_more_devices_lose_more_and_save_more_often() -> None:
+    plans = best_restarts(1, 20)
+    for name in RATES:
+        found = [(plans[n][name].overhead, -plans[n][name].interval) for n in sorted(plans)]
+        assert found == sorted(found) and len(found) == 6
+    with pytest.raises(ConfigError, match="--save-seconds 0, --restart-seconds 37: expected more than 0"):
+        replace(cluster(1), save_seconds=0.0)

@@ -172,7 +172,7 @@ def test_the_whole_plan_in_words_and_numbers(config: Path) -> None:
     before = sorted(config.parent.rglob("*"))
     words, numbers = in_words(stages, asked), json.loads(in_json(stages, asked))
     assert sorted(config.parent.rglob("*")) == before
-    assert list(numbers) == ["cluster", "summarize", "train", "evaluate", "scaling"]
+    assert list(numbers) == ["cluster", "summarize", "train", "evaluate", "failures", "scaling"]
     for part in ("from the histories", "zero3.json is the first that fits", "<- asked", "stop paying at", "price"):
         assert part in words
     assert words.count("does not fit") == 2, "140 GB of weights, for summaries and for scoring"

@@ -138,7 +138,8 @@ class Lab:
 
     def environment(self) -> dict[str, str]:
         """What a user's shell on the login node has: this Python first on PATH, one thread, no stray settings."""
-        return {
+        tree = {"PYTHONPATH": os.environ["PYTHONPATH"]} if "PYTHONPATH" in os.environ else {}
+        return tree | {
             "PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin",
             "HOME": os.environ.get("HOME", "/root"),
             "LANG": "C.UTF-8",

@@ -6,9 +6,14 @@ import json
 import re
 import shutil
 from pathlib import Path
+from random import Random
 
 import pytest
 
+from tests.chaos.chain import Chain
+from tests.chaos.compare import differences, leftovers
+from tests.chaos.faults import World
+from tests.chaos.storm import Storm
 from tests.slurm.lab import Lab, wait_until
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(900)]
@@ -130,6 +135,16 @@ def assert_same(run: Path, other: Path) -> None:
         assert tars[0] == tars[1] and tars[0]
     assert losses(run) == pytest.approx(losses(other), abs=1e-5)
     assert result(run)["metrics"] == pytest.approx(result(other)["metrics"], abs=1e-6)
+
+
+def test_six_faults_at_random_change_nothing(lab: Lab, tmp_path: Path, undisturbed: Path) -> None:
+    """A short schedule of ``make chaos``."""
+    lab.wait_for_nodes(3)
+    draw, lines = Random(0), list[str]()
+    world = World(lab, Chain(lab, tmp_path / "run", SMALL, draw), draw, last_step=12)
+    Storm(world, 6, draw, ["rank", "task", "launcher", "slurmd", "requeue", "cancel"], lines.append).run(400)
+    found = [*differences(tmp_path / "run", undisturbed, 12), *leftovers(world)]
+    assert not found, "\n".join([*lines, *found])
 
 
 def test_training_goes_on_with_another_number_of_nodes(lab: Lab, tmp_path: Path, undisturbed: Path) -> None:

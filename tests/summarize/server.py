@@ -74,8 +74,8 @@ def refusing(*words: str) -> Answer:
 class Server(ThreadingHTTPServer):
     daemon_threads = True
 
-    def __init__(self, answer: Answer, port: int = 0) -> None:
-        super().__init__(("127.0.0.1", port), Handler)
+    def __init__(self, answer: Answer, port: int = 0, host: str = "127.0.0.1") -> None:
+        super().__init__((host, port), Handler)
         self.answer = answer
         self.guard = threading.Lock()
         self.requests: list[tuple[str, dict, str | None]] = []

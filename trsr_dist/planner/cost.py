@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from trsr_dist.errors import ConfigError
+from trsr_dist.planner.failures import RESTART_SECONDS, SAVE_SECONDS
 from trsr_dist.planner.hardware import Hardware
 
 
@@ -20,6 +21,10 @@ class Cluster:
     """Model FLOP/s utilization that is assumed, 0 to 1."""
     price_per_hour: float = 0.0
     """Of one device."""
+    save_seconds: float = SAVE_SECONDS
+    """Pause of a training for a checkpoint."""
+    restart_seconds: float = RESTART_SECONDS
+    """From a failure to the next step."""
 
     def __post_init__(self) -> None:
         if not 0 < self.utilization <= 1:
@@ -28,6 +33,9 @@ class Cluster:
             raise ConfigError(f"{self.num_nodes} nodes of {self.devices_per_node} devices: expected 1 or more of each")
         if self.price_per_hour < 0:
             raise ConfigError(f"--price {self.price_per_hour:g}: expected 0 or more for an hour of one device")
+        pauses = (self.save_seconds, self.restart_seconds)
+        if min(pauses) <= 0:
+            raise ConfigError("--save-seconds {:g}, --restart-seconds {:g}: expected more than 0".format(*pauses))
 
     @property
     def world_size(self) -> int:

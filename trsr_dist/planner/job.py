@@ -19,6 +19,7 @@ from trsr_dist.evaluate.passes import drawn_protocols, plan_passes
 from trsr_dist.log import show
 from trsr_dist.planner import text
 from trsr_dist.planner.cost import Cluster
+from trsr_dist.planner.failures import RESTART_SECONDS, SAVE_SECONDS
 from trsr_dist.planner.hardware import hardware
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.planner.stages import (
@@ -63,11 +64,14 @@ class Request:
     utilization: float | None = None
     """None: what is usual on that hardware."""
     price_per_hour: float = 0.0
+    save_seconds: float = SAVE_SECONDS
+    restart_seconds: float = RESTART_SECONDS
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Request:
         """From the options of ``cluster_options``."""
-        return cls(args.hardware, args.nodes, args.devices_per_node, args.mfu, args.price)
+        pauses = (args.save_seconds, args.restart_seconds)
+        return cls(args.hardware, args.nodes, args.devices_per_node, args.mfu, args.price, *pauses)
 
     @property
     def cluster(self) -> Cluster:
@@ -82,7 +86,8 @@ class Request:
         else:
             device = hardware(self.hardware)
         utilization = device.utilization if self.utilization is None else self.utilization
-        return Cluster(device, self.num_nodes, self.devices_per_node, utilization, self.price_per_hour)
+        pauses = (self.save_seconds, self.restart_seconds)
+        return Cluster(device, self.num_nodes, self.devices_per_node, utilization, self.price_per_hour, *pauses)
 
 
 def dry_run(config: Config, request: Request, stage: str) -> int:

@@ -18,6 +18,7 @@ from trsr_dist.planner.cost import (
     pays_up_to,
     sweep,
 )
+from trsr_dist.planner.failures import RATES, best_restarts
 from trsr_dist.planner.memory import KEPT_BY_CPU
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.planner.stages import (
@@ -55,6 +56,8 @@ def in_words(stages: Sequence[PlannedStage], cluster: Cluster) -> str:
     for stage in stages:
         stage.check(cluster)
         lines += stage.words(stage.on(cluster), cluster)
+        if stage.name == "train":
+            lines += failure_lines(cluster)
     return "\n".join([*lines, *scaling_lines(_points(stages, cluster), cluster)])
 
 
@@ -67,6 +70,11 @@ def in_json(stages: Sequence[PlannedStage], cluster: Cluster) -> str:
     for stage in stages:
         stage.check(cluster)
     found = {stage.name: asdict(stage.on(cluster)) for stage in stages}
+    if "train" in found:
+        found["failures"] = {
+            num_devices: {name: asdict(plan) | {"overhead": plan.overhead} for name, plan in plans.items()}
+            for num_devices, plans in best_restarts(cluster.save_seconds, cluster.restart_seconds).items()
+        }
     points = [asdict(point) for point in _points(stages, cluster)]
     return json.dumps({"cluster": asdict(cluster), **found, "scaling": points}, indent=2)
 
@@ -149,6 +157,19 @@ def memory_lines(found: TrainingForecast, cluster: Cluster, chosen: str) -> list
         lines.append(
             f"{INDENT}a rank keeps freed memory, up to {KEPT_BY_CPU} times the sum, while the machine has enough"
         )
+    return lines
+
+
+def failure_lines(cluster: Cluster) -> list[str]:
+    """Time lost to failures on ever more devices, with the best interval of checkpoints."""
+    lines = [
+        f"failures   {cluster.save_seconds:g} s a checkpoint (--save-seconds), {cluster.restart_seconds:g} s from a "
+        "failure to the next step (--restart-seconds)",
+        f"{INDENT}{'devices':>9}" + "".join(f"{name + ': lost':>32}{'save every':>15}" for name in RATES),
+    ]
+    for num_devices, plans in best_restarts(cluster.save_seconds, cluster.restart_seconds).items():
+        cells = "".join(f"{plan.overhead:>32.2%}{duration(plan.interval):>15}" for plan in plans.values())
+        lines.append(f"{INDENT}{num_devices:>9,}{cells}")
     return lines
 
 
