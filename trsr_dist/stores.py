@@ -14,7 +14,7 @@ from typing import Any
 import fsspec
 from fsspec.core import url_to_fs
 
-from trsr_dist.errors import RunError
+from trsr_dist.errors import DataError, RunError
 from trsr_dist.log import get_logger
 from trsr_dist.printable import in_one_line, strike_addresses
 
@@ -75,10 +75,18 @@ def parts_of(address: str, num_bytes: int) -> Iterator[bytes]:
     """A file of this size, from its begin to its end.
 
     Raises:
+        DataError: it has another size.
         RunError: the store does not give it.
     """
     for start in range(0, num_bytes, PART_BYTES):
-        yield read_range(address, start, min(start + PART_BYTES, num_bytes))
+        wanted = min(PART_BYTES, num_bytes - start)
+        part = read_range(address, start, start + wanted)
+        if len(part) != wanted:
+            raise DataError(
+                f"{address}: {len(part)} bytes came from byte {start} on, expected {wanted}: truncated, replaced while it "
+                "was read, or a server that ignores ranges; upload the file again"
+            )
+        yield part
 
 
 def _tried(address: str, call: Call) -> Any:  # noqa: ANN401 (the call's)

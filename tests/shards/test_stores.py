@@ -1,5 +1,6 @@
 """Shards in a store: the same samples as from disk, through the node's copies or without; faults are named."""
 
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -116,6 +117,14 @@ def test_a_damaged_object_is_named_by_its_sample(
         shards.read(12 + 3)
     assert shards.read(12 + 4) == make_sample(12 + 4)
     assert f"{NAMES[1]}: not copied to the node, its checksum differs from the manifest's" in caplog.text
+
+
+def test_a_truncated_object_is_named(store: Store, tmp_path: Path) -> None:
+    os.truncate(tmp_path / NAMES[2], 9000)
+    store.put(tmp_path / NAMES[2], f"run/train/{NAMES[2]}")
+    with pytest.raises(DataError, match=rf"{NAMES[2]}: 9000 bytes came from byte 0 on, expected \d+: truncated"):
+        open_set(store, tmp_path).read(30)
+    assert not [*(tmp_path / "disk").glob("*.[tp]ar*")], "no partial copy stays"
 
 
 def test_the_index_stays_in_the_run_folder(store: Store, tmp_path: Path) -> None:
