@@ -83,8 +83,8 @@ def parts_of(address: str, num_bytes: int) -> Iterator[bytes]:
         part = read_range(address, start, start + wanted)
         if len(part) != wanted:
             raise DataError(
-                f"{address}: {len(part)} bytes came from byte {start} on, expected {wanted}: truncated, replaced while it "
-                "was read, or a server that ignores ranges; upload the file again"
+                f"{address}: {len(part)} bytes came from byte {start} on, expected {wanted}: truncated, replaced while "
+                "it was read, or a server that ignores ranges; upload the file again"
             )
         yield part
 
