@@ -299,6 +299,7 @@ FREE_ON_RESUME = {
     "precision",
     "activation_checkpointing",
     "num_workers",
+    "shards_url",
     "cache_dir",
     "cache_gb",
     "save_every_steps",

@@ -5,6 +5,7 @@ Config stops at the builders (``launch/``, ``tools/`` and the ``job`` modules): 
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import (
@@ -22,6 +23,20 @@ from trsr_dist.environment import expand_home
 
 Beta = Annotated[float, Field(ge=0, lt=1)]
 FilePath = Annotated[str, AfterValidator(expand_home)]
+WITH_SECRET = re.compile(r"\w+://([^/]*@|.*\?)")
+
+
+def _without_secret(place: str) -> str:
+    if WITH_SECRET.match(place):
+        raise ValueError(
+            "no user, password or query may stand in an address; keys come from where the store's client looks for "
+            "them (AWS_PROFILE, HF_TOKEN and the like)"
+        )
+    return place
+
+
+StorePath = Annotated[FilePath, AfterValidator(_without_secret)]
+"""A path, or an address in a store that fsspec knows."""
 Modules = Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"]
 RESERVED = {
     "self", "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
@@ -78,8 +93,9 @@ class DataSection(Section):
     """Layout of the raw files. table: interactions.* and items.* as CSV, TSV, Parquet or JSON lines, told by the
     ending; recbole: atomic files; amazon_reviews: a category of Amazon Reviews 2023 (reviews and meta_*); demo
     writes a small data set in MIND's layout first."""
-    path: FilePath = ""
-    """Folder with the raw files. Ignored by demo, which writes RUN/raw."""
+    path: StorePath = ""
+    """Folder with the raw files; one in a store (s3://, gs://, hf://, https://) is copied to RUN/raw first. Ignored by
+    demo, which writes RUN/raw."""
     domain: Literal["auto", "news", "products", "items"] = "auto"
     """Wording of the prompts; auto: news for mind and demo, products for amazon_m2 and amazon_reviews,
     items for the others."""
@@ -292,6 +308,9 @@ class TrainSection(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     num_workers: int = Field(1, ge=0)
     """Reader processes per rank; 0 reads in the training process."""
+    shards_url: StorePath = ""
+    """Where the train split's tars are, if not in RUN/shards/train: an address in a store, such as
+    s3://bucket/run/shards/train. Manifest, indexes and lengths stay in the run folder."""
     cache_dir: FilePath = ""
     """Folder on each node's own disk for copies of the train shards, shared by the node's ranks; empty: no copies."""
     cache_gb: float = Field(100.0, gt=0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -17,14 +18,16 @@ from trsr_dist.data.histories import HistoryRules, Spool, spool_items, spool_mor
 from trsr_dist.data.items import CatalogueRules
 from trsr_dist.data.jsonl import LAYOUTS, JsonlReader
 from trsr_dist.data.mind import MindReader
-from trsr_dist.data.source import Counts, LineReader, Reader, find_raw, open_raw
+from trsr_dist.data.source import Counts, LineReader, Reader, find_raw, listed, open_raw
 from trsr_dist.data.store import ITEMS, POOLS, ArrowRows, check_files, checksums
 from trsr_dist.data.tables import find_table, unpacked_name
 from trsr_dist.errors import ConfigError, DataError
-from trsr_dist.files import atomic_folder, recover_folder, sha256_of, writing
+from trsr_dist.files import atomic_file, atomic_folder, recover_folder, sha256_of, writing
+from trsr_dist.hashing import digest
 from trsr_dist.locks import folder_lock
 from trsr_dist.log import get_logger, setup_logging, show
 from trsr_dist.run import SPLITS, RunFolder, is_finished, write_manifest
+from trsr_dist.stores import facts_of, is_address, names_in, parts_of
 
 ITEM_SPOOL, USER_SPOOL, TARGET_SPOOL = "items.spool", "users.spool", "targets.spool"
 NEWER = ("columns", "interactions_file")
@@ -45,7 +48,8 @@ def prepare(config: Config, *, force: bool = False, dry_run: bool = False) -> in
     check_data_settings(config)
     run = RunFolder(Path(config.run.dir))
     counts = Counts()
-    reader = build_reader(config, run.raw, LineReader(config.data.encoding_errors, counts))
+    lines = LineReader(config.data.encoding_errors, counts)
+    reader = build_reader(config, run.raw, lines)
     fields = item_fields(config, reader)
     if dry_run:
         show(dump_config(config) + _plan(config, run, reader))
@@ -54,6 +58,9 @@ def prepare(config: Config, *, force: bool = False, dry_run: bool = False) -> in
         recover_folder(run.raw, lock.lease.former)
         if config.data.format == "demo":
             _make_demo(config, run, force)
+        elif is_address(config.data.path):
+            _fetch(config, run, force)
+            reader = build_reader(config, run.raw, lines)
         settings, inputs = _settings(config), _inputs(reader)
         if is_finished(run.histories, settings, inputs, force):
             check_files(run.histories)
@@ -165,10 +172,45 @@ def _make_demo(config: Config, run: RunFolder, force: bool) -> None:
     )  # fmt: skip
 
 
+def _fetch(config: Config, run: RunFolder, force: bool) -> None:
+    """Copy the raw files of a store to RUN/raw: both or none."""
+    url = config.data.path.rstrip("/")
+    facts = {name: facts_of(f"{url}/{name}") for name in _names_in(config, url)}
+    inputs = {name: digest([size, version]) for name, (size, version) in facts.items()}
+    if is_finished(run.raw, {"path": url}, inputs, force):
+        return
+    with atomic_folder(run.raw) as folder:
+        for name, (size, _) in facts.items():
+            log.info("%s/%s: copying %d bytes to %s", url, name, size, run.raw)
+            with atomic_file(folder / name, "wb") as stream:
+                stream.writelines(parts_of(f"{url}/{name}", size))
+        write_manifest(folder, "fetch", {"path": url}, inputs)
+
+
+def _names_in(config: Config, url: str) -> list[str]:
+    """Names of the item file and the log of a store's folder, chosen as in one of this machine.
+
+    Raises:
+        DataError: one is missing, or left open where the store does not list its files.
+    """
+    found = names_in(url)
+    with TemporaryDirectory() as folder:
+        for name in found:
+            Path(folder, name).touch()
+        reader = build_reader(config, Path(folder), LineReader("fail", Counts()))
+    names = sorted({reader.item_file.name, reader.log_file.name})
+    if missing := [name for name in names if "*" in name or (found and name not in found)]:
+        raise DataError(
+            f"{url}/{missing[0]}: missing (found there: {listed(found) or 'nothing that is listed'}); correct "
+            "data.path, or name the files with data.items_file, data.interactions_file and the like"
+        )
+    return names
+
+
 def build_reader(config: Config, raw: Path, lines: LineReader) -> Reader:
-    """The reader of the raw files; the demo's lie in ``raw``."""
+    """The reader of the raw files; those of the demo and of a store lie in ``raw``."""
     data = config.data
-    folder = raw if data.format == "demo" else Path(data.path)
+    folder = raw if data.format == "demo" or is_address(data.path) else Path(data.path)
     if data.format == "demo":
         return MindReader(folder / DEMO_FILES[0], folder / DEMO_FILES[1], data.target, lines)
     if data.format == "mind":
@@ -244,6 +286,8 @@ def _plan(config: Config, run: RunFolder, reader: Reader) -> str:
     for path in (reader.item_file, reader.log_file):
         if config.data.format == "demo":
             lines.append(f"# write and read {path}")
+        elif is_address(config.data.path):
+            lines.append(f"# copy from {config.data.path}, where it has changed, and read {path}")
         else:
             size = f"{os.path.getsize(path):,} bytes" if os.path.isfile(path) else "MISSING"
             lines.append(f"# read {path} ({size})")

@@ -179,7 +179,8 @@ class Inputs:
             RunError: there are no histories either, or the split has no users.
         """
         if self._has_shards(split):
-            found = shard_lengths(self.run.split(split), self.builder)
+            url = self._config.train.shards_url if split == "train" else ""
+            found = shard_lengths(self.run.split(split), self.builder, url)
         else:
             found = history_lengths(
                 self.store,
