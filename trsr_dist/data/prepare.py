@@ -322,7 +322,7 @@ def _plan(config: Config, run: RunFolder, reader: Reader) -> str:
         if config.data.format == "demo":
             lines.append(f"# write and read {path}")
         elif is_address(config.data.path):
-            lines.append(f"# copy from {config.data.path}, where it has changed, and read {path}")
+            lines.append(f"# copy from {config.data.path}, unless it is there, and read {path}")
         else:
             size = f"{os.path.getsize(path):,} bytes" if os.path.isfile(path) else "MISSING"
             lines.append(f"# read {path} ({size})")
