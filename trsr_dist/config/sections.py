@@ -345,9 +345,9 @@ class BaseSection(Section):
     """Width of the model."""
     num_layers: int = Field(4, ge=1)
     """Transformer layers."""
-    num_heads: int = Field(8, ge=1)
+    num_heads: int = Field(4, ge=1)
     """Attention heads."""
-    num_kv_heads: int = Field(8, ge=1)
+    num_kv_heads: int = Field(4, ge=1)
     """Key and value heads; fewer than heads: grouped-query attention."""
     intermediate_size: int = Field(352, ge=16)
     """Width of the MLP."""
