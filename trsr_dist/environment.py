@@ -169,6 +169,13 @@ def cores_of_a_rank() -> int:
     return max(1, len(os.sched_getaffinity(0)) // detect_ranks().local_world_size)
 
 
+def ranks_that_fit(most: int) -> int:
+    """Ranks to start on this machine: one a GPU where there are any, and never more than ``most``."""
+    import torch
+
+    return min(most, torch.cuda.device_count() or most)
+
+
 def show_one_gpu(local_rank: int) -> None:
     """Leave this task one of the node's GPUs, for libraries that take the first. Call before CUDA is used.
 

@@ -368,13 +368,13 @@ def read_json(path: str | Path, form: Any = dict[str, Any], finite: bool = True)
         raise DataError(f"{path}: {str(error).removeprefix(f'{path}: ')}; restore it, or write it again") from None
 
 
-def numbered_lines(stream: BinaryIO, path: Path) -> Iterator[tuple[int, bytes]]:
-    """Line numbers from 1 and lines, with their ends, of what is opened for reading bytes.
+def numbered_lines(stream: BinaryIO, path: Path, first: int = 1) -> Iterator[tuple[int, bytes]]:
+    """Line numbers from ``first`` and lines, with their ends, of what is opened for reading bytes.
 
     Raises:
         DataError: a line has more than ``MAX_LINE_BYTES``: a file without line ends would fill the memory.
     """
-    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), 1):
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), first):
         if len(line) > MAX_LINE_BYTES:
             raise DataError(
                 f"{path}:{number}: more than {MAX_LINE_BYTES >> 20} MB without a line end; restore the file"

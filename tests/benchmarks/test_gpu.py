@@ -27,6 +27,7 @@ def cannot_run() -> list[Row]:
     raise ConfigError("no such package")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tiny shape is for machines without a GPU")
 def test_every_measurement_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_model, "REPEATS", 1)

@@ -10,6 +10,7 @@ from trsr_dist.environment import (
     detect_ranks,
     export_ranks,
     node_name,
+    ranks_that_fit,
     show_one_gpu,
     slurm_gpus,
     slurm_memory_bytes,
@@ -96,6 +97,12 @@ def test_a_task_is_shown_one_of_the_nodes_gpus(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", shown)
     show_one_gpu(local_rank=1)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+
+
+@pytest.mark.parametrize(("num_gpus", "expected"), [(0, 2), (1, 1), (8, 2)])
+def test_a_gpu_gets_one_rank(monkeypatch: pytest.MonkeyPatch, num_gpus: int, expected: int) -> None:
+    monkeypatch.setattr("torch.cuda.device_count", lambda: num_gpus)
+    assert ranks_that_fit(2) == expected
 
 
 def test_what_slurm_gives_a_job_on_its_node() -> None:

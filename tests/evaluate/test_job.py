@@ -68,6 +68,7 @@ def test_an_adapter_over_divided_weights_scores_as_the_merged_model(together: Pa
     assert parts_of(together / "adapter", "base") == parts_of(alone, "base")
 
 
+@pytest.mark.long
 def test_a_killed_evaluation_goes_on_without_scoring_again(run: Path, alone: Path, tmp_path: Path) -> None:
     process = start(run, tmp_path)
     deadline = time.monotonic() + 120

@@ -86,6 +86,7 @@ def merge_under_limit(folder: Path, sizes: dict[str, int], limit: int, head: str
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("head", ["causal", "classifier"])
 def test_memory_is_bounded_by_the_largest_tensor(head: str, tmp_path: Path) -> None:
     figures = merge_under_limit(tmp_path, SMALL, 4 * 2**30, head)

@@ -85,6 +85,7 @@ def test_activations_are_those_that_autograd_keeps(
     assert planned == pytest.approx(found, rel=0.08)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library returns memory in its own way")
 def test_a_process_on_cpu_cores_holds_what_is_planned() -> None:
     command = [sys.executable, "-m", "tests.planner.step_memory"]

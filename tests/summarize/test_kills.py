@@ -15,6 +15,7 @@ import pytest
 from tests.summarize.world import ROOT, run_job, start, tree_hash, write_config, write_histories
 from trsr_dist.shards.reader import ShardSet
 
+pytestmark = pytest.mark.long
 SPLITS = ("train", "valid", "test")
 
 

@@ -16,7 +16,10 @@ from trsr_dist.files import read_json
 from trsr_dist.shards.reader import ShardSet
 
 MIND = ROOT / "../shared/data/mind"
-pytestmark = pytest.mark.skipif(not (MIND / "news.tsv").is_file(), reason=f"{MIND}: no MIND data")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not (MIND / "news.tsv").is_file(), reason=f"{MIND}: no MIND data"),
+]
 USERS = 8
 
 

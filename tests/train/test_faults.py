@@ -72,6 +72,7 @@ def assert_saved_where_it_stopped(job: Job) -> None:
     assert newest_step(job.run) == max(losses_of(job.run)) < NUM_STEPS
 
 
+@pytest.mark.long
 @pytest.mark.timeout(500)
 def test_one_run_through_every_fault(source: Path, run: Path, start: Start, tmp_path: Path) -> None:
     """Ten starts of one run; afterwards every step's loss is that of a run that nothing happened to."""
@@ -190,6 +191,7 @@ def run_out_of_time(run: Path, start: Start, step: int) -> None:
     configure(run)
 
 
+@pytest.mark.long
 def test_signals_of_one_event_save_once(run: Path, start: Start) -> None:
     """As a scheduler does it: to torchrun, which dies of it, and to the ranks, which the kernel then tells so."""
     job = start("torchrun")
@@ -201,6 +203,7 @@ def test_signals_of_one_event_save_once(run: Path, start: Start) -> None:
     assert_saved_where_it_stopped(job)
 
 
+@pytest.mark.long
 def test_a_rank_that_loops_is_named_with_its_calls(run: Path, start: Start) -> None:
     """And not before, while it loads and saves for longer than a step may hang."""
     configure(run, timeout_seconds=600, hang_seconds=HANG_SECONDS, save_every_steps=STUCK_STEP - 2)

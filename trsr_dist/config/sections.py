@@ -7,43 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    PositiveInt,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
+from trsr_dist.config.kinds import NO_THOUGHTS, Beta, FilePath, Modules, Role, StorePath, TemplateVariables
 from trsr_dist.config.on_resume import OnResume
-from trsr_dist.environment import expand_home
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
-FilePath = Annotated[str, AfterValidator(expand_home)]
-Modules = Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"]
-RESERVED = {
-    "self", "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
-    "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
-    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
-}  # fmt: skip
-"""Arguments of a tokenizer's ``apply_chat_template``, which are no variables of a template."""
-
-
-def _are_variables(values: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    for name in values:
-        if name in RESERVED:
-            raise ValueError(f"{name!r} is an argument of the tokenizer and no variable of its template; leave it out")
-    return values
-
-
-TemplateVariables = Annotated[dict[str, JsonValue], AfterValidator(_are_variables)]
-Role = Literal["user", "item", "time", "history", "target", "shown", "id", "category"]
 PROMPTLESS = ("none", "raw")
 """Schemes that ask no engine for anything, whatever ``summarize.engine`` says."""
-NO_THOUGHTS: TemplateVariables = {"enable_thinking": False}
-"""Variables of chat templates, for the recommender and the summarizer alike."""
 
 
 class Section(BaseModel):
@@ -78,8 +48,9 @@ class DataSection(Section):
     """Layout of the raw files. table: interactions.* and items.* as CSV, TSV, Parquet or JSON lines, told by the
     ending; recbole: atomic files; amazon_reviews: a category of Amazon Reviews 2023 (reviews and meta_*); demo
     writes a small data set in MIND's layout first."""
-    path: FilePath = ""
-    """Folder with the raw files. Ignored by demo, which writes RUN/raw."""
+    path: StorePath = ""
+    """Folder with the raw files; one in a store (s3://, gs://, hf://, https://) is copied to RUN/raw first. Ignored by
+    demo, which writes RUN/raw."""
     domain: Literal["auto", "news", "products", "items"] = "auto"
     """Wording of the prompts; auto: news for mind and demo, products for amazon_m2 and amazon_reviews,
     items for the others."""
@@ -93,8 +64,8 @@ class DataSection(Section):
     """table, jsonl, recbole, amazon_reviews: name of the interactions file; empty: the format's own. Its ending tells
     how it is read."""
     columns: dict[Role, str] = {}
-    """table, jsonl, recbole, amazon_reviews: names in the files of user, item, time, history, target and shown, and of
-    an item's id and category, where they have others: {user: customer, item: sku, id: sku}."""
+    """table, jsonl, recbole, amazon_reviews: names in the files of user, item, time, history, target, shown and
+    candidates, and of an item's id and category, where they have others: {user: customer, item: sku, id: sku}."""
     locale: str = ""
     """Amazon-M2: keep only this locale (the paper: UK); empty keeps all, with negatives of the target's locale."""
     time_format: str = ""
@@ -126,6 +97,11 @@ class DataSection(Section):
     candidates: Literal["uniform", "popularity", "targets", "category", "impressions"] = "uniform"
     """How negatives are drawn: uniformly over the catalogue (the paper), by click count, among other users' targets,
     within the target's category, or from the impressions shown with the target (MIND)."""
+    candidates_file: FilePath = ""
+    """File in data.path with the candidates of valid and test users, from one's own retriever: rows of user and
+    candidates (a list), or of user and item; empty: they are drawn as train's negatives are."""
+    missed_targets: Literal["add", "skip"] = "add"
+    """A target that candidates_file misses: it joins the list, or its user is left out; counted either way."""
     seen_before_target: bool = False
     """Draw negatives only among items that someone had consumed or was shown before the target's time."""
     train_targets: int = Field(1, ge=1)
@@ -137,6 +113,11 @@ class DataSection(Section):
     """user: hash of the key (stable when users are added); time: the latest targets are test, those before valid."""
     max_users: int = Field(0, ge=0)
     """Keep only the first users in hash order, for trials; 0: all."""
+
+    @property
+    def held_out_candidates(self) -> str:
+        """Of valid and test users: ``retrieved`` by oneself, or drawn as ``candidates`` says."""
+        return "retrieved" if self.candidates_file else self.candidates
 
 
 class SummarizeSection(Section):
@@ -292,6 +273,9 @@ class TrainSection(Section):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     num_workers: int = Field(1, ge=0)
     """Reader processes per rank; 0 reads in the training process."""
+    shards_url: StorePath = ""
+    """Where the train split's tars are, if not in RUN/shards/train: an address in a store, such as
+    s3://bucket/run/shards/train. Manifest, indexes and lengths stay in the run folder."""
     cache_dir: FilePath = ""
     """Folder on each node's own disk for copies of the train shards, shared by the node's ranks; empty: no copies."""
     cache_gb: float = Field(100.0, gt=0)
@@ -361,9 +345,9 @@ class BaseSection(Section):
     """Width of the model."""
     num_layers: int = Field(4, ge=1)
     """Transformer layers."""
-    num_heads: int = Field(8, ge=1)
+    num_heads: int = Field(4, ge=1)
     """Attention heads."""
-    num_kv_heads: int = Field(8, ge=1)
+    num_kv_heads: int = Field(4, ge=1)
     """Key and value heads; fewer than heads: grouped-query attention."""
     intermediate_size: int = Field(352, ge=16)
     """Width of the MLP."""

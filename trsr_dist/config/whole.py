@@ -97,6 +97,8 @@ def _of_the_training(config: Config) -> Iterator[str]:
             f"train.negatives_per_positive={train.negatives_per_positive} is above train.pool_size={train.pool_size}: "
             "a sample keeps only that many negatives to draw from"
         )
+    if train.shards_url and "://" not in train.shards_url:
+        yield f"train.shards_url={train.shards_url}: expected an address such as s3://bucket/run/shards/train"
     if train.loss == "distill" and not train.teacher:
         yield "train.teacher is empty: train.loss=distill follows the scores of a model, see tools/score_shards.py"
     if train.early_stopping_patience and not train.evaluate_every_steps:

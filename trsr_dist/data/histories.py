@@ -5,20 +5,29 @@ What the first pass over raw data has admitted is kept in temporary Arrow files,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from trsr_dist.data.items import REMOVED, CatalogueRules
+from trsr_dist.data.ragged import Ragged
 from trsr_dist.data.source import Counts, Reader, shown
 from trsr_dist.data.store import ITEM_SCHEMA, ROWS_PER_BATCH, ArrowRows, ArrowWriter
 from trsr_dist.errors import DataError
 from trsr_dist.log import progress
 from trsr_dist.records import UserLog
 
+Found = tuple[list[int], list[int], list[int]]
+"""Rows of the catalogue of a log's history, targets and shown items; ``REMOVED`` and ``UNKNOWN`` are among them."""
+LOGS_AT_ONCE = 1 << 14
+LISTS = ("history", "targets", "shown")
+UNKNOWN = -2
+"""Row of an id that the catalogue lacks; one that it left out has ``REMOVED``."""
 SPOOL_ITEM_SCHEMA = pa.schema(list(ITEM_SCHEMA)[:3])
 SPOOL_USER_SCHEMA = pa.schema(
     [
@@ -54,8 +63,51 @@ class KnownUser:
     shown: list[int]
 
 
-def admit(log: UserLog, rows: Mapping[str, int], rules: HistoryRules, counts: Counts) -> KnownUser | None:
+@dataclass(frozen=True, slots=True)
+class UserColumns:
+    """Several users."""
+
+    names: pa.Array
+    history: Ragged
+    targets: Ragged
+    times: np.ndarray
+    """int64 [users]."""
+    shown: Ragged
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def take(self, places: np.ndarray) -> UserColumns:
+        """Some of them (int64)."""
+        lists = (column.take(places) for column in (self.history, self.targets, self.shown))
+        history, targets, shown = lists
+        return UserColumns(self.names.take(pa.array(places)), history, targets, self.times[places], shown)
+
+    def user(self, place: int) -> KnownUser:
+        """One of them."""
+        history, targets, shown = (column.list(place) for column in (self.history, self.targets, self.shown))
+        return KnownUser(self.names[place].as_py(), history, targets, int(self.times[place]), shown)
+
+
+def find_rows(logs: Sequence[UserLog], rows: Mapping[str, int]) -> Iterator[Found]:
+    """Rows of the catalogue of each log's ids; one lookup a different id, for each is a walk through the memory."""
+    lists = [ids for log in logs for ids in (log.history, log.targets, log.shown)]
+    codes = pa.array(chain.from_iterable(lists), pa.large_string()).dictionary_encode()
+    places = [rows.get(item, UNKNOWN) for item in codes.dictionary.to_pylist()]
+    found = np.array(places, np.int64)[codes.indices.to_numpy()]
+    ends = np.cumsum([len(ids) for ids in lists], dtype=np.int64).tolist()
+    parts = iter(found[start:end].tolist() for start, end in zip([0, *ends], ends, strict=False))
+    return zip(parts, parts, parts, strict=True)
+
+
+def admit(log: UserLog, found: Found, rules: HistoryRules, counts: Counts) -> KnownUser | None:
     """The user in rows of the catalogue, or None where a filter leaves the user out; either way it is counted.
+
+    Args:
+        log: the user.
+        found: of ``find_rows``.
+        rules: who counts.
+        counts: what happened.
 
     Raises:
         DataError: an id is not in the catalogue and the policy is ``fail``.
@@ -63,9 +115,11 @@ def admit(log: UserLog, rows: Mapping[str, int], rules: HistoryRules, counts: Co
     counts["users_read"] += 1
     if not log.history:
         return _skip("users_with_empty_history", counts)
-    history = _known(log.history, log, rows, rules, counts)
-    targets = list(dict.fromkeys(_known(log.targets, log, rows, rules, counts)))
-    shown = _known(log.shown, log, rows, rules, counts)
+    history, targets, shown = found
+    counts["item_ids_read"] += len(history) + len(targets) + len(shown)
+    history = _known(log.history, history, log, rules, counts)
+    targets = list(dict.fromkeys(_known(log.targets, targets, log, rules, counts)))
+    shown = _known(log.shown, shown, log, rules, counts)
     if not targets:
         return _skip("users_without_target", counts)
     if len(history) < rules.min_history:
@@ -97,23 +151,16 @@ def with_more_targets(user: KnownUser, num_targets: int, min_history: int) -> Kn
     return replace(user, history=history, targets=targets)
 
 
-def latest(history: Sequence[int], max_history: int) -> Sequence[int]:
-    """The history as the store keeps it: at most ``max_history`` latest items; 0: all."""
-    return history[-max_history:] if max_history else history
-
-
 def _skip(reason: str, counts: Counts) -> None:
     counts[reason] += 1
 
 
-def _known(
-    items: Sequence[str], log: UserLog, rows: Mapping[str, int], rules: HistoryRules, counts: Counts
-) -> list[int]:
+def _known(items: Sequence[str], found: list[int], log: UserLog, rules: HistoryRules, counts: Counts) -> list[int]:
+    if not found or min(found) >= 0:
+        return found
     known = []
-    counts["item_ids_read"] += len(items)
-    for item in items:
-        row = rows.get(item)
-        if row is None:
+    for item, row in zip(items, found, strict=True):
+        if row == UNKNOWN:
             if rules.unknown_items == "fail":
                 raise DataError(
                     f"{log.source}: user {shown(log.user)} has item {shown(item)}, which the item file lacks; add the "
@@ -137,20 +184,38 @@ def spool_items(path: Path, reader: Reader, rules: CatalogueRules) -> None:
 def spool_users(path: Path, logs: Iterable[UserLog], rows: dict[str, int], rules: HistoryRules, counts: Counts) -> None:
     """Write the users that the filters admit."""
     with ArrowWriter(path, SPOOL_USER_SCHEMA) as writer:
-        for log in progress(logs, description="users", unit=" users"):
-            user = admit(log, rows, rules, counts)
-            if user is not None:
-                writer.add(user.user, user.history, user.targets, user.time, user.shown)
+        for batch in _batches(progress(logs, description="users", unit=" users")):
+            for log, found in zip(batch, find_rows(batch, rows), strict=True):
+                user = admit(log, found, rules, counts)
+                if user is not None:
+                    writer.add(user.user, user.history, user.targets, user.time, user.shown)
+
+
+def _batches(logs: Iterable[UserLog]) -> Iterator[list[UserLog]]:
+    batch: list[UserLog] = []
+    try:
+        for log in logs:
+            batch.append(log)
+            if len(batch) == LOGS_AT_ONCE:
+                yield batch
+                batch = []
+    except DataError:
+        yield batch  # what is wrong before that row is told first
+        raise
+    yield batch
 
 
 def spool_more_targets(path: Path, spool: Spool, users: np.ndarray, num_targets: int, min_history: int) -> Spool:
     """Write the same users again, those where ``users`` (bool) is true with up to ``num_targets`` targets."""
     with ArrowWriter(path, SPOOL_USER_SCHEMA) as writer:
-        for row in range(len(spool)):
-            user = spool.user(row)
-            if users[row]:
-                user = with_more_targets(user, num_targets, min_history)
-            writer.add(user.user, user.history, user.targets, user.time, user.shown)
+        for start in range(0, len(spool), ROWS_PER_BATCH):
+            rows = np.arange(start, min(start + ROWS_PER_BATCH, len(spool)))
+            found = spool.users(rows)
+            for place, row in enumerate(rows):
+                user = found.user(place)
+                if users[row]:
+                    user = with_more_targets(user, num_targets, min_history)
+                writer.add(user.user, user.history, user.targets, user.time, user.shown)
     return Spool(path)
 
 
@@ -163,7 +228,7 @@ class Spool:
     def __len__(self) -> int:
         return len(self._rows)
 
-    @property
+    @cached_property
     def times(self) -> np.ndarray:
         """int64 [users], seconds."""
         return self._rows.column("time")
@@ -172,8 +237,19 @@ class Spool:
         for batch in self._rows.batches:
             yield from batch.column("user").to_pylist()
 
-    def user(self, index: int) -> KnownUser:
-        return KnownUser(*(self._rows.value(column, index) for column in range(5)))
+    def users(self, rows: np.ndarray) -> UserColumns:
+        """Those of some rows (int64)."""
+        names = self._names.take(pa.array(rows))
+        history, targets, shown = (self._lists[name].take(rows) for name in LISTS)
+        return UserColumns(names, history, targets, self.times[rows], shown)
+
+    @cached_property
+    def _names(self) -> pa.Array:
+        return pa.concat_arrays([batch.column("user").cast(pa.large_string()) for batch in self._rows.batches])
+
+    @cached_property
+    def _lists(self) -> dict[str, Ragged]:
+        return {name: Ragged.from_arrow([batch.column(name) for batch in self._rows.batches]) for name in LISTS}
 
     def count(self, column: str, users: np.ndarray, num_items: int) -> np.ndarray:
         """int64 [items]: how often each item stands in ``column`` of the users where ``users`` (bool) is true."""

@@ -12,20 +12,18 @@ serves category-hard negatives. Blanks around ids do not count. Columns may have
 from __future__ import annotations
 
 import json
-import re
-from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from itertools import chain
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
+import pyarrow as pa
 
+from trsr_dist.data.interactions import BLOCK_BYTES, BLOCK_ROWS, Interactions, as_id, json_columns
 from trsr_dist.data.source import Counts, LineReader, RawItem, listed, shown
-from trsr_dist.data.tables import is_table, table_rows
+from trsr_dist.data.tables import is_parquet, is_table, parquet_batches, plain_row, table_rows
+from trsr_dist.data.times import unix_seconds
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
 from trsr_dist.json_text import unique_keys
@@ -38,19 +36,6 @@ OWN_NAMES = "name yours with data.columns, such as data.columns={user: customer}
 CONVERT_LITERALS = (
     "python -c 'import ast, json, sys; [print(json.dumps(ast.literal_eval(row))) for row in sys.stdin]' < OLD > NEW"
 )
-NUMBER = re.compile(r"-?[0-9]{9,19}(?:\.[0-9]*)?")
-"""A number as text; shorter ones (20240131) are dates."""
-UNITS = ((1e11, 1e0, ""), (1e14, 1e3, "milliseconds"), (1e17, 1e6, "microseconds"), (2.0**62, 1e9, "nanoseconds"))
-"""Numbers below the first value are in the unit: seconds until the year 5138, milliseconds from 1973 on, and so on."""
-MOST_SECONDS = UNITS[0][0]
-FORMATS = (
-    "%a %b %d %H:%M:%S %z %Y",
-    "%a %b %d %H:%M:%S %Z %Y",
-    "%a %b %d %H:%M:%S %Y",
-    "%a, %d %b %Y %H:%M:%S %z",
-    "%a, %d %b %Y %H:%M:%S %Z",
-)
-"""Of Goodreads and Twitter, of ``date`` and C's ``ctime``, of mail and HTTP."""
 
 
 class Place(NamedTuple):
@@ -131,17 +116,30 @@ class JsonlReader:
                 raise DataError(f"{place}: a list lies too deep within lists; repair the row") from None
 
     def logs(self) -> Iterator[UserLog]:
-        records = self._records(self.log_file)
-        first = next(records, None)
-        if first is None:
+        peek = replace(self, lines=replace(self.lines, counts=Counts()))
+        first, place = next(peek._records(self.log_file), ({}, None))
+        if place is None:
             raise DataError(f"{self.log_file}: holds no record; expected one JSON object a line")
-        records = chain([first], records)
-        if self._column("history") in first[0]:
-            return self._user_logs(records)
-        if self._column("item") in first[0]:
-            return self._grouped_logs(records)
+        if self._column("history") in first:
+            return self._user_logs(self._records(self.log_file))
+        if self._column("item") in first:
+            return self._grouped_logs(first)
         single, whole = (", ".join(map(self._column, names)) for names in (INTERACTION, USER))
-        raise DataError(f"{first[1]}: fields {listed(first[0]) or 'none'}; expected {single} or {whole} ({OWN_NAMES})")
+        raise DataError(f"{place}: fields {listed(first) or 'none'}; expected {single} or {whole} ({OWN_NAMES})")
+
+    def candidates(self) -> Iterator[tuple[str, tuple[str, ...], Place]]:
+        """Of a file of candidates in place of the log: user, item ids and place of each row."""
+        user_name, list_name, item_name = map(self._column, ("user", "candidates", "item"))
+        for record, place in self._records(self.log_file):
+            if list_name in record:
+                yield _id(record, user_name, place), _ids(record[list_name], list_name, place), place
+            elif item_name in record:
+                yield _id(record, user_name, place), (_id(record, item_name, place),), place
+            else:
+                raise DataError(
+                    f"{place}: fields {listed(record) or 'none'}; expected {user_name} and {list_name} (a list), or "
+                    f"{user_name} and {item_name} ({OWN_NAMES})"
+                )
 
     def _column(self, role: str) -> str:
         return self.columns.get(role, role)
@@ -164,30 +162,34 @@ class JsonlReader:
             time = self._seconds(record[time_name], place) if time_name in record else 0
             yield UserLog(user, history, targets, int(time), shown, str(place))
 
-    def _grouped_logs(self, records: Iterator[Row]) -> Iterator[UserLog]:
-        """Columns of numbers are sorted, not objects: about 28 bytes an interaction."""
-        users: dict[str, int] = {}
-        items: dict[str, int] = {}
-        user_codes, item_codes, times, rows = array("q"), array("q"), array("d"), array("q")
-        user_name, item_name, time_name = map(self._column, INTERACTION)
-        for record, place in records:
-            user, item = _id(record, user_name, place), _id(record, item_name, place)
-            user_codes.append(users.setdefault(user, len(users)))
-            item_codes.append(items.setdefault(item, len(items)))
-            times.append(self._seconds(_field(record, time_name, place), place))
-            rows.append(place.row)
-        names = list(items)
-        codes, seconds = np.frombuffer(user_codes, np.int64), np.frombuffer(times, np.float64)
-        order = np.lexsort((seconds, codes))
-        repeats = repeated_rows(order, codes, seconds, np.frombuffer(item_codes, np.int64))
-        self.lines.counts["repeated_interactions"] += len(repeats)
-        order = order[~np.isin(order, repeats)] if len(repeats) else order
-        starts = np.searchsorted(codes[order], np.arange(len(users) + 1))
-        for code, user in enumerate(users):
-            mine = order[starts[code] : starts[code + 1]].tolist()
-            ids = tuple(names[item_codes[i]] for i in mine)
-            source = f"{self.log_file}:{rows[mine[-1]]}"
-            yield UserLog(user, ids[:-1], ids[-1:], int(seconds[mine[-1]]), (), source)
+    def _grouped_logs(self, first: dict[str, Any]) -> Iterator[UserLog]:
+        names, found = tuple(map(self._column, INTERACTION)), Interactions()
+        for columns, row, records in self._blocks(names, first):
+            if columns is None or not found.add_columns(columns, row, self.time_format, self.lines.counts):
+                found.add_rows(self._interaction(record, place, *names) for record, place in records)
+        yield from found.logs(self.log_file, self.lines.counts)
+
+    def _blocks(
+        self, names: tuple[str, ...], first: dict[str, Any]
+    ) -> Iterator[tuple[pa.Table | None, int, Iterator[Row]]]:
+        """Of each block of the log user, item and time in columns, unless it is no such block; the number of its first
+        row, and its rows."""
+        path = self.log_file
+        if not is_table(path):
+            for row, block in self.lines.blocks(path, BLOCK_BYTES):
+                yield json_columns(block, names, first), row, self._parsed(path, self.lines.split(path, row, block))
+        elif is_parquet(path) and first.keys() >= {*names}:
+            for row, columns in parquet_batches(path, BLOCK_ROWS, names):
+                rows = enumerate(map(plain_row, columns.to_pylist()), row)
+                yield columns, row, ((record, Place(path, number)) for number, record in rows)
+        else:
+            yield None, 1, self._records(path)
+
+    def _interaction(
+        self, record: dict[str, Any], place: Place, user_name: str, item_name: str, time_name: str
+    ) -> tuple[str, str, float, int]:
+        user, item = _id(record, user_name, place), _id(record, item_name, place)
+        return user, item, self._seconds(_field(record, time_name, place), place), place.row
 
     def _seconds(self, value: Any, place: Place) -> float:  # noqa: ANN401 (any JSON value)
         try:
@@ -200,10 +202,11 @@ class JsonlReader:
 
     def _records(self, path: Path) -> Iterator[Row]:
         if is_table(path):
-            for number, record in table_rows(path, self.lines):
-                yield record, Place(path, number)
-            return
-        for number, line in self.lines.read(path):
+            return ((record, Place(path, number)) for number, record in table_rows(path, self.lines))
+        return self._parsed(path, self.lines.read(path))
+
+    def _parsed(self, path: Path, lines: Iterable[tuple[int, str]]) -> Iterator[Row]:
+        for number, line in lines:
             if line.strip():
                 place = Place(path, number)
                 yield self._parse(line, place), place
@@ -250,71 +253,6 @@ def _what_is_wrong(line: str, error: Exception, place: Place) -> str:
     return f"not valid JSON ({str(error).partition(';')[0]}); repair the row"
 
 
-def repeated_rows(order: np.ndarray, users: np.ndarray, times: np.ndarray, items: np.ndarray) -> np.ndarray:
-    """Interactions that say again what an earlier row has said: same user, item and time.
-
-    Args:
-        order: int64 [interactions], sorted by user, then time, then row.
-        users: int64 [interactions], codes.
-        times: float64 [interactions], seconds.
-        items: int64 [interactions], codes.
-
-    Returns:
-        int64, indices of the later rows of each set of equal ones.
-    """
-    before = np.flatnonzero(_equals_next(order, users, times))
-    tied = order[np.union1d(before, before + 1)]
-    tied = tied[np.lexsort((tied, items[tied], times[tied], users[tied]))]
-    return tied[1:][_equals_next(tied, users, times, items)]
-
-
-def _equals_next(rows: np.ndarray, *columns: np.ndarray) -> np.ndarray:
-    """bool [rows - 1]: whether a row has the values of the next one; a column at a time, to save memory."""
-    is_equal = np.ones(max(0, len(rows) - 1), bool)
-    for column in columns:
-        values = column[rows]
-        is_equal &= values[1:] == values[:-1]
-    return is_equal
-
-
-def unix_seconds(value: Any, time_format: str, counts: Counts) -> float:  # noqa: ANN401 (any JSON value)
-    """Seconds of a time as people write it; each value has its own unit.
-
-    Args:
-        value: number or text.
-        time_format: of text, for ``strptime``; empty: ISO 8601 and ``FORMATS``.
-        counts: how many values were not in seconds.
-
-    Raises:
-        TypeError, ValueError, OverflowError: it is no time.
-    """
-    if isinstance(value, str):
-        text = value.strip()
-        if time_format or not NUMBER.fullmatch(text):
-            time = datetime.strptime(text, time_format) if time_format else _parsed_time(text)
-            return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
-        value = float(text)
-    if isinstance(value, bool) or value is None:
-        raise TypeError
-    if -MOST_SECONDS < value < MOST_SECONDS:
-        return float(value)
-    for limit, per_second, name in UNITS:
-        if abs(value) < limit:
-            counts[f"times_in_{name}"] += 1
-            return value / per_second
-    raise ValueError
-
-
-def _parsed_time(text: str) -> datetime:
-    with suppress(ValueError):
-        is_utc = text.endswith((" UTC", " GMT"))  # ISO 8601 has an offset
-        return datetime.fromisoformat(f"{text[:-4]}+00:00" if is_utc else text)
-    for form in FORMATS:
-        with suppress(ValueError):
-            return datetime.strptime(text, form)
-    raise ValueError
-
-
 def _field(record: dict[str, Any], name: str, place: Place) -> Any:  # noqa: ANN401 (any JSON value)
     if name not in record:
         raise DataError(f"{place}: no field {name!r}; found {listed(record) or 'none'}; add it, or {OWN_NAMES}")
@@ -332,10 +270,8 @@ def _ids(values: Any, name: str, place: Place) -> tuple[str, ...]:  # noqa: ANN4
 
 
 def _checked_id(value: Any, name: str, place: Place) -> str:  # noqa: ANN401 (any JSON value)
-    if isinstance(value, str | int) and not isinstance(value, bool):
-        text = str(value).strip()
-        if text:
-            return text
+    with suppress(ValueError):
+        return as_id(value)
     raise DataError(f"{place}: {name} holds {shown(value)}, expected an id (text or an integer); repair the row")
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
+from functools import lru_cache
 from pathlib import Path
 
 from trsr_dist.data.source import LineReader, RawItem, check_columns, shown
 from trsr_dist.errors import DataError
-from trsr_dist.hashing import hash64
 from trsr_dist.records import UserLog
 
 NEWS = ("id", "category", "subcategory", "title", "abstract", "url", "title entities", "abstract entities")
 BEHAVIORS = ("impression id", "user id", "time", "history", "impressions")
-TIME = "%m/%d/%Y %I:%M:%S %p"
+DATE, CLOCK = "%m/%d/%Y", "%I:%M:%S %p"
+EPOCH, MIDNIGHT = datetime(1970, 1, 1), datetime(1900, 1, 1)
+"""What dates, and times of day alone, are counted from; the latter by ``strptime``'s rule."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,19 +43,18 @@ class MindReader:
             yield RawItem(cells[0].strip(), fields, row, category=cells[1].strip())
 
     def logs(self) -> Iterator[UserLog]:
-        seen: set[int] = set()
+        seen: set[str] = set()
         for row, cells in self._rows(self.log_file, BEHAVIORS):
             user = cells[1].strip()
             if not user:
                 raise DataError(f"{self.log_file}:{row}: the user id is empty; every row needs one")
-            key = hash64(user)
-            if key in seen:
+            if user in seen:
                 self.lines.counts["further_rows_of_a_user"] += 1
                 continue
-            seen.add(key)
+            seen.add(user)
             source, clicks = f"{self.log_file}:{row}", cells[3].split()
             try:
-                seconds = int(datetime.strptime(cells[2].strip(), TIME).replace(tzinfo=UTC).timestamp())
+                seconds = unix_seconds(cells[2].strip())
             except ValueError:
                 raise DataError(
                     f"{source}: time {shown(cells[2])}, expected such as 11/13/2019 5:53:12 AM; repair the row"
@@ -76,14 +77,32 @@ class MindReader:
             if not text:
                 continue
             cells = text.split("\t")
-            check_columns(path, row, len(cells), columns)
-            pairs = zip(cells, names, strict=True) if is_first else ()
-            num_equal = sum("".join(filter(str.isalnum, cell)).casefold() == name for cell, name in pairs)
-            is_first = False
-            if num_equal >= len(columns) / 2:
-                self.lines.counts["header_rows"] += 1
-            else:
-                yield row, cells
+            if len(cells) != len(columns):
+                check_columns(path, row, len(cells), columns)
+            if is_first:
+                is_first = False
+                pairs = zip(cells, names, strict=True)
+                num_equal = sum("".join(filter(str.isalnum, cell)).casefold() == name for cell, name in pairs)
+                if num_equal >= len(columns) / 2:
+                    self.lines.counts["header_rows"] += 1
+                    continue
+            yield row, cells
+
+
+def unix_seconds(text: str) -> int:
+    """Unix seconds of one of MIND's times.
+
+    Raises:
+        ValueError: it is no such time.
+    """
+    date, clock = text.split(None, 1)
+    return _seconds(date, DATE, EPOCH) + _seconds(clock, CLOCK, MIDNIGHT)
+
+
+@lru_cache(1 << 17)
+def _seconds(text: str, form: str, since: datetime) -> int:
+    """Dates and times of day are few: each is parsed once."""
+    return int((datetime.strptime(text, form) - since).total_seconds())
 
 
 def _impressions(cells: list[str], source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:

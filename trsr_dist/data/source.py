@@ -11,6 +11,7 @@ import reprlib
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Protocol
@@ -18,12 +19,15 @@ from typing import BinaryIO, Protocol
 import pyarrow as pa
 
 from trsr_dist.errors import DataError
-from trsr_dist.files import numbered_lines, plain
+from trsr_dist.files import MAX_LINE_BYTES, numbered_lines, plain
 from trsr_dist.records import UserLog
 
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 MOST_CHARACTERS = 300
+BLOCK_BYTES = 1 << 20
+"""Of lines that are decoded at once."""
+UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 Counts = Counter[str]
 """How often each policy or filter applied; printed and kept in the manifest."""
 
@@ -65,19 +69,40 @@ class LineReader:
     counts: Counts
 
     def read(self, path: Path) -> Iterator[tuple[int, str]]:
-        """Line numbers from 1 and lines with their end.
+        """Line numbers from 1 and lines with their end; raises as ``blocks``, and DataError where bytes are not UTF-8
+        and the policy is ``fail``."""
+        for first, block in self.blocks(path, BLOCK_BYTES):
+            yield from self.split(path, first, block)
+
+    def split(self, path: Path, first: int, block: bytes) -> Iterator[tuple[int, str]]:
+        """The lines of a block, as ``read`` gives them."""
+        try:
+            text = block.decode("utf-8-sig" if first == 1 else "utf-8")
+            yield from enumerate(io.StringIO(text, newline="\n"), first)
+        except UnicodeDecodeError:
+            for number, line in enumerate(io.BytesIO(block), first):
+                yield number, self._decode(line, path, number)
+
+    def blocks(self, path: Path, size: int) -> Iterator[tuple[int, bytes]]:
+        """Whole lines, at least ``size`` bytes of them at a time, and the number of the first.
 
         Raises:
-            DataError: the file is missing, unreadable or cut off, or bytes are not UTF-8 and the policy is ``fail``.
+            DataError: the file is missing, unreadable or cut off, or a line has no end.
         """
-        number = 0
+        first = 1
         with open_raw(path) as stream:
             try:
-                for number, line in numbered_lines(stream, path):  # noqa: B007 (named in the message)
-                    yield number, self._decode(line, path, number)
-            except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+                while block := stream.read(size):
+                    if not block.endswith(b"\n"):
+                        block += stream.readline(MAX_LINE_BYTES)
+                    if len(block) > MAX_LINE_BYTES:
+                        for _ in numbered_lines(io.BytesIO(block), path, first):
+                            pass
+                    yield first, block
+                    first += block.count(b"\n")
+            except UNREADABLE as error:
                 raise DataError(
-                    f"{path}: cannot be read beyond line {number} ({error}); copy or download the file again"
+                    f"{path}: cannot be read beyond line {_last_line(path)} ({error}); copy or download the file again"
                 ) from None
 
     def _decode(self, line: bytes, path: Path, number: int) -> str:
@@ -92,6 +117,15 @@ class LineReader:
                 ) from None
             self.counts["lines_with_replaced_bytes"] += 1
             return line.decode(encoding, errors="replace")
+
+
+def _last_line(path: Path) -> int:
+    """Number of the last line that can be read."""
+    number = 0
+    with open_raw(path) as stream, suppress(*UNREADABLE):
+        for number, _ in numbered_lines(stream, path):  # noqa: B007
+            pass
+    return number
 
 
 COMPRESSED: dict[str, tuple[bytes, Callable[[Path], BinaryIO]]] = {

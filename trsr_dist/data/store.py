@@ -70,6 +70,7 @@ class ArrowWriter:
     def __init__(self, path: Path, schema: pa.Schema) -> None:
         self._schema = schema
         self._columns: list[list] = [[] for _ in schema]
+        self._table = schema.empty_table()
         self._writer = pa.ipc.new_file(str(path), schema)
 
     def __enter__(self) -> ArrowWriter:
@@ -78,6 +79,8 @@ class ArrowWriter:
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is None and self._columns[0]:
             self._flush()
+        if kind is None and len(self._table):
+            self._write(self._table)
         self._writer.close()
 
     def add(self, *values: object) -> None:
@@ -90,6 +93,16 @@ class ArrowWriter:
     def add_batch(self, columns: list[pa.Array]) -> None:
         """Append whole columns as one batch."""
         self._writer.write_batch(pa.record_batch(columns, schema=self._schema))
+
+    def add_columns(self, columns: list[pa.Array]) -> None:
+        """Append columns of any length."""
+        self._table = pa.concat_tables([self._table, pa.table(columns, schema=self._schema)])
+        while len(self._table) >= ROWS_PER_BATCH:
+            self._write(self._table.slice(0, ROWS_PER_BATCH))
+            self._table = self._table.slice(ROWS_PER_BATCH)
+
+    def _write(self, table: pa.Table) -> None:
+        self.add_batch(table.combine_chunks().to_batches()[0].columns)
 
     def _flush(self) -> None:
         arrays = [pa.array(c, field.type) for c, field in zip(self._columns, self._schema, strict=True)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from glob import glob
 from pathlib import Path
@@ -39,6 +39,10 @@ def is_table(path: Path) -> bool:
     return _ending(path) in (*DIALECTS, PARQUET)
 
 
+def is_parquet(path: Path) -> bool:
+    return _ending(path) == PARQUET
+
+
 def _ending(path: Path) -> str:
     return Path(unpacked_name(path)).suffix.lower()
 
@@ -63,7 +67,7 @@ def find_table(folder: Path, pattern: str) -> Path:
 
 def table_rows(path: Path, lines: LineReader) -> Iterator[TableRow]:
     """Rows of a file that is not JSON lines."""
-    if _ending(path) == PARQUET:
+    if is_parquet(path):
         return _parquet_rows(path)
     rows = csv_rows(path, lines, (), **DIALECTS[_ending(path)])
     if _ending(path) not in ATOMIC:
@@ -103,17 +107,32 @@ def csv_rows(path: Path, lines: LineReader, required: tuple[str, ...], **dialect
 
 
 def _parquet_rows(path: Path) -> Iterator[TableRow]:
-    row = 0
+    for row, batch in parquet_batches(path, ROWS_AT_A_TIME):
+        yield from enumerate(map(plain_row, batch.to_pylist()), row)
+
+
+def parquet_batches(path: Path, num_rows: int, names: Sequence[str] | None = None) -> Iterator[tuple[int, pa.Table]]:
+    """Up to ``num_rows`` rows at a time, and the number of the first, from 1; columns in the order of ``names``.
+
+    Raises:
+        DataError: the file is damaged.
+    """
+    row = 1
     with open_raw(path) as stream:
         try:
-            for batch in pq.ParquetFile(stream).iter_batches(ROWS_AT_A_TIME):
-                for cells in batch.to_pylist():
-                    row += 1
-                    yield row, {name: _plain(value) for name, value in cells.items()}
+            for batch in pq.ParquetFile(stream).iter_batches(num_rows, columns=names):
+                found = pa.Table.from_batches([batch])
+                yield row, found.select(names) if names else found
+                row += len(batch)
         except (pa.ArrowException, OSError) as error:
             raise DataError(
-                f"{path}: cannot be read beyond row {row} ({error}); copy or download the file again"
+                f"{path}: cannot be read beyond row {row - 1} ({error}); copy or download the file again"
             ) from None
+
+
+def plain_row(cells: dict[str, Any]) -> dict[str, Any]:
+    """A row of Parquet, its times as Unix seconds."""
+    return {name: _plain(value) for name, value in cells.items()}
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 (any Arrow value)

@@ -33,7 +33,7 @@ def complete(job: Evaluation, force: bool) -> Evaluation:
 
 def _check(job: Evaluation, force: bool) -> str:
     check_histories(job)
-    shards = ShardSet(job.run.split(job.split))
+    shards = ShardSet(job.run.split(job.split), url=job.config.train.shards_url if job.split == "train" else "")
     if not len(shards):
         raise DataError(f"{shards.folder}: no user to rank for; give data.split a share for {job.split}")
     base_of(job)

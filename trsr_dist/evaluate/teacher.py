@@ -29,6 +29,7 @@ from trsr_dist.locks import Claim
 from trsr_dist.log import get_logger, setup_logging, show
 from trsr_dist.model.artifacts import follow
 from trsr_dist.run import MANIFEST, RunFolder
+from trsr_dist.shards.cache import open_cache
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.tables import scores_folder, write_table
 
@@ -90,7 +91,8 @@ def plan_scoring(config: Config, model: str) -> tuple[TrainScoring, ShardSet]:
     """What is scored, and where its scores lie."""
     run = RunFolder(Path(config.run.dir))
     model = str(follow(Path(run.resolve(model))))
-    shards = ShardSet(run.split("train"))
+    train = config.train
+    shards = ShardSet(run.split("train"), open_cache(train.cache_dir, train.cache_gb), url=train.shards_url)
     everyone = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_users": 0})})
     return TrainScoring(
         everyone, run, model, scores_folder(shards, model_identity(model, config.model.revision))

@@ -184,7 +184,8 @@ class Inputs:
             RunError: there are no histories either, or the split has no users.
         """
         if self._has_shards(split):
-            found = shard_lengths(self.run.split(split), self.builder)
+            url = self._config.train.shards_url if split == "train" else ""
+            found = shard_lengths(self.run.split(split), self.builder, url)
         else:
             found = history_lengths(
                 self.store,
@@ -281,7 +282,7 @@ def evaluate_stage(config: Config, inputs: Inputs) -> PlannedStage:
     """The evaluation of the config's split, all passes of a language model."""
     evaluate = config.evaluate
     inputs.require(evaluate.split)
-    drawn = drawn_protocols(evaluate.protocols, config.data.candidates)
+    drawn = drawn_protocols(evaluate.protocols, config.data.held_out_candidates)
     settings = ScoringSettings(
         passes=tuple(entry.name for entry in plan_passes(evaluate.baselines, drawn)),
         row_tokens=evaluate.row_tokens,

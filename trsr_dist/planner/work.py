@@ -67,18 +67,19 @@ class SplitWork:
     """``measured`` lengths of the shards, a sample of the shards' prompts, or of prompts made from ``histories``."""
 
 
-def shard_lengths(folder: Path, builder: PromptBuilder) -> PromptLengths:
+def shard_lengths(folder: Path, builder: PromptBuilder, url: str = "") -> PromptLengths:
     """Lengths of a split's shards.
 
     Args:
         folder: ``RUN/shards/{split}``.
         builder: writes the prompts.
+        url: of the tars, where they are in a store.
 
     Raises:
         RunError: the split is not there.
         DataError: a sample is damaged.
     """
-    shards = ShardSet(folder)
+    shards = ShardSet(folder, url=url)
     measured = lengths_folder(shards, builder)
     if (measured / SUMMARY).is_file():
         lengths = Lengths(shards, measured)

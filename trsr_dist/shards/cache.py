@@ -16,6 +16,7 @@ from pathlib import Path
 
 from trsr_dist.errors import ConfigError
 from trsr_dist.log import get_logger
+from trsr_dist.stores import parts_of
 
 COPY, PARTIAL = ".tar", ".partial"
 CHUNK_BYTES = 1 << 22
@@ -61,13 +62,16 @@ class ShardCache:
         """Shards with these SHA-256 are in use: they do not make room for others of this process."""
         self._kept.update(hashes)
 
-    def open(self, source: Path, sha256: str, num_bytes: int) -> int | None:
+    def open(self, source: Path | str, sha256: str, num_bytes: int) -> int | None:
         """A descriptor of the copy, made first where missing; None: read the source.
 
         Args:
-            source: the shard.
+            source: the shard; a text is an address in a store.
             sha256: that it should have.
             num_bytes: its size.
+
+        Raises:
+            RunError: the store does not give it.
         """
         copy = self.folder / f"{sha256}{COPY}"
         while sha256 not in self._refused:
@@ -84,7 +88,7 @@ class ShardCache:
             if maker is not None:
                 fcntl.flock(maker, fcntl.LOCK_SH)  # until the copy is made, or its maker has died
                 os.close(maker)
-            elif descriptor is None or not _fetch(source, sha256, descriptor, copy):
+            elif descriptor is None or not _fetch(source, sha256, num_bytes, descriptor, copy):
                 self._refused.add(sha256)
             else:
                 return descriptor
@@ -131,31 +135,39 @@ class ShardCache:
         return found
 
 
-def _fetch(source: Path, sha256: str, descriptor: int, copy: Path) -> bool:
+def _fetch(source: Path | str, sha256: str, num_bytes: int, descriptor: int, copy: Path) -> bool:
     """Fill the locked file and give it its name; False where that fails, which is logged."""
-    partial = copy.with_suffix(PARTIAL)
+    partial, is_done = copy.with_suffix(PARTIAL), False
     try:
-        found = _copy_bytes(source, descriptor)
-        if found == sha256:
+        if _copy_bytes(source, num_bytes, descriptor) == sha256:
             os.rename(partial, copy)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
-            return True
-        log.warning("%s: not copied to the node, its checksum differs from the manifest's", source)
+            is_done = True
+        else:
+            log.warning("%s: not copied to the node, its checksum differs from the manifest's", source)
     except OSError as error:
         log.warning("%s: not copied to the node (%s)", source, error.strerror)
-    partial.unlink(missing_ok=True)
-    os.close(descriptor)
-    return False
+    finally:
+        if not is_done:
+            partial.unlink(missing_ok=True)
+            os.close(descriptor)
+    return is_done
 
 
-def _copy_bytes(source: Path, descriptor: int) -> str:
+def _copy_bytes(source: Path | str, num_bytes: int, descriptor: int) -> str:
     """Write the source's bytes; returns their SHA-256."""
     found = hashlib.sha256()
-    with open(source, "rb") as stream, os.fdopen(os.dup(descriptor), "wb") as target:
-        while chunk := stream.read(CHUNK_BYTES):
+    with os.fdopen(os.dup(descriptor), "wb") as target:
+        for chunk in parts_of(source, num_bytes) if isinstance(source, str) else _chunks(source):
             found.update(chunk)
             target.write(chunk)
     return found.hexdigest()
+
+
+def _chunks(source: Path) -> Iterator[bytes]:
+    with open(source, "rb") as stream:
+        while chunk := stream.read(CHUNK_BYTES):
+            yield chunk
 
 
 def _allocate(partial: Path, num_bytes: int, victims: Iterator[Path]) -> int | None:

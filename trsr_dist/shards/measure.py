@@ -215,7 +215,7 @@ _worker: list = []
 
 def _start_worker(measuring: Measuring, first: tuple[int, ...]) -> None:
     die_with_parent(signal.SIGKILL)
-    _worker[:] = [replace(measuring, shards=ShardSet(measuring.shards.folder)), first]
+    _worker[:] = [replace(measuring, shards=measuring.shards.opened_again()), first]
 
 
 def _work(number: int) -> None:

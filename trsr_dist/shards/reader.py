@@ -21,6 +21,7 @@ from trsr_dist.shards.cache import ShardCache
 from trsr_dist.shards.codec import decode_sample
 from trsr_dist.shards.index import KeptArrays, index_path, open_index
 from trsr_dist.shards.manifest import read_split_manifest
+from trsr_dist.stores import read_range
 
 OPEN_SHARDS = 4096
 """Tars that are kept open at most: file servers keep count of open files too."""
@@ -34,16 +35,17 @@ class OpenShard:
     """An open tar, or the node's copy of it, with its index.
 
     Args:
-        path: of the tar.
+        path: of the tar; a text is its address in a store.
         facts: what the manifest says of it.
         rows: its index.
         cache: the node's copies.
 
     Raises:
         DataError: the tar is missing, has another size than the manifest says, or differs from what was indexed.
+        RunError: a store does not give it.
     """
 
-    def __init__(self, path: Path, facts: dict, rows: np.ndarray, cache: ShardCache | None = None) -> None:
+    def __init__(self, path: Path | str, facts: dict, rows: np.ndarray, cache: ShardCache | None = None) -> None:
         self.path = path
         self.rows = rows
         self._facts = facts
@@ -69,7 +71,7 @@ class OpenShard:
     def place(self, number: int) -> str:
         """Shard, member and byte, for error messages."""
         offset = int(self.rows[number]["offset"])
-        header = os.pread(self._descriptor, 100, offset - 512)
+        header = self._bytes(100, offset - 512)
         name = header.split(b"\0")[0].decode("utf-8", "replace")
         return f"{self.path}: sample {number} (member {name!r}, byte {offset})"
 
@@ -80,13 +82,19 @@ class OpenShard:
         os.posix_fadvise(self._descriptor, int(first["offset"]), length, os.POSIX_FADV_WILLNEED)
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+
+    def _bytes(self, size: int, offset: int) -> bytes:
+        if self._descriptor is None:
+            return read_range(self.path, offset, offset + size)
+        return os.pread(self._descriptor, size, offset)
 
     def _read(self, number: int) -> bytes:
         row = self.rows[number]
         offset, size = int(row["offset"]), int(row["num_bytes"])
         try:
-            data = os.pread(self._descriptor, size, offset)
+            data = self._bytes(size, offset)
         except OSError as error:
             raise DataError(f"{self.path}: sample {number} (byte {offset}): {error.strerror}") from None
         if len(data) != size or zlib.crc32(data) != row["crc"]:
@@ -100,7 +108,10 @@ class OpenShard:
         self.close()
         self._descriptor, self._is_copy = source, False
 
-    def _open_source(self) -> int:
+    def _open_source(self) -> int | None:
+        """None: in a store, where nothing is kept open."""
+        if isinstance(self.path, str):
+            return None
         try:
             descriptor = plain(self.path, os.O_RDONLY)
         except OSError as error:
@@ -128,6 +139,7 @@ class ShardSet:
         folder: ``RUN/shards/{split}``.
         cache: the node's copies of shards; None: the shards are read where they lie.
         any_wording: read texts that were made with the prompts of another version too.
+        url: where the tars are, in a store (``s3://bucket/run/shards/train``); manifest and indexes are in the folder.
 
     Raises:
         RunError: there is no manifest.
@@ -135,8 +147,11 @@ class ShardSet:
             another version.
     """
 
-    def __init__(self, folder: str | Path, cache: ShardCache | None = None, any_wording: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, cache: ShardCache | None = None, any_wording: bool = False, url: str = ""
+    ) -> None:
         self.folder = Path(folder)
+        self._url = url.rstrip("/")
         self.manifest_hash = manifest_hash(self.folder)
         self.manifest = read_split_manifest(self.folder)
         if not any_wording:
@@ -218,8 +233,8 @@ class ShardSet:
             start = end
 
     def advise(self, start: int, stop: int) -> None:
-        """Ask the kernel to read neighbouring samples ahead; with copies on the node there is no need."""
-        if self._cache is not None:
+        """Ask the kernel to read neighbouring samples ahead; with copies on the node, or a store, there is no need."""
+        if self._cache is not None or self._url:
             return
         for shard, first, last in self.ranges(start, stop):
             self.shard(shard).advise(first, last)
@@ -232,10 +247,16 @@ class ShardSet:
         if shard in self._open:
             self._open.move_to_end(shard)
         else:
-            self._open[shard] = OpenShard(self.path(shard), self.facts[shard], self.index(shard), self._cache)
+            facts = self.facts[shard]
+            place = f"{self._url}/{facts['name']}" if self._url else self.path(shard)
+            self._open[shard] = OpenShard(place, facts, self.index(shard), self._cache)
             if len(self._open) > self._max_open:
                 self._open.popitem(last=False)[1].close()
         return self._open[shard]
+
+    def opened_again(self) -> ShardSet:
+        """The same samples for another process, without copies on the node unless they come from a store."""
+        return ShardSet(self.folder, self._cache if self._url else None, any_wording=True, url=self._url)
 
     def close(self) -> None:
         for opened in self._open.values():
@@ -259,7 +280,8 @@ class ShardSet:
     def _check_present(self) -> None:
         present = {entry.name: entry.is_file() for entry in os.scandir(self.folder)}
         for facts in self.facts:
-            for needed in (facts["name"], index_path(Path(facts["name"])).name):
+            tars = [] if self._url else [facts["name"]]
+            for needed in (*tars, index_path(Path(facts["name"])).name):
                 if needed not in present:
                     raise DataError(f"{self.folder / needed}: missing, the manifest names it; restore the split")
                 if not present[needed]:

@@ -19,7 +19,7 @@ import numpy as np
 from torch.utils.data import DataLoader
 
 from trsr_dist.environment import die_with_parent
-from trsr_dist.errors import DataError
+from trsr_dist.errors import DataError, RunError
 from trsr_dist.log import get_logger
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import TokenizedUser
@@ -206,10 +206,18 @@ def load_steps(reader: StepReader, specs: Iterator[StepSpec], num_workers: int) 
     close = steps._shutdown_workers
     atexit.register(close)
     try:
-        yield steps
+        yield _in_own_words(steps)
     finally:
         close()
         atexit.unregister(close)
+
+
+def _in_own_words(steps: Iterator[Step]) -> Iterator[Step]:
+    """A worker's error for the user comes with its traceback as text; the message alone is passed on."""
+    try:
+        yield from steps
+    except RunError as error:
+        raise RunError(str(error).rpartition(f"{RunError.__name__}: ")[2].strip()) from None
 
 
 def _prepare_worker(worker: int) -> None:

@@ -163,7 +163,7 @@ def open_stream(
 ) -> TrainStream:
     """The train split's stream, from where the checkpoint stands."""
     train = config.train
-    shards = ShardSet(run.split("train"), open_cache(train.cache_dir, train.cache_gb))
+    shards = ShardSet(run.split("train"), open_cache(train.cache_dir, train.cache_gb), url=train.shards_url)
     return TrainStream(
         shards,
         builder,

@@ -1,0 +1,91 @@
+"""Times as people write them, in Unix seconds. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+
+NUMBER = re.compile(r"-?[0-9]{9,19}(?:\.[0-9]*)?")
+"""A number as text; shorter ones (20240131) are dates."""
+UNITS = ((1e11, 1e0, ""), (1e14, 1e3, "milliseconds"), (1e17, 1e6, "microseconds"), (2.0**62, 1e9, "nanoseconds"))
+"""Numbers below the first value are in the unit: seconds until the year 5138, milliseconds from 1973 on, and so on."""
+MOST_SECONDS = UNITS[0][0]
+FORMATS = (
+    "%a %b %d %H:%M:%S %z %Y",
+    "%a %b %d %H:%M:%S %Z %Y",
+    "%a %b %d %H:%M:%S %Y",
+    "%a, %d %b %Y %H:%M:%S %z",
+    "%a, %d %b %Y %H:%M:%S %Z",
+)
+"""Of Goodreads and Twitter, of ``date`` and C's ``ctime``, of mail and HTTP."""
+
+
+def unix_seconds(value: Any, time_format: str, counts: Counter[str]) -> float:  # noqa: ANN401 (any JSON value)
+    """Seconds of a time as people write it; each value has its own unit.
+
+    Args:
+        value: number or text.
+        time_format: of text, for ``strptime``; empty: ISO 8601 and ``FORMATS``.
+        counts: how many values were not in seconds.
+
+    Raises:
+        TypeError, ValueError, OverflowError: it is no time.
+    """
+    if isinstance(value, str):
+        text = value.strip()
+        if time_format or not NUMBER.fullmatch(text):
+            time = datetime.strptime(text, time_format) if time_format else _parsed_time(text)
+            return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+        value = float(text)
+    if isinstance(value, bool) or value is None:
+        raise TypeError
+    if -MOST_SECONDS < value < MOST_SECONDS:
+        return float(value)
+    for limit, per_second, name in UNITS:
+        if abs(value) < limit:
+            counts[f"times_in_{name}"] += 1
+            return value / per_second
+    raise ValueError
+
+
+def all_seconds(values: np.ndarray, counts: Counter[str]) -> np.ndarray:
+    """``unix_seconds`` of each number.
+
+    Args:
+        values: int64 or float64, shape (num_values,).
+        counts: how many values were not in seconds.
+
+    Returns:
+        float64, shape (num_values,).
+
+    Raises:
+        ValueError: one is no time; nothing was counted.
+    """
+    seconds, is_open = values.astype(np.float64), np.ones(len(values), bool)
+    found = {}
+    for limit, per_second, name in UNITS:
+        bound = values.dtype.type(limit)
+        here = is_open & (values > -bound) & (values < bound)
+        is_open &= ~here
+        if name and here.any():
+            found[f"times_in_{name}"] = int(here.sum())
+            seconds[here] /= per_second
+    if is_open.any():
+        raise ValueError
+    counts.update(found)
+    return seconds
+
+
+def _parsed_time(text: str) -> datetime:
+    with suppress(ValueError):
+        is_utc = text.endswith((" UTC", " GMT"))  # ISO 8601 has an offset
+        return datetime.fromisoformat(f"{text[:-4]}+00:00" if is_utc else text)
+    for form in FORMATS:
+        with suppress(ValueError):
+            return datetime.strptime(text, form)
+    raise ValueError
