@@ -108,8 +108,8 @@ class SummaryServer:
 
 def processes(pattern: str) -> str:
     """A shell script that prints the ids of the machine's processes whose command line matches."""
-    test = f"tr '\\0' ' ' <$p/cmdline 2>/dev/null | grep -qE -- '{pattern}'"
-    return f"for p in /proc/[0-9]*; do if {test}; then echo ${{p#/proc/}}; fi; done; true"
+    test = f"tr '\\0' ' ' <$p/cmdline | grep -qE -- '{pattern}'"
+    return f"exec 2>/dev/null; for p in /proc/[0-9]*; do if {test}; then echo ${{p#/proc/}}; fi; done; true"
 
 
 def kill_rank(world: World, row: Row) -> Effect:

@@ -142,7 +142,7 @@ def test_six_faults_at_random_change_nothing(lab: Lab, tmp_path: Path, undisturb
     lab.wait_for_nodes(3)
     draw, lines = Random(0), list[str]()
     world = World(lab, Chain(lab, tmp_path / "run", SMALL, draw), draw, last_step=12)
-    Storm(world, 6, draw, ["rank", "task", "launcher", "slurmd", "requeue", "cancel"], lines.append).run(400)
+    Storm(world, 6, draw, ["rank", "launcher", "slurmd", "requeue", "cancel"], lines.append).run(400)
     found = [*differences(tmp_path / "run", undisturbed, 12), *leftovers(world)]
     assert not found, "\n".join([*lines, *found])
 
