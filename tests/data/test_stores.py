@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from werkzeug.wrappers import Response
 
-from tests.data.raw import make_config
-from tests.data.test_tables import COLUMNS, write_tables
+from tests.data.raw import clicks, make_config
+from tests.data.test_tables import COLUMNS, USERS, write_tables
 from tests.stores import Store, running_store
 from trsr_dist import stores
 from trsr_dist.config import Config, load_config
@@ -15,6 +15,7 @@ from trsr_dist.data.prepare import prepare
 from trsr_dist.errors import ConfigError, DataError, RunError
 
 NAMES = ["data.items_file=items.csv", "data.interactions_file=interactions.csv"]
+LISTS = "data.candidates_file=lists.csv"
 
 
 @pytest.fixture(params=["http", "s3"])
@@ -24,7 +25,10 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(stores, "TRY_SECONDS", 3.0)
     monkeypatch.setattr(stores, "PART_BYTES", 1000)
     with running_store(request.param, tmp_path / "served") as store:
-        for path in write_tables(tmp_path, ".csv").iterdir():
+        raw = write_tables(tmp_path, ".csv")
+        rows = [f"u{user},{item}\n" for user in range(USERS) for item in ("N1", "N2", "N3", "N4", clicks(user)[-1])]
+        (raw / "lists.csv").write_text("".join(["customer,sku\n", *dict.fromkeys(rows)]))
+        for path in raw.iterdir():
             store.put(path, f"raw/{path.name}")
         yield store
 
@@ -41,9 +45,9 @@ def histories(folder: Path) -> dict[str, bytes]:
 
 
 def test_histories_are_those_of_a_folder(store: Store, tmp_path: Path) -> None:
-    config = config_of(store, tmp_path / "other")
+    config = config_of(store, tmp_path / "other", LISTS)
     prepare(config)
-    prepare(make_config(tmp_path, "table", COLUMNS, *(NAMES if store.kind == "http" else [])))
+    prepare(make_config(tmp_path, "table", COLUMNS, LISTS, *(NAMES if store.kind == "http" else [])))
     assert histories(tmp_path / "other") == histories(tmp_path) and len(histories(tmp_path)) == 5
     raw = tmp_path / "other" / "run" / "raw"
     first = raw.stat().st_ino
@@ -73,7 +77,9 @@ def test_raw_files_are_there_whole_or_not_at_all(store: Store, tmp_path: Path) -
 
 def test_what_is_missing_is_named(store: Store, tmp_path: Path) -> None:
     config = config_of(store, tmp_path / "other", "data.items_file=things.csv")
-    words = r"correct the address" if store.kind == "http" else r"found there: interactions\.csv, items\.csv"
+    words = (
+        r"correct the address" if store.kind == "http" else r"found there: interactions\.csv, items\.csv, lists\.csv"
+    )
     with pytest.raises((DataError, RunError), match=rf"raw/things\.csv: .*{words}"):
         prepare(config)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from tests.evaluate.test_results import SETTINGS, facts_of, scores_of, systems_of
-from trsr_dist.evaluate.figures import build_figures, training_values
-from trsr_dist.evaluate.report import ReportParts, write_report
+from trsr_dist.evaluate.figures import MAX_POINTS, build_figures, score_histogram, training_curve, training_values
+from trsr_dist.evaluate.report import ReportParts, largest_slices, write_report
 from trsr_dist.evaluate.results import NUM_EXAMPLES, build_example, build_results, system_results
 from trsr_dist.records import Candidate, Sample
 
@@ -91,6 +91,21 @@ def test_curves_leave_out_what_a_later_start_has_made_void() -> None:
     assert training_values([*rows, *others], "train/loss") == {10: 0.0, 20: 3.0}
     assert training_values([*rows, *others], "valid/auc") == {20: 0.5}
     assert training_values(rows, "train/loss") == {10: 0.0, 20: 3.0, 30: 4.0, 40: 5.0}
+
+
+def test_a_report_of_many_users_stays_readable() -> None:
+    sizes = [31, *range(40, 70), 40]
+    rows = [{"slice": "category", "value": str(i), "num_users": size} for i, size in enumerate(sizes)]
+    others = [{"slice": "trimmed", "value": "no", "num_users": 31}]
+    assert largest_slices(rows + others) == rows[11:31] + others
+    labels = (np.arange(100_000) % 20 == 0).astype(np.int8)
+    scores = np.random.default_rng(0).normal(size=len(labels)) + 2 * labels
+    scores[0] = -80
+    low, high = score_histogram(scores, labels).axes[0].get_xlim()
+    assert -5 < low < -2 and 4 < high < 7
+    curve = training_curve({10 * step: float(step % 2) for step in range(40_000)}, "loss").axes[0].lines[0]
+    assert len(curve.get_xdata()) == MAX_POINTS and set(curve.get_ydata()) == {0.5}
+    assert list(training_curve({5: 3.0, 7: 1.0}, "loss").axes[0].lines[0].get_ydata()) == [3.0, 1.0]
 
 
 def test_example_ranks_the_target_by_its_score() -> None:

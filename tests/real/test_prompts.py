@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests.real.assets import NAMES, real_tokenizer
-from trsr_dist.config.sections import NO_THOUGHTS
+from trsr_dist.config.kinds import NO_THOUGHTS
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.prompts.text import recommend_text
 from trsr_dist.records import Sample, TokenizedUser

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from tests.merge.models import make_checkpoint
 from tests.real.assets import has_model, model_folder, vllm_program, vllm_server
 from tests.tokenizers import byte_level
-from trsr_dist.config.sections import NO_THOUGHTS
+from trsr_dist.config.kinds import NO_THOUGHTS
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
 from trsr_dist.merge.scores import built_in_samples

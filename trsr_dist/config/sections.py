@@ -5,60 +5,15 @@ Config stops at the builders (``launch/``, ``tools/`` and the ``job`` modules): 
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    JsonValue,
-    PositiveInt,
-    field_validator,
-)
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
+from trsr_dist.config.kinds import NO_THOUGHTS, Beta, FilePath, Modules, Role, StorePath, TemplateVariables
 from trsr_dist.config.on_resume import OnResume
-from trsr_dist.environment import expand_home
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
-FilePath = Annotated[str, AfterValidator(expand_home)]
-WITH_SECRET = re.compile(r"\w+://([^/]*@|.*\?)")
-
-
-def _without_secret(place: str) -> str:
-    if WITH_SECRET.match(place):
-        raise ValueError(
-            "no user, password or query may stand in an address; keys come from where the store's client looks for "
-            "them (AWS_PROFILE, HF_TOKEN and the like)"
-        )
-    return place
-
-
-StorePath = Annotated[FilePath, AfterValidator(_without_secret)]
-"""A path, or an address in a store that fsspec knows."""
-Modules = Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"]
-RESERVED = {
-    "self", "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
-    "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
-    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
-}  # fmt: skip
-"""Arguments of a tokenizer's ``apply_chat_template``, which are no variables of a template."""
-
-
-def _are_variables(values: dict[str, JsonValue]) -> dict[str, JsonValue]:
-    for name in values:
-        if name in RESERVED:
-            raise ValueError(f"{name!r} is an argument of the tokenizer and no variable of its template; leave it out")
-    return values
-
-
-TemplateVariables = Annotated[dict[str, JsonValue], AfterValidator(_are_variables)]
-Role = Literal["user", "item", "time", "history", "target", "shown", "id", "category"]
 PROMPTLESS = ("none", "raw")
 """Schemes that ask no engine for anything, whatever ``summarize.engine`` says."""
-NO_THOUGHTS: TemplateVariables = {"enable_thinking": False}
-"""Variables of chat templates, for the recommender and the summarizer alike."""
 
 
 class Section(BaseModel):
@@ -109,8 +64,8 @@ class DataSection(Section):
     """table, jsonl, recbole, amazon_reviews: name of the interactions file; empty: the format's own. Its ending tells
     how it is read."""
     columns: dict[Role, str] = {}
-    """table, jsonl, recbole, amazon_reviews: names in the files of user, item, time, history, target and shown, and of
-    an item's id and category, where they have others: {user: customer, item: sku, id: sku}."""
+    """table, jsonl, recbole, amazon_reviews: names in the files of user, item, time, history, target, shown and
+    candidates, and of an item's id and category, where they have others: {user: customer, item: sku, id: sku}."""
     locale: str = ""
     """Amazon-M2: keep only this locale (the paper: UK); empty keeps all, with negatives of the target's locale."""
     time_format: str = ""
@@ -142,6 +97,11 @@ class DataSection(Section):
     candidates: Literal["uniform", "popularity", "targets", "category", "impressions"] = "uniform"
     """How negatives are drawn: uniformly over the catalogue (the paper), by click count, among other users' targets,
     within the target's category, or from the impressions shown with the target (MIND)."""
+    candidates_file: FilePath = ""
+    """File in data.path with the candidates of valid and test users, from one's own retriever: rows of user and
+    candidates (a list), or of user and item; empty: they are drawn as train's negatives are."""
+    missed_targets: Literal["add", "skip"] = "add"
+    """A target that candidates_file misses: it joins the list, or its user is left out; counted either way."""
     seen_before_target: bool = False
     """Draw negatives only among items that someone had consumed or was shown before the target's time."""
     train_targets: int = Field(1, ge=1)
@@ -153,6 +113,11 @@ class DataSection(Section):
     """user: hash of the key (stable when users are added); time: the latest targets are test, those before valid."""
     max_users: int = Field(0, ge=0)
     """Keep only the first users in hash order, for trials; 0: all."""
+
+    @property
+    def held_out_candidates(self) -> str:
+        """Of valid and test users: ``retrieved`` by oneself, or drawn as ``candidates`` says."""
+        return "retrieved" if self.candidates_file else self.candidates
 
 
 class SummarizeSection(Section):
@@ -380,9 +345,9 @@ class BaseSection(Section):
     """Width of the model."""
     num_layers: int = Field(4, ge=1)
     """Transformer layers."""
-    num_heads: int = Field(8, ge=1)
+    num_heads: int = Field(4, ge=1)
     """Attention heads."""
-    num_kv_heads: int = Field(8, ge=1)
+    num_kv_heads: int = Field(4, ge=1)
     """Key and value heads; fewer than heads: grouped-query attention."""
     intermediate_size: int = Field(352, ge=16)
     """Width of the MLP."""

@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ from trsr_dist.data.candidates import (
 )
 from trsr_dist.data.histories import KnownUser, Spool, UserColumns
 from trsr_dist.data.ragged import Ragged
+from trsr_dist.data.retrieved import RetrievedLists
 from trsr_dist.data.source import Counts, shown
 from trsr_dist.data.store import ITEM_SCHEMA, ROWS_PER_BATCH, USER_SCHEMA, ArrowRows, ArrowWriter
 from trsr_dist.errors import DataError
@@ -127,12 +129,20 @@ class CandidateMaker:
         users: the kept ones.
         items: the spooled catalogue.
         first_seen: int64 [items], see ``Spool.first_seen``.
+        retrieved: lists of the valid and test users; None: they are drawn too.
     """
 
     def __init__(
-        self, rules: CandidateRules, spool: Spool, users: Users, items: ArrowRows, first_seen: np.ndarray
+        self,
+        rules: CandidateRules,
+        spool: Spool,
+        users: Users,
+        items: ArrowRows,
+        first_seen: np.ndarray,
+        retrieved: RetrievedLists | None = None,
     ) -> None:
         self._rules = rules
+        self._retrieved = retrieved
         self._pools: dict[str, PoolOf] = {}
         seen, categories = None, None
         if rules.seen_before_target:
@@ -181,7 +191,8 @@ class CandidateMaker:
     def _first_draws(self, users: UserColumns, split: str, wanted: int) -> tuple[np.ndarray, np.ndarray]:
         """int64 [users, wanted], negatives, and bool [users]: whose these are; the others' mean nothing."""
         drawn, is_plain = np.zeros((len(users), wanted), np.int64), np.zeros(len(users), bool)
-        if self._rules.strategy == "impressions" or wanted > MOST_AT_ONCE:
+        is_retrieved = split != "train" and self._retrieved is not None
+        if self._rules.strategy == "impressions" or wanted > MOST_AT_ONCE or is_retrieved:
             return drawn[:, :0], is_plain
         names, members, single = users.names.to_pylist(), defaultdict(list), users.targets.lengths == 1
         targets = users.targets.values[users.targets.ends[:-1][single]]
@@ -208,26 +219,29 @@ class CandidateMaker:
         return self._rules.seed, name, "negatives"
 
     def make(self, user: KnownUser, split: str, counts: Counts) -> Made | None:
-        """Candidates and labels; None where the user is skipped for want of negatives.
+        """Candidates and labels; None where the user is skipped for want of negatives, or of a retrieved target.
 
         Raises:
             DataError: too few eligible items, and the policy is ``fail``.
         """
         stream = random_stream(*self._keys(user.user))
-        wanted, least = self._rules.wanted(split, len(user.targets))
-        history = set(user.history)
-        if self._rules.strategy == "impressions":
-            negatives = draw_shown(user.shown, user.targets, history, wanted, stream)
+        if split != "train" and self._retrieved is not None:
+            wanted = least = 1
+            negatives = self._retrieved.negatives(user, split, counts)
+            if negatives is None:
+                return None
+            problem = "data.candidates_file names no candidate of this user beside targets and history; add some"
         else:
-            negatives = draw_negatives(self._pools[split], user.targets, history, wanted, stream, user.time)
+            wanted, least = self._rules.wanted(split, len(user.targets))
+            negatives = self._draw(user, split, wanted, stream)
+            key = "train.negatives_per_positive" if split == "train" else "evaluate.negatives_per_positive"
+            problem = (
+                f"{len(negatives)} catalogue items are eligible as negatives (data.candidates={self._rules.strategy}), "
+                f"{least} are needed; lower {key}, choose another strategy"
+            )
         if len(negatives) < least:
             if self._rules.too_few_negatives == "fail":
-                key = "train.negatives_per_positive" if split == "train" else "evaluate.negatives_per_positive"
-                raise DataError(
-                    f"{split} user {shown(user.user)}: {len(negatives)} catalogue items are eligible as negatives "
-                    f"(data.candidates={self._rules.strategy}), {least} are needed; lower {key}, choose another "
-                    "strategy, or set data.too_few_negatives=skip"
-                )
+                raise DataError(f"{split} user {shown(user.user)}: {problem}, or set data.too_few_negatives=skip")
             counts["users_with_too_few_negatives"] += 1
             return None
         counts["users_with_small_pool"] += len(negatives) < wanted
@@ -237,6 +251,12 @@ class CandidateMaker:
             order = stream.sample(range(len(candidates)), len(candidates))
             candidates, labels = [candidates[i] for i in order], [labels[i] for i in order]
         return candidates, labels
+
+    def _draw(self, user: KnownUser, split: str, count: int, stream: Random) -> list[int]:
+        history = set(user.history)
+        if self._rules.strategy == "impressions":
+            return draw_shown(user.shown, user.targets, history, count, stream)
+        return draw_negatives(self._pools[split], user.targets, history, count, stream, user.time)
 
 
 def _clashes(users: UserColumns, drawn: np.ndarray) -> np.ndarray:

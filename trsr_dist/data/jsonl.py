@@ -128,6 +128,20 @@ class JsonlReader:
         single, whole = (", ".join(map(self._column, names)) for names in (INTERACTION, USER))
         raise DataError(f"{place}: fields {listed(first) or 'none'}; expected {single} or {whole} ({OWN_NAMES})")
 
+    def candidates(self) -> Iterator[tuple[str, tuple[str, ...], Place]]:
+        """Of a file of candidates in place of the log: user, item ids and place of each row."""
+        user_name, list_name, item_name = map(self._column, ("user", "candidates", "item"))
+        for record, place in self._records(self.log_file):
+            if list_name in record:
+                yield _id(record, user_name, place), _ids(record[list_name], list_name, place), place
+            elif item_name in record:
+                yield _id(record, user_name, place), (_id(record, item_name, place),), place
+            else:
+                raise DataError(
+                    f"{place}: fields {listed(record) or 'none'}; expected {user_name} and {list_name} (a list), or "
+                    f"{user_name} and {item_name} ({OWN_NAMES})"
+                )
+
     def _column(self, role: str) -> str:
         return self.columns.get(role, role)
 

@@ -18,6 +18,7 @@ from trsr_dist.data.histories import HistoryRules, Spool, spool_items, spool_mor
 from trsr_dist.data.items import CatalogueRules
 from trsr_dist.data.jsonl import LAYOUTS, JsonlReader
 from trsr_dist.data.mind import MindReader
+from trsr_dist.data.retrieved import RetrievedLists
 from trsr_dist.data.source import Counts, LineReader, Reader, find_raw, listed, open_raw
 from trsr_dist.data.store import ITEMS, POOLS, ArrowRows, check_files, checksums
 from trsr_dist.data.tables import find_table, unpacked_name
@@ -30,7 +31,7 @@ from trsr_dist.run import SPLITS, RunFolder, is_finished, write_manifest
 from trsr_dist.stores import facts_of, is_address, names_in, parts_of
 
 ITEM_SPOOL, USER_SPOOL, TARGET_SPOOL = "items.spool", "users.spool", "targets.spool"
-NEWER = ("columns", "interactions_file")
+NEWER = ("columns", "interactions_file", "candidates_file")
 LARGE_SHARE = 0.05
 """Of unknown items: from here on they are called the cause of an error."""
 
@@ -61,21 +62,29 @@ def prepare(config: Config, *, force: bool = False, dry_run: bool = False) -> in
         elif is_address(config.data.path):
             _fetch(config, run, force)
             reader = build_reader(config, run.raw, lines)
-        settings, inputs = _settings(config), _inputs(reader)
+        lists = lists_reader(config, run.raw, lines)
+        settings, inputs = _settings(config), _inputs(reader, lists)
         if is_finished(run.histories, settings, inputs, force):
             check_files(run.histories)
             run.write_config("prepare", dump_config(config), only_missing=True)
             log.info("%s: already prepared with these settings; nothing to do (--force redoes it)", run.histories)
             return 0
         with atomic_folder(run.histories, lock.check) as folder:
-            facts = _build(config, reader, fields, folder, counts)
+            facts = _build(config, reader, lists, fields, folder, counts)
             write_manifest(folder, "prepare", settings, inputs, counts=dict(sorted(counts.items())), **facts)
         run.write_config("prepare", dump_config(config))
     _report(run.histories, facts, counts)
     return 0
 
 
-def _build(config: Config, reader: Reader, fields: tuple[str, ...], folder: Path, counts: Counts) -> dict[str, object]:
+def _build(
+    config: Config,
+    reader: Reader,
+    lists: JsonlReader | None,
+    fields: tuple[str, ...],
+    folder: Path,
+    counts: Counts,
+) -> dict[str, object]:
     """Fill ``folder`` and return what the manifest tells of it."""
     data = config.data
     catalogue = CatalogueRules(reader.item_file, fields, data.empty_items, data.duplicate_items, counts)
@@ -85,6 +94,10 @@ def _build(config: Config, reader: Reader, fields: tuple[str, ...], folder: Path
     items_path, users_path = folder / ITEM_SPOOL, folder / USER_SPOOL
     spool_items(items_path, reader, catalogue)
     spool_users(users_path, reader.logs(), catalogue.rows, rules, counts)
+    retrieved = None
+    if lists is not None:
+        policies = data.unknown_items, data.missed_targets
+        retrieved = RetrievedLists(lists.log_file, lists.candidates(), catalogue.rows, *policies, counts)
     catalogue.rows.clear()
     unknown, share = "", 0.0
     if missing := counts["clicks_on_unknown_items"]:
@@ -93,7 +106,7 @@ def _build(config: Config, reader: Reader, fields: tuple[str, ...], folder: Path
         unknown = f"{reader.log_file}: {what}"
         log.warning("%s; they are left out (data.unknown_items=skip)", unknown)
     try:
-        return _assemble(config, reader, folder, counts)
+        return _assemble(config, reader, retrieved, folder, counts)
     except DataError as error:
         if share < LARGE_SHARE:
             raise
@@ -104,7 +117,9 @@ def _build(config: Config, reader: Reader, fields: tuple[str, ...], folder: Path
         (folder / TARGET_SPOOL).unlink(missing_ok=True)
 
 
-def _assemble(config: Config, reader: Reader, folder: Path, counts: Counts) -> dict[str, object]:
+def _assemble(
+    config: Config, reader: Reader, retrieved: RetrievedLists | None, folder: Path, counts: Counts
+) -> dict[str, object]:
     """From the spooled items and users to the files of the store."""
     data = config.data
     items, spool = ArrowRows(folder / ITEM_SPOOL), Spool(folder / USER_SPOOL)
@@ -130,7 +145,7 @@ def _assemble(config: Config, reader: Reader, folder: Path, counts: Counts) -> d
         evaluation_negatives=config.evaluate.negatives_per_positive,
         seed=config.run.seed,
     )
-    maker = CandidateMaker(rules, spool, users, items, first_seen)
+    maker = CandidateMaker(rules, spool, users, items, first_seen, retrieved)
     splits = {split: write_split(folder, split, users, spool, maker, data.max_history, counts) for split in SPLITS}
     return {"num_items": len(items), "splits": splits, "files": checksums(folder)}
 
@@ -141,6 +156,8 @@ def _settings(config: Config) -> dict[str, object]:
     for name in NEWER:  # histories of before stay those of the same settings
         if not settings[name]:
             del settings[name]
+    if not config.data.candidates_file:
+        del settings["missed_targets"]
     settings["seed"] = config.run.seed
     if holds_locales(config.data):
         settings[POOLS] = "locale"
@@ -150,11 +167,11 @@ def _settings(config: Config) -> dict[str, object]:
     return settings
 
 
-def _inputs(reader: Reader) -> dict[str, str]:
+def _inputs(reader: Reader, lists: JsonlReader | None) -> dict[str, str]:
     """Hashes of the raw files, by name."""
-    for path in (reader.item_file, reader.log_file):
+    files = {"items": reader.item_file, "log": reader.log_file} | ({"lists": lists.log_file} if lists else {})
+    for path in files.values():
         open_raw(path).close()
-    files = {"items": reader.item_file, "log": reader.log_file}
     same = reader.item_file.name == reader.log_file.name
     return {f"{kind}: {path.name}" if same else path.name: sha256_of(path) for kind, path in files.items()}
 
@@ -197,8 +214,10 @@ def _names_in(config: Config, url: str) -> list[str]:
     with TemporaryDirectory() as folder:
         for name in found:
             Path(folder, name).touch()
-        reader = build_reader(config, Path(folder), LineReader("fail", Counts()))
-    names = sorted({reader.item_file.name, reader.log_file.name})
+        reader, lists = (
+            make(config, Path(folder), LineReader("fail", Counts())) for make in (build_reader, lists_reader)
+        )
+    names = sorted({reader.item_file.name, reader.log_file.name} | ({lists.log_file.name} if lists else set()))
     if missing := [name for name in names if "*" in name or (found and name not in found)]:
         raise DataError(
             f"{url}/{missing[0]}: missing (found there: {listed(found) or 'nothing that is listed'}); correct "
@@ -207,10 +226,25 @@ def _names_in(config: Config, url: str) -> list[str]:
     return names
 
 
-def build_reader(config: Config, raw: Path, lines: LineReader) -> Reader:
-    """The reader of the raw files; those of the demo and of a store lie in ``raw``."""
+def raw_folder(data: DataSection, raw: Path) -> Path:
+    """Where the raw files lie; those of the demo and of a store in ``raw``."""
+    return raw if data.format == "demo" or is_address(data.path) else Path(data.path)
+
+
+def lists_reader(config: Config, raw: Path, lines: LineReader) -> JsonlReader | None:
+    """The reader of the retriever's candidates; None where they are drawn."""
     data = config.data
-    folder = raw if data.format == "demo" or is_address(data.path) else Path(data.path)
+    if not data.candidates_file:
+        return None
+    path = find_raw(raw_folder(data, raw), data.candidates_file)
+    columns = {**(LAYOUTS[data.format].columns if data.format in LAYOUTS else {}), **data.columns}
+    return JsonlReader(path, path, lines, columns=columns)
+
+
+def build_reader(config: Config, raw: Path, lines: LineReader) -> Reader:
+    """The reader of the raw files; ``raw`` as of ``raw_folder``."""
+    data = config.data
+    folder = raw_folder(data, raw)
     if data.format == "demo":
         return MindReader(folder / DEMO_FILES[0], folder / DEMO_FILES[1], data.target, lines)
     if data.format == "mind":
@@ -283,11 +317,12 @@ def check_data_settings(config: Config) -> None:
 def _plan(config: Config, run: RunFolder, reader: Reader) -> str:
     """What the stage would read and write."""
     lines = ["# plan"]
-    for path in (reader.item_file, reader.log_file):
+    lists = lists_reader(config, run.raw, LineReader("fail", Counts()))
+    for path in (reader.item_file, reader.log_file, *([lists.log_file] if lists else [])):
         if config.data.format == "demo":
             lines.append(f"# write and read {path}")
         elif is_address(config.data.path):
-            lines.append(f"# copy from {config.data.path}, where it has changed, and read {path}")
+            lines.append(f"# copy from {config.data.path}, unless it is there, and read {path}")
         else:
             size = f"{os.path.getsize(path):,} bytes" if os.path.isfile(path) else "MISSING"
             lines.append(f"# read {path} ({size})")

@@ -72,7 +72,19 @@ class Evaluation:
     @property
     def protocols(self) -> list[str]:
         """Candidate lists that are drawn beside the shards' own."""
-        return drawn_protocols(self.config.evaluate.protocols, self.config.data.candidates)
+        return drawn_protocols(self.config.evaluate.protocols, self.config.data.held_out_candidates)
+
+    @property
+    def own_candidates(self) -> str:
+        """How the shards' lists came about; of retrieved ones also how many users' targets the retriever missed."""
+        kind, manifest = self.config.data.held_out_candidates, read_manifest(self.run.histories)
+        if not self.config.data.candidates_file:
+            return kind
+        missed = manifest["counts"].get(f"{self.split}_users_with_missed_target", 0)
+        users = manifest["splits"][self.split]["users"]
+        if self.config.data.missed_targets == "skip":
+            return f"{kind}; {missed} of {users + missed} users left out, whose target was not retrieved"
+        return f"{kind}; of {missed} of {users} users the target was not retrieved and is added"
 
     @property
     def passes(self) -> list[ScoringPass]:
@@ -175,9 +187,11 @@ def check_draws(job: Evaluation) -> None:
         ConfigError: they were not.
     """
     data, evaluate = job.config.data, job.config.evaluate
-    drawn = read_manifest(job.run.histories).get("settings", {})
+    drawn = {"candidates_file": "", "missed_targets": "add"} | read_manifest(job.run.histories).get("settings", {})
     for key, name, asked in (
         ("candidates", "data.candidates", data.candidates),
+        ("candidates_file", "data.candidates_file", data.candidates_file),
+        ("missed_targets", "data.missed_targets", data.missed_targets),
         ("seen_before_target", "data.seen_before_target", data.seen_before_target),
         ("evaluation_negatives_per_positive", "evaluate.negatives_per_positive", evaluate.negatives_per_positive),
     ):

@@ -15,6 +15,10 @@ from trsr_dist.evaluate.results import ModelScores, RankedSystems
 from trsr_dist.evaluate.table import SYSTEMS, column_title
 
 MAX_K = 20
+MAX_POINTS = 400
+"""Of a curve: more are a band, not a line."""
+TAIL = 0.001
+"""Share of the scores on either side that has no bins to itself."""
 PLOTTED = ("random", "model", "base", "control", "popularity")
 CURVES = {
     "train/loss": "Training loss",
@@ -116,7 +120,7 @@ def metric_by_length(rows: Sequence[Mapping[str, Any]], metric: str) -> Figure:
     if "personalization_gain" in rows[0]:
         control = model - np.array([row["personalization_gain"][metric] for row in rows])
         axes.bar(places + 0.2, control, 0.4, color=COLORS["control"], label=SYSTEMS["control"])
-    axes.set_xticks(places, [f"{row['value']}\n{row['num_users']}" for row in rows])
+    axes.set_xticks(places, [f"{row['value']}\n{_short(row['num_users'])}" for row in rows])
     axes.margins(y=0.3)  # room for the legend
     axes.legend(frameon=False, fontsize=8, loc="upper right")
     return figure
@@ -135,20 +139,31 @@ def reliability_plot(calibration: Mapping[str, Any]) -> Figure:
 
 
 def score_histogram(scores: np.ndarray, labels: np.ndarray) -> Figure:
-    """Distribution of the log-odds of positives and negatives."""
+    """Distribution of the log-odds of positives and negatives; the outer bins hold the extreme ones too, of which
+    among many users a few would squeeze all others into one bin."""
     figure, axes = _axes("log-odds", "density")
-    edges = np.linspace(scores.min() - 1e-6, scores.max() + 1e-6, 41)
-    for label, name, color in ((0, "negatives", COLORS["random"]), (1, "positives", COLORS["model"])):
-        axes.hist(scores[labels == label], edges, density=True, alpha=0.6, color=color, label=name)
+    kinds = [scores[labels == label] for label in (0, 1)]
+    low, high = np.quantile(np.concatenate([np.quantile(kind, [TAIL, 1 - TAIL]) for kind in kinds]), [0, 1])
+    edges = np.linspace(low - 1e-6, high + 1e-6, 41)
+    for kind, name, color in zip(kinds, ("negatives", "positives"), (COLORS["random"], COLORS["model"]), strict=True):
+        axes.hist(np.clip(kind, low, high), edges, density=True, alpha=0.6, color=color, label=name)
     axes.legend(frameon=False, fontsize=8)
     return figure
 
 
 def training_curve(values: Mapping[int, float], name: str) -> Figure:
-    """A scalar of the training by step."""
+    """A scalar of the training by step; of a long one means of neighbouring log lines."""
     figure, axes = _axes("optimizer step", name)
-    axes.plot(list(values), list(values.values()), color=COLORS["model"], lw=1.2)
+    groups = np.array_split(np.array(list(values.items())), min(len(values), MAX_POINTS))
+    steps, means = np.array([group.mean(axis=0) for group in groups]).T
+    axes.plot(steps, means, color=COLORS["model"], lw=1.2)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return figure
+
+
+def _short(count: int) -> str:
+    """At most four characters below ten million: there is no room for more beside each other."""
+    return str(count) if count < 10_000 else f"{count / 1000:.0f}k"
 
 
 def _axes(x_label: str, y_label: str) -> tuple[Figure, Any]:

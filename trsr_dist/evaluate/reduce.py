@@ -155,7 +155,7 @@ class Reduction:
         head = {
             "split": self._job.split,
             "model": self._job.model,
-            "candidates": config.data.candidates,
+            "candidates": self._job.own_candidates,
             "candidate_hash": self._users.candidate_hash,
             "trained_on_these_shards": trained_on_these_shards,
         }
@@ -233,7 +233,7 @@ def rank_baselines(job: Evaluation) -> dict[str, Any]:
     if not users:
         raise DataError(f"{job.run.histories}: no user to rank for; give data.split a share for {job.split}")
     baselines, split = build_rankers(store, evaluate.baselines, seed, job.baselines), StoredSplit(store, job.split)
-    lists = {job.config.data.candidates: split.stored} | {
+    lists = {"": split.stored} | {
         protocol: DrawnLists(protocol, store, split, **job.draws(), seed=seed).stored for protocol in job.protocols
     }
     own, *others = (
@@ -242,7 +242,7 @@ def rank_baselines(job: Evaluation) -> dict[str, Any]:
     )
     return {
         "split": job.split,
-        "candidates": job.config.data.candidates,
+        "candidates": job.own_candidates,
         **own,
         "protocols": dict(zip(job.protocols, others, strict=True)),
         "baseline_training": baselines.tuning,

@@ -6,6 +6,7 @@ The report is one HTML page with tables, figures, examples, config and provenanc
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,9 @@ from trsr_dist.log import read_metrics, show
 from trsr_dist.records import has_scale, headline
 from trsr_dist.run import MANIFEST, write_manifest
 from trsr_dist.trackers import open_metrics
+
+MAX_SLICES = 20
+"""Of one kind; the results file has all."""
 
 
 def publish(job: Evaluation, reduced: Reduced) -> None:
@@ -126,6 +130,8 @@ def write_report(path: Path, parts: ReportParts) -> None:
                 gain_name=GAIN,
                 metric=column_title(parts.metric),
                 protocols=protocol_rows(results, parts.metric) if results["protocols"] else [],
+                slices=largest_slices(results["slices"]),
+                results_file=f"{results['split']}.json",
                 slice_columns=[parts.metric, *(name for name in columns if name in ("ndcg@10", "auc"))],
                 plots=[{"caption": caption, "svg": to_svg(figure)} for caption, figure in parts.figures.items()],
                 examples=parts.examples,
@@ -141,6 +147,15 @@ def baselines_text(results: Mapping[str, Any]) -> str:
     """Of the baselines alone: a table for each kind of candidate lists."""
     entries = {results["candidates"]: results, **results["protocols"]}
     return "\n".join(f"\n{list_table(entry, results['split'], name)}" for name, entry in entries.items())
+
+
+def largest_slices(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The largest of each kind, in the order of the table: among many users hundreds of categories are large enough."""
+    places: dict[str, list[int]] = defaultdict(list)
+    for place in sorted(range(len(rows)), key=lambda place: -rows[place]["num_users"]):
+        places[rows[place]["slice"]].append(place)
+    shown = {place for found in places.values() for place in found[:MAX_SLICES]}
+    return [row for place, row in enumerate(rows) if place in shown]
 
 
 def system_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:

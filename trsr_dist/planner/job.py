@@ -277,7 +277,7 @@ def evaluate_stage(config: Config, inputs: Inputs) -> PlannedStage:
     """The evaluation of the config's split, all passes of a language model."""
     evaluate = config.evaluate
     inputs.require(evaluate.split)
-    drawn = drawn_protocols(evaluate.protocols, config.data.candidates)
+    drawn = drawn_protocols(evaluate.protocols, config.data.held_out_candidates)
     settings = ScoringSettings(
         passes=tuple(entry.name for entry in plan_passes(evaluate.baselines, drawn)),
         row_tokens=evaluate.row_tokens,

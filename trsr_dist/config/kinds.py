@@ -1,0 +1,47 @@
+"""Types of settings that several sections share, and what their values may be."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, JsonValue
+
+from trsr_dist.environment import expand_home
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+FilePath = Annotated[str, AfterValidator(expand_home)]
+WITH_SECRET = re.compile(r"\w+://([^/]*@|.*\?)")
+
+
+def _without_secret(place: str) -> str:
+    if WITH_SECRET.match(place):
+        raise ValueError(
+            "no user, password or query may stand in an address; keys come from where the store's client looks for "
+            "them (AWS_PROFILE, HF_TOKEN and the like)"
+        )
+    return place
+
+
+StorePath = Annotated[FilePath, AfterValidator(_without_secret)]
+"""A path, or an address in a store that fsspec knows."""
+Modules = Annotated[tuple[str, ...], Field(min_length=1)] | Literal["all-linear"]
+RESERVED = {
+    "self", "conversation", "messages", "tools", "documents", "chat_template", "add_generation_prompt",
+    "continue_final_message", "tokenize", "sanitize_control_tokens", "padding", "truncation", "max_length",
+    "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
+}  # fmt: skip
+"""Arguments of a tokenizer's ``apply_chat_template``, which are no variables of a template."""
+
+
+def _are_variables(values: dict[str, JsonValue]) -> dict[str, JsonValue]:
+    for name in values:
+        if name in RESERVED:
+            raise ValueError(f"{name!r} is an argument of the tokenizer and no variable of its template; leave it out")
+    return values
+
+
+TemplateVariables = Annotated[dict[str, JsonValue], AfterValidator(_are_variables)]
+Role = Literal["user", "item", "time", "history", "target", "shown", "id", "category", "candidates"]
+NO_THOUGHTS: TemplateVariables = {"enable_thinking": False}
+"""Variables of chat templates, for the recommender and the summarizer alike."""

@@ -1,0 +1,71 @@
+"""Candidate lists of valid and test users that one's own retriever has made."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from trsr_dist.data.histories import KnownUser
+from trsr_dist.data.items import REMOVED
+from trsr_dist.data.jsonl import Place
+from trsr_dist.data.source import Counts, shown
+from trsr_dist.errors import DataError
+
+
+class RetrievedLists:
+    """The lists of all users that a file names; what it says of train users is not used.
+
+    Args:
+        path: of the file.
+        rows: user, item ids and place of each row; further rows of a user add to the list.
+        items: rows of the catalogue by id.
+        unknown_items: ``fail`` or ``skip``.
+        missed_targets: ``add`` or ``skip``, see ``negatives``.
+        counts: takes the items that are left out.
+
+    Raises:
+        DataError: an item is unknown and the policy is ``fail``, or stands twice in a list.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        rows: Iterator[tuple[str, tuple[str, ...], Place]],
+        items: Mapping[str, int],
+        unknown_items: str,
+        missed_targets: str,
+        counts: Counts,
+    ) -> None:
+        self._skips_missed = missed_targets == "skip"
+        self._lists: dict[str, array] = {}
+        for user, ids, place in rows:
+            found = self._lists.setdefault(user, array("i"))
+            for item in ids:
+                row = items.get(item)
+                if row is None and unknown_items == "fail":
+                    raise DataError(
+                        f"{place}: candidate {shown(item)} of user {shown(user)} is not in the item file; add the "
+                        "item, or set data.unknown_items=skip to leave such candidates out and count them"
+                    )
+                if row is None or row == REMOVED:
+                    counts["candidates_not_in_catalogue"] += 1
+                else:
+                    found.append(row)
+        for user, found in self._lists.items():
+            if len(set(found)) < len(found):
+                twice = next(row for place, row in enumerate(found) if row in found[:place])
+                item = next(item for item, row in items.items() if row == twice)
+                raise DataError(f"{path}: user {shown(user)} has candidate {shown(item)} twice; remove one of the two")
+
+    def negatives(self, user: KnownUser, split: str, counts: Counts) -> list[int] | None:
+        """The user's candidates beside targets and history; None: the user is left out, since a target is missed."""
+        found = self._lists.get(user.user, array("i"))
+        if not set(user.targets) <= set(found):
+            counts[f"{split}_users_with_missed_target"] += 1
+            if self._skips_missed:
+                return None
+        excluded = {*user.targets, *user.history}
+        negatives = [row for row in found if row not in excluded]
+        counts["candidates_in_a_history"] += len(set(found).difference(negatives, user.targets))
+        return negatives
