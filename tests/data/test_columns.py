@@ -33,6 +33,8 @@ def test_lists_in_two_arrays() -> None:
     assert ragged.latest(2).arrow().to_pylist() == [[2, 3], [], [4], [5, 6]]
     assert ragged.latest(0) is ragged and ragged.list(0) == [1, 2, 3]
     assert ragged.owners.tolist() == [0, 0, 0, 2, 3, 3]
+    assert ragged.joined(ragged.part(2, 4)).arrow().to_pylist() == [*LISTS, [4], [5, 6]]
+    assert [part.arrow().to_pylist() for part in ragged.part(2, 4).parted()] == [[[], [5]], [[4], [6]]]
     assert Ragged.from_arrow([ragged.arrow(), ragged.arrow()]).arrow().to_pylist() == LISTS + LISTS
 
 
@@ -161,4 +163,9 @@ def test_codes_stay_in_order_over_many_blocks(tmp_path: Path, monkeypatch: pytes
     for start in range(0, 90, 9):
         many.add_rows(rows[start : start + 9])
     one.add_rows(rows)
-    assert list(many.logs(tmp_path, Counter())) == list(one.logs(tmp_path, Counter()))
+    logs = [
+        [part.log(place) for part in found.logs(tmp_path, Counter()) for place in range(len(part))]
+        for found in (one, many)
+    ]
+    assert logs[0] == logs[1] and [log.user for log in logs[0]] == [f"u{i}" for i in range(7)]
+    assert logs[0][0].targets == (rows[84][1],) and logs[0][0].source == f"{tmp_path}:84"

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pyarrow as pa
@@ -24,16 +26,17 @@ from trsr_dist.data.candidates import (
 from trsr_dist.data.histories import (
     SPOOL_ITEM_SCHEMA,
     SPOOL_USER_SCHEMA,
+    UNKNOWN,
     HistoryRules,
     KnownUser,
     Spool,
-    admit,
-    find_rows,
+    admit_all,
     spool_items,
     spool_more_targets,
     spool_users,
 )
 from trsr_dist.data.items import REMOVED, CatalogueRules
+from trsr_dist.data.logs import LogColumns
 from trsr_dist.data.source import RawItem
 from trsr_dist.data.store import ROWS_PER_BATCH, ArrowRows
 from trsr_dist.errors import DataError
@@ -199,10 +202,13 @@ def admitted(history: str, targets: str, shown: str = "", **changes: object) -> 
     }
     counts: Counter[str] = Counter()
     log = UserLog("u", tuple(history.split()), tuple(targets.split()), 9, tuple(shown.split()), "f:3")
-    (found,) = find_rows([log], ROWS)
-    user = admit(log, found, HistoryRules(**(rules | changes)), counts)
+    logs = LogColumns.of([log])
+    assert logs.log(0) == log
+    found = np.array([ROWS.get(item, UNKNOWN) for item in logs.ids.to_pylist()], np.int32)
+    users = admit_all(logs, found, HistoryRules(**(rules | changes)), counts)
+    user = users.user(0) if len(users) else None
     once = dict(counts)
-    admit(log, found, HistoryRules(**(rules | changes)), counts)
+    admit_all(logs, found, HistoryRules(**(rules | changes)), counts)
     assert counts == {name: 2 * number for name, number in once.items()}, "counts are added up over users"
     counts = Counter(once)
     assert counts.pop("item_ids_read", 0) == (len(f"{history} {targets} {shown}".split()) if history else 0)
@@ -331,7 +337,9 @@ class TestSpool:
     def test_items(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)  # a path that is lost becomes a file "None" of the current folder
         bars = []
-        monkeypatch.setattr(histories, "progress", lambda items, **words: bars.append(words) or items)
+        monkeypatch.setattr(
+            histories, "progress", lambda items=None, **words: bars.append(words) or items or nullcontext(Mock())
+        )
         raw = [RawItem("b", {"text": "a  lamp"}, 1, "home"), RawItem("a", {}, 2), RawItem("c", {"text": "tea"}, 3)]
         rules = CatalogueRules(tmp_path / "raw", (), "skip", "fail", Counter())
         spool_items(tmp_path / "items.arrow", SimpleNamespace(items=lambda: iter(raw)), rules)

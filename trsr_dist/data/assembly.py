@@ -194,9 +194,10 @@ class CandidateMaker:
         is_retrieved = split != "train" and self._retrieved is not None
         if self._rules.strategy == "impressions" or wanted > MOST_AT_ONCE or is_retrieved:
             return drawn[:, :0], is_plain
-        names, members = users.names.to_pylist(), defaultdict(list)
-        for place in np.flatnonzero(users.targets.lengths == 1).tolist():
-            pool = self._pools[split](users.targets.list(place)[0])
+        names, members, single = users.names.to_pylist(), defaultdict(list), users.targets.lengths == 1
+        targets = users.targets.values[users.targets.ends[:-1][single]]
+        for place, target in zip(np.flatnonzero(single).tolist(), targets.tolist(), strict=True):
+            pool = self._pools[split](target)
             if pool is not None:
                 members[pool].append(place)
         for pool, places in members.items():

@@ -5,16 +5,16 @@ What the first pass over raw data has admitted is kept in temporary Arrow files,
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
 from trsr_dist.data.items import REMOVED, CatalogueRules
+from trsr_dist.data.logs import LogColumns, in_columns
 from trsr_dist.data.ragged import Ragged
 from trsr_dist.data.source import Counts, Reader, shown
 from trsr_dist.data.store import ITEM_SCHEMA, ROWS_PER_BATCH, ArrowRows, ArrowWriter
@@ -22,9 +22,6 @@ from trsr_dist.errors import DataError
 from trsr_dist.log import progress
 from trsr_dist.records import UserLog
 
-Found = tuple[list[int], list[int], list[int]]
-"""Rows of the catalogue of a log's history, targets and shown items; ``REMOVED`` and ``UNKNOWN`` are among them."""
-LOGS_AT_ONCE = 1 << 14
 LISTS = ("history", "targets", "shown")
 UNKNOWN = -2
 """Row of an id that the catalogue lacks; one that it left out has ``REMOVED``."""
@@ -83,29 +80,78 @@ class UserColumns:
         history, targets, shown = lists
         return UserColumns(self.names.take(pa.array(places)), history, targets, self.times[places], shown)
 
+    def joined(self, users: Sequence[KnownUser]) -> UserColumns:
+        """With others behind them."""
+        names = pa.concat_arrays([self.names, pa.array([user.user for user in users], self.names.type)])
+        history, targets, shown = (
+            column.joined(Ragged.from_lists([getattr(user, name) for user in users]))
+            for name, column in zip(LISTS, (self.history, self.targets, self.shown), strict=True)
+        )
+        times = np.append(self.times, np.array([user.time for user in users], np.int64))
+        return UserColumns(names, history, targets, times, shown)
+
+    def arrow(self) -> list[pa.Array]:
+        """In the columns of ``SPOOL_USER_SCHEMA``."""
+        history, targets, shown = (column.arrow() for column in (self.history, self.targets, self.shown))
+        return [self.names.cast(pa.string()), history, targets, pa.array(self.times), shown]
+
     def user(self, place: int) -> KnownUser:
         """One of them."""
         history, targets, shown = (column.list(place) for column in (self.history, self.targets, self.shown))
         return KnownUser(self.names[place].as_py(), history, targets, int(self.times[place]), shown)
 
 
-def find_rows(logs: Sequence[UserLog], rows: Mapping[str, int]) -> Iterator[Found]:
-    """Rows of the catalogue of each log's ids; one lookup a different id, for each is a walk through the memory."""
-    lists = [ids for log in logs for ids in (log.history, log.targets, log.shown)]
-    codes = pa.array(chain.from_iterable(lists), pa.large_string()).dictionary_encode()
-    places = [rows.get(item, UNKNOWN) for item in codes.dictionary.to_pylist()]
-    found = np.array(places, np.int64)[codes.indices.to_numpy()]
-    ends = np.cumsum([len(ids) for ids in lists], dtype=np.int64).tolist()
-    parts = iter(found[start:end].tolist() for start, end in zip([0, *ends], ends, strict=False))
-    return zip(parts, parts, parts, strict=True)
+def admit_all(logs: LogColumns, rows: np.ndarray, rules: HistoryRules, counts: Counts) -> UserColumns:
+    """What ``admit`` lets through. Plain users, whom no rule concerns, are let through all at once.
+
+    Args:
+        logs: the users.
+        rows: int32 [logs.ids], of the catalogue; ``REMOVED`` and ``UNKNOWN`` are among them.
+        rules: who counts.
+        counts: what happened.
+
+    Raises:
+        DataError: of ``admit``.
+    """
+    history, targets, shown = (Ragged(rows[column.values], column.ends) for column in logs.lists)
+    users = UserColumns(logs.names, history, targets, logs.times, shown)
+    is_plain = _is_plain(users, rules)
+    plain, places = np.flatnonzero(is_plain), np.flatnonzero(~is_plain)
+    if len(plain):
+        counts["users_read"] += len(plain)
+        counts["item_ids_read"] += int(sum(column.lengths[plain].sum() for column in logs.lists))
+    if not len(places):
+        return users
+    admitted = {
+        place: user
+        for place in places.tolist()
+        if (user := admit(logs.log(place), users.user(place), rules, counts)) is not None
+    }
+    order = np.argsort(np.append(plain, np.array([*admitted], np.int64)))
+    return users.take(plain).joined(list(admitted.values())).take(order)
 
 
-def admit(log: UserLog, found: Found, rules: HistoryRules, counts: Counts) -> KnownUser | None:
+def _is_plain(users: UserColumns, rules: HistoryRules) -> np.ndarray:
+    """bool [users]: all items known, one target, which is new to the user, and a history of a length within limits."""
+    lengths, is_plain = users.history.lengths, users.targets.lengths == 1
+    targets = np.full(len(users), UNKNOWN)
+    targets[is_plain] = users.targets.values[users.targets.ends[:-1][is_plain]]
+    is_plain &= lengths >= max(1, rules.min_history)
+    if rules.max_history:
+        is_plain &= lengths <= rules.max_history
+    is_plain &= targets >= 0
+    for column in (users.history, users.shown):
+        owners = column.owners
+        is_plain[owners[(column.values < 0) | (column.values == targets[owners])]] = False
+    return is_plain
+
+
+def admit(log: UserLog, found: KnownUser, rules: HistoryRules, counts: Counts) -> KnownUser | None:
     """The user in rows of the catalogue, or None where a filter leaves the user out; either way it is counted.
 
     Args:
         log: the user.
-        found: of ``find_rows``.
+        found: the same with rows of the catalogue; ``REMOVED`` and ``UNKNOWN`` are among them.
         rules: who counts.
         counts: what happened.
 
@@ -115,7 +161,7 @@ def admit(log: UserLog, found: Found, rules: HistoryRules, counts: Counts) -> Kn
     counts["users_read"] += 1
     if not log.history:
         return _skip("users_with_empty_history", counts)
-    history, targets, shown = found
+    history, targets, shown = found.history, found.targets, found.shown
     counts["item_ids_read"] += len(history) + len(targets) + len(shown)
     history = _known(log.history, history, log, rules, counts)
     targets = list(dict.fromkeys(_known(log.targets, targets, log, rules, counts)))
@@ -181,28 +227,22 @@ def spool_items(path: Path, reader: Reader, rules: CatalogueRules) -> None:
             writer.add(item.id, item.text, item.category)
 
 
-def spool_users(path: Path, logs: Iterable[UserLog], rows: dict[str, int], rules: HistoryRules, counts: Counts) -> None:
+def spool_users(
+    path: Path,
+    logs: Iterable[UserLog | LogColumns],
+    rows: Mapping[str, int],
+    rules: HistoryRules,
+    counts: Counts,
+) -> None:
     """Write the users that the filters admit."""
-    with ArrowWriter(path, SPOOL_USER_SCHEMA) as writer:
-        for batch in _batches(progress(logs, description="users", unit=" users")):
-            for log, found in zip(batch, find_rows(batch, rows), strict=True):
-                user = admit(log, found, rules, counts)
-                if user is not None:
-                    writer.add(user.user, user.history, user.targets, user.time, user.shown)
-
-
-def _batches(logs: Iterable[UserLog]) -> Iterator[list[UserLog]]:
-    batch: list[UserLog] = []
-    try:
-        for log in logs:
-            batch.append(log)
-            if len(batch) == LOGS_AT_ONCE:
-                yield batch
-                batch = []
-    except DataError:
-        yield batch  # what is wrong before that row is told first
-        raise
-    yield batch
+    ids, places = None, np.empty(0, np.int32)
+    with ArrowWriter(path, SPOOL_USER_SCHEMA) as writer, progress(description="users", unit=" users") as bar:
+        for batch in in_columns(logs):
+            if batch.ids is not ids:
+                ids = batch.ids
+                places = np.array([rows.get(item, UNKNOWN) for item in ids.to_pylist()], np.int32)
+            writer.add_columns(admit_all(batch, places, rules, counts).arrow())
+            bar.update(len(batch))
 
 
 def spool_more_targets(path: Path, spool: Spool, users: np.ndarray, num_targets: int, min_history: int) -> Spool:

@@ -17,9 +17,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import json as arrow_json
 
+from trsr_dist.data.logs import LOGS_AT_ONCE, LogColumns
+from trsr_dist.data.ragged import Ragged
 from trsr_dist.data.source import Counts
 from trsr_dist.data.times import all_seconds, unix_seconds
-from trsr_dist.records import UserLog
 
 BLOCK_BYTES = 1 << 25
 BLOCK_ROWS = 1 << 17
@@ -75,7 +76,7 @@ class Interactions:
         self._times.append(times)
         self._rows.append(rows)
 
-    def logs(self, path: Path, counts: Counts) -> Iterator[UserLog]:
+    def logs(self, path: Path, counts: Counts) -> Iterator[LogColumns]:
         """A log a user, in the order in which they are met first; the latest interaction is the target.
 
         Args:
@@ -84,20 +85,23 @@ class Interactions:
         """
         if not self._rows:
             return
-        (users, names), (items, item_ids) = (_codes(parts) for parts in self._ids)
+        (users, names), (items, ids) = (_codes(parts) for parts in self._ids)
         times, rows = _joined(self._times), _joined(self._rows)
         order = np.lexsort((times, users))
         repeats = repeated_rows(order, users, times, items)
         counts["repeated_interactions"] += len(repeats)
         order = order[~np.isin(order, repeats)] if len(repeats) else order
         ends = np.cumsum(np.bincount(users[order], minlength=len(names)))
-        latest = order[ends - 1]
-        seconds, sources, items = times[latest].astype(np.int64).tolist(), rows[latest].tolist(), items[order]
-        ids, start = item_ids.to_pylist(), 0
-        for user, end, second, row in zip(names.to_pylist(), ends.tolist(), seconds, sources, strict=True):
-            mine = tuple(map(ids.__getitem__, items[start:end].tolist()))
-            yield UserLog(user, mine[:-1], mine[-1:], second, (), f"{path}:{row}")
-            start = end
+        latest, clicks = order[ends - 1], Ragged(items[order], np.append(0, ends))
+        seconds, sources = times[latest].astype(np.int64), rows[latest]
+        for start in range(0, len(names), LOGS_AT_ONCE):
+            place = slice(start, start + LOGS_AT_ONCE)
+            history, targets = clicks.part(start, start + LOGS_AT_ONCE).parted()
+            none = Ragged.of(np.empty(0, np.int32), np.zeros(len(history), np.int64))
+            found = sources[place]
+            yield LogColumns(
+                names[place], ids, history, targets, seconds[place], none, lambda at, found=found: f"{path}:{found[at]}"
+            )
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

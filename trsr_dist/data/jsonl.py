@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from trsr_dist.data.interactions import BLOCK_BYTES, BLOCK_ROWS, Interactions, as_id, json_columns
+from trsr_dist.data.logs import LogColumns
 from trsr_dist.data.source import Counts, LineReader, RawItem, listed, shown
 from trsr_dist.data.tables import is_parquet, is_table, parquet_batches, plain_row, table_rows
 from trsr_dist.data.times import unix_seconds
@@ -115,7 +116,7 @@ class JsonlReader:
             except RecursionError:
                 raise DataError(f"{place}: a list lies too deep within lists; repair the row") from None
 
-    def logs(self) -> Iterator[UserLog]:
+    def logs(self) -> Iterator[UserLog | LogColumns]:
         peek = replace(self, lines=replace(self.lines, counts=Counts()))
         first, place = next(peek._records(self.log_file), ({}, None))
         if place is None:
@@ -162,7 +163,7 @@ class JsonlReader:
             time = self._seconds(record[time_name], place) if time_name in record else 0
             yield UserLog(user, history, targets, int(time), shown, str(place))
 
-    def _grouped_logs(self, first: dict[str, Any]) -> Iterator[UserLog]:
+    def _grouped_logs(self, first: dict[str, Any]) -> Iterator[LogColumns]:
         names, found = tuple(map(self._column, INTERACTION)), Interactions()
         for columns, row, records in self._blocks(names, first):
             if columns is None or not found.add_columns(columns, row, self.time_format, self.lines.counts):

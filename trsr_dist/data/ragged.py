@@ -49,9 +49,26 @@ class Ragged:
         """Of each value the list that it stands in, int64."""
         return np.repeat(np.arange(len(self)), self.lengths)
 
+    def joined(self, other: Ragged) -> Ragged:
+        """These lists, then the others."""
+        values = np.append(self.values, other.values)
+        return Ragged.of(values.astype(self.values.dtype), np.append(self.lengths, other.lengths))
+
     def list(self, place: int) -> list[int]:
         """One list."""
         return self.values[self.ends[place] : self.ends[place + 1]].tolist()
+
+    def part(self, start: int, stop: int) -> Ragged:
+        """The lists from ``start`` up to ``stop``."""
+        ends = self.ends[start : stop + 1]
+        return Ragged(self.values[ends[0] : ends[-1]], ends - ends[0])
+
+    def parted(self) -> tuple[Ragged, Ragged]:
+        """Each list, none of which is empty, without its last value, and that value."""
+        is_last = np.zeros(len(self.values), bool)
+        is_last[self.ends[1:] - 1] = True
+        ones = np.ones(len(self), np.int64)
+        return Ragged.of(self.values[~is_last], self.lengths - 1), Ragged.of(self.values[is_last], ones)
 
     def take(self, rows: np.ndarray) -> Ragged:
         """The lists of some rows (int64)."""

@@ -18,6 +18,7 @@ from typing import BinaryIO, Protocol
 
 import pyarrow as pa
 
+from trsr_dist.data.logs import LogColumns
 from trsr_dist.errors import DataError
 from trsr_dist.files import MAX_LINE_BYTES, numbered_lines, plain
 from trsr_dist.records import UserLog
@@ -55,8 +56,8 @@ class Reader(Protocol):
 
     def items(self) -> Iterator[RawItem]: ...
 
-    def logs(self) -> Iterator[UserLog]:
-        """One log per user or session, in the file's order."""
+    def logs(self) -> Iterator[UserLog | LogColumns]:
+        """One log per user or session, in the file's order; many at once where the format allows."""
         ...
 
 
