@@ -137,6 +137,7 @@ def assert_same(run: Path, other: Path) -> None:
     assert result(run)["metrics"] == pytest.approx(result(other)["metrics"], abs=1e-6)
 
 
+@pytest.mark.soak
 def test_six_faults_at_random_change_nothing(lab: Lab, tmp_path: Path, undisturbed: Path) -> None:
     """A short schedule of ``make chaos``."""
     lab.wait_for_nodes(3)
