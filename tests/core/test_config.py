@@ -85,6 +85,7 @@ def test_mistakes_are_named_with_the_way_out(config_file: Path, override: str, w
     ("override", "words"),
     [
         ("data.split=[10, 0, 1]", "leaves no valid users for train.evaluate_every_steps=5"),
+        ("data.missed_targets=skip", "a data.candidates_file misses: name that file"),
         ("train.best_metric=recall@7", "train.best_metric='recall@7': expected one of recall@3"),
     ],
 )

@@ -65,6 +65,8 @@ def _of_the_data(config: Config) -> Iterator[str]:
         yield f"data.path is empty: data.format={data.format} needs the folder of the raw files"
     if data.max_history and data.max_history < data.min_history:
         yield f"data.max_history={data.max_history} is below data.min_history={data.min_history}"
+    if data.missed_targets == "skip" and not data.candidates_file:
+        yield "data.missed_targets=skip leaves out users whose target a data.candidates_file misses: name that file"
     shares = dict(zip(("train", "valid", "test"), data.split, strict=True))
     if not shares[config.evaluate.split]:
         yield (
