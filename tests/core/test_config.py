@@ -66,6 +66,7 @@ def test_override_wins_over_file_over_default(config_file: Path) -> None:
         ("train.learning_rate=.inf", ["train.learning_rate=inf", "finite"]),
         ("train.adam_betas=[0.9, 1.5]", ["train.adam_betas=1.5", "less than 1"]),
         ("lora.target_modules=[]", ["lora.target_modules=[]", "at least 1 item"]),
+        ("data.missed_targets=skip", ["a data.candidates_file misses: name that file"]),
         ("data.split=[10, 1, 0]", ["data.split=[10, 1, 0]", "evaluate.split=test"]),
         ("prompt.answers=[yes, no]", ["prompt.answers=True", "write it in quotes"]),
         ("train.early_stopping_patience=2", ["train.evaluate_every_steps=0"]),
@@ -85,7 +86,6 @@ def test_mistakes_are_named_with_the_way_out(config_file: Path, override: str, w
     ("override", "words"),
     [
         ("data.split=[10, 0, 1]", "leaves no valid users for train.evaluate_every_steps=5"),
-        ("data.missed_targets=skip", "a data.candidates_file misses: name that file"),
         ("train.best_metric=recall@7", "train.best_metric='recall@7': expected one of recall@3"),
     ],
 )

@@ -93,7 +93,7 @@ def test_an_evaluation_says_what_was_missed(tmp_path: Path, capsys: pytest.Captu
         words = f"retrieved; {num_missed} of {total} users left out, whose target was not retrieved"
     assert f"{len(users)} test users, " in (said := capsys.readouterr().out) and f"negatives: {words}\n" in said
     with pytest.raises(ConfigError, match=r"data\.candidates_file=: the candidate lists were drawn with lists\.jsonl"):
-        evaluate_baselines(make_config(tmp_path, "jsonl", f"data.missed_targets={policy}"))
+        evaluate_baselines(make_config(tmp_path, "jsonl"))
 
 
 HELD_OUT = next(user for user in range(1, USERS, 2) if split_by_user(f"u{user}", (2, 1, 1)) == 2)
