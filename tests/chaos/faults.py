@@ -186,9 +186,13 @@ def move_clock(world: World, row: Row) -> Effect:
 
 
 def damage_checkpoint(world: World, row: Row) -> Effect:
-    """The newest one, and a rank is killed so that the next start finds it."""
+    """The newest of several, and a rank is killed so that the next start finds it.
+
+    Where there is one only, the training asks the user to move it away.
+    """
     step, run = world.chain.newest_step(), world.chain.run
-    if row.stage != "train" or not 0 < step < 0.9 * world.last_step:
+    is_only = len(list(run.glob("checkpoints/step-*"))) < 2
+    if row.stage != "train" or is_only or step >= 0.9 * world.last_step:
         raise ImpossibleError
     names = ("optimizer.safetensors", "adapter/adapter_model.safetensors")
     path = run / f"checkpoints/step-{step:06d}" / world.draw.choice(names)
