@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -117,6 +118,25 @@ def test_ranks_that_want_the_same_shard_fetch_it_once(tmp_path: Path, pipe: Path
         assert receiver.recv()
         process.join()
     assert [path.suffix for path in (tmp_path / "disk").iterdir() if path.name != ".lock"] == [".tar"]
+
+
+def test_a_copy_that_is_done_while_one_looks_is_not_fetched_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = os.urandom(1000)
+    cache, sha256 = ShardCache(tmp_path / "disk", GIGABYTE), hashlib.sha256(content).hexdigest()
+    partial, copy = (tmp_path / "disk" / f"{sha256}{ending}" for ending in (".partial", ".tar"))
+    partial.write_bytes(content)
+    flock = fcntl.flock
+
+    def finished_by_another(descriptor: int, kind: int) -> None:
+        if kind == fcntl.LOCK_EX | fcntl.LOCK_NB and partial.exists():
+            partial.rename(copy)
+        flock(descriptor, kind)
+
+    monkeypatch.setattr(fcntl, "flock", finished_by_another)
+    descriptor = cache.open(tmp_path / "no source", sha256, len(content))
+    assert descriptor is not None and os.pread(descriptor, len(content), 0) == content
 
 
 def test_a_killed_fetch_is_taken_over_by_those_who_wait(tmp_path: Path, pipe: Path) -> None:

@@ -214,13 +214,15 @@ def _open_locked(path: Path, kind: int) -> int | None:
 
 
 def _open_if_locked(partial: Path) -> int | None:
-    """Open a copy that a living process is making; a dead one's is removed."""
+    """Open a copy that a living process is making, or has made meanwhile; a dead one's is removed."""
     try:
         descriptor = os.open(partial, os.O_RDONLY)
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
         return None
     except BlockingIOError:
+        return descriptor
+    if not partial.exists():  # renamed and unlocked between the two calls above
         return descriptor
     _remove(partial, descriptor)
     return None
