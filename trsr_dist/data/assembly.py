@@ -180,7 +180,7 @@ class CandidateMaker:
             orders = self._orders(users.names.filter(pa.array(is_plain)), wanted)
             for matrix in (candidates, labels):
                 matrix[is_plain] = np.take_along_axis(matrix[is_plain], orders, axis=1)
-        counts["users_with_small_pool"] += 0
+        counts["users_with_small_pool"] += 0  # the manifest says also that there are none
         others = [self.make(users.user(place), split, counts) for place in np.flatnonzero(~is_plain)]
         lists = zip(*(made or ([], []) for made in others), strict=True) if others else ([], [])
         return tuple(

@@ -113,9 +113,8 @@ def first_numbers(seeds: Sequence[int], count: int) -> np.ndarray:
     It makes a number of 27 and 26 bits of two words (Matsumoto and Nishimura, 1998).
     """
     stream, words = random.Random(), []
-    seed_it = super(random.Random, stream).seed  # Random's own also forgets what gauss() keeps
     for seed in seeds:
-        seed_it(seed)
+        stream.seed(seed)
         words.append(stream.getrandbits(64 * count).to_bytes(8 * count, "little"))
     pairs = np.frombuffer(b"".join(words), "<u4").reshape(len(seeds), count, 2)
     return ((pairs[:, :, 0] >> 5) * 2.0**26 + (pairs[:, :, 1] >> 6)) / 2.0**53
