@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -264,14 +263,14 @@ class Spool:
 
     def __init__(self, path: Path) -> None:
         self._rows = ArrowRows(path)
+        batches = self._rows.batches or [pa.RecordBatch.from_pylist([], SPOOL_USER_SCHEMA)]
+        self.times = self._rows.column("time")
+        """int64 [users], seconds."""
+        self._names = pa.concat_arrays([batch.column("user").cast(pa.large_string()) for batch in batches])
+        self._lists = {name: Ragged.from_arrow([batch.column(name) for batch in batches]) for name in LISTS}
 
     def __len__(self) -> int:
         return len(self._rows)
-
-    @cached_property
-    def times(self) -> np.ndarray:
-        """int64 [users], seconds."""
-        return self._rows.column("time")
 
     def keys(self) -> Iterable[str]:
         for batch in self._rows.batches:
@@ -282,14 +281,6 @@ class Spool:
         names = self._names.take(pa.array(rows))
         history, targets, shown = (self._lists[name].take(rows) for name in LISTS)
         return UserColumns(names, history, targets, self.times[rows], shown)
-
-    @cached_property
-    def _names(self) -> pa.Array:
-        return pa.concat_arrays([batch.column("user").cast(pa.large_string()) for batch in self._rows.batches])
-
-    @cached_property
-    def _lists(self) -> dict[str, Ragged]:
-        return {name: Ragged.from_arrow([batch.column(name) for batch in self._rows.batches]) for name in LISTS}
 
     def count(self, column: str, users: np.ndarray, num_items: int) -> np.ndarray:
         """int64 [items]: how often each item stands in ``column`` of the users where ``users`` (bool) is true."""
