@@ -83,7 +83,8 @@ finish_stage() {
   case $first in
   *"exit code $EXIT_REQUEUE"*) run_again "the step saved its work and asks to be run again" ;;
   *"exit code $EXIT_STUCK"*) run_again "a rank was stuck" ;;
-  *'exit code'* | '') ;;
+  *'exit code '*) status=${first##*exit code } status=${status%%[!0-9]*} ;;
+  '') ;;
   *) run_again "a task was ended by a signal (${first#srun: error: })" ;;
   esac
   if [ "$(progress_mark)" != "$mark" ]; then run_again "failed with status $status after some progress"; fi

@@ -75,6 +75,17 @@ def test_a_stopped_run_is_not_requeued(tmp_path: Path) -> None:
     assert f"not requeued, since {tmp_path}/STOP is there" in said
 
 
+def test_the_task_that_ended_first_gives_the_status(tmp_path: Path) -> None:
+    """The others were told to stop and leave with the higher status 75, which is srun's."""
+    write(
+        tmp_path / "srun",
+        "srun: error: a: task 1: Exited with exit code 1\nsrun: error: b: task 0: Exited with exit code 75\n",
+    )
+    script = "EXIT_REQUEUE=75 EXIT_STUCK=74 status=75 restart=0\nmark=$(progress_mark)\n(finish_stage) || true"
+    said = bash(script, run=str(tmp_path), logs=str(tmp_path / "logs"), errors=str(tmp_path / "srun"))
+    assert said == f"failed with status 1; read {tmp_path}/logs"
+
+
 def test_force_holds_until_it_has_brought_something_new(tmp_path: Path) -> None:
     """A restart that began once more would remove what the job itself has made."""
     write(tmp_path / PROGRESS)
