@@ -95,7 +95,7 @@ def plan_scoring(config: Config, model: str) -> tuple[TrainScoring, ShardSet]:
     shards = ShardSet(run.split("train"), open_cache(train.cache_dir, train.cache_gb), url=train.shards_url)
     everyone = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_users": 0})})
     return TrainScoring(
-        everyone, run, model, scores_folder(shards, model_identity(model, config.model.revision))
+        everyone, run, model, scores_folder(shards.folder, model_identity(model, config.model.revision))
     ), shards
 
 
@@ -117,5 +117,7 @@ def _publish(job: TrainScoring, shards: ShardSet, folder: ScoreFolder, trained_h
         return
     if not (job.folder / MANIFEST).is_file():
         rows = [user.scores for user in scored_users(shards, folder)]
-        write_table(job.folder, rows, shards, "score", folder.recorded(), trained_on_these_shards=trained_here)
+        write_table(
+            job.folder, rows, shards.manifest_hash, "score", folder.recorded(), trained_on_these_shards=trained_here
+        )
     show(f"scores of {len(shards)} train users: {job.folder}")
