@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import lru_cache
@@ -9,8 +10,9 @@ from functools import lru_cache
 import numpy as np
 
 from trsr_dist.errors import ConfigError, DataError
+from trsr_dist.files import read_json, write_json
 from trsr_dist.hashing import digest, hash64
-from trsr_dist.shards.lengths import Lengths, Table
+from trsr_dist.shards.lengths import Lengths, Table, wait_for
 from trsr_dist.shards.order import BLOCK_SAMPLES, Order, mix
 from trsr_dist.shards.packing import attended_pairs, choose_candidates, pack, row_cost, split_unit
 from trsr_dist.shards.tables import CandidateTable
@@ -224,6 +226,33 @@ class TrainPlan:
         unit_tokens = (facts.prefix_tokens + facts.suffix_tokens * chosen / per_user) / facts.num_samples - self.head
         samples = max(WINDOW_SAMPLES, round(WINDOW_ROWS * (self.settings.row_tokens - self.head) / unit_tokens))
         return -(-samples // BLOCK_SAMPLES)
+
+
+def epoch_facts(plan: TrainPlan, epoch: int, rank: int = 0) -> EpochFacts:
+    """Counts of an epoch; the first time rank 0 plans all its rows (seconds per million samples), and the others wait.
+
+    Beside lengths that another user has measured nothing may be kept: then every rank counts for itself.
+
+    Args:
+        plan: of the rows.
+        epoch: from 0.
+        rank: this process.
+
+    Raises:
+        DataError: rank 0 has stopped counting.
+    """
+    key = digest([plan.identity, asdict(plan.settings), epoch])[:16]
+    folder = plan.lengths.folder
+    path = folder / f"epoch-{key}.json"
+    may_keep = os.access(folder, os.W_OK)
+    if rank and may_keep:
+        wait_for(folder, path.is_file)
+    if path.is_file():
+        return read_json(path, EpochFacts)
+    facts = plan.facts(epoch)
+    if may_keep:
+        write_json(path, asdict(facts))
+    return facts
 
 
 def check_fits(lengths: Lengths, row_tokens: int, name: str) -> None:
