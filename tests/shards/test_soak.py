@@ -22,9 +22,9 @@ from trsr_dist.records import Candidate, Sample
 from trsr_dist.shards.cache import ShardCache
 from trsr_dist.shards.manifest import ShardFacts, write_split_manifest
 from trsr_dist.shards.measure import Share, measure_lengths
-from trsr_dist.shards.plan import PackingSettings, TrainPlan, epoch_facts
+from trsr_dist.shards.plan import PackingSettings, TrainPlan, epoch_facts, step_specs
 from trsr_dist.shards.reader import ShardSet
-from trsr_dist.shards.steps import Step, StreamState, step_specs
+from trsr_dist.shards.steps import Step, StreamState
 from trsr_dist.shards.stream import TrainStream
 from trsr_dist.shards.writer import write_shard
 

@@ -15,9 +15,9 @@ from tests.shards.world import make_builder, make_sample, make_split, write_spli
 from trsr_dist.errors import CheckpointError, ConfigError
 from trsr_dist.hashing import digest
 from trsr_dist.shards.measure import Share
-from trsr_dist.shards.plan import PackingSettings, epoch_facts
+from trsr_dist.shards.plan import PackingSettings, epoch_facts, step_specs
 from trsr_dist.shards.reader import ShardSet
-from trsr_dist.shards.steps import Step, StreamState, step_specs
+from trsr_dist.shards.steps import Step, StreamState
 from trsr_dist.shards.stream import TrainStream, advise_ahead
 
 SETTINGS = PackingSettings(row_tokens=600, rows_per_step=5, negatives_per_positive=2, seed=3)

@@ -25,9 +25,9 @@ from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import PackedRow, pack_row
 from trsr_dist.shards.measure import ALONE, Share, measure_lengths
-from trsr_dist.shards.plan import PackingSettings, TrainPlan, Unit, epoch_facts
+from trsr_dist.shards.plan import PackingSettings, TrainPlan, epoch_facts, step_specs
 from trsr_dist.shards.reader import ShardSet
-from trsr_dist.shards.steps import Step, StepSpec, StreamState, step_specs
+from trsr_dist.shards.steps import Step, StepSpec, StreamState, Unit
 from trsr_dist.shards.tables import CandidateTable
 
 ADVISED_STEPS = 4
