@@ -19,9 +19,8 @@ from trsr_dist.config import Config
 from trsr_dist.environment import array_task, detect_ranks
 from trsr_dist.evaluate.checks import complete
 from trsr_dist.evaluate.evaluation import Evaluation, model_identity, trained_on_these_shards
-from trsr_dist.evaluate.job import WAIT_SECONDS, claim_folder, clear_folder, score_everything
 from trsr_dist.evaluate.passes import ScoringPass, split_parts
-from trsr_dist.evaluate.score import open_models
+from trsr_dist.evaluate.score import WAIT_SECONDS, claim_folder, clear_folder, open_models, score_everything
 from trsr_dist.evaluate.score_files import ScoreFolder, UserScores, expected_of
 from trsr_dist.evaluate.users import SplitUsers
 from trsr_dist.files import writing
@@ -95,7 +94,7 @@ def plan_scoring(config: Config, model: str) -> tuple[TrainScoring, ShardSet]:
     shards = ShardSet(run.split("train"), open_cache(train.cache_dir, train.cache_gb), url=train.shards_url)
     everyone = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_users": 0})})
     return TrainScoring(
-        everyone, run, model, scores_folder(shards, model_identity(model, config.model.revision))
+        everyone, run, model, scores_folder(shards.folder, model_identity(model, config.model.revision))
     ), shards
 
 
@@ -117,5 +116,7 @@ def _publish(job: TrainScoring, shards: ShardSet, folder: ScoreFolder, trained_h
         return
     if not (job.folder / MANIFEST).is_file():
         rows = [user.scores for user in scored_users(shards, folder)]
-        write_table(job.folder, rows, shards, "score", folder.recorded(), trained_on_these_shards=trained_here)
+        write_table(
+            job.folder, rows, shards.manifest_hash, "score", folder.recorded(), trained_on_these_shards=trained_here
+        )
     show(f"scores of {len(shards)} train users: {job.folder}")
