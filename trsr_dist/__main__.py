@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Iterator
 
 from trsr_dist.cli import path, run_command
-from trsr_dist.config.zero import shipped_file
+from trsr_dist.config.files import shipped_file
 from trsr_dist.environment import expand_home
 from trsr_dist.errors import ConfigError
 from trsr_dist.log import show

@@ -9,10 +9,10 @@ from tests.core.settings_page import PAGE, page
 from trsr_dist.cli import config_parser, parse_config
 from trsr_dist.cli import path as path_argument
 from trsr_dist.config import dump_config, load_config
+from trsr_dist.config.files import read_zero_config
 from trsr_dist.config.kinds import RESERVED, marked_settings
 from trsr_dist.config.loading import known_keys
 from trsr_dist.config.sections import LoraSection, TrainSection
-from trsr_dist.config.zero import read_zero_config
 from trsr_dist.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]

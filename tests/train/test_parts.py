@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tests.disks import closed_to_others
 from tests.kills import killed_at_every_change
 from tests.model.world import make_row
-from trsr_dist.config.zero import read_zero_config
+from trsr_dist.config.files import read_zero_config
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import CheckpointError, ConfigError, RunError
 from trsr_dist.train import lifecycle

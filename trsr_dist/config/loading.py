@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
+from trsr_dist.config.files import find_file, parse_value, parse_yaml, read_zero_config
 from trsr_dist.config.sections import (
     BaseSection,
     DataSection,
@@ -27,8 +28,6 @@ from trsr_dist.config.sections import (
     SummarizeSection,
     TrainSection,
 )
-from trsr_dist.config.yaml_text import parse_value, parse_yaml
-from trsr_dist.config.zero import find_file, read_zero_config
 from trsr_dist.errors import ConfigError
 from trsr_dist.files import read_text
 from trsr_dist.printable import strike_addresses

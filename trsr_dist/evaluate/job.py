@@ -14,7 +14,6 @@ from trsr_dist.config import Config
 from trsr_dist.data.store import HistoryStore, check_files
 from trsr_dist.environment import Ranks, array_task, detect_ranks
 from trsr_dist.errors import ConfigError, RunError
-from trsr_dist.evaluate.checks import complete
 from trsr_dist.evaluate.evaluation import Evaluation, trained_on_these_shards
 from trsr_dist.evaluate.reduce import Reduction, rank_baselines
 from trsr_dist.evaluate.report import baselines_text, publish
@@ -22,6 +21,7 @@ from trsr_dist.evaluate.score import (
     WAIT_SECONDS,
     claim_folder,
     clear_folder,
+    complete,
     open_models,
     score_everything,
 )

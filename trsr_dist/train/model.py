@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 
 from trsr_dist.bases import BaseName, base_folder
 from trsr_dist.config import Config
-from trsr_dist.config.zero import find_file, read_zero_config
+from trsr_dist.config.files import find_file, read_zero_config
 from trsr_dist.distributed import device_of, once_per_node
 from trsr_dist.environment import Ranks, available_memory_bytes, return_large_blocks
 from trsr_dist.errors import ConfigError, TrsrError
