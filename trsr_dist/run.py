@@ -29,6 +29,7 @@ class RunFolder:
         self.base = root / "base"
         self.summaries = root / "summaries"
         self.shards = root / "shards"
+        self.samples = root / "samples"
         self.checkpoints = root / "checkpoints"
         self.merged = root / "merged"
         self.evaluation = root / "evaluation"
@@ -36,6 +37,12 @@ class RunFolder:
     def split(self, name: str) -> Path:
         """Shard folder of ``train``, ``valid`` or ``test``."""
         return self.shards / name
+
+    def sample(self, number: int) -> RunFolder:
+        """Holds one sampled summary of each train user (``summarize.samples``); made from this run's histories."""
+        folder = RunFolder(self.samples / f"{number:03d}")
+        folder.histories = self.histories
+        return folder
 
     def resolve(self, name_or_path: str) -> str:
         """``RUN/base`` and the like stand for folders of this run; anything else is left as it is."""
