@@ -57,6 +57,12 @@ class RunFolder:
             stream.write(text)
 
 
+def beside(shards: Path, name: str) -> Path | None:
+    """A finished folder of the run that ``shards`` or one of its splits belongs to, by its name in the run."""
+    found = (up / name for up in shards.resolve().parents[:2])
+    return next((path for path in found if (path / MANIFEST).is_file()), None)
+
+
 def manifest_hash(folder: Path) -> str:
     """Hash by which later stages know this output.
 

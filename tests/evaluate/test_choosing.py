@@ -1,4 +1,4 @@
-"""Sampled summaries chosen by the ranker: which is best, what is learned from it, and that no held-out user is in it."""
+"""Sampled summaries chosen by the ranker: which is best, what is learned from it, and from no held-out user."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ import numpy as np
 import pytest
 
 from tests.evaluate.test_teacher import copy_run
+from tests.spawn import run_ranks
 from tests.summarize.server import Handler, prompt_of, serving
 from trsr_dist.config import Config, load_config
 from trsr_dist.errors import ConfigError, DataError, RunError
 from trsr_dist.evaluate.choosing import choose_summaries, target_log_share
 from trsr_dist.evaluate.teacher import score_shards
+from trsr_dist.pretrained import BaseSource, load_tokenizer
+from trsr_dist.prompts.encoder import Encoder
+from trsr_dist.prompts.text import Prompt
 from trsr_dist.run import RunFolder
 from trsr_dist.shards.inspect.job import Options, inspect_shards
 from trsr_dist.shards.reader import ShardSet
@@ -45,6 +49,8 @@ def sampled(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with serving(inventive) as server:
         config = config_of(folder, f"summarize.base_url={server.address}")
         assert summarize(config) == 0
+        num_requests = len(server.requests)
+        assert summarize(config) == 0 and len(server.requests) == num_requests
     with pytest.raises(RunError, match=r"run tools/score_shards.py with this config and --model RUN/merged"):
         choose_summaries(config, "RUN/merged", 0.0)
     assert score_shards(config, "RUN/merged") == 0
@@ -128,3 +134,50 @@ def test_texts_that_are_gone_are_told(sampled: Path, tmp_path: Path) -> None:
     ):
         choose_summaries(config_of(run), "RUN/merged", 0.0)
     assert not (run / "samples" / "chosen").exists()
+
+
+def test_held_out_users_among_the_lessons_are_told(
+    sampled: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    lessons = sampled / "samples" / "chosen"
+    assert inspect_shards(sampled / "shards", Options(num_samples=0, lessons=lessons)) == 0
+    user = ShardSet(sampled / "shards" / "test").read(3).user
+    (tmp_path / "sft").mkdir()
+    with open(tmp_path / "sft" / "train.jsonl", "w") as file:
+        file.writelines(json.dumps(line | {"user": user}) + "\n" for line in read_lines(sampled, "sft"))
+    assert inspect_shards(sampled / "shards", Options(num_samples=0, lessons=tmp_path)) == 1
+    assert "error: test: the summarizer has learned from the targets of 1 of its users" in capsys.readouterr().out
+    with pytest.raises(DataError, match="not a folder that tools/choose_summaries.py wrote"):
+        inspect_shards(sampled / "shards", Options(num_samples=0, lessons=tmp_path / "sft"))
+
+
+def learn(rank: int, world_size: int, run: Path, output: Path) -> None:
+    """A step of supervised and of preference tuning with TRL."""
+    from datasets import load_dataset
+    from peft import LoraConfig
+    from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+    for kind, trainer, settings in (("sft", SFTTrainer, SFTConfig), ("dpo", DPOTrainer, DPOConfig)):
+        data = load_dataset(str(run / "samples" / "chosen" / kind), split="train", cache_dir=str(output / "cache"))
+        args = settings(output_dir=str(output / kind), max_steps=1, use_cpu=True, bf16=False, report_to="none")
+        adapter = LoraConfig(target_modules=["q_proj"])
+        made = trainer(str(run / "base"), args=args, train_dataset=data, peft_config=adapter)
+        if kind == "sft":
+            check_tokens(made.train_dataset[0], data[0], run / "base")
+        made.train()
+
+
+def check_tokens(row: dict, line: dict, base: Path) -> None:
+    """What is trained on is what the engine reads and writes."""
+    tokenizer = load_tokenizer(BaseSource(str(base)))
+    encoder = Encoder(tokenizer, "chat", line["chat_template_kwargs"])
+    prompt = encoder.encode([Prompt((line["prompt"][0]["content"],), ())])[0]
+    assert row["input_ids"][: len(prompt)] == prompt
+    learned = row["input_ids"][len(prompt) :]
+    assert row["labels"] == [-100] * len(prompt) + learned
+    assert tokenizer.decode(learned).startswith(line["completion"][0]["content"])
+    assert tokenizer.eos_token_id in learned
+
+
+def test_trl_learns_what_the_engine_reads_and_writes(sampled: Path, tmp_path: Path) -> None:
+    run_ranks(learn, 1, sampled, tmp_path)
