@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tests.chaos.faults import World, processes
 from tests.train.world import losses_of
 from trsr_dist.files import read_json
-from trsr_dist.log import read_metrics
+from trsr_dist.metric_log import read_metrics
 
 LOSS, WEIGHT, METRIC = 1e-5, 1e-6, 1e-6
 """Largest differences."""

@@ -81,7 +81,7 @@ def test_samples_differ_by_their_texts_alone(run: Path, sampled: Path) -> None:
 
 def test_the_sample_with_the_largest_share_of_the_target_is_learned(sampled: Path) -> None:
     sets = sample_sets(sampled)
-    tables = [open_table(next(shards.folder.glob("scores-*")), shards, "").values for shards in sets]
+    tables = [open_table(next(shards.folder.glob("scores-*")), shards.manifest_hash, "").values for shards in sets]
     learned = {user: list(lines) for user, lines in groupby(read_lines(sampled, "sft"), lambda line: line["user"])}
     preferred = {user: list(lines) for user, lines in groupby(read_lines(sampled, "dpo"), lambda line: line["user"])}
     for index in range(len(sets[0])):

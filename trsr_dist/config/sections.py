@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
-from trsr_dist.config.kinds import NO_THOUGHTS, Beta, FilePath, Modules, Role, StorePath, TemplateVariables
-from trsr_dist.config.on_resume import OnResume
+from trsr_dist.config.kinds import NO_THOUGHTS, Beta, FilePath, Modules, OnResume, Role, StorePath, TemplateVariables
 
 PROMPTLESS = ("none", "raw")
 """Schemes that ask no engine for anything, whatever ``summarize.engine`` says."""

@@ -133,7 +133,7 @@ def open_sets(config: Config, model: str) -> Iterator[SampleSet]:
     first = None
     for job, shards in plan_scoring(config, model):
         remedy = f"run tools/score_shards.py with this config and --model {model}"
-        table = open_table(job.folder, shards, remedy)
+        table = open_table(job.folder, shards.manifest_hash, remedy)
         first = first or shards
         if shards.candidate_hash != first.candidate_hash:
             raise DataError(

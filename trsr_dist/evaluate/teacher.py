@@ -103,7 +103,7 @@ def plan_scoring(config: Config, model: str) -> list[tuple[TrainScoring, ShardSe
     planned = []
     for folder in [run.sample(number) for number in range(samples)] or [run]:
         shards = ShardSet(folder.split("train"), cache, url="" if samples else train.shards_url)
-        planned.append((TrainScoring(everyone, folder, model, scores_folder(shards, identity)), shards))
+        planned.append((TrainScoring(everyone, folder, model, scores_folder(shards.folder, identity)), shards))
     return planned
 
 
@@ -125,5 +125,7 @@ def _publish(job: TrainScoring, shards: ShardSet, folder: ScoreFolder, trained_h
         return
     if not (job.folder / MANIFEST).is_file():
         rows = [user.scores for user in scored_users(shards, folder)]
-        write_table(job.folder, rows, shards, "score", folder.recorded(), trained_on_these_shards=trained_here)
+        write_table(
+            job.folder, rows, shards.manifest_hash, "score", folder.recorded(), trained_on_these_shards=trained_here
+        )
     show(f"scores of {len(shards)} train users: {job.folder}")

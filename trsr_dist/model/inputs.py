@@ -8,8 +8,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from trsr_dist.distributed import send
-from trsr_dist.model.attention.layout import Layout
+from trsr_dist.model.attention.layout import Layout, send
 from trsr_dist.rows import PackedRow
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from trsr_dist.distributed import send
+from trsr_dist.model.attention.layout import send
 from trsr_dist.rows import PackedRow
 
 HEAD_ROWS = 1024

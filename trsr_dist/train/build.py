@@ -10,7 +10,7 @@ import torch
 
 from trsr_dist import distributed
 from trsr_dist.config import Config
-from trsr_dist.config.on_resume import OnResume, marked_settings
+from trsr_dist.config.kinds import OnResume, marked_settings
 from trsr_dist.environment import Ranks, available_memory_bytes, return_large_blocks
 from trsr_dist.errors import TrsrError
 from trsr_dist.log import get_logger

@@ -186,7 +186,7 @@ def open_pool(shards: ShardSet, negatives_per_positive: int) -> CandidateTable:
         ConfigError: fewer stay than are drawn.
         DataError: the table is damaged.
     """
-    pool = open_table(shards.folder / MINED, shards, "run tools/mine_negatives.py with this config")
+    pool = open_table(shards.folder / MINED, shards.manifest_hash, "run tools/mine_negatives.py with this config")
     num_kept = pool.manifest["settings"]["negatives_per_positive"]
     if num_kept < negatives_per_positive:
         raise ConfigError(
@@ -205,7 +205,9 @@ def open_teacher(config: Config, run: RunFolder, shards: ShardSet) -> CandidateT
     """
     name = str(follow(Path(run.resolve(config.train.teacher))))
     remedy = f"run tools/score_shards.py with this config and --model {config.train.teacher}"
-    teacher = open_table(scores_folder(shards, model_identity(name, config.model.revision)), shards, remedy)
+    teacher = open_table(
+        scores_folder(shards.folder, model_identity(name, config.model.revision)), shards.manifest_hash, remedy
+    )
     if teacher.manifest["trained_on_these_shards"] is False:
         log.warning(
             "train.teacher=%s was trained on other shards: what it says may tell of the valid and test users", name

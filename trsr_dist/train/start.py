@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig
 
 from trsr_dist.bases import ADAPTER_CONFIG, adapter_file
-from trsr_dist.config.on_resume import OnResume
+from trsr_dist.config.kinds import OnResume
 from trsr_dist.distributed import gather_objects, on_rank_zero
 from trsr_dist.errors import CheckpointError, ConfigError, ModelError, RunError
 from trsr_dist.files import sha256_of

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from trsr_dist.distributed import gather_objects
 from trsr_dist.errors import ModelError
 from trsr_dist.log import get_logger
 from trsr_dist.shards.steps import Step
-from trsr_dist.shards.stream import TrainStream
 from trsr_dist.train.checkpoints import TrainerState
 from trsr_dist.train.elastic import Saving
 from trsr_dist.train.engine import Engine, StepOutcome, check_gradients
 from trsr_dist.train.lifecycle import DATA, END, SAVING, UPDATE, Heartbeat, StopReasons
 from trsr_dist.train.monitor import Monitor, Progress
-from trsr_dist.train.schedule import learning_rate
 from trsr_dist.train.step import StepRunner
 from trsr_dist.train.validation import Validator
 
@@ -61,12 +60,27 @@ class Ending:
     """Empty where all steps were made."""
 
 
+def learning_rate(step: int, num_steps: int, peak: float, warmup_ratio: float, schedule: str) -> float:
+    """Rate of step ``step`` (from 0) of ``num_steps``.
+
+    Rises linearly to ``peak`` over the warm-up, whose first step is not 0; then stays (constant), or falls to 0 at the
+    end linearly or along a half cosine.
+    """
+    warmup = round(num_steps * warmup_ratio)
+    if step < warmup:
+        return peak * (step + 1) / (warmup + 1)
+    if schedule == "constant":
+        return peak
+    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
+    return peak * (1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)
+
+
 class Trainer:
     """Runs a training to its end, or to a reason to stop.
 
     Args:
         engine: built and restored.
-        stream: from where the state stands.
+        steps: from where the state stands.
         runner: of steps.
         settings: of the loop.
         saving: writes the checkpoints.
@@ -79,7 +93,7 @@ class Trainer:
     def __init__(
         self,
         engine: Engine,
-        stream: TrainStream,
+        steps: Iterable[Step],
         runner: StepRunner,
         settings: LoopSettings,
         saving: Saving,
@@ -89,7 +103,7 @@ class Trainer:
         control: Control,
     ) -> None:
         self._engine = engine
-        self._stream = stream
+        self._steps = steps
         self._runner = runner
         self._settings = settings
         self._saving = saving
@@ -114,7 +128,7 @@ class Trainer:
             self._saving.close()
 
     def _run(self) -> Ending:
-        steps = iter(self._stream)
+        steps = iter(self._steps)
         reason = ""
         self._validate(at_start=True)
         while not reason and not self._is_over():
