@@ -15,8 +15,8 @@ from tests.shards.world import make_builder, make_split
 from trsr_dist.hashing import random_stream
 from trsr_dist.planner.failures import Restarts, best_interval
 from trsr_dist.shards.measure import measure_lengths
-from trsr_dist.shards.plan import PackingSettings, TrainPlan
-from trsr_dist.shards.steps import StreamState, step_specs
+from trsr_dist.shards.plan import PackingSettings, TrainPlan, step_specs
+from trsr_dist.shards.steps import StreamState
 
 RESTART = 300.0
 SETTINGS = PackingSettings(row_tokens=1000, rows_per_step=6, negatives_per_positive=2, seed=0)

@@ -18,8 +18,9 @@ from trsr_dist.evaluate.teacher import plan_scoring, score_shards
 from trsr_dist.model.loading import open_prompts
 from trsr_dist.run import manifest_hash
 from trsr_dist.shards.measure import measure_lengths
-from trsr_dist.shards.plan import PackingSettings, TrainPlan, Unit
+from trsr_dist.shards.plan import PackingSettings, TrainPlan
 from trsr_dist.shards.reader import ShardSet
+from trsr_dist.shards.steps import Unit
 from trsr_dist.shards.tables import MINED, TABLE, open_table
 from trsr_dist.train.prepare import open_pool
 

@@ -1,9 +1,10 @@
-"""From samples to scores: rows of a part through a language model, and every score back in its place."""
+"""The scoring part of a job: its models, this process's share of every pass, and who may write into the folder."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,116 +12,26 @@ from torch import nn
 
 from trsr_dist import distributed
 from trsr_dist.config.zero import find_file, read_zero_config
-from trsr_dist.environment import Ranks
+from trsr_dist.environment import Ranks, array_task
 from trsr_dist.errors import ConfigError, ModelError
 from trsr_dist.evaluate.evaluation import Evaluation
-from trsr_dist.evaluate.metrics import check_user
-from trsr_dist.evaluate.passes import ScoringPass, pack_part, split_parts
-from trsr_dist.evaluate.score_files import ScoreFolder, UserScores
+from trsr_dist.evaluate.parts import Lockstep, score_samples
+from trsr_dist.evaluate.passes import ScoringPass, assign_parts, split_parts
+from trsr_dist.evaluate.score_files import ScoreFolder
 from trsr_dist.evaluate.users import SplitUsers
+from trsr_dist.hashing import digest
+from trsr_dist.locks import Claim, claim
 from trsr_dist.log import get_logger, progress
 from trsr_dist.model.loading import ModelPrompts, load_weights, open_prompts
 from trsr_dist.model.recommender import score_row
 from trsr_dist.model.zero3 import scoring_config
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.records import Sample, TokenizedUser
-from trsr_dist.rows import PackedRow, filler_row, pack_row
+from trsr_dist.rows import PackedRow, filler_row
 
-ScoreRow = Callable[[PackedRow], np.ndarray]
-"""A forward pass: log-odds of a row's answers, float32, shape (num_answers,)."""
+WAIT_SECONDS = 24 * 3600.0
+"""How long a rank that is done waits for the others, which still score; the launcher ends all when one dies."""
 
 log = get_logger("evaluate")
-
-
-class PartScorer:
-    """The rows of some users and the scores that come back for them.
-
-    Args:
-        users: the prompts of one part of a split.
-        row_tokens: length limit of a row.
-    """
-
-    def __init__(self, users: Sequence[TokenizedUser], row_tokens: int) -> None:
-        self.users = users
-        self._rows = pack_part(users, row_tokens)
-        self._scores = [np.full(len(user.suffixes), np.nan, dtype=np.float32) for user in self.users]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def rows(self) -> Iterator[PackedRow]:
-        """The packed rows, in the order in which ``take`` expects their scores."""
-        return (pack_row([self.users[entry.user].choose(entry.candidates) for entry in row]) for row in self._rows)
-
-    def take(self, row: int, scores: np.ndarray) -> int:
-        """Keep the scores of a row, shape (num_answers,); returns how many users have all of theirs now."""
-        start = 0
-        for entry in self._rows[row]:
-            stop = start + len(entry.candidates)
-            self._scores[entry.user][list(entry.candidates)] = scores[start:stop]
-            start = stop
-        return sum(not np.isnan(self._scores[user]).any() for user in {entry.user for entry in self._rows[row]})
-
-    def scores(self) -> list[np.ndarray]:
-        """float32 log-odds of every user's candidates, in the order of the users; NaN where none was taken."""
-        return self._scores
-
-    def result(self) -> list[UserScores]:
-        """Scores of all users, in their order.
-
-        Raises:
-            DataError: a score is not finite, or a user has no positive.
-        """
-        found = []
-        for user, scores in zip(self.users, self._scores, strict=True):
-            labels = np.array(user.labels, dtype=np.int64)
-            check_user(user.user, scores, labels, user.items)
-            found.append(UserScores(user.user, user.items, labels, scores, user.trims))
-        return found
-
-
-def score_samples(
-    samples: Sequence[Sample],
-    builder: PromptBuilder,
-    score_row: ScoreRow,
-    row_tokens: int,
-    count: Callable[[int], object],
-) -> list[UserScores]:
-    """Scores of the samples' candidates, in the order of the samples; ``count`` is told after each row how many users
-    it has finished."""
-    part = PartScorer([builder.build(sample) for sample in samples], row_tokens)
-    for number, row in enumerate(part.rows()):
-        count(part.take(number, score_row(row)))
-    return part.result()
-
-
-class Lockstep:
-    """A forward pass that all ranks make together, as ZeRO-3 demands (they gather each layer's weights in common), for
-    ranks that have different numbers of rows.
-
-    Args:
-        forward: the pass itself.
-        filler: a row that a rank runs while others still have rows of their own.
-        device: of the collectives.
-    """
-
-    def __init__(self, forward: ScoreRow, filler: PackedRow, device: torch.device) -> None:
-        self._forward = forward
-        self._filler = filler
-        self._device = device
-
-    def __call__(self, row: PackedRow) -> np.ndarray:
-        """Scores of a row of this rank."""
-        self._is_wanted(True)
-        return self._forward(row)
-
-    def finish(self) -> None:
-        """This rank has no more rows: go along until none has."""
-        while self._is_wanted(False):
-            self._forward(self._filler)
-
-    def _is_wanted(self, here: bool) -> bool:
-        return distributed.sum_over_ranks([float(here)], self._device)[0] > 0
 
 
 def open_models(job: Evaluation) -> dict[str, ModelPrompts]:
@@ -229,3 +140,60 @@ def zero_config(name: str, precision: str, device: torch.device) -> dict | None:
             "file with stage 3 or leave it empty"
         )
     return scoring_config(settings, precision, device.type == "cuda")
+
+
+def claim_folder(job: Evaluation) -> Any:
+    """Keeps jobs of other settings out; a context manager."""
+    what = job.settings() | job.inputs()
+    return claim(job.folder, digest(what), what)
+
+
+def parts_of_worker(users: SplitUsers, ranks: Ranks) -> list[int]:
+    """Those of this process among all ranks of all array tasks, shared out by cost."""
+    task, num_tasks = array_task()
+    costs = [users.cost(part) for part in split_parts(len(users))]
+    return assign_parts(costs, num_tasks * ranks.world_size)[task * ranks.world_size + ranks.rank]
+
+
+def score_everything(
+    job: Evaluation, users: SplitUsers, models: dict[str, ModelPrompts], ranks: Ranks, clear: Callable[[], None] | None
+) -> dict[str, ScoreFolder]:
+    """Score this process's parts of every pass, then wait for the other ranks.
+
+    Args:
+        job: the evaluation.
+        users: of the split.
+        models: by source.
+        ranks: this process.
+        clear: removes what lies there, where it is to be scored again; rank 0 calls it once all ranks have the model.
+
+    Returns:
+        The folders of the passes, opened.
+    """
+    parts = parts_of_worker(users, ranks)
+    scorers = [Scorer(job, source, prompts, users, parts, ranks) for source, prompts in models.items()]
+    scorers[0].load(again=clear is not None)
+    if clear is not None:
+        distributed.barrier()
+        distributed.on_rank_zero(clear)
+    folders = {}
+    for entry in job.passes:
+        folders[entry.name] = job.scores(entry)
+        identity = job.identity(entry, models[entry.source].builder.fingerprint)
+        folders[entry.name].open(identity, len(users), job.base if entry.source == "base" else job.model)
+    scorers[0].run(folders)
+    for scorer in scorers[1:]:
+        scorer.load()
+        scorer.run(folders)
+    distributed.barrier()
+    return folders
+
+
+def clear_folder(job: Evaluation, entry: Claim) -> None:
+    """Remove what an earlier evaluation wrote.
+
+    Raises:
+        RunError: another job is at work there.
+    """
+    entry.check_alone()
+    job.clear()

@@ -20,9 +20,8 @@ from trsr_dist.config import Config
 from trsr_dist.environment import Ranks, array_task, detect_ranks
 from trsr_dist.evaluate.checks import complete
 from trsr_dist.evaluate.evaluation import Evaluation, model_identity, trained_on_these_shards
-from trsr_dist.evaluate.job import WAIT_SECONDS, claim_folder, clear_folder, score_everything
 from trsr_dist.evaluate.passes import ScoringPass, split_parts
-from trsr_dist.evaluate.score import open_models
+from trsr_dist.evaluate.score import WAIT_SECONDS, claim_folder, clear_folder, open_models, score_everything
 from trsr_dist.evaluate.score_files import ScoreFolder, UserScores, expected_of
 from trsr_dist.evaluate.users import SplitUsers
 from trsr_dist.files import writing

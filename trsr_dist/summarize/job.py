@@ -33,7 +33,7 @@ from trsr_dist.printable import strike_addresses
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.run import SPLITS, RunFolder, is_finished
-from trsr_dist.shards.measure import measure_share
+from trsr_dist.shards.measure import Share, measure_share
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.engines.build import build_engine, engine_identity, revision_to_load
@@ -333,7 +333,7 @@ def measure_ahead(config: Config, run: RunFolder, task: Task) -> None:
     try:
         tokenizer = load_tokenizer(BaseSource(base, trust_remote_code=config.model.trust_remote_code))
         builder = PromptBuilder(tokenizer, **config.prompt.model_dump())
-        measure_share(ShardSet(run.split("train")), builder, task.index, task.count)
+        measure_share(ShardSet(run.split("train")), builder, Share(task.index, task.count))
     except (DataError, ModelError) as error:
         log.warning("the shards are written; their token lengths could not be measured: %s", error)
 

@@ -26,6 +26,7 @@ from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import RANKING_LOSSES
 from trsr_dist.run import RUN, RunFolder
 from trsr_dist.shards.cache import open_cache
+from trsr_dist.shards.measure import Share
 from trsr_dist.shards.plan import PackingSettings
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.steps import StreamState
@@ -168,9 +169,7 @@ def open_stream(
         shards,
         builder,
         packing_settings(config),
-        ranks.rank,
-        ranks.world_size,
-        train.num_workers,
+        Share(ranks.rank, ranks.world_size, train.num_workers),
         train.max_data_errors if train.data_errors == "skip" else None,
         None if checkpoint is None else StreamState.from_dict(checkpoint.state.stream),
         open_teacher(config, run, shards) if train.loss == "distill" else None,

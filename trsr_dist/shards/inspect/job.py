@@ -26,8 +26,8 @@ from trsr_dist.shards.inspect.content import (
 )
 from trsr_dist.shards.inspect.verify import index_split, verify_split
 from trsr_dist.shards.lengths import Lengths
-from trsr_dist.shards.measure import epoch_facts, measure_lengths
-from trsr_dist.shards.plan import PackingSettings, TrainPlan
+from trsr_dist.shards.measure import Share, measure_lengths
+from trsr_dist.shards.plan import PackingSettings, TrainPlan, epoch_facts
 from trsr_dist.shards.reader import ShardSet
 
 ORDER = ("train", "valid", "test")
@@ -48,7 +48,7 @@ class Tokens:
 
     def describe(self, shards: ShardSet, is_train: bool) -> Iterator[str]:
         """Lines on lengths, trims and, for the train split, steps; lengths are measured where missing."""
-        lengths = measure_lengths(shards, self.builder, num_workers=self.num_workers, tolerate=True)
+        lengths = measure_lengths(shards, self.builder, Share(num_workers=self.num_workers), tolerate=True)
         facts = lengths.facts
         yield f"token lengths    {lengths.folder.name}: prompts, each with one candidate"
         yield from histogram(prompt_lengths(lengths))
