@@ -62,6 +62,17 @@ def _metrics(mine: object, its: object, name: str = "metrics") -> Iterator[str]:
         yield f"{name}: {mine}, undisturbed {its}"
 
 
+def told_of_damage(run: Path) -> list[str]:
+    """Lines of the logs about samples of damaged shards."""
+    lines = "\n".join(path.read_text(errors="replace") for path in run.glob("logs/*/task-*")).splitlines()
+    return [line for line in lines if "the bytes are damaged" in line]
+
+
+def wrong_names(run: Path, damaged: set[str]) -> Iterator[str]:
+    """A log must name a shard that was damaged; one that no start has read is named nowhere."""
+    yield from (f"not damaged: {line}" for line in told_of_damage(run) if not any(path in line for path in damaged))
+
+
 def leftovers(world: World) -> Iterator[str]:
     """Stale locks, temporary files, processes."""
     run = world.chain.run
