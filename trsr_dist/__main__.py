@@ -37,6 +37,7 @@ GROUPS = {
         "merge": "tools/merge_lora.py",
         "score": "tools/score_shards.py",
         "mine": "tools/mine_negatives.py",
+        "choose": "tools/choose_summaries.py",
     },
     "evaluation": {
         "evaluate": "tools/evaluate.py",

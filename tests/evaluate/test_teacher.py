@@ -102,7 +102,7 @@ def test_scores_of_other_settings_models_and_shards_are_refused(scored: Path, tm
     with pytest.raises(ModelError, match="no such folder"):
         score(0, 1, scored, model="RUN/nothing")
     config = load_config(scored / "config.yaml", [f"run.dir={scored}"])
-    other, shards = plan_scoring(config, "RUN/checkpoints/step-000007")
+    [(other, shards)] = plan_scoring(config, "RUN/checkpoints/step-000007")
     with pytest.raises(RunError, match=rf"not complete \(complete there: {scores_of(scored).name}\); score them"):
         open_table(other.folder, shards.manifest_hash, "score them")
     valid = manifest_hash(scored / "shards" / "valid")

@@ -38,7 +38,7 @@ from trsr_dist.train.lifecycle import (
 )
 from trsr_dist.train.losses import listwise_sum, pairwise_sum
 from trsr_dist.train.meter import Sums, count_pairs, scalars
-from trsr_dist.train.trainer import learning_rate
+from trsr_dist.train.step import learning_rate
 
 ROOT = Path(__file__).parents[2]
 NAME = "model.layers.0.self_attn.q_proj.lora_B.default.weight"

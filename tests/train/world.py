@@ -24,7 +24,7 @@ from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.stream import TrainStream
 from trsr_dist.train.prepare import packing_settings
-from trsr_dist.train.trainer import learning_rate
+from trsr_dist.train.step import learning_rate
 
 NUM_STEPS = 20
 FEW_STEPS = 2

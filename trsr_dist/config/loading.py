@@ -225,6 +225,12 @@ def _of_the_prompts(config: Config) -> Iterator[str]:
         )
     if summarize.asks_model and not summarize.model:
         yield f"summarize.model is empty: summarize.engine={summarize.engine} needs a model"
+    if summarize.samples and not (summarize.asks_model and summarize.temperature):
+        yield (
+            f"summarize.samples={summarize.samples} are all the same: a model must write them, at a "
+            f"summarize.temperature above 0 (now engine={summarize.engine}, scheme={summarize.scheme}, "
+            f"temperature={summarize.temperature})"
+        )
     if prompt.answers[0] == prompt.answers[1]:
         yield f"prompt.answers={prompt.answers} are equal: two different answers are needed"
 

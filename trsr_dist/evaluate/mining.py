@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from trsr_dist.config import Config, dump_config
+from trsr_dist.errors import ConfigError
 from trsr_dist.evaluate.score_files import ScoreFolder
 from trsr_dist.evaluate.teacher import plan_scoring, scored_users
 from trsr_dist.files import atomic_folder, writing
@@ -33,11 +34,14 @@ def mine_negatives(
         dry_run: say what would be mined, and touch nothing.
 
     Raises:
+        ConfigError: ``summarize.samples`` is set.
         RunError: the model has not scored these shards, or a pool of other settings is there.
         DataError: shards or scores are damaged.
     """
     setup_logging(stage="mine")
-    job, shards = plan_scoring(config, model)
+    if config.summarize.samples:
+        raise ConfigError("summarize.samples is set: negatives are mined for the train shards; leave it at 0")
+    [(job, shards)] = plan_scoring(config, model)
     scores = open_table(
         job.folder, shards.manifest_hash, f"run tools/score_shards.py with this config and --model {model}"
     )

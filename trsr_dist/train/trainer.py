@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from trsr_dist.train.elastic import Saving
 from trsr_dist.train.engine import Engine, StepOutcome, check_gradients
 from trsr_dist.train.lifecycle import DATA, END, SAVING, UPDATE, Heartbeat, StopReasons
 from trsr_dist.train.monitor import Monitor, Progress
-from trsr_dist.train.step import StepRunner
+from trsr_dist.train.step import StepRunner, learning_rate
 from trsr_dist.train.validation import Validator
 
 NAMED_USERS = 10
@@ -58,21 +57,6 @@ class Ending:
     """False where it was interrupted and is to be run again."""
     reason: str
     """Empty where all steps were made."""
-
-
-def learning_rate(step: int, num_steps: int, peak: float, warmup_ratio: float, schedule: str) -> float:
-    """Rate of step ``step`` (from 0) of ``num_steps``.
-
-    Rises linearly to ``peak`` over the warm-up, whose first step is not 0; then stays (constant), or falls to 0 at the
-    end linearly or along a half cosine.
-    """
-    warmup = round(num_steps * warmup_ratio)
-    if step < warmup:
-        return peak * (step + 1) / (warmup + 1)
-    if schedule == "constant":
-        return peak
-    progress = min(1.0, (step - warmup) / max(1, num_steps - warmup))
-    return peak * (1 - progress if schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2)
 
 
 class Trainer:

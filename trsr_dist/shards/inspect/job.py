@@ -20,6 +20,7 @@ from trsr_dist.shards.inspect.content import (
     ItemFacts,
     SplitContent,
     judge_content,
+    judge_lessons,
     judge_overlaps,
     read_content,
 )
@@ -88,6 +89,8 @@ class Options:
     """None: what needs a tokenizer is left out."""
     items: ItemFacts | None = None
     """Of the run's items; None: what needs them is left out."""
+    lessons: Path | None = None
+    """What the summarizer has learned from; None: nothing that is known of."""
 
 
 def inspect_shards(folder: Path, options: Options) -> int:
@@ -112,6 +115,8 @@ def inspect_shards(folder: Path, options: Options) -> int:
         show("\n".join(_describe(content, shards[name], options, findings)) + "\n")
         judge_content(content, shards[name], findings)
     judge_overlaps(contents, shards, findings)
+    if options.lessons is not None:
+        judge_lessons(options.lessons, contents, findings)
     show("\n".join([*_left_out(contents, options), *findings.lines()]))
     return 1 if findings.errors else 0
 
