@@ -48,7 +48,7 @@ log = get_logger("data")
 
 
 def prepare(config: Config, *, force: bool = False, dry_run: bool = False) -> int:
-    """Run this task's share of the stage, see launch/prepare.py; returns when the histories are published.
+    """Run this task's share of the stage, see tools/prepare_data.py; returns when the histories are published.
 
     Raises:
         DataError: the raw files are missing or wrong.
