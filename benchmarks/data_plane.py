@@ -14,7 +14,7 @@ import numpy as np
 from benchmarks.common import Row
 from benchmarks.mixes import AMAZON, MIND, Mix
 from trsr_dist.hashing import random_stream
-from trsr_dist.planner.failures import DAY, Restarts, best_interval
+from trsr_dist.planner.cost import DAY, Restarts, best_interval
 from trsr_dist.shards.lengths import Table
 from trsr_dist.shards.packing import deal
 from trsr_dist.shards.plan import WINDOW_SAMPLES, WindowPlan

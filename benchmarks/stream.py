@@ -32,9 +32,9 @@ from trsr_dist.shards.manifest import ShardFacts, write_split_manifest
 from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.order import Order
 from trsr_dist.shards.packing import deal
-from trsr_dist.shards.plan import PackingSettings, TrainPlan
+from trsr_dist.shards.plan import PackingSettings, TrainPlan, step_specs
 from trsr_dist.shards.reader import ShardSet
-from trsr_dist.shards.steps import StepSpec, StreamState, step_specs
+from trsr_dist.shards.steps import StepSpec, StreamState
 from trsr_dist.shards.stream import TrainStream, advise_ahead
 from trsr_dist.shards.writer import write_shard
 

@@ -46,9 +46,8 @@ from benchmarks.ways import (
     users_row,
     with_blocks,
 )
-from trsr_dist.model.inputs import RowInputs
+from trsr_dist.model.inputs import RowInputs, text_targets
 from trsr_dist.model.recommender import Recommender
-from trsr_dist.model.text_targets import text_targets
 from trsr_dist.planner.flops import Workload, separate_workload, training_flops
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.records import TokenizedUser

@@ -1,5 +1,6 @@
 # When a job runs again, and when not; sourced by common.sh.
 # shellcheck shell=bash disable=SC2154
+LAST_SECONDS=300 # before a time limit: the signal that announces it may have come already
 
 # progress_files [FIND_TEST...]: what the stages have written, with sizes. Logs, leases, signs of life and settings are
 # no progress. Names are seen from inside the run folder, however that is spelled; files may vanish meanwhile.
@@ -26,7 +27,8 @@ without_used_force() {
 
 # Each start remembers the mark it found; too many starts that found the same one end the job.
 count_idle_restarts() {
-  local before=none idle=0
+  local before=none
+  idle=0
   mark=$(progress_mark)
   if [ -s "$logs/progress" ]; then read -r before idle <"$logs/progress"; fi
   if [ "$mark" = "$before" ]; then idle=$((idle + 1)); else idle=0; fi
@@ -41,6 +43,24 @@ count_idle_restarts() {
 ends_anyway() {
   local state
   [ "$ended" = 1 ] || { state=$(squeue -h -j "$job_id" -o %T 2>/dev/null) && [ "$state" != RUNNING ]; }
+}
+
+# restarts_here: how often this job has run again without leaving its nodes. Empty files also fit on a full disk.
+restarts_here() { find "$logs" -name 'again-*' | wc -l; }
+
+# run_here REASON: start this job's script over on the same nodes, which spares Slurm's requeue of two minutes. Returns
+# where it must not: the restart before it brought nothing new, so that the nodes may be at fault; Slurm does not say
+# that the job goes on for a while; or a node does not start what it is asked to.
+run_here() {
+  local state end
+  if [ "$idle" != 0 ] || [ "$ended" = 1 ] || [ -e "$run/STOP" ]; then return; fi
+  read -r state end < <(squeue -h -j "$job_id" -o '%T %e' 2>/dev/null) || return 0
+  end=$(date -d "$end" +%s 2>/dev/null) || end=$((EPOCHSECONDS + 2 * LAST_SECONDS)) # without a limit
+  if [ "$state" != RUNNING ] || [ "$end" -lt $((EPOCHSECONDS + LAST_SECONDS)) ]; then return; fi
+  if ! timeout 30 srun --nodes="${#nodes[@]}" --ntasks="${#nodes[@]}" true; then return; fi
+  touch "$logs/again-after-$restart" || return 0
+  say "$1; run again on the same nodes"
+  exec "$BASH" "$0" "${arguments[@]}"
 }
 
 # run_again REASON [NODES]: requeue this job, without NODES
@@ -78,14 +98,21 @@ finish_stage() {
     say "done"
     exit 0
   fi
+  if [ "$gone" = 1 ]; then run_again "tasks are gone"; fi # the step is never over for Slurm
   # srun answers with the highest status, but the task that ended first is the cause; the others were told to stop.
   first=$(grep -m 1 -E 'tasks? [0-9,-]+: ' "$errors" || true)
   case $first in
   *"exit code $EXIT_REQUEUE"*) run_again "the step saved its work and asks to be run again" ;;
-  *"exit code $EXIT_STUCK"*) run_again "a rank was stuck" ;;
+  *"exit code $EXIT_STUCK"*)
+    run_here "a rank was stuck"
+    run_again "a rank was stuck"
+    ;;
   *'exit code '*) status=${first##*exit code } status=${status%%[!0-9]*} ;;
   '') ;;
-  *) run_again "a task was ended by a signal (${first#srun: error: })" ;;
+  *)
+    run_here "a task was ended by a signal (${first#srun: error: })"
+    run_again "a task was ended by a signal (${first#srun: error: })"
+    ;;
   esac
   if [ "$(progress_mark)" != "$mark" ]; then run_again "failed with status $status after some progress"; fi
   show_culprit "$first"

@@ -40,6 +40,9 @@ TRSR_SCRATCH=${TRSR_SCRATCH:-${TMPDIR:-/tmp}}
 # A job that has restarted this often without new work on the disk is given up.
 TRSR_IDLE_RESTARTS=${TRSR_IDLE_RESTARTS:-3}
 
+# A task without a sign of life for so long is gone, and its job requeued. Longer than NFS keeps a file's time (60).
+TRSR_TASK_SECONDS=${TRSR_TASK_SECONDS:-90}
+
 # 0: no preflight.
 TRSR_PREFLIGHT=${TRSR_PREFLIGHT:-1}
 

@@ -10,6 +10,15 @@ export TRITON_CACHE_DIR=$TRSR_CACHE/triton TORCH_EXTENSIONS_DIR=$TRSR_CACHE/torc
 export TORCHINDUCTOR_CACHE_DIR=$TRSR_CACHE/inductor
 mkdir -p "$TRITON_CACHE_DIR" "$TORCH_EXTENSIONS_DIR" "$TORCHINDUCTOR_CACHE_DIR"
 
+# A sign of life for slurm/watch.sh while this process lives, which becomes the command. slurm/ended.sh removes the file.
+sign=$TRSR_SIGNS/$SLURM_PROCID-$(hostname)
+if : >"$sign"; then
+  (
+    trap '' TERM INT USR1 USR2 HUP
+    while sleep "$TRSR_BEAT_SECONDS" && kill -0 $$; do touch -c "$sign" || true; done
+  ) </dev/null &>/dev/null &
+fi
+
 printf '%(%F %T)T task %s on %s: %s\n' -1 "$SLURM_PROCID" "$(hostname)" "$*" >>"$log"
 if [ "$SLURM_PROCID" = 0 ]; then
   # tee outlives the signals that Slurm sends to every process of a task, so that the last lines are kept.

@@ -19,7 +19,7 @@ from trsr_dist.config import Config, load_config  # noqa: E402
 from trsr_dist.data.store import HistoryStore  # noqa: E402
 from trsr_dist.log import setup_logging  # noqa: E402
 from trsr_dist.prompts.builder import PromptBuilder  # noqa: E402
-from trsr_dist.run import MANIFEST, RunFolder, read_manifest  # noqa: E402
+from trsr_dist.run import RunFolder, beside, read_manifest  # noqa: E402
 from trsr_dist.shards.inspect.content import ItemFacts  # noqa: E402
 from trsr_dist.shards.inspect.job import Options, Tokens, inspect_shards  # noqa: E402
 from trsr_dist.shards.plan import PackingSettings  # noqa: E402
@@ -33,7 +33,8 @@ def main() -> int:
         parser.error(f"{args.overrides[0]}: an override changes a config; give --config FILE")
     setup_logging(stage="inspect")
     config = load_config(args.config, args.overrides) if args.config else Config(data={"format": "demo"})
-    options = Options(args.index, args.verify, args.samples, make_tokens(args, config), item_facts(args.dir))
+    lessons = args.lessons or beside(args.dir, "samples/chosen")
+    options = Options(args.index, args.verify, args.samples, make_tokens(args, config), item_facts(args.dir), lessons)
     return inspect_shards(args.dir, options)
 
 
@@ -47,6 +48,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--index", action="store_true", help="first build missing indexes, and the manifest of tars from elsewhere")
     add("--samples", type=int, default=1, metavar="N", help="samples to show of each split (default: 1)")
     add("--workers", type=int, default=0, metavar="N", help="processes that measure token lengths")
+    lessons = "of tools/choose_summaries.py, by which the summarizer was tuned (default: the run's own)"
+    add("--lessons", type=path, metavar="DIR", help=lessons)
     add("overrides", nargs="*", metavar="key=value", help="override a setting of the config")
     return parser
 
@@ -66,11 +69,11 @@ def make_tokens(args: argparse.Namespace, config: Config) -> Tokens | None:
 
 def item_facts(folder: Path) -> ItemFacts | None:
     """Popularity and time of the items, where the run's histories lie beside the shards."""
-    found = [path for up in folder.resolve().parents[:2] if ((path := up / "histories") / MANIFEST).is_file()]
-    if not found:
+    found = beside(folder, "histories")
+    if found is None:
         return None
-    by_clicks = read_manifest(found[0]).get("settings", {}).get("candidates") in ("popularity", "targets")
-    return ItemFacts(HistoryStore(found[0]).catalogue.numbers(), by_clicks)
+    by_clicks = read_manifest(found).get("settings", {}).get("candidates") in ("popularity", "targets")
+    return ItemFacts(HistoryStore(found).catalogue.numbers(), by_clicks)
 
 
 if __name__ == "__main__":

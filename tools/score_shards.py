@@ -29,8 +29,9 @@ def main() -> int:
         from trsr_dist.config import dump_config
         from trsr_dist.log import show
 
-        job, shards = plan_scoring(config, args.model)
-        show(f"{dump_config(config)}\nscores of {len(shards)} train users: {job.folder}")
+        show(dump_config(config))
+        for job, shards in plan_scoring(config, args.model):
+            show(f"scores of {len(shards)} train users: {job.folder}")
         return 0
     return score_shards(config, args.model, args.force)
 

@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Iterator
 
 from trsr_dist.cli import path, run_command
-from trsr_dist.config.zero import shipped_file
+from trsr_dist.config.files import shipped_file
 from trsr_dist.environment import expand_home
 from trsr_dist.errors import ConfigError
 from trsr_dist.log import show
@@ -37,6 +37,7 @@ GROUPS = {
         "merge": "tools/merge_lora.py",
         "score": "tools/score_shards.py",
         "mine": "tools/mine_negatives.py",
+        "choose": "tools/choose_summaries.py",
     },
     "evaluation": {
         "evaluate": "tools/evaluate.py",

@@ -40,7 +40,7 @@ def config_parser(description: str, example: str) -> argparse.ArgumentParser:
 
 def cluster_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Add what a forecast is made for."""
-    from trsr_dist.planner.failures import RESTART_SECONDS, SAVE_SECONDS
+    from trsr_dist.planner.cost import RESTART_SECONDS, SAVE_SECONDS
     from trsr_dist.planner.hardware import CATALOGUE
 
     add = parser.add_argument_group("the cluster of the forecast").add_argument

@@ -196,6 +196,14 @@ def show_one_gpu(local_rank: int) -> None:
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[local_rank % len(gpus)]
 
 
+def leave_out_cudnn() -> None:
+    """Do without cuDNN's attention, which PyTorch prefers on H100 and later: it plans again for every length, which
+    takes longer than the attention, and with a mask its gradients may be NaN (pytorch issue 196678)."""
+    import torch
+
+    torch.backends.cuda.enable_cudnn_sdp(False)
+
+
 def expand_home(path: str) -> str:
     """A path as a user writes it in a setting; a leading ``~`` or ``~name`` is a home folder, as in a shell.
 

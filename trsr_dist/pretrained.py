@@ -317,9 +317,3 @@ def max_positions(config: PretrainedConfig) -> int:
         (part.get("original_max_position_embeddings") or limit) * (part.get("factor") or 1.0) for part in scalings
     ]
     return max(limit, *map(int, scaled), 0)
-
-
-def leave_out_cudnn() -> None:
-    """Do without cuDNN's attention, which PyTorch prefers on H100 and later: it plans again for every length, which
-    takes longer than the attention, and with a mask its gradients may be NaN (pytorch issue 196678)."""
-    torch.backends.cuda.enable_cudnn_sdp(False)

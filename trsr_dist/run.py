@@ -29,6 +29,7 @@ class RunFolder:
         self.base = root / "base"
         self.summaries = root / "summaries"
         self.shards = root / "shards"
+        self.samples = root / "samples"
         self.checkpoints = root / "checkpoints"
         self.merged = root / "merged"
         self.evaluation = root / "evaluation"
@@ -36,6 +37,12 @@ class RunFolder:
     def split(self, name: str) -> Path:
         """Shard folder of ``train``, ``valid`` or ``test``."""
         return self.shards / name
+
+    def sample(self, number: int) -> RunFolder:
+        """Holds one sampled summary of each train user (``summarize.samples``); made from this run's histories."""
+        folder = RunFolder(self.samples / f"{number:03d}")
+        folder.histories = self.histories
+        return folder
 
     def resolve(self, name_or_path: str) -> str:
         """``RUN/base`` and the like stand for folders of this run; anything else is left as it is."""
@@ -48,6 +55,12 @@ class RunFolder:
             return
         with atomic_file(path) as stream:
             stream.write(text)
+
+
+def beside(shards: Path, name: str) -> Path | None:
+    """A finished folder of the run that ``shards`` or one of its splits belongs to, by its name in the run."""
+    found = (up / name for up in shards.resolve().parents[:2])
+    return next((path for path in found if (path / MANIFEST).is_file()), None)
 
 
 def manifest_hash(folder: Path) -> str:

@@ -11,7 +11,7 @@ from trsr_dist.evaluate.passes import split_parts
 from trsr_dist.evaluate.score_files import IDENTITY, ScoreFolder
 from trsr_dist.files import read_json
 from trsr_dist.liveness import reader_time
-from trsr_dist.log import MetricRow, read_metrics
+from trsr_dist.metric_log import MetricRow, read_metrics
 from trsr_dist.model.artifacts import PROVENANCE
 from trsr_dist.printable import in_one_line
 from trsr_dist.run import MANIFEST, SPLITS, RunFolder

@@ -23,7 +23,8 @@ from typing_extensions import TypedDict
 from trsr_dist.config import Config, flat_settings
 from trsr_dist.files import read_json, write_json
 from trsr_dist.json_text import parse_json
-from trsr_dist.log import MetricLog, get_logger
+from trsr_dist.log import get_logger
+from trsr_dist.metric_log import MetricLog
 from trsr_dist.printable import in_one_line, strike_addresses
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from benchmarks.ways import LORA_RANK, SHAPE, TARGETS, make_user, row_work
 from tests.merge.models import load, make_base
 from tests.shards.world import make_builder, make_sample, make_split
 from tests.tokenizers import byte_level
-from trsr_dist.evaluate.score import PartScorer
+from trsr_dist.evaluate.parts import PartScorer
 from trsr_dist.model.recommender import Recommender, score_row
 from trsr_dist.planner.flops import Workload, training_flops
 from trsr_dist.prompts.builder import PromptBuilder

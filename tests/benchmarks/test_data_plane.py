@@ -13,10 +13,10 @@ from benchmarks.data_plane import EpochRows, divide, epoch_rows, mix_windows, ru
 from benchmarks.mixes import MIND
 from tests.shards.world import make_builder, make_split
 from trsr_dist.hashing import random_stream
-from trsr_dist.planner.failures import Restarts, best_interval
+from trsr_dist.planner.cost import Restarts, best_interval
 from trsr_dist.shards.measure import measure_lengths
-from trsr_dist.shards.plan import PackingSettings, TrainPlan
-from trsr_dist.shards.steps import StreamState, step_specs
+from trsr_dist.shards.plan import PackingSettings, TrainPlan, step_specs
+from trsr_dist.shards.steps import StreamState
 
 RESTART = 300.0
 SETTINGS = PackingSettings(row_tokens=1000, rows_per_step=6, negatives_per_positive=2, seed=0)

@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 
 from tests.chaos.chain import Chain
-from tests.chaos.compare import differences, leftovers
+from tests.chaos.compare import differences, leftovers, told_of_damage, wrong_names
 from tests.chaos.faults import DISK_SIZE, KINDS, PORT, SummaryServer, World, clock_option
 from tests.chaos.storm import Storm
 from tests.disks import mounted_disk
@@ -92,19 +92,21 @@ def run_schedule(seed: int, num_faults: int, folder: Path) -> dict[str, object]:
             log(line)
         if found or not num_faults:
             shutil.copytree(world.chain.run, folder / name, symlinks=True, dirs_exist_ok=True)
+        told = "\n".join(told_of_damage(world.chain.run))
         seconds = round(time.monotonic() - started)
         counts = f"{storm.num_done} faults, {world.chain.num_submissions} submissions, {len(found)} differences"
         log(f"{name}: {counts}, {seconds} s")
         return {
             "seed": seed, "faults": num_faults, "done": storm.num_done, "kinds": storm.counts, "date": date,
             "seconds": seconds, "submissions": world.chain.num_submissions, "differences": found,
+            "damaged_shards": len(world.damaged), "named": sum(map(told.count, world.damaged)),
         }  # fmt: skip
 
 
 def judge(world: World, calm: Path | None) -> list[str]:
     """What is not as it should be."""
     wait_until(lambda: world.chain.queue() == [], 60, "all jobs have left", world.lab.queue)
-    found = list(leftovers(world))
+    found = [*leftovers(world), *wrong_names(world.chain.run, world.damaged)]
     return found + (list(differences(world.chain.run, calm, world.last_step)) if calm else [])
 
 
@@ -117,7 +119,8 @@ def world_of(seed: int) -> Iterator[World]:
         Lab(nodes=3, cpus=2, gpus=1) as lab,
     ):
         draw = Random(seed)
-        chain = Chain(lab, disk / "run", SETTINGS, draw, TRSR_SRUN_OPTIONS=clock_option(lab), TRSR_IDLE_RESTARTS="6")
+        limits = {"TRSR_IDLE_RESTARTS": "6", "TRSR_TASK_SECONDS": "30"}
+        chain = Chain(lab, disk / "run", SETTINGS, draw, TRSR_SRUN_OPTIONS=clock_option(lab), **limits)
         yield World(lab, chain, draw, LAST_STEP, disk, SummaryServer(lab))
 
 

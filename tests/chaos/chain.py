@@ -89,6 +89,10 @@ class Chain:
         shown = [path.relative_to(self.run) for path in files if path.name != "metrics.jsonl"]
         return hash(frozenset(str(path) for path in shown if not any(part.startswith(".") for part in path.parts)))
 
+    def num_starts(self, stage: str) -> int:
+        """How often the first task of a stage has begun."""
+        return len(list(self.run.glob(f"logs/{stage}-*/task-0000-restart-*")))
+
     def newest_step(self) -> int:
         """Of the newest checkpoint; 0 where there is none."""
         return max((int(path.name[5:]) for path in self.run.glob("checkpoints/step-*")), default=0)

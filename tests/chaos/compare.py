@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tests.chaos.faults import World, processes
 from tests.train.world import losses_of
 from trsr_dist.files import read_json
-from trsr_dist.log import read_metrics
+from trsr_dist.metric_log import read_metrics
 
 LOSS, WEIGHT, METRIC = 1e-5, 1e-6, 1e-6
 """Largest differences."""
@@ -60,6 +60,17 @@ def _metrics(mine: object, its: object, name: str = "metrics") -> Iterator[str]:
             yield f"{name}: {mine}, undisturbed {its}"
     elif mine != its:
         yield f"{name}: {mine}, undisturbed {its}"
+
+
+def told_of_damage(run: Path) -> list[str]:
+    """Lines of the logs about samples of damaged shards."""
+    lines = "\n".join(path.read_text(errors="replace") for path in run.glob("logs/*/task-*")).splitlines()
+    return [line for line in lines if "the bytes are damaged" in line]
+
+
+def wrong_names(run: Path, damaged: set[str]) -> Iterator[str]:
+    """A log must name a shard that was damaged; one that no start has read is named nowhere."""
+    yield from (f"not damaged: {line}" for line in told_of_damage(run) if not any(path in line for path in damaged))
 
 
 def leftovers(world: World) -> Iterator[str]:

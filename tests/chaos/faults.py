@@ -48,6 +48,8 @@ class World:
     disk: Path | None = None
     """That the run folder lies on, if it may be filled."""
     server: SummaryServer | None = None
+    damaged: set[str] = field(default_factory=set)
+    """Shards that were damaged at some time."""
     broken: set[str] = field(default_factory=set)
     """Machines and the like that have a fault already."""
 
@@ -207,6 +209,7 @@ def damage_shard(world: World, row: Row) -> Effect:
     if not shards:
         raise ImpossibleError
     path = world.draw.choice(shards)
+    world.damaged.add(str(path))
     kept = path.read_bytes()
     flip(path, world.draw)
 

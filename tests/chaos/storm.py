@@ -18,7 +18,8 @@ BURSTS = (1, 2, 2, 3)
 PATIENCE_SECONDS = 150.0
 """A user who sees nothing new for so long cancels the jobs and submits them again."""
 MOST_SUBMISSIONS = 40
-ENDING = ("rank", "task", "launcher", "power", "preemption", "requeue", "cancel")
+ENDING = ("preemption", "requeue", "cancel")
+"""These end a running job for certain, whatever it runs on."""
 
 
 class Storm:
@@ -95,23 +96,24 @@ class Storm:
 
     def _is_time(self, running: list[Row]) -> bool:
         now = time.monotonic()
-        if self._quota[self._phase] < 0.5 or now < self._next:
+        is_last = self._phase == STAGES[-1]  # which must not end before all faults are spent
+        if self._quota[self._phase] < 0.5 or now < self._next and (self._burst or not is_last):
             return False
         if self._burst:
             return True
         if not running or self._mark(running[0]) == self._seen:
             return False
         self._burst, self._is_first = self._draw.choice(BURSTS), True
-        if self._draw.random() < 0.5:
+        if not is_last and self._draw.random() < 0.5:
             self._next = now + self._draw.uniform(1, 4)
-        return now >= self._next
+        return is_last or now >= self._next
 
     def _mark(self, row: Row) -> tuple[str, object]:
         """Changes with every sign of progress; of a stage that writes at its end only, with every start."""
-        return self._phase, self._world.chain.progress() if self._phase in LONG else row.start
+        chain = self._world.chain
+        return self._phase, chain.progress() if self._phase in LONG else (row.start, chain.num_starts(self._phase))
 
     def _strike(self, row: Row) -> None:
-        # Nothing comes after the last stage, which must not end before all faults are spent.
         is_ending = self._phase == STAGES[-1] and self._is_first
         kind = self._draw.choice([kind for kind in self._kinds if not is_ending or kind in ENDING])
         try:

@@ -13,7 +13,7 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from trsr_dist.config import Config
-from trsr_dist.config.on_resume import OnResume
+from trsr_dist.config.kinds import OnResume
 
 PAGE = Path(__file__).parents[2] / "docs" / "settings.md"
 HEAD = """# Settings

@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "planner": {"prompts", "shards", "data", "summarize", "model", "evaluate"},
     "train": {"planner", "prompts", "shards", "model", "evaluate"},
     "merge": {"prompts", "shards", "model"},
-    "evaluate": {"prompts", "shards", "data", "model"},
+    "evaluate": {"prompts", "shards", "data", "summarize", "model"},
     "predict": {"prompts", "shards", "summarize", "model", "merge", "evaluate"},
 }
 

@@ -9,11 +9,10 @@ from tests.core.settings_page import PAGE, page
 from trsr_dist.cli import config_parser, parse_config
 from trsr_dist.cli import path as path_argument
 from trsr_dist.config import dump_config, load_config
-from trsr_dist.config.kinds import RESERVED
+from trsr_dist.config.files import read_zero_config
+from trsr_dist.config.kinds import RESERVED, marked_settings
 from trsr_dist.config.loading import known_keys
-from trsr_dist.config.on_resume import marked_settings
 from trsr_dist.config.sections import LoraSection, TrainSection
-from trsr_dist.config.zero import read_zero_config
 from trsr_dist.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -236,7 +235,7 @@ def test_zero_files_of_another_form_are_refused(tmp_path: Path, text: str) -> No
 
 
 def test_every_setting_says_what_it_means() -> None:
-    from trsr_dist.config.whole import Config
+    from trsr_dist.config import Config
 
     for section in Config.model_fields.values():
         for name, field in section.annotation.model_fields.items():

@@ -8,7 +8,8 @@ import pytest
 
 from trsr_dist import log
 from trsr_dist.errors import RunError
-from trsr_dist.log import MetricLog, progress, read_metrics, setup_logging
+from trsr_dist.log import progress, setup_logging
+from trsr_dist.metric_log import MetricLog, read_metrics
 
 
 def write(run: Path, stage: str, steps: range, value: float, **options: object) -> None:

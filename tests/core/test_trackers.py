@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from trsr_dist import trackers
 from trsr_dist.config import Config, load_config
-from trsr_dist.log import read_metrics
+from trsr_dist.metric_log import read_metrics
 from trsr_dist.trackers import TRACKERS, TrackedStage, open_metrics
 
 KEY = "0123456789abcdef0123456789abcdef01234567"

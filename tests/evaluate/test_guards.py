@@ -16,7 +16,7 @@ from trsr_dist.evaluate.job import evaluate
 from trsr_dist.evaluate.score_files import ScoreFolder
 from trsr_dist.files import read_json, write_json
 from trsr_dist.locks import CLAIMS
-from trsr_dist.log import read_metrics
+from trsr_dist.metric_log import read_metrics
 
 FEW = ("evaluate.max_users=70", "evaluate.baselines=[]")
 

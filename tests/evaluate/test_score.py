@@ -14,7 +14,7 @@ from tests.shards.world import make_sample
 from tests.tokenizers import byte_level
 from trsr_dist.errors import DataError
 from trsr_dist.evaluate.metrics import user_metrics
-from trsr_dist.evaluate.score import PartScorer, score_samples
+from trsr_dist.evaluate.parts import PartScorer, score_samples
 from trsr_dist.model.attention.backends import choose_backend
 from trsr_dist.model.recommender import Recommender, score_row
 from trsr_dist.prompts.builder import PromptBuilder

@@ -16,9 +16,11 @@ from trsr_dist.evaluate.mining import choose_hard, mine_negatives
 from trsr_dist.evaluate.score_files import read_scores
 from trsr_dist.evaluate.teacher import plan_scoring, score_shards
 from trsr_dist.model.loading import open_prompts
+from trsr_dist.run import manifest_hash
 from trsr_dist.shards.measure import measure_lengths
-from trsr_dist.shards.plan import PackingSettings, TrainPlan, Unit
+from trsr_dist.shards.plan import PackingSettings, TrainPlan
 from trsr_dist.shards.reader import ShardSet
+from trsr_dist.shards.steps import Unit
 from trsr_dist.shards.tables import MINED, TABLE, open_table
 from trsr_dist.train.prepare import open_pool
 
@@ -63,7 +65,7 @@ def scores_of(run: Path) -> Path:
 
 def test_every_candidate_of_every_train_user_has_its_score_and_no_other_split_any(scored: Path) -> None:
     shards, folder = ShardSet(scored / "shards" / "train"), scores_of(scored)
-    table = open_table(folder, shards, "")
+    table = open_table(folder, shards.manifest_hash, "")
     written = {user.user: user for path in folder.glob("part-*") for user in read_scores(path)}
     assert len(written) == len(shards) == len(table.values) and len(list(folder.glob("part-*"))) == NUM_PARTS
     for row, sample in zip(table.values, shards.read_many(range(len(shards))), strict=True):
@@ -88,9 +90,9 @@ def test_one_process_goes_on_where_ranks_were_killed(run: Path, scored: Path, tm
     score(0, 1, folder)
     assert {path: path.stat().st_mtime_ns for path in before} == before, "a finished job is left alone"
     score(0, 1, folder, override="evaluate.row_tokens=1024", force=True)
-    again = open_table(scores, ShardSet(folder / "shards" / "train"), "")
+    again = open_table(scores, manifest_hash(folder / "shards" / "train"), "")
     assert again.manifest["settings"]["row_tokens"] == 1024 and (scores / TABLE).read_bytes() != whole
-    first = open_table(scores_of(scored), ShardSet(scored / "shards" / "train"), "")
+    first = open_table(scores_of(scored), manifest_hash(scored / "shards" / "train"), "")
     assert np.allclose(again.values, first.values, atol=1e-4)
 
 
@@ -100,16 +102,16 @@ def test_scores_of_other_settings_models_and_shards_are_refused(scored: Path, tm
     with pytest.raises(ModelError, match="no such folder"):
         score(0, 1, scored, model="RUN/nothing")
     config = load_config(scored / "config.yaml", [f"run.dir={scored}"])
-    other, shards = plan_scoring(config, "RUN/checkpoints/step-000007")
+    [(other, shards)] = plan_scoring(config, "RUN/checkpoints/step-000007")
     with pytest.raises(RunError, match=rf"not complete \(complete there: {scores_of(scored).name}\); score them"):
-        open_table(other.folder, shards, "score them")
-    valid = ShardSet(scored / "shards" / "valid")
+        open_table(other.folder, shards.manifest_hash, "score them")
+    valid = manifest_hash(scored / "shards" / "valid")
     with pytest.raises(RunError, match="made with input shards="):
         open_table(scores_of(scored), valid, "score them")
     damaged = shutil.copytree(scores_of(scored), tmp_path / "damaged")
     (damaged / TABLE).write_bytes((damaged / TABLE).read_bytes()[:-4] + b"\0\0\0\0")
     with pytest.raises(DataError, match="not those of the manifest"):
-        open_table(damaged, shards, "score them")
+        open_table(damaged, shards.manifest_hash, "score them")
 
 
 def test_the_hardest_below_the_margin_stay_and_the_safest_fill_up() -> None:

@@ -22,8 +22,8 @@ from tests.fuzz.mutations import FILES, as_nobody, change_bytes, change_json, du
 from tests.fuzz.running import Case, Kind
 from tests.tokenizers import byte_level
 from trsr_dist.config import Config, dump_config, load_config
+from trsr_dist.config.files import read_zero_config
 from trsr_dist.config.loading import known_keys
-from trsr_dist.config.zero import read_zero_config
 from trsr_dist.data.prepare import prepare
 from trsr_dist.summarize.engines.encoding import PromptEncoder
 

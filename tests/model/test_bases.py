@@ -30,7 +30,7 @@ from trsr_dist.predict import Ranker
 from trsr_dist.pretrained import BaseSource, load_config, load_tokenizer
 from trsr_dist.run import RunFolder
 from trsr_dist.summarize.engines.transformers import TransformersEngine
-from trsr_dist.train.prepare import base_source
+from trsr_dist.train.model import base_source
 
 
 @pytest.fixture(scope="module")

@@ -22,8 +22,7 @@ from tests.model.world import (
 )
 from trsr_dist.model.attention import backends
 from trsr_dist.model.attention.layout import Layout
-from trsr_dist.model.inputs import RowInputs, separate_prompts
-from trsr_dist.model.text_targets import text_targets
+from trsr_dist.model.inputs import RowInputs, separate_prompts, text_targets
 from trsr_dist.rows import PackedRow, pack_row
 
 BACKENDS = ["cpu", "dense"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,13 @@ def load_share(rank: int, world_size: int, folder: Path, dtype: str) -> dict[str
     import deepspeed
 
     from trsr_dist.model.zero3 import load_divided
-    from trsr_dist.pretrained import BaseSource, load_config
+    from trsr_dist.pretrained import BaseSource, build_model, load_config
 
     source = BaseSource(str(folder))
     precision = {"bf16": {"enabled": dtype == "bfloat16"}}
-    model, num_bytes_read = load_divided(source, load_config(source), getattr(torch, dtype), ZERO3 | precision)
+    config = load_config(source)
+    build = partial(build_model, config, source, getattr(torch, dtype))
+    model, num_bytes_read = load_divided(folder, build, ZERO3 | precision)
     held = sum(parameter.ds_tensor.nbytes for parameter in model.parameters())
     with deepspeed.zero.GatheredParameters(list(model.parameters())):
         whole = {name: parameter.detach().float().numpy() for name, parameter in model.named_parameters()}

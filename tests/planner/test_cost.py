@@ -10,6 +10,7 @@ import pytest
 from trsr_dist.errors import ConfigError
 from trsr_dist.planner.cost import (
     GENERATION_FORMULA,
+    RATES,
     SCORING_FORMULA,
     TRAINING_FORMULA,
     Cluster,
@@ -17,13 +18,13 @@ from trsr_dist.planner.cost import (
     Generation,
     ScaledStage,
     ScalePoint,
+    best_restarts,
     generation_cost,
     pays_up_to,
     scoring_cost,
     sweep,
     training_cost,
 )
-from trsr_dist.planner.failures import RATES, best_restarts
 from trsr_dist.planner.hardware import Hardware, hardware
 
 WEIGHTS = 15 * 10**9

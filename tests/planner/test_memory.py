@@ -31,7 +31,7 @@ from trsr_dist.planner.memory import (
 from trsr_dist.planner.shape import ATTENTION_MODULES, ModelShape
 from trsr_dist.pretrained import BaseSource
 from trsr_dist.rows import pack_row
-from trsr_dist.train import build
+from trsr_dist.train import model as train_model
 
 CONFIG = LlamaConfig(
     hidden_size=256,
@@ -99,9 +99,9 @@ def test_freed_memory_is_returned_where_the_node_has_too_little(
     planned: int, is_scarce: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = []
-    monkeypatch.setattr(build, "available_memory_bytes", lambda: 2 * (3 * 3 * 10**9 + CPU_PROCESS_BYTES))
-    monkeypatch.setattr(build, "return_large_blocks", lambda: calls.append(1))
-    build.spare_memory(planned, ranks_on_node=2)
+    monkeypatch.setattr(train_model, "available_memory_bytes", lambda: 2 * (3 * 3 * 10**9 + CPU_PROCESS_BYTES))
+    monkeypatch.setattr(train_model, "return_large_blocks", lambda: calls.append(1))
+    train_model.spare_memory(planned, ranks_on_node=2)
     assert bool(calls) == is_scarce
 
 

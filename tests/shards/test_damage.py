@@ -15,6 +15,7 @@ from tests.shards.world import flip_byte, make_builder, make_sample, make_split
 from trsr_dist.errors import DataError
 from trsr_dist.shards.codec import decode_sample, encode_sample
 from trsr_dist.shards.index import build_index, index_path, scan_tar, write_index
+from trsr_dist.shards.measure import Share
 from trsr_dist.shards.plan import PackingSettings
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.stream import TrainStream
@@ -162,7 +163,7 @@ def test_member_names_are_never_paths(tmp_path: Path) -> None:
 def test_fail_stops_the_stream_and_names_the_sample(shards: ShardSet) -> None:
     TrainStream(shards, make_builder(), SETTINGS)
     flip_byte(shards.path(0), int(shards.shard(0).rows[2]["offset"]) + 9)
-    stream = TrainStream(ShardSet(shards.folder), make_builder(), SETTINGS, num_workers=1)
+    stream = TrainStream(ShardSet(shards.folder), make_builder(), SETTINGS, Share(num_workers=1))
     with pytest.raises(DataError, match=r"^/.*train-000000\.tar: sample 2 .*checksum"):
         list(islice(stream, stream.steps_in_epoch(0)))
 

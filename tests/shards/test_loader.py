@@ -16,10 +16,11 @@ ROOT = Path(__file__).parents[2]
 TRAINING = """
 import multiprocessing, os, signal, sys, time
 from tests.shards.world import make_builder
+from trsr_dist.shards.measure import Share
 from trsr_dist.shards.plan import PackingSettings
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.stream import TrainStream
-steps = iter(TrainStream(ShardSet(sys.argv[1]), make_builder(), PackingSettings(600, 64, 6, 0), num_workers=2))
+steps = iter(TrainStream(ShardSet(sys.argv[1]), make_builder(), PackingSettings(600, 64, 6, 0), Share(num_workers=2)))
 next(steps)
 workers = [child.pid for child in multiprocessing.active_children()]
 for worker in workers:

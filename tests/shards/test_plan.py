@@ -17,8 +17,8 @@ from trsr_dist.shards.lengths import LengthFacts, Lengths, Table
 from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.order import Order
 from trsr_dist.shards.packing import choose_candidates, deal
-from trsr_dist.shards.plan import EpochFacts, PackingSettings, TrainPlan, Unit, WindowPlan, check_fits
-from trsr_dist.shards.steps import Step, StreamState, step_specs
+from trsr_dist.shards.plan import EpochFacts, PackingSettings, TrainPlan, WindowPlan, check_fits, step_specs
+from trsr_dist.shards.steps import Step, StreamState, Unit
 
 TABLE = Table(
     samples=np.array([40, 41, 7, 8, 9, 10]),

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from tests.shards.world import flip_byte, make_builder, make_split
 from tests.spawn import run_ranks
 from trsr_dist.rows import PackedRow
+from trsr_dist.shards.measure import Share
 from trsr_dist.shards.plan import PackingSettings
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.stream import TrainStream
@@ -24,7 +25,7 @@ DAMAGED = 4
 
 def train_epoch(rank: int, world_size: int, folder: Path, max_data_errors: int | None) -> dict[str, object]:
     """Toy training with one collective a step: hangs unless every rank makes equally many steps."""
-    stream = TrainStream(ShardSet(folder), make_builder(), SETTINGS, rank, world_size, 0, max_data_errors)
+    stream = TrainStream(ShardSet(folder), make_builder(), SETTINGS, Share(rank, world_size), max_data_errors)
     weight = torch.full((), 0.1, dtype=torch.float64)
     users: list[str] = []
     num_rows: list[int] = []
@@ -79,7 +80,9 @@ def test_ranks_measure_together_and_stay_in_step_when_samples_are_damaged(tmp_pa
 
 
 def measure_only(rank: int, world_size: int, folder: Path) -> int:
-    return TrainStream(ShardSet(folder), make_builder(), SETTINGS, rank, world_size).plan.lengths.facts.num_samples
+    return TrainStream(
+        ShardSet(folder), make_builder(), SETTINGS, Share(rank, world_size)
+    ).plan.lengths.facts.num_samples
 
 
 def test_ranks_share_the_measuring(tmp_path: Path) -> None:

@@ -21,10 +21,10 @@ from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.shards.cache import ShardCache
 from trsr_dist.shards.manifest import ShardFacts, write_split_manifest
-from trsr_dist.shards.measure import epoch_facts, measure_lengths
-from trsr_dist.shards.plan import PackingSettings, TrainPlan
+from trsr_dist.shards.measure import Share, measure_lengths
+from trsr_dist.shards.plan import PackingSettings, TrainPlan, epoch_facts, step_specs
 from trsr_dist.shards.reader import ShardSet
-from trsr_dist.shards.steps import Step, StreamState, step_specs
+from trsr_dist.shards.steps import Step, StreamState
 from trsr_dist.shards.stream import TrainStream
 from trsr_dist.shards.writer import write_shard
 
@@ -74,7 +74,7 @@ def train(rank: int, world_size: int, root: Path, start: int, num_workers: int) 
     cache = ShardCache(root / "disk", max_bytes=(root / "half").stat().st_size)
     shards = ShardSet(root / "train", cache)
     with open(root / f"log-{start}-{rank}", "wb", buffering=0) as log:
-        for step in TrainStream(shards, builder(), SETTINGS, rank, world_size, num_workers, state=state):
+        for step in TrainStream(shards, builder(), SETTINGS, Share(rank, world_size, num_workers), state=state):
             dist.all_reduce(torch.ones(1))
             log.write(record(step))
             if rank == 0 and step.state.step % SAVE_EVERY_STEPS == 0:
@@ -152,7 +152,7 @@ def soak(root: Path, num_samples: int, num_kills: int) -> None:
     shards = write_small_split(root / "train", num_samples)
     with open(root / "half", "wb") as stream:  # its size is the cache's limit: half of the shards find room
         os.truncate(stream.fileno(), sum(facts["num_bytes"] for facts in shards.facts) // 2)
-    plan = TrainPlan(measure_lengths(shards, builder(), num_workers=2), SETTINGS)
+    plan = TrainPlan(measure_lengths(shards, builder(), Share(num_workers=2)), SETTINGS)
     num_steps = [epoch_facts(plan, epoch).num_steps for epoch in range(NUM_EPOCHS)]
     kills = sorted(draw.randint(1, sum(num_steps)) for _ in range(num_kills))
     trained: dict[int, tuple[int, int, list[int]]] = {}

@@ -14,7 +14,7 @@ from tests.stores import KEY, Store, running_store
 from trsr_dist import stores
 from trsr_dist.errors import DataError, RunError
 from trsr_dist.shards.cache import ShardCache
-from trsr_dist.shards.measure import measure_lengths
+from trsr_dist.shards.measure import Share, measure_lengths
 from trsr_dist.shards.reader import ShardSet
 
 SIZES = (12, 9, 10)
@@ -67,7 +67,7 @@ def test_samples_are_those_of_the_disk(
 def test_lengths_are_measured_by_several_processes(store: Store, tmp_path: Path) -> None:
     shards = open_set(store, tmp_path)
     shards.read(0)
-    facts = measure_lengths(shards, make_builder(), num_workers=2).facts
+    facts = measure_lengths(shards, make_builder(), Share(num_workers=2)).facts
     assert facts.num_samples == 31 and not facts.num_damaged
 
 

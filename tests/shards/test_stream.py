@@ -14,10 +14,10 @@ import pytest
 from tests.shards.world import make_builder, make_sample, make_split, write_split
 from trsr_dist.errors import CheckpointError, ConfigError
 from trsr_dist.hashing import digest
-from trsr_dist.shards.measure import epoch_facts
-from trsr_dist.shards.plan import PackingSettings
+from trsr_dist.shards.measure import Share
+from trsr_dist.shards.plan import PackingSettings, epoch_facts, step_specs
 from trsr_dist.shards.reader import ShardSet
-from trsr_dist.shards.steps import Step, StreamState, step_specs
+from trsr_dist.shards.steps import Step, StreamState
 from trsr_dist.shards.stream import TrainStream, advise_ahead
 
 SETTINGS = PackingSettings(row_tokens=600, rows_per_step=5, negatives_per_positive=2, seed=3)
@@ -40,7 +40,7 @@ def global_steps(
 ) -> list[tuple]:
     """What all ranks together see in each step: user ids and token hashes of every row."""
     streams = [
-        iter(TrainStream(shards, make_builder(), SETTINGS, rank, world_size, num_workers, state=state))
+        iter(TrainStream(shards, make_builder(), SETTINGS, Share(rank, world_size, num_workers), state=state))
         for rank in range(world_size)
     ]
     return [_together(steps) for steps in islice(zip(*streams, strict=True), count)]

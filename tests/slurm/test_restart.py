@@ -34,10 +34,11 @@ class Count:
     def text(self) -> str:
         return self.out.read_text() if self.out.exists() else ""
 
-    def assert_complete(self, restarts: int, ranks: int = 2, steps: int = STEPS) -> None:
-        """Every step once, in order, whatever happened in between."""
+    def assert_complete(self, restarts: int, ranks: int = 2, steps: int = STEPS, here: int = 0) -> None:
+        """Every step once, in order, whatever happened in between: requeued, or run again on the same nodes."""
         assert self.lab.wait_for_job(self.job, seconds=200) == "COMPLETED", self.text()
-        assert self.lab.job(self.job)["Restarts"] == str(restarts)
+        assert self.lab.job(self.job)["Restarts"] == str(restarts), self.text()
+        assert self.text().count("run again on the same nodes") == here, self.text()
         assert all(self.steps(rank) == list(range(1, steps + 1)) for rank in range(ranks)), self.text()
 
 
@@ -121,7 +122,20 @@ def test_one_task_is_killed(count: Callable[..., Count]) -> None:
     job.wait_for_step(10)
     node = job.lab.job(job.job)["BatchHost"]
     job.lab.run(f"kill -9 $(cat {job.run}/count/.pid-0)", on=node)
-    job.assert_complete(restarts=1)
+    job.assert_complete(restarts=0, here=1)
+    assert len(list(job.run.glob("logs/count-*/task-*-restart-1.log"))) == 2
+    assert "starts at step 1\n" in job.text() and "restart 1" in job.text()
+
+
+def test_a_task_whose_manager_is_gone_is_missed(count: Callable[..., Count]) -> None:
+    """Slurm itself would leave the job running for ever."""
+    job = count(STEPS="60", TRSR_TASK_SECONDS="6")
+    job.wait_for_step(5)
+    manager = "for p in /proc/[0-9]*; do grep -qsE '^slurmstepd: .*[.]0' $p/cmdline && kill -9 ${p#/proc/}; done; true"
+    job.lab.run(manager, on="node2")
+    job.lab.run(f"kill -9 $(cat {job.run}/count/.pid-1)", on="node2")
+    job.assert_complete(restarts=1, steps=60)
+    assert "no sign of life for 6 s from these tasks: 1-node2" in job.text()
 
 
 def test_controller_restarts(count: Callable[..., Count]) -> None:

@@ -20,7 +20,9 @@ NO_PROGRESS = ["logs/train-1/task-0000.log", "config/train.yaml", "shards/.tmp-1
 
 def bash(script: str, folder: Path = REPOSITORY, **env: str) -> str:
     """Output of a script that has the job scripts' functions."""
-    head = f"set -euo pipefail\nsource {REPOSITORY}/slurm/restart.sh\nsource {REPOSITORY}/slurm/outputs.sh\n"
+    head = "set -euo pipefail\n" + "".join(
+        f"source {REPOSITORY}/slurm/{n}.sh\n" for n in ("restart", "watch", "outputs")
+    )
     done = subprocess.run(
         ["bash", "-c", head + "say() { echo \"$*\"; }\n" + script],
         cwd=folder, env=os.environ | env, capture_output=True, text=True, check=False, timeout=60,
@@ -69,6 +71,51 @@ def test_a_silent_controller_does_not_end_a_job(tmp_path: Path, squeue: str, sai
     assert bash(f"{stubs}{values}run_again stopped", tmp_path, run=str(tmp_path)) == said
 
 
+@pytest.mark.parametrize(
+    ("change", "is_here"),
+    [
+        ("", True),
+        ("idle=1", False),
+        ("ended=1", False),
+        ("touch STOP", False),
+        ("squeue() { false; }", False),
+        ("squeue() { echo COMPLETING NONE; }", False),
+        ('squeue() { echo RUNNING "$(date -d "+2 minutes" +%FT%T)"; }', False),
+        ("timeout() { false; }", False),
+    ],
+)
+def test_a_job_runs_again_on_its_nodes_while_they_and_slurm_let_it(tmp_path: Path, change: str, is_here: bool) -> None:
+    script = f"""
+        idle=0 ended=0 restart=0 job_id=7 nodes=(a b) arguments=(x "y z")
+        squeue() {{ echo RUNNING "$(date -d "+1 hour" +%FT%T)"; }}
+        timeout() {{ echo "$*"; }}
+        exec() {{ echo "${{@:3}}"; }}
+        {change}
+        run_here killed
+    """
+    expected = "30 srun --nodes=2 --ntasks=2 true\nkilled; run again on the same nodes\nx y z"
+    said = bash(script, tmp_path, run=str(tmp_path), logs=str(tmp_path))
+    assert said == (expected if is_here else "")
+    assert (tmp_path / "again-after-0").exists() == is_here
+
+
+@pytest.mark.parametrize(("seconds_asleep", "is_gone"), [(1, False), (60, True)])
+def test_a_task_is_gone_when_its_sign_stands_still(tmp_path: Path, seconds_asleep: int, is_gone: bool) -> None:
+    """The other one lives, and what has ended or not begun has no sign."""
+    script = f"""
+        export TRSR_SIGNS=$PWD TRSR_BEAT_SECONDS=1 TRSR_TASK_SECONDS=6
+        for task in 0 1; do touch $task-node; done
+        (trap 'kill $!' TERM; while :; do sleep 1 & wait $!; touch 0-node; done) &>/dev/null & alive=$!
+        (while sleep {seconds_asleep}; do touch 1-node; done) &>/dev/null & other=$!
+        sleep 9 &>/dev/null & srun=$!
+        watch_tasks $srun & watch=$!
+        if wait $srun; then echo ended; else echo killed; fi
+        kill $alive $other $watch 2>/dev/null || true
+    """
+    said = bash(script, tmp_path)
+    assert said == ("no sign of life for 6 s from these tasks: 1-node\nkilled" if is_gone else "ended")
+
+
 def test_a_stopped_run_is_not_requeued(tmp_path: Path) -> None:
     write(tmp_path / "STOP")
     said = bash("EXIT_REQUEUE=75\nrun_again stopped", run=str(tmp_path))
@@ -81,7 +128,7 @@ def test_the_task_that_ended_first_gives_the_status(tmp_path: Path) -> None:
         tmp_path / "srun",
         "srun: error: a: task 1: Exited with exit code 1\nsrun: error: b: task 0: Exited with exit code 75\n",
     )
-    script = "EXIT_REQUEUE=75 EXIT_STUCK=74 status=75 restart=0\nmark=$(progress_mark)\n(finish_stage) || true"
+    script = "EXIT_REQUEUE=75 EXIT_STUCK=74 status=75 gone=0 restart=0\nmark=$(progress_mark)\n(finish_stage) || true"
     said = bash(script, run=str(tmp_path), logs=str(tmp_path / "logs"), errors=str(tmp_path / "srun"))
     assert said == f"failed with status 1; read {tmp_path}/logs"
 

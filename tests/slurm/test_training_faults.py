@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.slurm.lab import Lab, wait_until
 from tests.train.jobs import Job
 from tests.train.world import link_run, losses_of, make_config, make_run
-from trsr_dist.log import read_metrics
+from trsr_dist.metric_log import read_metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.soak, pytest.mark.timeout(600)]
 NUM_STEPS = 400

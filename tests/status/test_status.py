@@ -18,7 +18,7 @@ from trsr_dist.errors import EngineError, RunError
 from trsr_dist.evaluate.score_files import ScoreFolder
 from trsr_dist.files import write_json
 from trsr_dist.liveness import touching
-from trsr_dist.log import MetricLog, read_metrics
+from trsr_dist.metric_log import MetricLog, read_metrics
 from trsr_dist.run import RunFolder
 from trsr_dist.status import describe_run, duration
 from trsr_dist.summarize.extract import ExtractiveEngine

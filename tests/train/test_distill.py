@@ -35,12 +35,12 @@ LEAST = {"loss": "distill", "teacher": "RUN/base", "teacher_weight": 0.7, "teach
 def write_scores(run: Path, seed: int) -> CandidateTable:
     """Random scores in the base's name, of as many candidates as each sample has."""
     shards = ShardSet(run / "shards" / "train")
-    folder = scores_folder(shards, model_identity(str(run / "base")))
+    folder = scores_folder(shards.folder, model_identity(str(run / "base")))
     draw = np.random.default_rng(seed)
     counts = [len(sample.candidates) for sample in shards.read_many(range(len(shards)))]
     rows = [draw.normal(0, 3, count).astype(np.float32) for count in counts]
-    write_table(folder, rows, shards, "score", {"seed": seed}, trained_on_these_shards=None)
-    return open_table(folder, shards, "")
+    write_table(folder, rows, shards.manifest_hash, "score", {"seed": seed}, trained_on_these_shards=None)
+    return open_table(folder, shards.manifest_hash, "")
 
 
 def prepare(run: Path, source: Path, stage: int, start: Path | None = None) -> Path:

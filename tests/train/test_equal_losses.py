@@ -63,10 +63,10 @@ def test_losses_equal_a_plain_loop(
 
 
 def train_in_short_pieces(rank: int, world_size: int, run: Path) -> None:
-    from trsr_dist.model import text_targets
+    from trsr_dist.model import inputs
     from trsr_dist.train.job import train
 
-    text_targets.HEAD_ROWS = 64
+    inputs.HEAD_ROWS = 64
     assert train(load_config(run / "config.yaml")) == 0
 
 

@@ -18,7 +18,7 @@ from trsr_dist.records import RANKING_LOSSES
 from trsr_dist.rows import PackedRow, pack_row
 from trsr_dist.train.losses import RowLoss, distill_sum, listwise_sum, pairwise_sum, row_loss
 from trsr_dist.train.meter import Sums, count_pairs, scalars
-from trsr_dist.train.schedule import learning_rate
+from trsr_dist.train.step import learning_rate
 
 
 class TestSchedule:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tests.disks import closed_to_others
 from tests.kills import killed_at_every_change
 from tests.model.world import make_row
-from trsr_dist.config.zero import read_zero_config
+from trsr_dist.config.files import read_zero_config
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import CheckpointError, ConfigError, RunError
 from trsr_dist.train import lifecycle
@@ -38,7 +38,7 @@ from trsr_dist.train.lifecycle import (
 )
 from trsr_dist.train.losses import listwise_sum, pairwise_sum
 from trsr_dist.train.meter import Sums, count_pairs, scalars
-from trsr_dist.train.schedule import learning_rate
+from trsr_dist.train.step import learning_rate
 
 ROOT = Path(__file__).parents[2]
 NAME = "model.layers.0.self_attn.q_proj.lora_B.default.weight"

@@ -19,7 +19,7 @@ from tests.tokenizers import byte_level
 from tests.train.world import link_run, losses_of, make_run, write_config
 from trsr_dist.config import load_config
 from trsr_dist.errors import TrsrError
-from trsr_dist.log import read_metrics
+from trsr_dist.metric_log import read_metrics
 from trsr_dist.train.checkpoints import CheckpointFolder
 
 STEPS = {"max_steps": 8}

@@ -14,7 +14,7 @@ from trsr_dist.config import load_config
 from trsr_dist.errors import ModelError
 from trsr_dist.evaluate.job import evaluate
 from trsr_dist.files import read_json, write_json
-from trsr_dist.log import read_metrics
+from trsr_dist.metric_log import read_metrics
 from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState
 
 EVERY, NUM_STEPS = 3, 12

@@ -18,13 +18,13 @@ from tests.tokenizers import byte_level
 from trsr_dist.config import Config, load_config
 from trsr_dist.errors import TrsrError
 from trsr_dist.files import atomic_file
-from trsr_dist.log import read_metrics
+from trsr_dist.metric_log import read_metrics
 from trsr_dist.model.inputs import separate_prompts
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.stream import TrainStream
 from trsr_dist.train.prepare import packing_settings
-from trsr_dist.train.schedule import learning_rate
+from trsr_dist.train.step import learning_rate
 
 NUM_STEPS = 20
 FEW_STEPS = 2

@@ -1,11 +1,12 @@
-"""Types of settings that several sections share, and what their values may be."""
+"""Types of settings, what their values may be, and what a change of one means for a training that goes on."""
 
 from __future__ import annotations
 
 import re
+from enum import Enum
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, Field, JsonValue
 
 from trsr_dist.environment import expand_home
 
@@ -45,3 +46,18 @@ TemplateVariables = Annotated[dict[str, JsonValue], AfterValidator(_are_variable
 Role = Literal["user", "item", "time", "history", "target", "shown", "id", "category", "candidates"]
 NO_THOUGHTS: TemplateVariables = {"enable_thinking": False}
 """Variables of chat templates, for the recommender and the summarizer alike."""
+
+
+class OnResume(Enum):
+    """Marks a setting that losses depend on. A setting without a mark may change at any time."""
+
+    REFUSED = "refused"
+    """It gives the checkpoint's weights their meaning or their start."""
+    SAID = "said"
+    """The training goes on under the new value, and says so."""
+
+
+def marked_settings(section: BaseModel) -> dict[str, OnResume]:
+    """The marked settings of a section, by name."""
+    fields = type(section).model_fields.items()
+    return {name: mark for name, field in fields for mark in field.metadata if isinstance(mark, OnResume)}

@@ -1,31 +1,69 @@
 """Read a YAML file and dotted overrides into a ``Config``; every mistake is named with its nearest known key.
 
-Of YAML, whatever would be read as something else than it looks like is refused, with a hint: PyYAML follows YAML 1.1,
-where 010 is 8, 1:30 is 90, 1e-4 is a text, 2024-01-02 a date and the last of two equal keys counts.
+Settings that are right alone and wrong together are found here, not hours later.
 """
 
 from __future__ import annotations
 
 import difflib
 import json
-import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
-from yaml.constructor import ConstructorError
+from pydantic import BaseModel, ValidationError, model_validator
 
-from trsr_dist.config.whole import Config
-from trsr_dist.config.zero import find_file, read_zero_config
+from trsr_dist.config.files import find_file, parse_value, parse_yaml, read_zero_config
+from trsr_dist.config.sections import (
+    BaseSection,
+    DataSection,
+    DemoSection,
+    EvaluateSection,
+    LoraSection,
+    ModelSection,
+    PromptSection,
+    RunSection,
+    Section,
+    SummarizeSection,
+    TrainSection,
+)
 from trsr_dist.errors import ConfigError
 from trsr_dist.files import read_text
-from trsr_dist.printable import CONTROLS, strike_addresses
+from trsr_dist.printable import strike_addresses
+from trsr_dist.records import metric_names
 
-ODD_NUMBER = re.compile(r"[-+]?(0[0-7_]+|\d[\d_]*(:[0-5]?\d)+(\.\d*)?)$")
-"""Octal without 0o, or sexagesimal."""
-TIMESTAMP = "tag:yaml.org,2002:timestamp"
-FLOAT = "tag:yaml.org,2002:float"
+
+class Config(Section):
+    """All sections of a run."""
+
+    run: RunSection = RunSection()
+    demo: DemoSection = DemoSection()
+    data: DataSection = DataSection()
+    summarize: SummarizeSection = SummarizeSection()
+    prompt: PromptSection = PromptSection()
+    model: ModelSection = ModelSection()
+    lora: LoraSection = LoraSection()
+    train: TrainSection = TrainSection()
+    evaluate: EvaluateSection = EvaluateSection()
+    base: BaseSection = BaseSection()
+
+    @model_validator(mode="after")
+    def _no_contradictions(self) -> Config:
+        for text in contradictions(self):
+            raise ValueError(text)
+        return self
+
+    @property
+    def domain(self) -> str:
+        """The prompts' wording: ``news``, ``products`` or ``items``."""
+        if self.data.domain != "auto":
+            return self.data.domain
+        return {"mind": "news", "demo": "news", "amazon_m2": "products", "amazon_reviews": "products"}.get(
+            self.data.format, "items"
+        )
+
+
 SECTIONS: dict[str, type[BaseModel]] = {name: field.annotation for name, field in Config.model_fields.items()}
 
 
@@ -151,72 +189,68 @@ def _describe(error: ValidationError, path: str | Path) -> str:
     return f"{path}: " + "; ".join(lines)
 
 
-class Loader(yaml.SafeLoader):
-    """Refuses keys that stand twice or are no text, numbers of bases other than they look, anchors and aliases."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != TIMESTAMP]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for key in keys:
-            if keys.count(key) > 1:
-                raise ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
-        mapping = super().construct_mapping(node, deep)
-        for key in mapping:
-            if not isinstance(key, str):
-                raise ConstructorError(None, None, f"key {key!r} is no text; write it in quotes", node.start_mark)
-        return mapping
-
-    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
-        event = self.peek_event()
-        if getattr(event, "anchor", None) is not None:
-            text = f"an anchor or alias ({event.anchor!r}), which is not supported; write the value out, or in quotes"
-            raise ConstructorError(None, None, text, event.start_mark)
-        return super().compose_node(parent, index)
-
-    def construct_scalar(self, node: yaml.ScalarNode) -> str:
-        value = super().construct_scalar(node)
-        if node.style is None and node.tag.endswith((":int", ":float")) and ODD_NUMBER.match(value):
-            text = f"{value} is a number of base 8 or 60 in YAML; write it as a decimal number, or in quotes as a text"
-            raise ConstructorError(None, None, text, node.start_mark)
-        if CONTROLS.search(value):
-            raise ConstructorError(None, None, f"{value!r} holds a control character", node.start_mark)
-        return value
+def contradictions(config: Config) -> Iterator[str]:
+    """Each with the keys, their values and what is needed."""
+    yield from _of_the_data(config)
+    yield from _of_the_prompts(config)
+    yield from _of_the_training(config)
 
 
-# YAML 1.1 wants a point and a sign in the exponent.
-Loader.add_implicit_resolver(FLOAT, re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+def _of_the_data(config: Config) -> Iterator[str]:
+    data = config.data
+    if data.format != "demo" and not data.path:
+        yield f"data.path is empty: data.format={data.format} needs the folder of the raw files"
+    if data.max_history and data.max_history < data.min_history:
+        yield f"data.max_history={data.max_history} is below data.min_history={data.min_history}"
+    if data.missed_targets == "skip" and not data.candidates_file:
+        yield "data.missed_targets=skip leaves out users whose target a data.candidates_file misses: name that file"
+    shares = dict(zip(("train", "valid", "test"), data.split, strict=True))
+    if not shares[config.evaluate.split]:
+        yield (
+            f"data.split={list(data.split)} leaves no users for evaluate.split={config.evaluate.split}: give it a share"
+        )
+    if config.train.evaluate_every_steps and not shares["valid"]:
+        yield (
+            f"data.split={list(data.split)} leaves no valid users for train.evaluate_every_steps="
+            f"{config.train.evaluate_every_steps}: give them a share, or set it to 0"
+        )
 
 
-def parse_yaml(text: str) -> Any:
-    """The value of a document.
+def _of_the_prompts(config: Config) -> Iterator[str]:
+    prompt, summarize = config.prompt, config.summarize
+    if prompt.max_tokens > config.train.row_tokens:
+        yield (
+            f"prompt.max_tokens={prompt.max_tokens} is above train.row_tokens={config.train.row_tokens}: a row must "
+            "hold at least one prompt"
+        )
+    if summarize.asks_model and not summarize.model:
+        yield f"summarize.model is empty: summarize.engine={summarize.engine} needs a model"
+    if summarize.samples and not (summarize.asks_model and summarize.temperature):
+        yield (
+            f"summarize.samples={summarize.samples} are all the same: a model must write them, at a "
+            f"summarize.temperature above 0 (now engine={summarize.engine}, scheme={summarize.scheme}, "
+            f"temperature={summarize.temperature})"
+        )
+    if prompt.answers[0] == prompt.answers[1]:
+        yield f"prompt.answers={prompt.answers} are equal: two different answers are needed"
 
-    Raises:
-        ConfigError: what is wrong, and where; the caller adds in which file.
-    """
-    try:
-        return yaml.load(text, Loader)
-    except Exception as error:  # explicit tags such as !!int and !!timestamp raise all kinds
-        raise ConfigError(f"not valid YAML: {error}") from None
 
-
-def parse_value(text: str) -> Any:
-    """The value of an override, which must be all that YAML sees: "a #b" would lose its end.
-
-    Raises:
-        ConfigError: what is wrong.
-    """
-    value = parse_yaml(text)
-    node = yaml.compose(text, Loader)
-    if node is None:
-        is_whole = not text.strip()
-    elif isinstance(node, yaml.ScalarNode) and node.style is None:
-        is_whole = node.value == text.strip()
-    else:
-        is_whole = not (text[: node.start_mark.index] + text[node.end_mark.index :]).strip()
-    if not is_whole:
-        raise ConfigError(f"YAML reads {text!r} as {value!r}; write it in quotes of YAML, such as \"'a #b'\"")
-    return value
+def _of_the_training(config: Config) -> Iterator[str]:
+    train = config.train
+    if train.negatives_per_positive > train.pool_size:
+        yield (
+            f"train.negatives_per_positive={train.negatives_per_positive} is above train.pool_size={train.pool_size}: "
+            "a sample keeps only that many negatives to draw from"
+        )
+    if train.shards_url and "://" not in train.shards_url:
+        yield f"train.shards_url={train.shards_url}: expected an address such as s3://bucket/run/shards/train"
+    if train.loss == "distill" and not train.teacher:
+        yield "train.teacher is empty: train.loss=distill follows the scores of a model, see tools/score_shards.py"
+    if train.early_stopping_patience and not train.evaluate_every_steps:
+        yield (
+            f"train.early_stopping_patience={train.early_stopping_patience} counts evaluations, and "
+            "train.evaluate_every_steps=0 makes none: set both"
+        )
+    names = metric_names(config.evaluate.top_k)
+    if train.evaluate_every_steps and train.best_metric not in names:
+        yield f"train.best_metric={train.best_metric!r}: expected one of {', '.join(names)} (see evaluate.top_k)"

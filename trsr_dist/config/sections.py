@@ -9,8 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
-from trsr_dist.config.kinds import NO_THOUGHTS, Beta, FilePath, Modules, Role, StorePath, TemplateVariables
-from trsr_dist.config.on_resume import OnResume
+from trsr_dist.config.kinds import NO_THOUGHTS, Beta, FilePath, Modules, OnResume, Role, StorePath, TemplateVariables
 
 PROMPTLESS = ("none", "raw")
 """Schemes that ask no engine for anything, whatever ``summarize.engine`` says."""
@@ -155,6 +154,9 @@ class SummarizeSection(Section):
     """Length limit of one summary, in tokens (extractive and raw: words)."""
     temperature: float = Field(0.0, ge=0)
     """0: greedy, which makes the text independent of batch and restart."""
+    samples: int = Field(0, ge=0)
+    """Above 0: in place of the shards, this many sampled summaries of every train user, below RUN/samples, for
+    tools/choose_summaries.py to choose from; needs a temperature."""
     max_in_flight: int = Field(32, ge=1)
     """Requests the engine works on at once (batch size, or concurrent HTTP requests)."""
     timeout_seconds: float = Field(120, gt=0)

@@ -5,7 +5,6 @@ Without a model the baselines that need none are ranked alone: the bar, before a
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,25 +14,24 @@ from trsr_dist.config import Config
 from trsr_dist.data.store import HistoryStore, check_files
 from trsr_dist.environment import Ranks, array_task, detect_ranks
 from trsr_dist.errors import ConfigError, RunError
-from trsr_dist.evaluate.checks import complete
 from trsr_dist.evaluate.evaluation import Evaluation, trained_on_these_shards
-from trsr_dist.evaluate.passes import assign_parts, split_parts
 from trsr_dist.evaluate.reduce import Reduction, rank_baselines
 from trsr_dist.evaluate.report import baselines_text, publish
-from trsr_dist.evaluate.score import Scorer, open_models
-from trsr_dist.evaluate.score_files import ScoreFolder
+from trsr_dist.evaluate.score import (
+    WAIT_SECONDS,
+    claim_folder,
+    clear_folder,
+    complete,
+    open_models,
+    score_everything,
+)
 from trsr_dist.evaluate.users import DrawnLists, SplitUsers, StoredSplit
 from trsr_dist.files import write_json, writing
-from trsr_dist.hashing import digest
-from trsr_dist.locks import Claim, claim, folder_lock
+from trsr_dist.locks import Claim, folder_lock
 from trsr_dist.log import get_logger, setup_logging, show
 from trsr_dist.model.artifacts import follow
-from trsr_dist.model.loading import ModelPrompts
 from trsr_dist.run import RunFolder
 from trsr_dist.shards.reader import ShardSet
-
-WAIT_SECONDS = 24 * 3600.0
-"""How long a rank that is done waits for the others, which still score; the launcher ends all when one dies."""
 
 log = get_logger("evaluate")
 
@@ -119,63 +117,6 @@ def _evaluate(job: Evaluation, ranks: Ranks, force: bool, stack: ExitStack) -> N
         )
     if ranks.is_main:
         reduce_scores(job, Reduction(job, users, split, store, folders), models["model"].provenance)
-
-
-def claim_folder(job: Evaluation) -> Any:
-    """Keeps jobs of other settings out; a context manager."""
-    what = job.settings() | job.inputs()
-    return claim(job.folder, digest(what), what)
-
-
-def parts_of_worker(users: SplitUsers, ranks: Ranks) -> list[int]:
-    """Those of this process among all ranks of all array tasks, shared out by cost."""
-    task, num_tasks = array_task()
-    costs = [users.cost(part) for part in split_parts(len(users))]
-    return assign_parts(costs, num_tasks * ranks.world_size)[task * ranks.world_size + ranks.rank]
-
-
-def score_everything(
-    job: Evaluation, users: SplitUsers, models: dict[str, ModelPrompts], ranks: Ranks, clear: Callable[[], None] | None
-) -> dict[str, ScoreFolder]:
-    """Score this process's parts of every pass, then wait for the other ranks.
-
-    Args:
-        job: the evaluation.
-        users: of the split.
-        models: by source.
-        ranks: this process.
-        clear: removes what lies there, where it is to be scored again; rank 0 calls it once all ranks have the model.
-
-    Returns:
-        The folders of the passes, opened.
-    """
-    parts = parts_of_worker(users, ranks)
-    scorers = [Scorer(job, source, prompts, users, parts, ranks) for source, prompts in models.items()]
-    scorers[0].load(again=clear is not None)
-    if clear is not None:
-        distributed.barrier()
-        distributed.on_rank_zero(clear)
-    folders = {}
-    for entry in job.passes:
-        folders[entry.name] = job.scores(entry)
-        identity = job.identity(entry, models[entry.source].builder.fingerprint)
-        folders[entry.name].open(identity, len(users), job.base if entry.source == "base" else job.model)
-    scorers[0].run(folders)
-    for scorer in scorers[1:]:
-        scorer.load()
-        scorer.run(folders)
-    distributed.barrier()
-    return folders
-
-
-def clear_folder(job: Evaluation, entry: Claim) -> None:
-    """Remove what an earlier evaluation wrote.
-
-    Raises:
-        RunError: another job is at work there.
-    """
-    entry.check_alone()
-    job.clear()
 
 
 def reduce_scores(job: Evaluation, reduction: Reduction, provenance: dict[str, Any]) -> None:

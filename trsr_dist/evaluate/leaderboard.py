@@ -17,7 +17,7 @@ from trsr_dist.config import Config, flat_settings, load_config
 from trsr_dist.errors import DataError
 from trsr_dist.evaluate.table import SYSTEMS, column_title
 from trsr_dist.files import atomic_file, read_json, write_json
-from trsr_dist.log import read_metrics
+from trsr_dist.metric_log import read_metrics
 from trsr_dist.records import headline
 
 RIVALS = ("bm25", "sasrec")

@@ -10,6 +10,7 @@ import math
 import numpy as np
 
 from trsr_dist.config import Config, dump_config
+from trsr_dist.errors import ConfigError
 from trsr_dist.evaluate.score_files import ScoreFolder
 from trsr_dist.evaluate.teacher import plan_scoring, scored_users
 from trsr_dist.files import atomic_folder, writing
@@ -33,12 +34,17 @@ def mine_negatives(
         dry_run: say what would be mined, and touch nothing.
 
     Raises:
+        ConfigError: ``summarize.samples`` is set.
         RunError: the model has not scored these shards, or a pool of other settings is there.
         DataError: shards or scores are damaged.
     """
     setup_logging(stage="mine")
-    job, shards = plan_scoring(config, model)
-    scores = open_table(job.folder, shards, f"run tools/score_shards.py with this config and --model {model}")
+    if config.summarize.samples:
+        raise ConfigError("summarize.samples is set: negatives are mined for the train shards; leave it at 0")
+    [(job, shards)] = plan_scoring(config, model)
+    scores = open_table(
+        job.folder, shards.manifest_hash, f"run tools/score_shards.py with this config and --model {model}"
+    )
     folder = shards.folder / MINED
     settings = {"scores": scores.sha256, "negatives_per_positive": num_negatives, "margin": margin}
     if dry_run:
@@ -52,7 +58,9 @@ def mine_negatives(
         chosen = [choose_hard(user.scores, user.labels > 0, num_negatives, margin) for user in users]
         num_filled = sum(filled for _, filled in chosen)
         with atomic_folder(folder, lock.check) as new:
-            write_table(new, [pool for pool, _ in chosen], shards, "mine", settings, num_filled=num_filled)
+            write_table(
+                new, [pool for pool, _ in chosen], shards.manifest_hash, "mine", settings, num_filled=num_filled
+            )
     num_kept = sum(int(pool.sum()) for pool, _ in chosen)
     show(f"{folder}: {num_kept} candidates of {len(chosen)} train users stay, {num_filled} of them above the margin")
     return 0

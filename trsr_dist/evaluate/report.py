@@ -22,7 +22,8 @@ from trsr_dist.evaluate.figures import build_figures, to_svg, training_values
 from trsr_dist.evaluate.reduce import Reduced
 from trsr_dist.evaluate.table import GAIN, SYSTEMS, column_title, gain_line, list_table, protocol_rows, protocol_table
 from trsr_dist.files import atomic_file, sha256_of, write_json
-from trsr_dist.log import read_metrics, show
+from trsr_dist.log import show
+from trsr_dist.metric_log import read_metrics
 from trsr_dist.records import has_scale, headline
 from trsr_dist.run import MANIFEST, write_manifest
 from trsr_dist.trackers import open_metrics

@@ -1,126 +1,114 @@
-"""From samples to scores: rows of a part through a language model, and every score back in its place."""
+"""The scoring part of a job: what must hold before, its models, this process's share of every pass, who may write."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
 from trsr_dist import distributed
-from trsr_dist.config.zero import find_file, read_zero_config
-from trsr_dist.environment import Ranks
-from trsr_dist.errors import ConfigError, ModelError
-from trsr_dist.evaluate.evaluation import Evaluation
-from trsr_dist.evaluate.metrics import check_user
-from trsr_dist.evaluate.passes import ScoringPass, pack_part, split_parts
-from trsr_dist.evaluate.score_files import ScoreFolder, UserScores
+from trsr_dist.bases import BaseName
+from trsr_dist.config.files import find_file, read_zero_config
+from trsr_dist.environment import Ranks, array_task, detect_ranks
+from trsr_dist.errors import ConfigError, DataError, ModelError, RunError
+from trsr_dist.evaluate.evaluation import Evaluation, check_draws
+from trsr_dist.evaluate.parts import Lockstep, score_samples
+from trsr_dist.evaluate.passes import ALWAYS, ScoringPass, assign_parts, split_parts
+from trsr_dist.evaluate.score_files import ScoreFolder
 from trsr_dist.evaluate.users import SplitUsers
+from trsr_dist.hashing import digest
+from trsr_dist.locks import Claim, claim
 from trsr_dist.log import get_logger, progress
-from trsr_dist.model.loading import ModelPrompts, load_weights, open_prompts
+from trsr_dist.model.loading import ModelPrompts, find_base, load_weights, open_prompts, resolve_precision
 from trsr_dist.model.recommender import score_row
 from trsr_dist.model.zero3 import scoring_config
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.records import Sample, TokenizedUser
-from trsr_dist.rows import PackedRow, filler_row, pack_row
+from trsr_dist.rows import PackedRow, filler_row
+from trsr_dist.run import MANIFEST, manifest_hash, read_manifest
+from trsr_dist.shards.reader import ShardSet
 
-ScoreRow = Callable[[PackedRow], np.ndarray]
-"""A forward pass: log-odds of a row's answers, float32, shape (num_answers,)."""
+WAIT_SECONDS = 24 * 3600.0
+"""How long a rank that is done waits for the others, which still score; the launcher ends all when one dies."""
 
 log = get_logger("evaluate")
 
 
-class PartScorer:
-    """The rows of some users and the scores that come back for them.
+def complete(job: Evaluation, force: bool) -> Evaluation:
+    """The evaluation with base and precision, its inputs checked against each other. All ranks call it.
 
-    Args:
-        users: the prompts of one part of a split.
-        row_tokens: length limit of a row.
+    Raises:
+        ModelError: model or base is not there, or the base is another one than in training.
+        RunError: the shards were made from other histories.
+        ConfigError: the candidate lists are other ones than the config says.
+        DataError: the split has no users.
     """
-
-    def __init__(self, users: Sequence[TokenizedUser], row_tokens: int) -> None:
-        self.users = users
-        self._rows = pack_part(users, row_tokens)
-        self._scores = [np.full(len(user.suffixes), np.nan, dtype=np.float32) for user in self.users]
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def rows(self) -> Iterator[PackedRow]:
-        """The packed rows, in the order in which ``take`` expects their scores."""
-        return (pack_row([self.users[entry.user].choose(entry.candidates) for entry in row]) for row in self._rows)
-
-    def take(self, row: int, scores: np.ndarray) -> int:
-        """Keep the scores of a row, shape (num_answers,); returns how many users have all of theirs now."""
-        start = 0
-        for entry in self._rows[row]:
-            stop = start + len(entry.candidates)
-            self._scores[entry.user][list(entry.candidates)] = scores[start:stop]
-            start = stop
-        return sum(not np.isnan(self._scores[user]).any() for user in {entry.user for entry in self._rows[row]})
-
-    def scores(self) -> list[np.ndarray]:
-        """float32 log-odds of every user's candidates, in the order of the users; NaN where none was taken."""
-        return self._scores
-
-    def result(self) -> list[UserScores]:
-        """Scores of all users, in their order.
-
-        Raises:
-            DataError: a score is not finite, or a user has no positive.
-        """
-        found = []
-        for user, scores in zip(self.users, self._scores, strict=True):
-            labels = np.array(user.labels, dtype=np.int64)
-            check_user(user.user, scores, labels, user.items)
-            found.append(UserScores(user.user, user.items, labels, scores, user.trims))
-        return found
+    check_place(job.model)
+    precision = distributed.on_rank_zero(lambda: _check(job, force))
+    # Each node may have its own hub cache.
+    return replace(job, base=base_of(job), precision=precision)
 
 
-def score_samples(
-    samples: Sequence[Sample],
-    builder: PromptBuilder,
-    score_row: ScoreRow,
-    row_tokens: int,
-    count: Callable[[int], object],
-) -> list[UserScores]:
-    """Scores of the samples' candidates, in the order of the samples; ``count`` is told after each row how many users
-    it has finished."""
-    part = PartScorer([builder.build(sample) for sample in samples], row_tokens)
-    for number, row in enumerate(part.rows()):
-        count(part.take(number, score_row(row)))
-    return part.result()
+def _check(job: Evaluation, force: bool) -> str:
+    check_histories(job)
+    shards = ShardSet(job.run.split(job.split), url=job.config.train.shards_url if job.split == "train" else "")
+    if not len(shards):
+        raise DataError(f"{shards.folder}: no user to rank for; give data.split a share for {job.split}")
+    base_of(job)
+    return choose_precision(job, len(shards), force)
 
 
-class Lockstep:
-    """A forward pass that all ranks make together, as ZeRO-3 demands (they gather each layer's weights in common), for
-    ranks that have different numbers of rows.
+def check_place(name: str) -> None:
+    """A path must be there; a name with at most one slash may also be a model of the hub.
 
-    Args:
-        forward: the pass itself.
-        filler: a row that a rank runs while others still have rows of their own.
-        device: of the collectives.
+    Raises:
+        ModelError: it is not.
     """
+    path = Path(name)
+    is_path = path.is_absolute() or name.startswith(".") or len(path.parts) > 2
+    is_beside = len(path.parts) == 2 and path.parent.is_dir()
+    if (is_path or is_beside) and not path.is_dir():
+        raise ModelError(f"--model {name}: no such folder; name a merged folder, a checkpoint or an adapter")
 
-    def __init__(self, forward: ScoreRow, filler: PackedRow, device: torch.device) -> None:
-        self._forward = forward
-        self._filler = filler
-        self._device = device
 
-    def __call__(self, row: PackedRow) -> np.ndarray:
-        """Scores of a row of this rank."""
-        self._is_wanted(True)
-        return self._forward(row)
+def check_histories(job: Evaluation) -> None:
+    """The shards must have been made from these histories, and those drawn as the config says.
 
-    def finish(self) -> None:
-        """This rank has no more rows: go along until none has."""
-        while self._is_wanted(False):
-            self._forward(self._filler)
+    Raises:
+        RunError, ConfigError: they were not.
+    """
+    folder, current = job.run.split(job.split), manifest_hash(job.run.histories)
+    if not (folder / MANIFEST).is_file():
+        raise RunError(f"{folder}: no {MANIFEST}; run launch/summarize.py first")
+    recorded = read_manifest(folder).get("inputs", {}).get("histories", current)
+    if recorded != current:
+        raise RunError(
+            f"{folder}: made from the histories {recorded[:12]}..., {job.run.histories} now holds {current[:12]}...; "
+            "run launch/summarize.py again"
+        )
+    check_draws(job)
 
-    def _is_wanted(self, here: bool) -> bool:
-        return distributed.sum_over_ranks([float(here)], self._device)[0] > 0
+
+def base_of(job: Evaluation) -> str:
+    """Folder of the model before fine-tuning; empty where it is not ranked."""
+    if not job.has_base:
+        return ""
+    model = job.config.model
+    own = BaseName(job.run.resolve(model.name_or_path), model.revision, "")
+    remedy = "set model.name_or_path to where it is, or leave base out of evaluate.baselines"
+    return str(find_base(job.model, own, job.run.root, remedy))
+
+
+def choose_precision(job: Evaluation, num_users: int, force: bool) -> str:
+    """``train.precision``; auto is what the scores were made with where all of them are there, else by the device."""
+    asked, num_users = job.config.train.precision, min(job.config.evaluate.max_users or num_users, num_users)
+    if asked == "auto" and not force and not any(job.scores(entry).missing(num_users) for entry in job.passes):
+        asked = job.scores(ALWAYS[0]).recorded().get("precision", asked)
+    return resolve_precision(asked, distributed.device_of(detect_ranks()))
 
 
 def open_models(job: Evaluation) -> dict[str, ModelPrompts]:
@@ -229,3 +217,60 @@ def zero_config(name: str, precision: str, device: torch.device) -> dict | None:
             "file with stage 3 or leave it empty"
         )
     return scoring_config(settings, precision, device.type == "cuda")
+
+
+def claim_folder(job: Evaluation) -> Any:
+    """Keeps jobs of other settings out; a context manager."""
+    what = job.settings() | job.inputs()
+    return claim(job.folder, digest(what), what)
+
+
+def parts_of_worker(users: SplitUsers, ranks: Ranks) -> list[int]:
+    """Those of this process among all ranks of all array tasks, shared out by cost."""
+    task, num_tasks = array_task()
+    costs = [users.cost(part) for part in split_parts(len(users))]
+    return assign_parts(costs, num_tasks * ranks.world_size)[task * ranks.world_size + ranks.rank]
+
+
+def score_everything(
+    job: Evaluation, users: SplitUsers, models: dict[str, ModelPrompts], ranks: Ranks, clear: Callable[[], None] | None
+) -> dict[str, ScoreFolder]:
+    """Score this process's parts of every pass, then wait for the other ranks.
+
+    Args:
+        job: the evaluation.
+        users: of the split.
+        models: by source.
+        ranks: this process.
+        clear: removes what lies there, where it is to be scored again; rank 0 calls it once all ranks have the model.
+
+    Returns:
+        The folders of the passes, opened.
+    """
+    parts = parts_of_worker(users, ranks)
+    scorers = [Scorer(job, source, prompts, users, parts, ranks) for source, prompts in models.items()]
+    scorers[0].load(again=clear is not None)
+    if clear is not None:
+        distributed.barrier()
+        distributed.on_rank_zero(clear)
+    folders = {}
+    for entry in job.passes:
+        folders[entry.name] = job.scores(entry)
+        identity = job.identity(entry, models[entry.source].builder.fingerprint)
+        folders[entry.name].open(identity, len(users), job.base if entry.source == "base" else job.model)
+    scorers[0].run(folders)
+    for scorer in scorers[1:]:
+        scorer.load()
+        scorer.run(folders)
+    distributed.barrier()
+    return folders
+
+
+def clear_folder(job: Evaluation, entry: Claim) -> None:
+    """Remove what an earlier evaluation wrote.
+
+    Raises:
+        RunError: another job is at work there.
+    """
+    entry.check_alone()
+    job.clear()

@@ -1,4 +1,5 @@
-"""A model's log-odds for all candidates and pool items of the train users: what distillation and mining read.
+"""A model's log-odds for all candidates and pool items of the train users: what distillation, mining and the choice of
+summaries read.
 
 RUN/shards/train/scores-{model}-{shards}/
     identity.json, part-*.jsonl   as in an evaluation: parts that a restart uses again
@@ -16,12 +17,10 @@ from pathlib import Path
 
 from trsr_dist import distributed
 from trsr_dist.config import Config
-from trsr_dist.environment import array_task, detect_ranks
-from trsr_dist.evaluate.checks import complete
+from trsr_dist.environment import Ranks, array_task, detect_ranks
 from trsr_dist.evaluate.evaluation import Evaluation, model_identity, trained_on_these_shards
-from trsr_dist.evaluate.job import WAIT_SECONDS, claim_folder, clear_folder, score_everything
 from trsr_dist.evaluate.passes import ScoringPass, split_parts
-from trsr_dist.evaluate.score import open_models
+from trsr_dist.evaluate.score import WAIT_SECONDS, claim_folder, clear_folder, complete, open_models, score_everything
 from trsr_dist.evaluate.score_files import ScoreFolder, UserScores, expected_of
 from trsr_dist.evaluate.users import SplitUsers
 from trsr_dist.files import writing
@@ -72,31 +71,38 @@ def score_shards(config: Config, model: str, force: bool = False) -> int:
     """
     ranks = detect_ranks()
     setup_logging(ranks.rank, "score")
-    job, shards = plan_scoring(config, model)
-    with writing(job.folder), ExitStack() as stack:
-        stack.enter_context(distributed.process_group(ranks, WAIT_SECONDS, bool(config.evaluate.deepspeed_config)))
+    with distributed.process_group(ranks, WAIT_SECONDS, bool(config.evaluate.deepspeed_config)):
+        for job, shards in plan_scoring(config, model):
+            with writing(job.folder):
+                _score(job, shards, ranks, force)
+    return 0
+
+
+def _score(job: TrainScoring, shards: ShardSet, ranks: Ranks, force: bool) -> None:
+    with ExitStack() as stack:
         job = complete(job, force)
         claims: list[Claim] = []
         distributed.on_rank_zero(lambda: claims.append(stack.enter_context(claim_folder(job))))
-        users, models = SplitUsers(shards, 0, config.run.seed, {}), open_models(job)
+        users, models = SplitUsers(shards, 0, job.config.run.seed, {}), open_models(job)
         shards.check_recent_items(models["model"].builder.recent_items)
         clear = (lambda: clear_folder(job, claims[0])) if force else None
         folder = score_everything(job, users, models, ranks, clear)["model"]
         if ranks.is_main:
             _publish(job, shards, folder, trained_on_these_shards(job, models["model"].provenance))
-    return 0
 
 
-def plan_scoring(config: Config, model: str) -> tuple[TrainScoring, ShardSet]:
-    """What is scored, and where its scores lie."""
-    run = RunFolder(Path(config.run.dir))
+def plan_scoring(config: Config, model: str) -> list[tuple[TrainScoring, ShardSet]]:
+    """What is scored, and where its scores lie: the run's train shards, or with ``summarize.samples`` those of each
+    sample."""
+    run, train, samples = RunFolder(Path(config.run.dir)), config.train, config.summarize.samples
     model = str(follow(Path(run.resolve(model))))
-    train = config.train
-    shards = ShardSet(run.split("train"), open_cache(train.cache_dir, train.cache_gb), url=train.shards_url)
+    identity, cache = model_identity(model, config.model.revision), open_cache(train.cache_dir, train.cache_gb)
     everyone = config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"max_users": 0})})
-    return TrainScoring(
-        everyone, run, model, scores_folder(shards, model_identity(model, config.model.revision))
-    ), shards
+    planned = []
+    for folder in [run.sample(number) for number in range(samples)] or [run]:
+        shards = ShardSet(folder.split("train"), cache, url="" if samples else train.shards_url)
+        planned.append((TrainScoring(everyone, folder, model, scores_folder(shards.folder, identity)), shards))
+    return planned
 
 
 def scored_users(shards: ShardSet, folder: ScoreFolder) -> Iterator[UserScores]:
@@ -117,5 +123,7 @@ def _publish(job: TrainScoring, shards: ShardSet, folder: ScoreFolder, trained_h
         return
     if not (job.folder / MANIFEST).is_file():
         rows = [user.scores for user in scored_users(shards, folder)]
-        write_table(job.folder, rows, shards, "score", folder.recorded(), trained_on_these_shards=trained_here)
+        write_table(
+            job.folder, rows, shards.manifest_hash, "score", folder.recorded(), trained_on_these_shards=trained_here
+        )
     show(f"scores of {len(shards)} train users: {job.folder}")

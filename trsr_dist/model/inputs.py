@@ -1,16 +1,23 @@
-"""A packed row on its device, ready for a forward pass."""
+"""A packed row on its device, ready for a forward pass; and the targets of its full text.
+
+The paper's code trains on all tokens of each prompt and its answer. In a packed row a shared position stands for many
+sequences: its loss counts as often as it would separately, and a part's last token has one next token per child.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import torch
 
-from trsr_dist.distributed import send
-from trsr_dist.model.attention.layout import Layout
+from trsr_dist.model.attention.layout import Layout, send
 from trsr_dist.rows import PackedRow
+
+HEAD_ROWS = 1024
+"""Positions that the output head takes at once, about: the logits of more are never in memory."""
 
 
 @dataclass(frozen=True)
@@ -79,3 +86,74 @@ def separate_prompts(row: PackedRow) -> list[np.ndarray]:
             prompts.append(np.concatenate([prefix, row.token_ids[suffix : suffix + size]]))
             suffix += size
     return prompts
+
+
+@dataclass(frozen=True, slots=True)
+class TextTargets:
+    """What the logits at ``source`` should say, each with its weight."""
+
+    source: torch.Tensor
+    """int64, shape (num_targets,): positions in the row; some stand several times."""
+    target: torch.Tensor
+    """int64, shape (num_targets,): token ids."""
+    weight: torch.Tensor
+    """float32, shape (num_targets,): sums to the number of answers, since each prompt's tokens weigh 1 in all."""
+
+    num_pieces: int
+    """Calls of the output head, the same for every row of a run: under ZeRO-3 each gathers weights with all ranks."""
+
+    def pieces(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Source, target and weight of each piece; none is empty."""
+        split = (part.tensor_split(self.num_pieces) for part in (self.source, self.target, self.weight))
+        return zip(*split, strict=True)
+
+
+def text_targets(row: PackedRow, answer_ids: tuple[int, int], device: torch.device, row_tokens: int) -> TextTargets:
+    """Targets of a row; the loss of a prompt is the mean over its tokens but the first, the answer included.
+
+    Args:
+        row: with at least one user.
+        answer_ids: tokens of yes and no.
+        device: of the result.
+        row_tokens: what a row of this run can hold; a short one is filled up with targets of weight 0.
+    """
+    num_pieces = -(-row_tokens // HEAD_ROWS)
+    weights = _position_weights(row)
+    parents, answers = _parents(row), row.answer_index
+    has_parent = parents >= 0
+    # A token is the target of its parent, as often as the sequences through it; each last token's target is the answer.
+    arrays = (
+        np.concatenate([parents[has_parent], answers]),
+        np.concatenate([row.token_ids[has_parent], np.where(row.labels > 0, *answer_ids)]),
+        np.concatenate([weights[has_parent], weights[answers]]),
+    )
+    filled = (np.pad(array, (0, max(0, num_pieces - len(array)))) for array in arrays)
+    source, target, weight = map(torch.from_numpy, filled)
+    return TextTargets(send(source, device), send(target, device), send(weight.float(), device), num_pieces)
+
+
+def _position_weights(row: PackedRow) -> np.ndarray:
+    """float64, shape (num_tokens,): sum over the sequences through a token of 1 / their number of targets."""
+    shares = [
+        np.array([1.0 / (prefix + suffix) for suffix in suffixes])
+        for prefix, suffixes in zip(row.prefix_lengths, row.suffix_lengths, strict=True)
+    ]
+    of_users = np.array([share.sum() for share in shares])
+    own = [length - row.head_length for length in row.prefix_lengths]
+    suffixes = [length for lengths in row.suffix_lengths for length in lengths]
+    return np.repeat(
+        np.concatenate([[of_users.sum()], of_users, *shares]), np.concatenate([[row.head_length], own, suffixes])
+    )
+
+
+def _parents(row: PackedRow) -> np.ndarray:
+    """int64, shape (num_tokens,): the position before each token in its sequences; -1 at a sequence's start."""
+    parents = np.arange(row.num_tokens) - 1
+    start, suffix, head = row.head_length, row.suffix_start, row.head_length
+    for length, lengths in zip(row.prefix_lengths, row.suffix_lengths, strict=True):
+        parents[start] = head - 1
+        start += length - head
+        for size in lengths:
+            parents[suffix] = start - 1
+            suffix += size
+    return parents

@@ -31,7 +31,15 @@ from trsr_dist.model.artifacts import (
 from trsr_dist.model.attention.backends import choose_backend
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.model.zero3 import check_equal_calls, load_divided, scoring_engine
-from trsr_dist.pretrained import BaseSource, load_causal, load_config, load_tokenizer, local_source, max_positions
+from trsr_dist.pretrained import (
+    BaseSource,
+    build_model,
+    load_causal,
+    load_config,
+    load_tokenizer,
+    local_source,
+    max_positions,
+)
 from trsr_dist.prompts.builder import PromptBuilder
 
 RESTORE = "restore it"
@@ -268,7 +276,7 @@ def load_base_divided(source: BaseSource, dtype: torch.dtype, zero_config: dict[
         ModelError: the weights cannot be read.
     """
     config = load_config(source)
-    divided = load_divided(source, config, dtype, zero_config)
+    divided = load_divided(Path(source.name_or_path), lambda: build_model(config, source, dtype), zero_config)
     if divided is not None:
         model, _ = divided
     else:  # as transformers does it, for files whose tensors must be renamed or put together

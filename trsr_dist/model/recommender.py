@@ -11,11 +11,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
+from trsr_dist.environment import leave_out_cudnn
 from trsr_dist.model.attention.backends import NAME, Attend, build_backend, register
 from trsr_dist.model.attention.layout import Layout
-from trsr_dist.model.inputs import RowInputs
-from trsr_dist.model.text_targets import TextTargets
-from trsr_dist.pretrained import leave_out_cudnn
+from trsr_dist.model.inputs import RowInputs, TextTargets
 from trsr_dist.rows import PackedRow
 
 Want = Literal["logits", "pair", "text"]

@@ -7,7 +7,7 @@ divided, then each rank reads its rows of the safetensors files: the ranks of a 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,26 +15,23 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import PretrainedConfig
 from transformers.initialization import no_init_weights
 
 from trsr_dist.errors import ConfigError, ModelError
 from trsr_dist.log import get_logger
-from trsr_dist.pretrained import BaseSource, build_model
 from trsr_dist.weights import named_entries
 
 log = get_logger("model")
 
 
 def load_divided(
-    source: BaseSource, config: PretrainedConfig, dtype: torch.dtype, zero_config: dict[str, Any]
+    folder: Path, build: Callable[[], nn.Module], zero_config: dict[str, Any]
 ) -> tuple[nn.Module, int] | None:
     """Load a base from a local folder; None where its files do not name the model's own weights.
 
     Args:
-        source: a folder of safetensors.
-        config: of ``load_config``: it says which tensors are tied.
-        dtype: of the weights.
+        folder: of safetensors.
+        build: makes the model; its weights are left unset.
         zero_config: DeepSpeed's, with stage 3.
 
     Returns:
@@ -44,14 +41,14 @@ def load_divided(
         ModelError: a tensor has another shape than the config says, or a file cannot be read.
     """
     skip_shared_memory_operator()
-    stored = named_entries(Path(source.name_or_path))
+    stored = named_entries(folder)
     with empty_and_divided(zero_config):
-        model = build_model(config, source, dtype)
+        model = build()
     model.tie_weights()
     parameters = dict(model.named_parameters())
     missing = sorted(parameters.keys() - stored.keys())
     if missing:
-        log.info("%s: %s is stored under another name; rank 0 reads all", source.name_or_path, missing[0])
+        log.info("%s: %s is stored under another name; rank 0 reads all", folder, missing[0])
         return None
     num_bytes = 0
     by_file: dict[Path, list[str]] = {}

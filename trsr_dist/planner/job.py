@@ -18,8 +18,7 @@ from trsr_dist.errors import ConfigError, RunError
 from trsr_dist.evaluate.passes import drawn_protocols, plan_passes
 from trsr_dist.log import show
 from trsr_dist.planner import text
-from trsr_dist.planner.cost import Cluster
-from trsr_dist.planner.failures import RESTART_SECONDS, SAVE_SECONDS
+from trsr_dist.planner.cost import RESTART_SECONDS, SAVE_SECONDS, Cluster
 from trsr_dist.planner.hardware import hardware
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.planner.stages import (

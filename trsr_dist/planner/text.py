@@ -9,16 +9,17 @@ from dataclasses import asdict
 from trsr_dist.planner.cost import (
     GENERATION_FORMULA,
     PAYING_SPEEDUP,
+    RATES,
     SCORING_FORMULA,
     TRAINING_FORMULA,
     Cluster,
     Cost,
     ScaledStage,
     ScalePoint,
+    best_restarts,
     pays_up_to,
     sweep,
 )
-from trsr_dist.planner.failures import RATES, best_restarts
 from trsr_dist.planner.memory import KEPT_BY_CPU
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.planner.stages import (

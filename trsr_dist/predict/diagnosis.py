@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from trsr_dist.config.sections import PromptSection
-from trsr_dist.evaluate.score import PartScorer
+from trsr_dist.evaluate.parts import PartScorer
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.loading import ModelPrompts, load_weights, open_prompts, resolve_precision
 from trsr_dist.model.recommender import Recommender

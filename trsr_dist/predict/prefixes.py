@@ -15,7 +15,7 @@ from threading import Lock
 import numpy as np
 import torch
 
-from trsr_dist.evaluate.score import PartScorer
+from trsr_dist.evaluate.parts import PartScorer
 from trsr_dist.model.attention.backends import Attend
 from trsr_dist.model.attention.layout import Layout
 from trsr_dist.model.inputs import RowInputs

@@ -15,7 +15,7 @@ from trsr_dist.config.sections import PromptSection
 from trsr_dist.distributed import device_of
 from trsr_dist.environment import detect_ranks
 from trsr_dist.errors import ConfigError, DataError, ModelError
-from trsr_dist.evaluate.score import PartScorer
+from trsr_dist.evaluate.parts import PartScorer
 from trsr_dist.log import get_logger
 from trsr_dist.model.loading import LoadedModel, ModelPrompts, open_model, open_prompts, resolve_precision
 from trsr_dist.model.recommender import score_row

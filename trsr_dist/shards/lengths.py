@@ -6,18 +6,20 @@ folder is named by ``PromptBuilder.fingerprint``; the tars are never touched.
 
 from __future__ import annotations
 
+import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from trsr_dist.errors import DataError
 from trsr_dist.files import atomic_file, read_json
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.shards.index import KeptArrays, open_array
-from trsr_dist.shards.reader import ShardSet
+from trsr_dist.shards.manifest import Split
 
 TRIMS = ("recent_dropped", "summary_words_cut", "item_words_cut", "candidates_capped", "recent_capped")
 TRIMS_FOR_ALL = TRIMS[:3]
@@ -27,6 +29,9 @@ NUM_HEADER = 5 + len(TRIMS)
 """int32s before a file's table: CRC-32 of all that follows, samples, part of the tar's hash, damaged samples, tokens of
 the head, users with each kind of trim."""
 INT32 = np.dtype("<i4")
+LONGEST_PAUSE_SECONDS = 5.0
+STALL_SECONDS = 3600.0
+"""Waiting for the other ranks ends after so long without a new file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +94,7 @@ class Table:
         return self.prefixes + sums.astype(np.int64)
 
 
-def lengths_folder(shards: ShardSet, builder: PromptBuilder) -> Path:
+def lengths_folder(shards: Split, builder: PromptBuilder) -> Path:
     """Where the lengths of a split lie for this tokenizer and prompt style."""
     return shards.folder / f"lengths-{builder.fingerprint}"
 
@@ -102,7 +107,7 @@ class Lengths:
         folder: what ``measure_lengths`` filled.
     """
 
-    def __init__(self, shards: ShardSet, folder: Path) -> None:
+    def __init__(self, shards: Split, folder: Path) -> None:
         self.shards = shards
         self.folder = folder
         self._array = KeptArrays(lambda shard: open_array(length_path(folder, shards.facts[shard]), INT32))
@@ -142,6 +147,23 @@ class Lengths:
                 border = NUM_HEADER + int(array[1]) + 1  # between starts and values, see ``write_lengths``
                 starts, values = array[NUM_HEADER:border], array[border:]
                 yield values[starts[first] : starts[last]], np.diff(starts[first : last + 1])
+
+
+def wait_for(folder: Path, done: Callable[[], bool]) -> None:
+    """Look again and again, ever less often: many ranks wait on one file system.
+
+    Raises:
+        DataError: nothing has come into the folder for long.
+    """
+    last_count, last_change, pause = -1, time.monotonic(), 0.05
+    while not done():
+        count = len(list(folder.iterdir()))
+        if count != last_count:
+            last_count, last_change = count, time.monotonic()
+        elif time.monotonic() - last_change > STALL_SECONDS:
+            raise DataError(f"{folder}: no new file for {STALL_SECONDS:.0f} s; see what another rank says")
+        time.sleep(pause)
+        pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
 
 
 def length_path(folder: Path, facts: dict) -> Path:

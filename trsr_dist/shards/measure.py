@@ -1,15 +1,12 @@
-"""Token lengths of a split and counts of its epochs, each found once and kept beside the shards.
+"""Measures the token lengths of a split, once: they are kept beside the shards.
 
-The tasks that write shards measure lengths where the tokenizer is there, or all ranks do, each its own shards; rank 0
-counts. A restart does neither again.
+The tasks that write shards do it where the tokenizer is there, or all ranks of a training, each its own shards.
 """
 
 from __future__ import annotations
 
 import multiprocessing
-import os
 import signal
-import time
 from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -19,7 +16,6 @@ from pathlib import Path
 from trsr_dist.environment import cores_of_a_rank, die_with_parent
 from trsr_dist.errors import DataError
 from trsr_dist.files import read_json, write_json
-from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger, progress
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import TokenizedUser
@@ -33,36 +29,38 @@ from trsr_dist.shards.lengths import (
     Lengths,
     is_measured,
     lengths_folder,
+    wait_for,
     write_lengths,
 )
-from trsr_dist.shards.plan import EpochFacts, TrainPlan
 from trsr_dist.shards.reader import ShardSet
 
 MANY_SAMPLES = 4000
 """From this number on a rank measures with all cores that are its share of the node: the GPUs wait for it."""
-LONGEST_PAUSE_SECONDS = 5.0
-STALL_SECONDS = 3600.0
-"""Waiting for the other ranks ends after so long without a new file."""
 
 log = get_logger("shards")
 
 
-def measure_lengths(
-    shards: ShardSet,
-    builder: PromptBuilder,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
-    tolerate: bool = False,
-) -> Lengths:
+@dataclass(frozen=True, slots=True)
+class Share:
+    """This process among those that share the work on a split."""
+
+    rank: int = 0
+    """It measures every ``world_size``-th shard."""
+    world_size: int = 1
+    num_workers: int = 0
+    """Processes that this one starts at least; 0: none unless there is much to measure."""
+
+
+ALONE = Share()
+
+
+def measure_lengths(shards: ShardSet, builder: PromptBuilder, share: Share = ALONE, tolerate: bool = False) -> Lengths:
     """The split's lengths, measured first where they are missing. Every rank calls it.
 
     Args:
         shards: of the split.
         builder: writes the prompts.
-        rank: this process; it measures every ``world_size``-th shard.
-        world_size: how many processes share the work.
-        num_workers: processes that this one starts to measure at least; 0: none unless there is much to measure.
+        share: of this process.
         tolerate: a damaged sample counts as one without candidates, instead of an error.
 
     Raises:
@@ -70,8 +68,8 @@ def measure_lengths(
     """
     folder = lengths_folder(shards, builder)
     if not _is_complete(folder, shards, tolerate):
-        measuring = measure_share(shards, builder, rank, world_size, num_workers, tolerate)
-        if rank == 0:
+        measuring = measure_share(shards, builder, share, tolerate)
+        if share.rank == 0:
             wait_for(folder, measuring.all_done(deque(range(len(shards.facts)))))
             write_json(folder / SUMMARY, asdict(_summarize(folder, shards)))
         else:
@@ -79,14 +77,7 @@ def measure_lengths(
     return Lengths(shards, folder)
 
 
-def measure_share(
-    shards: ShardSet,
-    builder: PromptBuilder,
-    rank: int = 0,
-    world_size: int = 1,
-    num_workers: int = 0,
-    tolerate: bool = False,
-) -> Measuring:
+def measure_share(shards: ShardSet, builder: PromptBuilder, share: Share, tolerate: bool = False) -> Measuring:
     """Measure this process's shards where that is missing, and wait for no other; arguments as ``measure_lengths``."""
     folder = lengths_folder(shards, builder)
     try:
@@ -97,7 +88,7 @@ def measure_share(
             "user write there"
         ) from None
     measuring = Measuring(shards, builder, folder, tolerate)
-    _measure_shards(measuring, list(range(rank, len(shards.facts), world_size)), num_workers)
+    _measure_shards(measuring, list(range(share.rank, len(shards.facts), share.world_size)), share.num_workers)
     return measuring
 
 
@@ -109,23 +100,6 @@ def _is_complete(folder: Path, shards: ShardSet, tolerate: bool) -> bool:
     value = read_json(path)
     names = {field.name for field in fields(LengthFacts)}
     return value.keys() == names and value["shards"] == shards.manifest_hash and (tolerate or not value["num_damaged"])
-
-
-def wait_for(folder: Path, done: Callable[[], bool]) -> None:
-    """Look again and again, ever less often: many ranks wait on one file system.
-
-    Raises:
-        DataError: nothing has come into the folder for long.
-    """
-    last_count, last_change, pause = -1, time.monotonic(), 0.05
-    while not done():
-        count = len(list(folder.iterdir()))
-        if count != last_count:
-            last_count, last_change = count, time.monotonic()
-        elif time.monotonic() - last_change > STALL_SECONDS:
-            raise DataError(f"{folder}: no new file for {STALL_SECONDS:.0f} s; see what another rank says")
-        time.sleep(pause)
-        pause = min(1.5 * pause, LONGEST_PAUSE_SECONDS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,30 +233,3 @@ def _summarize(folder: Path, shards: ShardSet) -> LengthFacts:
         num_damaged=sums["damaged"],
         damaged=tuple(damaged),
     )
-
-
-def epoch_facts(plan: TrainPlan, epoch: int, rank: int = 0) -> EpochFacts:
-    """Counts of an epoch; the first time rank 0 plans all its rows (seconds per million samples), and the others wait.
-
-    Beside lengths that another user has measured nothing may be kept: then every rank counts for itself.
-
-    Args:
-        plan: of the rows.
-        epoch: from 0.
-        rank: this process.
-
-    Raises:
-        DataError: rank 0 has stopped counting.
-    """
-    key = digest([plan.identity, asdict(plan.settings), epoch])[:16]
-    folder = plan.lengths.folder
-    path = folder / f"epoch-{key}.json"
-    may_keep = os.access(folder, os.W_OK)
-    if rank and may_keep:
-        wait_for(folder, path.is_file)
-    if path.is_file():
-        return read_json(path, EpochFacts)
-    facts = plan.facts(epoch)
-    if may_keep:
-        write_json(path, asdict(facts))
-    return facts

@@ -1,18 +1,24 @@
-"""The plan of a split's rows: which candidates of which users share a row, in which order. No sample is read for it."""
+"""The plan of a split: which candidates of which users share a row, in which order, and which rank gets which rows.
+
+Arithmetic on measured lengths: no sample is read for it.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 
 import numpy as np
 
 from trsr_dist.errors import ConfigError, DataError
+from trsr_dist.files import read_json, write_json
 from trsr_dist.hashing import digest, hash64
-from trsr_dist.shards.lengths import Lengths, Table
+from trsr_dist.shards.lengths import Lengths, Table, wait_for
 from trsr_dist.shards.order import BLOCK_SAMPLES, Order, mix
-from trsr_dist.shards.packing import attended_pairs, choose_candidates, pack, row_cost, split_unit
+from trsr_dist.shards.packing import attended_pairs, choose_candidates, deal, pack, row_cost, split_unit
+from trsr_dist.shards.steps import StepSpec, StreamState, Unit
 from trsr_dist.shards.tables import CandidateTable
 
 PLAN_VERSION = 1
@@ -34,22 +40,6 @@ class PackingSettings:
     negatives_per_positive: int
     """Drawn from a user's pool in each epoch."""
     seed: int
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """A user's prefix with some of the user's candidates: what a row holds whole."""
-
-    sample: int
-    """Number of the sample in the split."""
-    prefix: int
-    """Tokens of the prefix."""
-    trimmed: bool
-    """Parts common to all candidates were cut, so all candidates are needed to write the prompts again."""
-    candidates: tuple[int, ...]
-    """Numbers of the candidates in the sample."""
-    suffixes: tuple[int, ...]
-    """Tokens of each candidate's suffix."""
 
 
 class WindowPlan:
@@ -224,6 +214,75 @@ class TrainPlan:
         unit_tokens = (facts.prefix_tokens + facts.suffix_tokens * chosen / per_user) / facts.num_samples - self.head
         samples = max(WINDOW_SAMPLES, round(WINDOW_ROWS * (self.settings.row_tokens - self.head) / unit_tokens))
         return -(-samples // BLOCK_SAMPLES)
+
+
+def epoch_facts(plan: TrainPlan, epoch: int, rank: int = 0) -> EpochFacts:
+    """Counts of an epoch; the first time rank 0 plans all its rows (seconds per million samples), and the others wait.
+
+    Beside lengths that another user has measured nothing may be kept: then every rank counts for itself.
+
+    Args:
+        plan: of the rows.
+        epoch: from 0.
+        rank: this process.
+
+    Raises:
+        DataError: rank 0 has stopped counting.
+    """
+    key = digest([plan.identity, asdict(plan.settings), epoch])[:16]
+    folder = plan.lengths.folder
+    path = folder / f"epoch-{key}.json"
+    may_keep = os.access(folder, os.W_OK)
+    if rank and may_keep:
+        wait_for(folder, path.is_file)
+    if path.is_file():
+        return read_json(path, EpochFacts)
+    facts = plan.facts(epoch)
+    if may_keep:
+        write_json(path, asdict(facts))
+    return facts
+
+
+def step_specs(plan: TrainPlan, state: StreamState, rank: int, world_size: int) -> Iterator[StepSpec]:
+    """The steps of one rank after ``state``, for ever."""
+    while True:
+        epoch = state.epoch
+        picked, state = _next_rows(plan, state)
+        if picked:
+            yield _deal_rows(picked, epoch, state, rank, world_size)
+
+
+def _next_rows(plan: TrainPlan, state: StreamState) -> tuple[list[tuple[WindowPlan, int]], StreamState]:
+    """The rows of the next step (none where the epoch has no more) and the state after it."""
+    epoch, window, row = state.epoch, state.window, state.row
+    picked: list[tuple[WindowPlan, int]] = []
+    while len(picked) < plan.settings.rows_per_step and window < plan.order.num_windows:
+        current = plan.window(epoch, window)
+        stop = min(current.num_rows, row + plan.settings.rows_per_step - len(picked))
+        picked += [(current, number) for number in range(row, stop)]
+        row = stop
+        if row == current.num_rows:
+            window, row = window + 1, 0
+    if window == plan.order.num_windows:
+        epoch, window, row = epoch + 1, 0, 0
+    return picked, replace(state, epoch=epoch, window=window, row=row, step=state.step + bool(picked))
+
+
+def _deal_rows(
+    picked: list[tuple[WindowPlan, int]], epoch: int, state: StreamState, rank: int, world_size: int
+) -> StepSpec:
+    hand = deal([plan.cost(row) for plan, row in picked], world_size)[rank]
+    rows = [picked[number][0].units(picked[number][1]) for number in hand]
+    num_places = -(-state.rows_per_step // world_size)
+    padding = [state.rows_per_step + rank + world_size * place for place in range(num_places - len(hand))]
+    return StepSpec(
+        rows=(*rows, *(() for _ in padding)),
+        numbers=(*hand, *padding),
+        num_answers=sum(plan.num_answers(row) for plan, row in picked),
+        num_users=sum(plan.num_users(row) for plan, row in picked),
+        epoch=epoch,
+        state=state,
+    )
 
 
 def check_fits(lengths: Lengths, row_tokens: int, name: str) -> None:

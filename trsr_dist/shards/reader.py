@@ -6,21 +6,19 @@ import os
 import resource
 import zlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from trsr_dist.errors import ConfigError, DataError
+from trsr_dist.errors import DataError
 from trsr_dist.files import plain, remedy_of, sha256_of
 from trsr_dist.log import get_logger
-from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.records import Sample
-from trsr_dist.run import manifest_hash
 from trsr_dist.shards.cache import ShardCache
 from trsr_dist.shards.codec import decode_sample
-from trsr_dist.shards.index import KeptArrays, index_path, open_index
-from trsr_dist.shards.manifest import read_split_manifest
+from trsr_dist.shards.index import index_path
+from trsr_dist.shards.manifest import Split
 from trsr_dist.stores import read_range
 
 OPEN_SHARDS = 4096
@@ -132,8 +130,8 @@ class OpenShard:
         return descriptor
 
 
-class ShardSet:
-    """The samples of a split, numbered from 0 in the manifest's order.
+class ShardSet(Split):
+    """The samples of a split.
 
     Args:
         folder: ``RUN/shards/{split}``.
@@ -150,44 +148,14 @@ class ShardSet:
     def __init__(
         self, folder: str | Path, cache: ShardCache | None = None, any_wording: bool = False, url: str = ""
     ) -> None:
-        self.folder = Path(folder)
+        super().__init__(Path(folder), any_wording)
         self._url = url.rstrip("/")
-        self.manifest_hash = manifest_hash(self.folder)
-        self.manifest = read_split_manifest(self.folder)
-        if not any_wording:
-            self._check_wording()
-        self.facts: list[dict] = self.manifest["shards"]
-        self.starts = np.cumsum([0, *(facts["num_samples"] for facts in self.facts)])
-        self.index = KeptArrays(self._open_index)
         self._open: OrderedDict[int, OpenShard] = OrderedDict()
         self._max_open = min(OPEN_SHARDS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // SHARE_OF_FILES)
         self._cache = cache
         if cache is not None:
             cache.keep(facts["sha256"] for facts in self.facts)
         self._check_present()
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
-
-    @property
-    def candidate_hash(self) -> str:
-        """Hash of users, candidates and labels of the split."""
-        return self.manifest["candidate_hash"]
-
-    def check_recent_items(self, num_shown: int) -> None:
-        """Whether a prompt with the latest ``num_shown`` items, at most, leaves out none of a user's.
-
-        Raises:
-            ConfigError: the samples hold fewer; or they hold more, and no summary tells of those between.
-        """
-        settings = self.manifest["settings"]
-        kept, scheme = settings.get("recent_items", num_shown), settings.get("scheme")
-        if num_shown > kept or (num_shown < kept and scheme == "raw"):
-            reason = "its users have no more" if num_shown > kept else "its older items end before those"
-            raise ConfigError(
-                f"{self.folder}: made with prompt.recent_items={kept}, and {reason}; the prompt shows {num_shown}; "
-                f"set prompt.recent_items={kept}, or run launch/summarize.py with {num_shown}"
-            )
 
     def read(self, index: int, chosen: Sequence[int] | None = None) -> Sample:
         """A sample, with some of its candidates or all.
@@ -207,40 +175,12 @@ class ShardSet:
         """Samples in the given order."""
         return [self.read(index) for index in indices]
 
-    def sizes(self, start: int, stop: int) -> np.ndarray:
-        """int64, shape (stop - start,): payload bytes of neighbouring samples, a measure of their cost."""
-        parts = [self.index(shard)["num_bytes"][a:b] for shard, a, b in self.ranges(start, stop)]
-        return np.concatenate([np.zeros(0, np.int64), *parts]).astype(np.int64)
-
-    def keys(self, start: int, stop: int) -> np.ndarray:
-        """uint64, shape (stop - start,): a hash of each sample's user."""
-        parts = [self.index(shard)["key"][a:b] for shard, a, b in self.ranges(start, stop)]
-        return np.concatenate([np.zeros(0, np.uint64), *parts])
-
-    def locate(self, index: int) -> tuple[int, int]:
-        """Shard number and the sample's number in it."""
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {len(self)}")
-        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
-        return shard, index - int(self.starts[shard])
-
-    def ranges(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
-        """(shard, first, last + 1) of the pieces that make up samples ``start`` to ``stop - 1``."""
-        while start < stop:
-            shard, first = self.locate(start)
-            end = min(stop, int(self.starts[shard + 1]))
-            yield shard, first, first + end - start
-            start = end
-
     def advise(self, start: int, stop: int) -> None:
         """Ask the kernel to read neighbouring samples ahead; with copies on the node, or a store, there is no need."""
         if self._cache is not None or self._url:
             return
         for shard, first, last in self.ranges(start, stop):
             self.shard(shard).advise(first, last)
-
-    def path(self, shard: int) -> Path:
-        return self.folder / self.facts[shard]["name"]
 
     def shard(self, shard: int) -> OpenShard:
         """An open shard; the least recently used ones are closed."""
@@ -262,20 +202,6 @@ class ShardSet:
         for opened in self._open.values():
             opened.close()
         self._open.clear()
-
-    def _open_index(self, shard: int) -> np.ndarray:
-        """The tar is not looked at."""
-        facts = self.facts[shard]
-        return open_index(self.path(shard), facts["sha256"], facts["num_samples"])
-
-    def _check_wording(self) -> None:
-        """Tars of another program tell nothing of it."""
-        found = self.manifest["settings"].get("wording", WORDING_VERSION)
-        if found != WORDING_VERSION:
-            raise DataError(
-                f"{self.folder}: its summaries were made with prompts of version {found}, now they are of version "
-                f"{WORDING_VERSION}; make the shards again: launch/summarize.py with --force, or in another run.dir"
-            )
 
     def _check_present(self) -> None:
         present = {entry.name: entry.is_file() for entry in os.scandir(self.folder)}

@@ -1,15 +1,32 @@
-"""Steps: consecutive rows of the plan, dealt to the ranks; and where a stream stands. Arithmetic only."""
+"""What the plan hands to readers, and they to the training: units, steps, and where a stream stands. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from trsr_dist.errors import CheckpointError
 from trsr_dist.rows import PackedRow
-from trsr_dist.shards.packing import deal
-from trsr_dist.shards.plan import TrainPlan, Unit, WindowPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """A user's prefix with some of the user's candidates: what a row holds whole."""
+
+    sample: int
+    """Number of the sample in the split."""
+    prefix: int
+    """Tokens of the prefix."""
+    trimmed: bool
+    """Parts common to all candidates were cut, so all candidates are needed to write the prompts again."""
+    candidates: tuple[int, ...]
+    """Numbers of the candidates in the sample."""
+    suffixes: tuple[int, ...]
+    """Tokens of each candidate's suffix."""
+
+
+POSITION = ("epoch", "window", "row", "step")
+"""Fields of a stream's state that say where it stands; all others must stay equal when a training goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +65,7 @@ class StreamState:
         Raises:
             CheckpointError: names the first difference.
         """
-        for name in (
-            "shards",
-            "prompt",
-            "plan",
-            "row_tokens",
-            "rows_per_step",
-            "negatives_per_positive",
-            "seed",
-            "teacher",
-        ):
+        for name in (field.name for field in fields(self) if field.name not in POSITION):
             saved, now = getattr(self, name), getattr(start, name)
             if saved != now:
                 raise CheckpointError(
@@ -98,45 +106,3 @@ class Step:
     """After this step."""
     errors: tuple[str, ...] = ()
     """What was wrong with this rank's samples that are left out."""
-
-
-def step_specs(plan: TrainPlan, state: StreamState, rank: int, world_size: int) -> Iterator[StepSpec]:
-    """The steps of one rank after ``state``, for ever."""
-    while True:
-        epoch = state.epoch
-        picked, state = _next_rows(plan, state)
-        if picked:
-            yield _deal_rows(picked, epoch, state, rank, world_size)
-
-
-def _next_rows(plan: TrainPlan, state: StreamState) -> tuple[list[tuple[WindowPlan, int]], StreamState]:
-    """The rows of the next step (none where the epoch has no more) and the state after it."""
-    epoch, window, row = state.epoch, state.window, state.row
-    picked: list[tuple[WindowPlan, int]] = []
-    while len(picked) < plan.settings.rows_per_step and window < plan.order.num_windows:
-        current = plan.window(epoch, window)
-        stop = min(current.num_rows, row + plan.settings.rows_per_step - len(picked))
-        picked += [(current, number) for number in range(row, stop)]
-        row = stop
-        if row == current.num_rows:
-            window, row = window + 1, 0
-    if window == plan.order.num_windows:
-        epoch, window, row = epoch + 1, 0, 0
-    return picked, replace(state, epoch=epoch, window=window, row=row, step=state.step + bool(picked))
-
-
-def _deal_rows(
-    picked: list[tuple[WindowPlan, int]], epoch: int, state: StreamState, rank: int, world_size: int
-) -> StepSpec:
-    hand = deal([plan.cost(row) for plan, row in picked], world_size)[rank]
-    rows = [picked[number][0].units(picked[number][1]) for number in hand]
-    num_places = -(-state.rows_per_step // world_size)
-    padding = [state.rows_per_step + rank + world_size * place for place in range(num_places - len(hand))]
-    return StepSpec(
-        rows=(*rows, *(() for _ in padding)),
-        numbers=(*hand, *padding),
-        num_answers=sum(plan.num_answers(row) for plan, row in picked),
-        num_users=sum(plan.num_users(row) for plan, row in picked),
-        epoch=epoch,
-        state=state,
-    )

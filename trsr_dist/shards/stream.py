@@ -24,10 +24,10 @@ from trsr_dist.log import get_logger
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import PackedRow, pack_row
-from trsr_dist.shards.measure import epoch_facts, measure_lengths
-from trsr_dist.shards.plan import PackingSettings, TrainPlan, Unit
+from trsr_dist.shards.measure import ALONE, Share, measure_lengths
+from trsr_dist.shards.plan import PackingSettings, TrainPlan, epoch_facts, step_specs
 from trsr_dist.shards.reader import ShardSet
-from trsr_dist.shards.steps import Step, StepSpec, StreamState, step_specs
+from trsr_dist.shards.steps import Step, StepSpec, StreamState, Unit
 from trsr_dist.shards.tables import CandidateTable
 
 ADVISED_STEPS = 4
@@ -43,9 +43,7 @@ class TrainStream:
         shards: train split.
         builder: writes the prompts.
         settings: packing, draw of negatives, seed.
-        rank: this process.
-        world_size: number of processes.
-        num_workers: reader processes of this rank; 0 reads in this process.
+        share: of this process; its workers read, none: it reads itself.
         max_data_errors: damaged samples are left out and counted; more than this many on one rank stop the run. None:
             the first one does.
         state: go on after this step; None: from the start.
@@ -63,17 +61,14 @@ class TrainStream:
         shards: ShardSet,
         builder: PromptBuilder,
         settings: PackingSettings,
-        rank: int = 0,
-        world_size: int = 1,
-        num_workers: int = 0,
+        share: Share = ALONE,
         max_data_errors: int | None = None,
         state: StreamState | None = None,
         teacher: CandidateTable | None = None,
         pool: CandidateTable | None = None,
     ) -> None:
         shards.check_recent_items(builder.recent_items)
-        tolerate = max_data_errors is not None
-        lengths = measure_lengths(shards, builder, rank, world_size, num_workers, tolerate)
+        lengths = measure_lengths(shards, builder, share, tolerate=max_data_errors is not None)
         self.plan = TrainPlan(lengths, settings, pool)
         self.teacher = teacher
         taught_by = "" if teacher is None else teacher.sha256
@@ -85,21 +80,19 @@ class TrainStream:
             state.check(start)
         self._state = state or start
         self._reader = StepReader(shards, builder, None if teacher is None else teacher.values)
-        self._rank = rank
-        self._world_size = world_size
-        self._num_workers = num_workers
+        self._share = share
         self._max_data_errors = max_data_errors
         self.num_errors = 0
         self._check_damage(lengths.facts.num_damaged, f"{lengths.folder}: {lengths.facts.damaged} hold damaged samples")
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Exact number of steps. Every rank calls it: rank 0 counts, once, see ``epoch_facts``."""
-        return epoch_facts(self.plan, epoch, self._rank).num_steps
+        return epoch_facts(self.plan, epoch, self._share.rank).num_steps
 
     def __iter__(self) -> Iterator[Step]:
-        specs = step_specs(self.plan, self._state, self._rank, self._world_size)
+        specs = step_specs(self.plan, self._state, self._share.rank, self._share.world_size)
         advised = advise_ahead(specs, self._reader.shards)
-        with load_steps(self._reader, advised, self._num_workers) as steps:
+        with load_steps(self._reader, advised, self._share.num_workers) as steps:
             for step in steps:
                 for error in step.errors:
                     self.num_errors += 1

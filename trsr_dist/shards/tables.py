@@ -16,8 +16,7 @@ import numpy as np
 from trsr_dist.errors import DataError, RunError
 from trsr_dist.files import atomic_file, sha256_of
 from trsr_dist.hashing import digest
-from trsr_dist.run import MANIFEST, check_inputs, read_manifest, write_manifest
-from trsr_dist.shards.reader import ShardSet
+from trsr_dist.run import MANIFEST, check_inputs, manifest_hash, read_manifest, write_manifest
 
 TABLE = "table.npy"
 MINED = "mined"
@@ -35,20 +34,20 @@ class CandidateTable:
     manifest: dict[str, Any]
 
 
-def scores_folder(shards: ShardSet, model: str) -> Path:
-    """Where the scores of a model lie, named by it (``model_identity``) and the shards."""
-    return shards.folder / f"scores-{digest(model)[:12]}-{shards.manifest_hash[:12]}"
+def scores_folder(split: Path, model: str) -> Path:
+    """Where the scores of a model lie, named by it (``model_identity``) and the split's manifest."""
+    return split / f"scores-{digest(model)[:12]}-{manifest_hash(split)[:12]}"
 
 
 def write_table(
-    folder: Path, rows: Sequence[np.ndarray], shards: ShardSet, stage: str, settings: dict[str, Any], **facts: Any
+    folder: Path, rows: Sequence[np.ndarray], shards_hash: str, stage: str, settings: dict[str, Any], **facts: Any
 ) -> None:
     """Publish a table; its manifest, which is written last, makes it complete.
 
     Args:
         folder: of the table.
         rows: float32 or bool, of each sample in order one value a candidate.
-        shards: of the split.
+        shards_hash: of the split's manifest.
         stage: that computed them.
         settings: what the values depend on beside the shards.
         **facts: kept in the manifest.
@@ -60,15 +59,15 @@ def write_table(
     (folder / MANIFEST).unlink(missing_ok=True)
     with atomic_file(folder / TABLE, "wb") as stream:
         np.save(stream, values)
-    write_manifest(folder, stage, settings, {"shards": shards.manifest_hash}, sha256=sha256_of(folder / TABLE), **facts)
+    write_manifest(folder, stage, settings, {"shards": shards_hash}, sha256=sha256_of(folder / TABLE), **facts)
 
 
-def open_table(folder: Path, shards: ShardSet, remedy: str) -> CandidateTable:
+def open_table(folder: Path, shards_hash: str, remedy: str) -> CandidateTable:
     """The table of a folder.
 
     Args:
         folder: that ``write_table`` filled.
-        shards: of the split, which must be those of the table.
+        shards_hash: of the split's manifest, which must be the table's.
         remedy: what makes the table.
 
     Raises:
@@ -79,7 +78,7 @@ def open_table(folder: Path, shards: ShardSet, remedy: str) -> CandidateTable:
         beside = sorted(path.parent.name for path in folder.parent.glob(f"{folder.name.partition('-')[0]}*/{MANIFEST}"))
         others = f" (complete there: {', '.join(beside)})" if beside else ""
         raise RunError(f"{folder}: not there, or not complete{others}; {remedy}")
-    check_inputs(folder, {"shards": shards.manifest_hash}, remedy)
+    check_inputs(folder, {"shards": shards_hash}, remedy)
     manifest, path = read_manifest(folder), folder / TABLE
     sha256 = sha256_of(path) if path.is_file() else ""
     if sha256 != manifest.get("sha256"):

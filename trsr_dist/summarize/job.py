@@ -11,6 +11,7 @@ import sys
 import time
 import uuid
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,7 +24,7 @@ from trsr_dist.data.store import HistoryStore
 from trsr_dist.environment import Ranks, array_task, detect_ranks
 from trsr_dist.errors import DataError, EngineError, ModelError, RunError, TrsrError
 from trsr_dist.files import recover_folder, sweep, writing
-from trsr_dist.hashing import digest
+from trsr_dist.hashing import digest, hash64
 from trsr_dist.leases import LeaseFolder
 from trsr_dist.liveness import Owner, touching
 from trsr_dist.locks import claim
@@ -32,7 +33,7 @@ from trsr_dist.printable import strike_addresses
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.run import SPLITS, RunFolder, is_finished
-from trsr_dist.shards.measure import measure_share
+from trsr_dist.shards.measure import Share, measure_share
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.engines.build import build_engine, engine_identity, revision_to_load
@@ -82,17 +83,31 @@ def summarize(config: Config, force: bool = False) -> int:
     earlier = signal.signal(signal.SIGTERM, _stop)
     try:
         with writing(run.root):
-            job = Job(config, run, store, task, force)
-            job.tidy()
-            if job.unpublished:
-                job.run()
+            if config.summarize.samples:
+                for number in range(config.summarize.samples):
+                    complete(Job(sample_config(config, number), run.sample(number), store, task, force, ("train",)))
             else:
-                job.write_config(only_missing=True)
-                log.info("%s: nothing to do, the shards of %s are there", run.shards, ", ".join(SPLITS))
-            measure_ahead(config, run, task)
+                complete(Job(config, run, store, task, force))
+                measure_ahead(config, run, task)
     finally:
         signal.signal(signal.SIGTERM, earlier)
     return 0
+
+
+def complete(job: Job) -> None:
+    """Work until the job's sets are published."""
+    job.tidy()
+    if job.unpublished:
+        job.run()
+    else:
+        job.write_config(only_missing=True)
+        log.info("%s: nothing to do, the shards of %s are there", job.run_folder.shards, ", ".join(job.works))
+
+
+def sample_config(config: Config, number: int) -> Config:
+    """The config of one of ``summarize.samples``: it differs by the sampling's seed alone."""
+    seed = hash64(config.run.seed, "sample", number) >> 1
+    return config.model_copy(update={"run": config.run.model_copy(update={"seed": seed})})
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -104,12 +119,20 @@ def _stop(number: int, frame: FrameType | None) -> None:
 class Job:
     """Everything a task needs, put together from the config."""
 
-    def __init__(self, config: Config, run: RunFolder, store: HistoryStore, task: Task, force: bool) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: RunFolder,
+        store: HistoryStore,
+        task: Task,
+        force: bool,
+        splits: Sequence[str] = SPLITS,
+    ) -> None:
         self.config = config
         self.run_folder = run
         self.store = store
         self.task = task
-        self.model = run.resolve(config.summarize.model)
+        self.model = RunFolder(Path(config.run.dir)).resolve(config.summarize.model)
         self.identity = engine_identity(config.summarize, self.model, config.run.seed, run.summaries)
         self.settings = shard_settings(config, self.identity)
         self.inputs = {"histories": store.manifest_hash}
@@ -119,10 +142,10 @@ class Job:
         self.redo = force and task.count == 1
         """Redo finished sets. Of several tasks, none could tell an old set from what another has just made."""
         self._gone_since: dict[str, float] = {}
-        for split in SPLITS:
+        for split in splits:
             recover_folder(run.split(split), locked=False)
         self.works: dict[str, SplitWork] = {}
-        for split in SPLITS:
+        for split in splits:
             folder = run.summaries / "work" / work_name(split, self.settings, self.inputs)
             self.works[split] = SplitWork(folder, split, store.num_users(split), config.summarize.users_per_shard)
         self.unpublished = {s: work for s, work in self.works.items() if self.redo or not self._is_published(s)}
@@ -310,7 +333,7 @@ def measure_ahead(config: Config, run: RunFolder, task: Task) -> None:
     try:
         tokenizer = load_tokenizer(BaseSource(base, trust_remote_code=config.model.trust_remote_code))
         builder = PromptBuilder(tokenizer, **config.prompt.model_dump())
-        measure_share(ShardSet(run.split("train")), builder, task.index, task.count)
+        measure_share(ShardSet(run.split("train")), builder, Share(task.index, task.count))
     except (DataError, ModelError) as error:
         log.warning("the shards are written; their token lengths could not be measured: %s", error)
 

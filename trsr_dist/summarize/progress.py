@@ -24,7 +24,8 @@ from trsr_dist.files import read_json, write_json
 from trsr_dist.hashing import digest
 from trsr_dist.leases import LeaseFolder
 from trsr_dist.liveness import reader_time
-from trsr_dist.log import MetricLog, progress
+from trsr_dist.log import progress
+from trsr_dist.metric_log import MetricLog
 from trsr_dist.run import MANIFEST, Manifest, RunFolder, read_manifest
 from trsr_dist.summarize.units import Failed, SplitWork
 

@@ -10,7 +10,7 @@ import deepspeed
 import torch
 from torch import nn
 
-from trsr_dist.config.zero import OFFLOADS
+from trsr_dist.config.files import OFFLOADS
 from trsr_dist.errors import ModelError
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.model.zero3 import skip_shared_memory_operator

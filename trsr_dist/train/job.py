@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from trsr_dist import distributed
 from trsr_dist.cli import EXIT_REQUEUE
@@ -14,9 +16,11 @@ from trsr_dist.errors import TrsrError
 from trsr_dist.files import writing
 from trsr_dist.locks import FolderLock, folder_lock
 from trsr_dist.log import get_logger, setup_logging
-from trsr_dist.run import RunFolder
-from trsr_dist.train.build import build_trainer, first_state, resume_settings
-from trsr_dist.train.checkpoints import CheckpointFolder
+from trsr_dist.run import RunFolder, manifest_hash
+from trsr_dist.trackers import open_metrics
+from trsr_dist.train.checkpoints import Checkpoint, CheckpointFolder, TrainerState
+from trsr_dist.train.elastic import Saving, restore_state, start_from
+from trsr_dist.train.engine import Engine
 from trsr_dist.train.lifecycle import (
     Heartbeat,
     StopReasons,
@@ -26,9 +30,12 @@ from trsr_dist.train.lifecycle import (
     follow_launcher,
     walltime_of,
 )
-from trsr_dist.train.prepare import prepare
-from trsr_dist.train.start import check_base, check_finished, check_settings, newest_for_all
-from trsr_dist.train.trainer import Control, Ending
+from trsr_dist.train.model import build_model, flops_counter, peak_flops
+from trsr_dist.train.monitor import Monitor
+from trsr_dist.train.prepare import Prepared, prepare
+from trsr_dist.train.start import check_base, check_finished, check_settings, newest_for_all, resume_settings
+from trsr_dist.train.step import StepRunner
+from trsr_dist.train.trainer import Control, Ending, LoopSettings, Trainer
 
 log = get_logger("train")
 
@@ -76,7 +83,7 @@ def _train(
     settings, marks = resume_settings(config, prepared.num_steps)
     state = first_state(config, run, prepared, checkpoint, settings)
     if checkpoint is not None:
-        check_base(checkpoint, prepared.name, prepared.fingerprint)
+        check_base(checkpoint, prepared.model.name, prepared.fingerprint)
         is_validated = prepared.validator is None or not state.awaits_validation
         if is_validated and state.is_over(prepared.num_steps, config.train.early_stopping_patience):
             check_finished(checkpoint, settings)
@@ -89,6 +96,131 @@ def _train(
     ending = trainer.run()
     _say_ending(ending, trainer.state.step, prepared.num_steps)
     return ending
+
+
+def first_state(
+    config: Config, run: RunFolder, prepared: Prepared, checkpoint: Checkpoint | None, settings: dict[str, Any]
+) -> TrainerState:
+    """Where to go on, under this run's settings."""
+    start = TrainerState(0, 0, {}) if checkpoint is None else checkpoint.state
+    state = replace(start, settings=settings)
+    if prepared.validator is None:
+        return state
+    valid = manifest_hash(run.split("valid"))
+    return state.under({"metric": config.train.best_metric, "users": prepared.validator.num_users, "shards": valid})
+
+
+def build_trainer(
+    config: Config,
+    run: RunFolder,
+    ranks: Ranks,
+    prepared: Prepared,
+    checkpoints: CheckpointFolder,
+    checkpoint: Checkpoint | None,
+    state: TrainerState,
+    control: Control,
+) -> Trainer:
+    """The loop, ready to run. All ranks call it.
+
+    Args:
+        config: of the run.
+        run: its folder.
+        ranks: this process.
+        prepared: checked and planned.
+        checkpoints: where the loop saves.
+        checkpoint: to go on from; None: a new training.
+        state: of ``first_state``.
+        control: what watches over this rank.
+    """
+    train = config.train
+    model, adapter = build_model(config, ranks, prepared.model)
+    engine = Engine(model, prepared.model.zero_config, train.weight_decay, train.adam_betas)
+    _restore(engine, prepared, checkpoint)
+    saving = Saving(engine, checkpoints, ranks.is_main, adapter, _provenance(config, run, prepared, checkpoint))
+    metrics = None
+    if ranks.is_main:
+        metrics = open_metrics(config, run.root, "train", state.step + 1, checkpoints.fence)
+    monitor = Monitor(
+        metrics,
+        prepared.num_steps,
+        state.step,
+        train.log_every_steps,
+        flops_counter(prepared.model.config, engine, train.loss == "full_text"),
+        peak_flops(ranks.world_size),
+    )
+    answer_ids, seed = prepared.model.builder.answer_ids, config.run.seed
+    runner = StepRunner(
+        engine, train.loss, answer_ids, train.row_tokens, seed, control.heartbeat,
+        train.teacher_weight, train.teacher_temperature,
+    )  # fmt: skip
+    return Trainer(
+        engine, prepared.stream, runner, _loop_settings(config, prepared), saving, prepared.validator, state, monitor,
+        control,
+    )  # fmt: skip
+
+
+def _restore(engine: Engine, prepared: Prepared, checkpoint: Checkpoint | None) -> None:
+    """The checkpoint's weights and moments, or those of an earlier training's adapter."""
+    if checkpoint is not None:
+        restore_state(engine, checkpoint.tensors, checkpoint.state.adam_step)
+        log.info("resumed from %s", checkpoint.folder)
+    elif prepared.initial is not None:
+        start_from(engine, prepared.initial.weights)
+        log.info("starts from %s", prepared.initial.folder)
+
+
+def _loop_settings(config: Config, prepared: Prepared) -> LoopSettings:
+    train = config.train
+    return LoopSettings(
+        num_steps=prepared.num_steps,
+        learning_rate=train.learning_rate,
+        warmup_ratio=train.warmup_ratio,
+        schedule=train.schedule,
+        save_every_steps=train.save_every_steps,
+        evaluate_every_steps=train.evaluate_every_steps,
+        best_metric=train.best_metric,
+        early_stopping_patience=train.early_stopping_patience,
+        max_bad_steps=train.max_bad_steps,
+    )
+
+
+def _provenance(
+    config: Config, run: RunFolder, prepared: Prepared, checkpoint: Checkpoint | None
+) -> Callable[[TrainerState], dict[str, Any]]:
+    """From a state to what a later stage must know of its checkpoint; kept with it and with the merged model."""
+    train, initial = config.train, prepared.initial
+    origin: dict[str, str] = {}
+    if checkpoint is not None:
+        origin = checkpoint.provenance.get("init_adapter", {})
+    elif initial is not None:
+        origin = {"folder": str(initial.folder), "sha256": initial.digest}
+    teacher = {} if prepared.stream.teacher is None else {"teacher": prepared.stream.teacher.manifest}
+    base = {"name_or_path": prepared.model.name, "revision": config.model.revision, "fingerprint": prepared.fingerprint}
+
+    def describe(state: TrainerState) -> dict[str, Any]:
+        return {
+            "base": base,
+            "init_adapter": origin,
+            "prompt": prepared.model.builder.settings,
+            "answer_ids": list(prepared.model.builder.answer_ids),
+            "domain": config.domain,
+            "shards": {"train": manifest_hash(run.split("train"))},
+            **teacher,
+            "train": {
+                "step": state.step,
+                "num_steps": prepared.num_steps,
+                "loss": train.loss,
+                "negatives_per_positive": train.negatives_per_positive,
+                "learning_rate": train.learning_rate,
+                "precision": prepared.model.precision,
+                "zero_stage": prepared.model.zero.stage,
+                "best_value": state.best_value,
+                "seed": config.run.seed,
+            },
+            "config": config.model_dump(mode="json"),
+        }
+
+    return describe
 
 
 def _begin(config: Config, run: RunFolder, checkpoints: CheckpointFolder, best_step: int, force: bool) -> None:

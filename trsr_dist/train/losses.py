@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import cross_entropy, logsigmoid
 
-from trsr_dist.model.inputs import RowInputs
+from trsr_dist.model.inputs import RowInputs, text_targets
 from trsr_dist.model.recommender import Want
-from trsr_dist.model.text_targets import text_targets
 
 WANTS: dict[str, Want] = {
     "answer": "logits",

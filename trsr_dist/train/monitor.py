@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from trsr_dist.log import MetricLog, get_logger, progress
+from trsr_dist.log import get_logger, progress
+from trsr_dist.metric_log import MetricLog
 from trsr_dist.train.meter import Sums, scalars
 
 log = get_logger("train")

@@ -4,35 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-from transformers import PretrainedConfig
-
-from trsr_dist.bases import BaseName, base_folder
 from trsr_dist.config import Config
-from trsr_dist.config.zero import find_file, read_zero_config
-from trsr_dist.distributed import device_of, on_rank_zero, once_per_node
+from trsr_dist.distributed import on_rank_zero
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import ConfigError
 from trsr_dist.evaluate.evaluation import model_identity
 from trsr_dist.log import get_logger
 from trsr_dist.model.artifacts import base_fingerprint, follow
-from trsr_dist.model.loading import resolve_precision, shared_backend
-from trsr_dist.model.zero3 import check_equal_calls
-from trsr_dist.planner.memory import ZeroSetting
-from trsr_dist.pretrained import BaseSource, load_config, load_tokenizer
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import RANKING_LOSSES
-from trsr_dist.run import RUN, RunFolder
+from trsr_dist.run import RunFolder
 from trsr_dist.shards.cache import open_cache
+from trsr_dist.shards.measure import Share
 from trsr_dist.shards.plan import PackingSettings
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.steps import StreamState
 from trsr_dist.shards.stream import TrainStream
 from trsr_dist.shards.tables import MINED, CandidateTable, open_table, scores_folder
 from trsr_dist.train.checkpoints import Checkpoint
-from trsr_dist.train.engine import complete_zero_config, zero_setting
+from trsr_dist.train.model import ModelSetup, set_up_model
 from trsr_dist.train.start import InitialAdapter, read_initial
 from trsr_dist.train.validation import Validator
 
@@ -43,30 +34,15 @@ log = get_logger("train")
 class Prepared:
     """What the builders need."""
 
-    source: BaseSource
-    """The base, in a local folder."""
-    name: str
-    """Of the base as it is recorded: a path or a hub id."""
+    model: ModelSetup
     fingerprint: str
     """Of the base, on rank 0's node."""
     initial: InitialAdapter | None
     """None where the adapter is a fresh one, or the checkpoint's."""
-    model_config: PretrainedConfig
-    builder: PromptBuilder
-    tokenizer: Any
     stream: TrainStream
     validator: Validator | None
     """None where the run never ranks the validation users."""
     num_steps: int
-    zero: ZeroSetting
-    zero_config: dict[str, Any]
-    precision: str
-    backend: str | None
-    """Of the shared-prefix attention."""
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return getattr(torch, self.precision)
 
 
 def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint | None) -> Prepared:
@@ -84,72 +60,16 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
             f"{ranks.world_size} ranks share train.rows_per_step={train.rows_per_step} rows, so that some would have "
             "nothing to do; raise train.rows_per_step or take fewer ranks"
         )
-    settings = read_zero_config(find_file(train.deepspeed_config))
-    source, name = base_source(config, run, ranks)
-    tokenizer, model_config = load_tokenizer(source), load_config(source)
-    builder = PromptBuilder(tokenizer, **config.prompt.model_dump())
-    precision = resolve_precision(train.precision, device_of(ranks))
-    device = device_of(ranks)
-    backend = shared_backend(
-        model_config, config.model.attention, device, getattr(torch, precision), builder.max_tokens
-    )
-    rows_per_rank = -(-train.rows_per_step // ranks.world_size)
-    zero_config = complete_zero_config(
-        settings, rows_per_rank, ranks.world_size, precision, train.max_grad_norm, device.type == "cuda"
-    )
-    zero = zero_setting(zero_config)
-    if zero.stage == 3:
-        if config.model.quantization != "none":
-            raise ConfigError(
-                f"model.quantization={config.model.quantization} and ZeRO stage 3 exclude each other: quantized "
-                "weights cannot be divided; take ds_configs/zero1.json"
-            )
-        check_equal_calls(backend, ranks.world_size)
-    validator = open_validator(config, run, ranks, builder)
-    stream = open_stream(config, run, ranks, builder, checkpoint)
-    check_loss(train.loss, backend, stream, train.row_tokens)
-    fingerprint = on_rank_zero(lambda: base_fingerprint(source.name_or_path))
+    model = set_up_model(config, run, ranks)
+    validator = open_validator(config, run, ranks, model.builder)
+    stream = open_stream(config, run, ranks, model.builder, checkpoint)
+    check_loss(train.loss, model.backend, stream, train.row_tokens)
+    fingerprint = on_rank_zero(lambda: base_fingerprint(model.source.name_or_path))
     initial = None
     if train.init_adapter and checkpoint is None:
-        initial = read_initial(run.resolve(train.init_adapter), config.lora.model_dump(), source, fingerprint)
-    return Prepared(
-        source=source,
-        name=name,
-        fingerprint=fingerprint,
-        initial=initial,
-        model_config=model_config,
-        builder=builder,
-        tokenizer=tokenizer,
-        stream=stream,
-        validator=validator,
-        num_steps=count_steps(stream, train.num_epochs, train.max_steps),
-        zero=zero,
-        zero_config=zero_config,
-        precision=precision,
-        backend=backend,
-    )
-
-
-def base_source(config: Config, run: RunFolder, ranks: Ranks) -> tuple[BaseSource, str]:
-    """The base in a local folder (one of the hub is fetched by one rank of each node), and its recorded name.
-
-    Raises:
-        ConfigError: no base is named.
-        ModelError: it is not here and not on the hub.
-    """
-    if not config.model.name_or_path:
-        raise ConfigError("model.name_or_path is empty: name a base model's folder or hub id")
-    name = run.resolve(config.model.name_or_path)
-    base = BaseName(name, config.model.revision, "")
-    remedy = "set model.name_or_path to the folder or hub id of a model"
-    if config.model.name_or_path.startswith(RUN):
-        remedy = f"make it with tools/make_tiny_base.py, or {remedy}"
-    with_code = config.model.trust_remote_code
-    if not Path(name).is_dir():
-        log.info("base %s: looking for it in the hub's cache, else on the hub", name)
-    once_per_node(lambda: base_folder(base, None, remedy, with_code), ranks)
-    folder = str(base_folder(base, None, remedy, with_code))
-    return BaseSource(folder, "", with_code, config.model.quantization), name
+        initial = read_initial(run.resolve(train.init_adapter), config.lora.model_dump(), model.source, fingerprint)
+    num_steps = count_steps(stream, train.num_epochs, train.max_steps)
+    return Prepared(model, fingerprint, initial, stream, validator, num_steps)
 
 
 def packing_settings(config: Config) -> PackingSettings:
@@ -168,9 +88,7 @@ def open_stream(
         shards,
         builder,
         packing_settings(config),
-        ranks.rank,
-        ranks.world_size,
-        train.num_workers,
+        Share(ranks.rank, ranks.world_size, train.num_workers),
         train.max_data_errors if train.data_errors == "skip" else None,
         None if checkpoint is None else StreamState.from_dict(checkpoint.state.stream),
         open_teacher(config, run, shards) if train.loss == "distill" else None,
@@ -186,7 +104,7 @@ def open_pool(shards: ShardSet, negatives_per_positive: int) -> CandidateTable:
         ConfigError: fewer stay than are drawn.
         DataError: the table is damaged.
     """
-    pool = open_table(shards.folder / MINED, shards, "run tools/mine_negatives.py with this config")
+    pool = open_table(shards.folder / MINED, shards.manifest_hash, "run tools/mine_negatives.py with this config")
     num_kept = pool.manifest["settings"]["negatives_per_positive"]
     if num_kept < negatives_per_positive:
         raise ConfigError(
@@ -205,7 +123,9 @@ def open_teacher(config: Config, run: RunFolder, shards: ShardSet) -> CandidateT
     """
     name = str(follow(Path(run.resolve(config.train.teacher))))
     remedy = f"run tools/score_shards.py with this config and --model {config.train.teacher}"
-    teacher = open_table(scores_folder(shards, model_identity(name, config.model.revision)), shards, remedy)
+    teacher = open_table(
+        scores_folder(shards.folder, model_identity(name, config.model.revision)), shards.manifest_hash, remedy
+    )
     if teacher.manifest["trained_on_these_shards"] is False:
         log.warning(
             "train.teacher=%s was trained on other shards: what it says may tell of the valid and test users", name

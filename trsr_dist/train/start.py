@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig
 
 from trsr_dist.bases import ADAPTER_CONFIG, adapter_file
-from trsr_dist.config.on_resume import OnResume
+from trsr_dist.config import Config
+from trsr_dist.config.kinds import OnResume, marked_settings
 from trsr_dist.distributed import gather_objects, on_rank_zero
 from trsr_dist.errors import CheckpointError, ConfigError, ModelError, RunError
 from trsr_dist.files import sha256_of
@@ -63,6 +64,22 @@ def newest_for_all(checkpoints: CheckpointFolder) -> Checkpoint | None:
                 "all nodes share"
             )
     return found
+
+
+def resume_settings(config: Config, num_steps: int) -> tuple[dict[str, Any], dict[str, OnResume]]:
+    """What the losses depend on beside data and model: values to record, and what a change of each means."""
+    settings: dict[str, Any] = {}
+    marks: dict[str, OnResume] = {}
+    for name, section in (("train", config.train), ("lora", config.lora)):
+        values = section.model_dump(mode="json")
+        found = {f"{name}.{key}": mark for key, mark in marked_settings(section).items()}
+        settings |= {key: values[key.partition(".")[2]] for key in found}
+        marks |= found
+        if name == "train":
+            settings["steps"] = num_steps
+    if isinstance(settings["lora.target_modules"], list):
+        settings["lora.target_modules"].sort()  # the order says nothing
+    return settings, marks
 
 
 def check_base(checkpoint: Checkpoint, name: str, fingerprint: str) -> None:

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from trsr_dist.distributed import gather_objects
 from trsr_dist.errors import ModelError
 from trsr_dist.log import get_logger
 from trsr_dist.shards.steps import Step
-from trsr_dist.shards.stream import TrainStream
 from trsr_dist.train.checkpoints import TrainerState
 from trsr_dist.train.elastic import Saving
 from trsr_dist.train.engine import Engine, StepOutcome, check_gradients
 from trsr_dist.train.lifecycle import DATA, END, SAVING, UPDATE, Heartbeat, StopReasons
 from trsr_dist.train.monitor import Monitor, Progress
-from trsr_dist.train.schedule import learning_rate
-from trsr_dist.train.step import StepRunner
+from trsr_dist.train.step import StepRunner, learning_rate
 from trsr_dist.train.validation import Validator
 
 NAMED_USERS = 10
@@ -66,7 +64,7 @@ class Trainer:
 
     Args:
         engine: built and restored.
-        stream: from where the state stands.
+        steps: from where the state stands.
         runner: of steps.
         settings: of the loop.
         saving: writes the checkpoints.
@@ -79,7 +77,7 @@ class Trainer:
     def __init__(
         self,
         engine: Engine,
-        stream: TrainStream,
+        steps: Iterable[Step],
         runner: StepRunner,
         settings: LoopSettings,
         saving: Saving,
@@ -89,7 +87,7 @@ class Trainer:
         control: Control,
     ) -> None:
         self._engine = engine
-        self._stream = stream
+        self._steps = steps
         self._runner = runner
         self._settings = settings
         self._saving = saving
@@ -114,7 +112,7 @@ class Trainer:
             self._saving.close()
 
     def _run(self) -> Ending:
-        steps = iter(self._stream)
+        steps = iter(self._steps)
         reason = ""
         self._validate(at_start=True)
         while not reason and not self._is_over():

@@ -11,8 +11,8 @@ from trsr_dist.distributed import gather_objects
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import DataError, ModelError
 from trsr_dist.evaluate.metrics import average, check_user, user_metrics
+from trsr_dist.evaluate.parts import Lockstep, PartScorer, ScoreRow
 from trsr_dist.evaluate.passes import assign_parts, split_parts
-from trsr_dist.evaluate.score import Lockstep, PartScorer, ScoreRow
 from trsr_dist.log import get_logger
 from trsr_dist.model.recommender import score_row
 from trsr_dist.prompts.builder import PromptBuilder

@@ -9,8 +9,12 @@ from itertools import accumulate, chain, pairwise
 
 import torch
 
-from trsr_dist.distributed import send
 from trsr_dist.rows import PackedRow
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on ``device``. From pageable memory the copy would wait for all that the GPU has yet to do."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,14 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
+from pathlib import Path
 
 import numpy as np
+from typing_extensions import TypedDict
 
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
+from trsr_dist.json_text import parse_json
 from trsr_dist.log import progress
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.shards.inspect.checks import ERRORS, TARGET_LEAKS, near_duplicates, sample_faults
@@ -22,6 +25,13 @@ SEPARATES = 0.1
 """A mean AUC this far from one half, and beyond two standard errors, is a warning."""
 NEVER = np.iinfo(np.int64).max
 """Stands for the time of an item that nobody is known to have met: newer than all."""
+
+
+class Lesson(TypedDict):
+    """A line of what a summarizer learns from."""
+
+    __pydantic_config__ = {"extra": "allow"}
+    user: str
 
 
 @dataclass(slots=True)
@@ -226,6 +236,31 @@ def _judge_users(one: SplitContent, other: SplitContent, shards: ShardSet, findi
             f"{one.name} and {other.name}: {len(equal)} users of {other.name} whose summary, recent items and targets "
             f"equal those of a user of {one.name} (such as {user!r})"
         )
+
+
+def judge_lessons(lessons: Path, contents: Mapping[str, SplitContent], findings: Findings) -> None:
+    """Report users of valid or test from whose targets the summarizer has learned.
+
+    Args:
+        lessons: folder of tools/choose_summaries.py.
+        contents: of the splits.
+        findings: reported to.
+
+    Raises:
+        DataError: there is no data set, or a line names no user.
+    """
+    users = array("Q")
+    try:
+        with open(lessons / "sft" / "train.jsonl", "rb") as lines:
+            users.extend(hash64(parse_json(line, Lesson)["user"]) for line in lines)
+    except OSError as error:
+        raise DataError(f"{lessons}: not a folder that tools/choose_summaries.py wrote ({error.strerror})") from None
+    for name, content in contents.items():
+        if name != TRAIN and len(both := _shared(users, content.users)):
+            findings.errors.append(
+                f"{name}: the summarizer has learned from the targets of {len(both)} of its users ({lessons}); split "
+                "the users as in that run"
+            )
 
 
 def _judge_texts(train: SplitContent, held_out: SplitContent, findings: Findings) -> None:

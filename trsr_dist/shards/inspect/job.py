@@ -20,13 +20,14 @@ from trsr_dist.shards.inspect.content import (
     ItemFacts,
     SplitContent,
     judge_content,
+    judge_lessons,
     judge_overlaps,
     read_content,
 )
 from trsr_dist.shards.inspect.verify import index_split, verify_split
 from trsr_dist.shards.lengths import Lengths
-from trsr_dist.shards.measure import epoch_facts, measure_lengths
-from trsr_dist.shards.plan import PackingSettings, TrainPlan
+from trsr_dist.shards.measure import Share, measure_lengths
+from trsr_dist.shards.plan import PackingSettings, TrainPlan, epoch_facts
 from trsr_dist.shards.reader import ShardSet
 
 ORDER = ("train", "valid", "test")
@@ -47,7 +48,7 @@ class Tokens:
 
     def describe(self, shards: ShardSet, is_train: bool) -> Iterator[str]:
         """Lines on lengths, trims and, for the train split, steps; lengths are measured where missing."""
-        lengths = measure_lengths(shards, self.builder, num_workers=self.num_workers, tolerate=True)
+        lengths = measure_lengths(shards, self.builder, Share(num_workers=self.num_workers), tolerate=True)
         facts = lengths.facts
         yield f"token lengths    {lengths.folder.name}: prompts, each with one candidate"
         yield from histogram(prompt_lengths(lengths))
@@ -88,6 +89,8 @@ class Options:
     """None: what needs a tokenizer is left out."""
     items: ItemFacts | None = None
     """Of the run's items; None: what needs them is left out."""
+    lessons: Path | None = None
+    """What the summarizer has learned from; None: nothing that is known of."""
 
 
 def inspect_shards(folder: Path, options: Options) -> int:
@@ -112,6 +115,8 @@ def inspect_shards(folder: Path, options: Options) -> int:
         show("\n".join(_describe(content, shards[name], options, findings)) + "\n")
         judge_content(content, shards[name], findings)
     judge_overlaps(contents, shards, findings)
+    if options.lessons is not None:
+        judge_lessons(options.lessons, contents, findings)
     show("\n".join([*_left_out(contents, options), *findings.lines()]))
     return 1 if findings.errors else 0
 

@@ -16,16 +16,10 @@ import torch
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
+from trsr_dist.environment import leave_out_cudnn
 from trsr_dist.errors import DataError, ModelError
 from trsr_dist.log import get_logger
-from trsr_dist.pretrained import (
-    BaseSource,
-    leave_out_cudnn,
-    load_causal,
-    load_tokenizer,
-    local_source,
-    max_positions,
-)
+from trsr_dist.pretrained import BaseSource, load_causal, load_tokenizer, local_source, max_positions
 from trsr_dist.summarize.engines.encoding import PromptEncoder, naming_setting
 from trsr_dist.summarize.engines.slots import Slots
 from trsr_dist.summarize.quality import turn_place

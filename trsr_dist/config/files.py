@@ -1,0 +1,158 @@
+"""Files of settings: where they are found, YAML as people mean it, and DeepSpeed's, which hold mechanics only. Pure.
+
+Of YAML, whatever would be read as something else than it looks like is refused, with a hint: PyYAML follows YAML 1.1,
+where 010 is 8, 1:30 is 90, 1e-4 is a text, 2024-01-02 a date and the last of two equal keys counts.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yaml.constructor import ConstructorError
+
+from trsr_dist.errors import ConfigError, DataError
+from trsr_dist.files import read_text
+from trsr_dist.json_text import parse_json
+from trsr_dist.printable import CONTROLS
+
+PACKAGE = Path(__file__).parents[1]
+OWNED = {
+    "train_batch_size": "train.rows_per_step",
+    "train_micro_batch_size_per_gpu": "train.rows_per_step",
+    "gradient_accumulation_steps": "train.rows_per_step",
+    "gradient_clipping": "train.max_grad_norm",
+    "bf16": "train.precision",
+    "fp16": "train.precision",
+    "torch_autocast": "train.precision",
+    "optimizer": "train.learning_rate, train.weight_decay and train.adam_betas",
+    "scheduler": "train.schedule and train.warmup_ratio",
+    "tensorboard": "run.tensorboard",
+    "steps_per_print": "train.log_every_steps",
+}
+"""Keys of a DeepSpeed config that have an owner in the run's config."""
+
+OFFLOADS = ("offload_optimizer", "offload_param")
+ODD_NUMBER = re.compile(r"[-+]?(0[0-7_]+|\d[\d_]*(:[0-5]?\d)+(\.\d*)?)$")
+"""Octal without 0o, or sexagesimal."""
+TIMESTAMP = "tag:yaml.org,2002:timestamp"
+FLOAT = "tag:yaml.org,2002:float"
+
+
+def find_file(name: str) -> Path:
+    """A file named relative to the working folder, else one that is shipped."""
+    return Path(name) if Path(name).exists() else shipped_file(name)
+
+
+def shipped_file(name: str) -> Path:
+    """A file of ``configs/``, ``ds_configs/``, ``launch/`` or ``tools/``.
+
+    A wheel has these folders inside the package, the repository beside it.
+    """
+    return PACKAGE / name if (PACKAGE / name).exists() else PACKAGE.parent / name
+
+
+def read_zero_config(path: str | Path, key: str = "train.deepspeed_config") -> dict[str, Any]:
+    """Read and check a file of ``ds_configs/``.
+
+    Args:
+        path: of the file.
+        key: the setting that names it, for messages.
+
+    Raises:
+        ConfigError: missing, not JSON, without a ZeRO stage, with a value left open, or with a setting that the run's
+            config owns.
+    """
+    path = Path(path)
+    if not path.exists() or path.is_dir():
+        raise ConfigError(f"{key}={path}: no such file; the shipped ones are named such as ds_configs/zero1.json")
+    try:
+        settings = parse_json(read_text(path), object, unique=True)
+    except (DataError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{key}={path}: {str(error).removeprefix(f'{path}: ')}") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
+        raise ConfigError(f"{path}: expected an object that holds an object 'zero_optimization'")
+    for name in settings:
+        if name in OWNED:
+            raise ConfigError(f"{path}: {name!r} has its owner in the run's config: set {OWNED[name]}, remove it here")
+    for name, value in settings.get("zero_optimization", {}).items():
+        if value is None or value == "auto" or (name in OFFLOADS and not isinstance(value, dict)):
+            expected = 'an object such as {"device": "cpu"}' if name in OFFLOADS else "a value"
+            raise ConfigError(f"{path}: zero_optimization.{name} is {value!r}, expected {expected}; or leave it out")
+    stage = settings.get("zero_optimization", {}).get("stage")
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        raise ConfigError(f"{path}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
+    return settings
+
+
+class Loader(yaml.SafeLoader):
+    """Refuses keys that stand twice or are no text, numbers of bases other than they look, anchors and aliases."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != TIMESTAMP]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise ConstructorError(None, None, f"key {key!r} stands twice", node.start_mark)
+        mapping = super().construct_mapping(node, deep)
+        for key in mapping:
+            if not isinstance(key, str):
+                raise ConstructorError(None, None, f"key {key!r} is no text; write it in quotes", node.start_mark)
+        return mapping
+
+    def compose_node(self, parent: yaml.Node | None, index: object) -> yaml.Node | None:
+        event = self.peek_event()
+        if getattr(event, "anchor", None) is not None:
+            text = f"an anchor or alias ({event.anchor!r}), which is not supported; write the value out, or in quotes"
+            raise ConstructorError(None, None, text, event.start_mark)
+        return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> str:
+        value = super().construct_scalar(node)
+        if node.style is None and node.tag.endswith((":int", ":float")) and ODD_NUMBER.match(value):
+            text = f"{value} is a number of base 8 or 60 in YAML; write it as a decimal number, or in quotes as a text"
+            raise ConstructorError(None, None, text, node.start_mark)
+        if CONTROLS.search(value):
+            raise ConstructorError(None, None, f"{value!r} holds a control character", node.start_mark)
+        return value
+
+
+# YAML 1.1 wants a point and a sign in the exponent.
+Loader.add_implicit_resolver(FLOAT, re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+
+
+def parse_yaml(text: str) -> Any:
+    """The value of a document.
+
+    Raises:
+        ConfigError: what is wrong, and where; the caller adds in which file.
+    """
+    try:
+        return yaml.load(text, Loader)
+    except Exception as error:  # explicit tags such as !!int and !!timestamp raise all kinds
+        raise ConfigError(f"not valid YAML: {error}") from None
+
+
+def parse_value(text: str) -> Any:
+    """The value of an override, which must be all that YAML sees: "a #b" would lose its end.
+
+    Raises:
+        ConfigError: what is wrong.
+    """
+    value = parse_yaml(text)
+    node = yaml.compose(text, Loader)
+    if node is None:
+        is_whole = not text.strip()
+    elif isinstance(node, yaml.ScalarNode) and node.style is None:
+        is_whole = node.value == text.strip()
+    else:
+        is_whole = not (text[: node.start_mark.index] + text[node.end_mark.index :]).strip()
+    if not is_whole:
+        raise ConfigError(f"YAML reads {text!r} as {value!r}; write it in quotes of YAML, such as \"'a #b'\"")
+    return value
