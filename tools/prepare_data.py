@@ -1,4 +1,7 @@
-"""Prepare a run's data: from raw files (data.format) to RUN/histories (items, users, splits, negatives)."""
+"""Prepare a run's data: from raw files (data.format) to RUN/histories (items, users, splits, negatives).
+
+One process, or any number of tasks under srun, a Slurm array or torchrun: they share the work through the run folder.
+"""
 
 import argparse
 

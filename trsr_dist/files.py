@@ -194,10 +194,11 @@ def _remove(path: Path) -> None:
 
 
 @contextmanager
-def atomic_folder(path: str | Path, check: Callable[[], None] | None = None) -> Iterator[Path]:
+def atomic_folder(path: str | Path, check: Callable[[], None] | None = None, replace: bool = True) -> Iterator[Path]:
     """Fill a temporary folder; it takes the place of ``path`` when the block ends without an error.
 
-    ``check`` runs last before that and may object by raising (a lock that was lost, see ``locks.FolderLock``).
+    ``check`` runs last before that and may object by raising (a lock that was lost, see ``locks.FolderLock``). Without
+    ``replace`` a folder that another process has put there meanwhile stays.
 
     An older folder of that name is moved aside first and removed last. Between the two renames a killed process leaves
     none of that name; ``recover_folder`` gives the older one its name back.
@@ -222,13 +223,28 @@ def atomic_folder(path: str | Path, check: Callable[[], None] | None = None) -> 
             sync_path(file)
         if check is not None:
             check()
-        replace_folder(temporary, path)
+        if replace:
+            replace_folder(temporary, path)
+        else:
+            is_first(lambda: os.rename(temporary, path))
+            sync_path(path.parent)
     except OSError:
         if check is not None:
             check()  # who has lost the lock may find the files gone, too
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def is_first(rename: Callable[[], None]) -> bool:
+    """Whether the new name was free; a folder that others have put there stays."""
+    try:
+        rename()
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return False
+        raise
+    return True
 
 
 def replace_folder(new: Path, path: Path) -> None:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections.abc import Iterable, Sequence
 from typing import Any
+
+SEPARATOR = "\x1f"
 
 
 def digest(value: Any) -> str:
@@ -36,8 +39,16 @@ class ListDigest:
 
 def hash64(*keys: object) -> int:
     """An unsigned 64-bit hash of the keys' text."""
-    text = "\x1f".join(map(str, keys))
+    text = SEPARATOR.join(map(str, keys))
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
+def hash64_bytes(keys: Iterable[str], *, before: Sequence[object] = (), after: Sequence[object] = ()) -> bytes:
+    """``hash64(*before, key, *after)`` of many keys: eight bytes each, the highest first."""
+    new = hashlib.blake2b
+    head = "".join(f"{value}{SEPARATOR}" for value in before)
+    tail = "".join(f"{SEPARATOR}{value}" for value in after)
+    return b"".join([new(f"{head}{key}{tail}".encode(), digest_size=8).digest() for key in keys])
 
 
 def random_stream(*keys: object) -> random.Random:

@@ -34,8 +34,12 @@ class UserLog:
     """Unix seconds of the target, 0 where the data has no time."""
     shown: tuple[str, ...] = ()
     """Item ids shown to the user together with the target and not chosen (impressions)."""
-    source: str = ""
-    """``file:row``, for error messages."""
+    row: int = 0
+    """Of the log, from 1."""
+    problem: str = ""
+    """What is wrong with the row; it does not count where an earlier row of the user does."""
+    counted: str = ""
+    """Name of a count of the rows that count."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from tests.data.test_prepare import manifest
 from trsr_dist.data import assembly, jsonl
 from trsr_dist.data.candidates import ItemPool, first_numbers
 from trsr_dist.data.interactions import Interactions, json_columns
+from trsr_dist.data.logs import ItemCodes, gather
 from trsr_dist.data.prepare import prepare
 from trsr_dist.data.ragged import Ragged
 from trsr_dist.data.times import all_seconds, unix_seconds
@@ -156,16 +157,15 @@ def test_times_of_a_column_are_those_of_its_values() -> None:
             all_seconds(bad, Counter())
 
 
-def test_codes_stay_in_order_over_many_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_codes_stay_in_order_over_many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [(f"u{i % 7}", f"N{i * 5 % NUM_ITEMS}", float(i), i) for i in range(90)]
     monkeypatch.setattr("trsr_dist.data.interactions.MOST_PARTS", 2)
     many, one = Interactions(), Interactions()
     for start in range(0, 90, 9):
         many.add_rows(rows[start : start + 9])
     one.add_rows(rows)
-    logs = [
-        [part.log(place) for part in found.logs(tmp_path, Counter()) for place in range(len(part))]
-        for found in (one, many)
-    ]
-    assert logs[0] == logs[1] and [log.user for log in logs[0]] == [f"u{i}" for i in range(7)]
-    assert logs[0][0].targets == (rows[84][1],) and logs[0][0].source == f"{tmp_path}:84"
+    codes, counts = ItemCodes({f"N{i}": i for i in range(NUM_ITEMS)}, keep_unknown=False), Counter()
+    logs = [gather(found.table(codes.of).to_batches(), "", counts) for found in (one, many)]
+    users = [[found.users.user(place) for place in range(7)] for found in logs]
+    assert users[0] == users[1] and [user.user for user in users[0]] == [f"u{i}" for i in range(7)]
+    assert users[0][0].targets == [84 * 5 % NUM_ITEMS] and logs[0].rows[0] == 84

@@ -51,9 +51,9 @@ def test_a_full_disk_leaves_nothing_that_counts(tmp_path: Path, room_kib: int) -
 HANGING_JOB = """
 import sys, time
 from trsr_dist.config import load_config
-from trsr_dist.data import prepare as job
+from trsr_dist.data import build, prepare as job
 
-job.choose_users = lambda *arguments: time.sleep(60)
+build.gather = lambda *arguments: time.sleep(60)
 job.prepare(load_config(sys.argv[1], sys.argv[2:]))
 """
 
@@ -73,7 +73,7 @@ def test_a_killed_job_leaves_nothing_that_counts(tmp_path: Path, kind: signal.Si
     )
     try:
         deadline = time.monotonic() + 60
-        while not list(run.glob(".histories.tmp-*/users.spool")):
+        while not list(run.glob(".histories.work/work-*/log-*")):
             assert job.poll() is None
             assert time.monotonic() < deadline, "the job never began"
             time.sleep(0.02)

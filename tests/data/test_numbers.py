@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
-import pyarrow as pa
 import pytest
 
 from trsr_dist.data import histories
+from trsr_dist.data.assembly import count_clicks
 from trsr_dist.data.candidates import (
     ItemPool,
     category_pools,
@@ -25,26 +26,19 @@ from trsr_dist.data.candidates import (
 )
 from trsr_dist.data.histories import (
     SPOOL_ITEM_SCHEMA,
-    SPOOL_USER_SCHEMA,
-    UNKNOWN,
     HistoryRules,
-    KnownUser,
-    Spool,
     admit_all,
     spool_items,
-    spool_more_targets,
-    spool_users,
 )
 from trsr_dist.data.items import REMOVED, CatalogueRules
-from trsr_dist.data.logs import LogColumns
+from trsr_dist.data.logs import ItemCodes, KnownUser, UserColumns, UserLogs, gather, unit_table
 from trsr_dist.data.source import RawItem
-from trsr_dist.data.store import ROWS_PER_BATCH, ArrowRows
+from trsr_dist.data.store import ArrowRows
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64, random_stream
 from trsr_dist.records import UserLog
 from trsr_dist.run import SPLITS
 
-ROW_LIST = pa.list_(pa.int32())
 NEVER = np.iinfo(np.int64).max
 
 
@@ -54,16 +48,19 @@ class TestSplits:
 
     def test_every_point_has_its_split(self) -> None:
         """Of 12 points 0 to 8 are train, 9 and 10 valid, 11 test."""
-        found = {hash64("split", user) % 12: split_by_user(user, (9, 2, 1)) for user in map(str, range(300))}
-        assert found == dict.fromkeys(range(9), 0) | {9: 1, 10: 1, 11: 2}
+        users = [*map(str, range(300))]
+        points, splits = [hash64("split", user) % 12 for user in users], split_by_user(users, (9, 2, 1)).tolist()
+        found = {point: {split for one, split in zip(points, splits, strict=True) if one == point} for point in points}
+        assert {point: split for point, (split,) in found.items()} == dict.fromkeys(range(9), 0) | {9: 1, 10: 1, 11: 2}
 
     def test_a_split_without_share_gets_nobody(self) -> None:
-        assert {split_by_user(str(i), (1, 0, 1)) for i in range(50)} == {0, 2}
-        assert {split_by_user(str(i), (1, 0, 0)) for i in range(50)} == {0}
+        users = [*map(str, range(50))]
+        assert {*split_by_user(users, (1, 0, 1)).tolist()} == {0, 2}
+        assert {*split_by_user(users, (1, 0, 0)).tolist()} == {0}
 
     def test_known_users_stay_where_they_are(self) -> None:
         """Of an earlier version: a change would move users of every data set from train to test."""
-        assert [split_by_user(user, (10, 1, 1)) for user in ("U8", "U13", "u0", "A1B2")] == [0, 0, 2, 1]
+        assert split_by_user(["U8", "U13", "u0", "A1B2"], (10, 1, 1)).tolist() == [0, 0, 2, 1]
 
     def test_times_are_cut_by_rank_and_ties_by_hash(self) -> None:
         times, hashes = np.array([5, 3, 3, 9, 1, 3]), np.array([0, 7, 2, 0, 0, 5], np.uint64)
@@ -189,26 +186,28 @@ class TestDraws:
 
 
 ROWS = {"a": 0, "b": 1, "c": 2, "d": 3, "e": 4, "blank": REMOVED}
+CODES = ItemCodes(ROWS, keep_unknown=True)
 
 
-def admitted(history: str, targets: str, shown: str = "", **changes: object) -> tuple[KnownUser | None, dict[str, int]]:
+def in_columns(logs: Iterable[UserLog], counts: Counter[str]) -> UserLogs:
+    """As one unit of the log."""
+    table, error = unit_table(logs, CODES)
+    assert error is None
+    return gather(table.to_batches(), "repeats", counts)
+
+
+def admitted(
+    history: str, targets: str, shown: str = "", unknown_items: str = "skip", **changes: object
+) -> tuple[KnownUser | None, dict[str, int]]:
     """Of a user whose items have names of one letter; and the counts but the number of ids, which is compared here."""
-    rules = {
-        "min_history": 1,
-        "max_history": 0,
-        "long_histories": "cut",
-        "repeated_target": "keep",
-        "unknown_items": "skip",
-    }
+    rules = {"min_history": 1, "max_history": 0, "long_histories": "cut", "repeated_target": "keep"}
     counts: Counter[str] = Counter()
-    log = UserLog("u", tuple(history.split()), tuple(targets.split()), 9, tuple(shown.split()), "f:3")
-    logs = LogColumns.of([log])
-    assert logs.log(0) == log
-    found = np.array([ROWS.get(item, UNKNOWN) for item in logs.ids.to_pylist()], np.int32)
-    users = admit_all(logs, found, HistoryRules(**(rules | changes)), counts)
+    log = UserLog("u", tuple(history.split()), tuple(targets.split()), 9, tuple(shown.split()), 3)
+    logs, id_of = in_columns([log], counts), CODES.unknown.get if unknown_items == "fail" else None
+    users = admit_all(logs, Path("f"), HistoryRules(**(rules | changes)), counts, id_of)
     user = users.user(0) if len(users) else None
     once = dict(counts)
-    admit_all(logs, found, HistoryRules(**(rules | changes)), counts)
+    admit_all(logs, Path("f"), HistoryRules(**(rules | changes)), counts, id_of)
     assert counts == {name: 2 * number for name, number in once.items()}, "counts are added up over users"
     counts = Counter(once)
     assert counts.pop("item_ids_read", 0) == (len(f"{history} {targets} {shown}".split()) if history else 0)
@@ -266,73 +265,54 @@ class TestHistories:
         assert user is None and counts == {"users_read": 1} | dropped
 
 
-class TestSpool:
-    """Two whole batches and a bit, so that owners are counted on; nobody but those of ``own`` has a time."""
+class TestColumns:
+    """Users with gaps between their batches; nobody but those of ``own`` has a time."""
 
     own = {
         0: (("a", "b"), ("c",), 100, ("d",)),
         1: (("c",), ("a",), 70, ()),
         2: (("e",), ("e",), 90, ("c",)),
-        ROWS_PER_BATCH: (("d",), ("b",), 60, ()),
-        2 * ROWS_PER_BATCH + 1: (("b",), ("d",), 95, ("b",)),
+        5: (("d",), ("b",), 60, ()),
+        8: (("b",), ("d",), 95, ("b",)),
     }
 
-    @pytest.fixture(scope="class")
-    @classmethod
-    def spool(cls, tmp_path_factory: pytest.TempPathFactory) -> Spool:
-        path, counts = tmp_path_factory.mktemp("spool") / "users.arrow", Counter()
-        plain = (("a",), ("b",), 0, ())
-        logs = (UserLog(f"u{i}", *cls.own.get(i, plain)) for i in range(2 * ROWS_PER_BATCH + 3))
-        rules = HistoryRules(1, 0, "cut", "keep", "skip")
-        with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(path.parent)
-            spool_users(path, logs, ROWS, rules, counts)
-        assert counts["users_read"] == 2 * ROWS_PER_BATCH + 3
-        assert [left.name for left in path.parent.iterdir()] == [path.name]
-        return Spool(path)
+    def users(self, *but: int) -> UserColumns:
+        plain, counts = (("a",), ("b",), 0, ()), Counter()
+        logs = in_columns((UserLog(f"u{i}", *self.own.get(i, plain)) for i in range(10) if i not in but), counts)
+        return admit_all(logs, Path("f"), HistoryRules(1, 0, "cut", "keep"), counts, None)
 
-    def users(self, spool: Spool, *rows: int) -> list[KnownUser]:
-        found = spool.users(np.array(rows))
-        return [found.user(place) for place in range(len(rows))]
-
-    def everyone(self, spool: Spool, *but: int) -> np.ndarray:
-        users = np.ones(len(spool), bool)
-        users[list(but)] = False
-        return users
-
-    def test_first_seen(self, spool: Spool) -> None:
+    def test_first_seen(self) -> None:
         """Histories were met a second before the target's time, targets and shown items at it."""
-        assert spool.first_seen(self.everyone(spool), 6).tolist() == [70, 60, 69, 59, 89, NEVER]
-        assert spool.first_seen(self.everyone(spool, 1), 6).tolist() == [99, 60, 90, 59, 89, NEVER]
-        some = self.everyone(spool, 1, 2, ROWS_PER_BATCH)
-        assert spool.first_seen(some, 6).tolist() == [99, 94, 100, 95, NEVER, NEVER]
-        assert spool.first_seen(~self.everyone(spool), 6).tolist() == [NEVER] * 6
+        assert self.users().first_seen(6).tolist() == [70, 60, 69, 59, 89, NEVER]
+        assert self.users(1).first_seen(6).tolist() == [99, 60, 90, 59, 89, NEVER]
+        assert self.users(1, 2, 5).first_seen(6).tolist() == [99, 94, 100, 95, NEVER, NEVER]
+        assert self.users(*self.own).first_seen(6).tolist() == [NEVER] * 6
 
-    def test_counts(self, spool: Spool) -> None:
-        plain = len(spool) - len(self.own)
-        assert spool.count("history", self.everyone(spool), 6).dtype == np.int64
-        assert spool.count("history", self.everyone(spool), 6).tolist() == [plain + 1, 2, 1, 1, 1, 0]
-        assert spool.count("targets", self.everyone(spool, ROWS_PER_BATCH), 6).tolist() == [1, plain, 1, 1, 1, 0]
-        assert spool.count("shown", self.everyone(spool), 6).tolist() == [0, 1, 1, 1, 0, 0]
+    def test_counts(self) -> None:
+        users, everyone = self.users(), np.ones(10, bool)
+        assert users.count("history", everyone, 6).dtype == np.int64
+        assert users.count("history", everyone, 6).tolist() == [6, 2, 1, 1, 1, 0]
+        assert users.count("targets", np.arange(10) != 5, 6).tolist() == [1, 5, 1, 1, 1, 0]
+        assert users.count("shown", everyone, 6).tolist() == [0, 1, 1, 1, 0, 0]
+        splits = np.where(np.arange(10) % 2, 2, 0)
+        clicks = count_clicks(users, splits, 6)
+        assert clicks[0].tolist() == [users.count(name, splits == 0, 6).tolist() for name in ("history", "targets")]
+        assert clicks.sum(axis=0)[0].tolist() == [6, 2, 1, 1, 1, 0]
 
-    def test_users(self, spool: Spool) -> None:
-        assert len(spool) == len(spool.times) == 2 * ROWS_PER_BATCH + 3
-        last, first = self.users(spool, ROWS_PER_BATCH, 0)
-        assert last == KnownUser(f"u{ROWS_PER_BATCH}", [3], [1], 60, [])
-        assert first == KnownUser("u0", [0, 1], [2], 100, [3])
-        assert list(spool.keys()) == [f"u{i}" for i in range(len(spool))]
-        assert np.flatnonzero(spool.times).tolist() == list(self.own)
+    def test_users_of_a_table(self) -> None:
+        users = self.users()
+        same = UserColumns.from_arrow(users.table().to_batches(max_chunksize=4))
+        assert [same.user(place) for place in range(10)] == [users.user(place) for place in range(10)]
+        assert same.user(0) == KnownUser("u0", [0, 1], [2], 100, [3])
+        assert UserColumns.from_users([users.user(5)]).joined(users).user(0) == KnownUser("u5", [3], [1], 60, [])
 
-    def test_more_targets_of_some_users(self, spool: Spool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.chdir(tmp_path)
-        path, rows = tmp_path / "targets.arrow", (1, 2, ROWS_PER_BATCH, len(spool) - 1)
-        more = spool_more_targets(path, spool, self.everyone(spool, 1), 2, 1)
-        assert len(more) == len(spool) and [left.name for left in tmp_path.iterdir()] == [path.name]
-        assert self.users(more, 0) == [KnownUser("u0", [0], [1, 2], 100, [3])]
-        assert self.users(more, *rows) == self.users(spool, *rows)
-        for who, least in ((~self.everyone(spool), 1), (self.everyone(spool), 2)):
-            same = spool_more_targets(path, spool, who, 2, least)
-            assert self.users(same, 0) == self.users(spool, 0)
+    def test_a_users_first_row_counts(self) -> None:
+        counts = Counter()
+        logs = [UserLog("u", (name,), ("b",), counted="seen", row=row) for row, name in enumerate("ac", 1)]
+        units = [unit_table([log], CODES)[0].to_batches()[0] for log in logs]
+        found = gather(units, "repeats", counts)
+        assert found.users.user(0).history == [0] and found.rows.tolist() == [1]
+        assert counts == {"repeats": 1, "seen": 1}
 
     def test_items(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.chdir(tmp_path)  # a path that is lost becomes a file "None" of the current folder
@@ -349,8 +329,5 @@ class TestSpool:
             ["c", "tea", ""],
         ]
         assert rules.rows == {"b": 0, "a": REMOVED, "c": 1}
-        spool_users(tmp_path / "users.arrow", [], {}, HistoryRules(1, 0, "cut", "keep", "skip"), Counter())
-        assert bars == [{"description": name, "unit": f" {name}"} for name in ("items", "users")]
+        assert bars == [{"description": "items", "unit": " items"}]
         assert SPOOL_ITEM_SCHEMA.names == ["id", "text", "category"]
-        assert str(SPOOL_USER_SCHEMA.types) == str([pa.string(), ROW_LIST, ROW_LIST, pa.int64(), ROW_LIST])
-        assert SPOOL_USER_SCHEMA.names == ["user", "history", "targets", "time", "shown"]

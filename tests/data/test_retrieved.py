@@ -96,7 +96,7 @@ def test_an_evaluation_says_what_was_missed(tmp_path: Path, capsys: pytest.Captu
         evaluate_baselines(make_config(tmp_path, "jsonl"))
 
 
-HELD_OUT = next(user for user in range(1, USERS, 2) if split_by_user(f"u{user}", (2, 1, 1)) == 2)
+HELD_OUT = next(user for user in range(1, USERS, 2) if split_by_user([f"u{user}"], (2, 1, 1)) == 2)
 """A user of the test split, whose target is retrieved."""
 NONE = (
     rf"test user 'u{HELD_OUT}': data\.candidates_file names no candidate of this user beside targets and history; add"

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trsr_dist.data.source import LineReader, RawItem
-from trsr_dist.data.tables import csv_rows
+from trsr_dist.data.source import UNIT_ROWS, LineReader, RawItem, in_units
+from trsr_dist.data.tables import TableRow, csv_rows
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
 from trsr_dist.records import UserLog
@@ -37,6 +37,7 @@ class AmazonReader:
     lines: LineReader
     default_fields: tuple[str, ...] = ATTRIBUTES
     allowed_fields: tuple[str, ...] = ATTRIBUTES
+    repeats: str = "equal_sessions"
 
     def items(self) -> Iterator[RawItem]:
         for row, cells in csv_rows(self.item_file, self.lines, PRODUCT_KEYS):
@@ -45,20 +46,25 @@ class AmazonReader:
                 category = "" if self.locale else cells["locale"].strip()
                 yield RawItem(self._item(cells["id"], cells["locale"].strip()), fields, row, category)
 
-    def logs(self) -> Iterator[UserLog]:
+    def units(self) -> Iterator[tuple[int, Iterator[UserLog]]]:
         seen: set[int] = set()
-        for row, cells in csv_rows(self.log_file, self.lines, SESSION_KEYS):
+        for number, rows in in_units(csv_rows(self.log_file, self.lines, SESSION_KEYS), UNIT_ROWS):
+            yield number, self._logs(rows, seen)
+
+    def _logs(self, rows: Iterator[TableRow], seen: set[int]) -> Iterator[UserLog]:
+        for row, cells in rows:
             if not self._is_kept(cells, "sessions_of_other_locales"):
                 continue
-            source, locale = f"{self.log_file}:{row}", cells["locale"].strip()
-            history = tuple(self._item(item, locale) for item in parse_items(cells["prev_items"], source))
+            locale = cells["locale"].strip()
+            items = parse_items(cells["prev_items"], f"{self.log_file}:{row}")
+            history = tuple(self._item(item, locale) for item in items)
             target = self._item(cells["next_item"], locale)
             key = hash64(locale, *history, target)
             if key in seen:
-                self.lines.counts["equal_sessions"] += 1
+                self.lines.counts[self.repeats] += 1
                 continue
             seen.add(key)
-            yield UserLog(f"{key:016x}", history, (target,) if target else (), 0, (), source)
+            yield UserLog(f"{key:016x}", history, (target,) if target else (), 0, (), row)
 
     def _is_kept(self, cells: dict[str, str], reason: str) -> bool:
         kept = not self.locale or cells["locale"].strip() == self.locale

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -19,17 +20,15 @@ from trsr_dist.data.candidates import (
     draw_negatives,
     draw_shown,
     pools_of,
-    split_by_time,
-    split_by_user,
 )
-from trsr_dist.data.histories import KnownUser, Spool, UserColumns
+from trsr_dist.data.logs import KnownUser, UserColumns
+from trsr_dist.data.parts import hashes
 from trsr_dist.data.ragged import Ragged
 from trsr_dist.data.retrieved import RetrievedLists
-from trsr_dist.data.source import Counts, shown
+from trsr_dist.data.source import BLOCK_BYTES, Counts, shown
 from trsr_dist.data.store import ITEM_SCHEMA, ROWS_PER_BATCH, USER_SCHEMA, ArrowRows, ArrowWriter
 from trsr_dist.errors import DataError
-from trsr_dist.hashing import hash64, random_stream
-from trsr_dist.log import progress
+from trsr_dist.hashing import random_stream
 from trsr_dist.run import SPLITS
 
 MOST_AT_ONCE = 256
@@ -62,38 +61,10 @@ class CandidateRules:
         return self.evaluation_negatives * num_targets, self.evaluation_negatives * num_targets
 
 
-@dataclass(frozen=True, slots=True)
-class Users:
-    """The users that are kept, in the order of their key's hash."""
-
-    rows: np.ndarray
-    """int64 [users], rows of the spool."""
-    splits: np.ndarray
-    """int8 [users], indices into SPLITS."""
-
-    def mask(self, length: int, *splits: str) -> np.ndarray:
-        """bool [length] over the spool's rows: users of ``splits``."""
-        mask = np.zeros(length, bool)
-        mask[self.rows[np.isin(self.splits, [SPLITS.index(split) for split in splits])]] = True
-        return mask
-
-
-def choose_users(spool: Spool, shares: tuple[int, int, int], split_by: str, max_users: int) -> Users:
-    """Order the users by their key's hash, keep the first ``max_users`` (0: all), and split them.
-
-    Raises:
-        DataError: split by time, and a user has no time.
-    """
-    hashes, splits = np.empty(len(spool), np.uint64), np.empty(len(spool), np.int8)
-    for row, key in enumerate(spool.keys()):
-        hashes[row] = hash64(key)
-        splits[row] = split_by_user(key, shares)
-    rows = np.argsort(hashes, kind="stable")[: max_users or None]
-    if split_by == "time":
-        times = spool.times[rows]
-        check_times(times, "data.split_by=time")
-        return Users(rows, split_by_time(times, hashes[rows], shares))
-    return Users(rows, splits[rows])
+def count_clicks(users: UserColumns, splits: np.ndarray, num_items: int) -> np.ndarray:
+    """int64 [2, 2, items]: of train users and the others, how often each item stands in their histories and targets."""
+    groups = splits == SPLITS.index("train"), splits != SPLITS.index("train")
+    return np.stack([[users.count(column, group, num_items) for column in ("history", "targets")] for group in groups])
 
 
 def check_times(times: np.ndarray, setting: str) -> None:
@@ -125,18 +96,18 @@ class CandidateMaker:
 
     Args:
         rules: how.
-        spool: all users.
-        users: the kept ones.
+        times: int64 [users], of all users.
+        clicks: int64 [2, 2, items], see ``count_clicks``.
         items: the spooled catalogue.
-        first_seen: int64 [items], see ``Spool.first_seen``.
+        first_seen: int64 [items], see ``UserColumns.first_seen``.
         retrieved: lists of the valid and test users; None: they are drawn too.
     """
 
     def __init__(
         self,
         rules: CandidateRules,
-        spool: Spool,
-        users: Users,
+        times: np.ndarray,
+        clicks: np.ndarray,
         items: ArrowRows,
         first_seen: np.ndarray,
         retrieved: RetrievedLists | None = None,
@@ -146,24 +117,22 @@ class CandidateMaker:
         self._pools: dict[str, PoolOf] = {}
         seen, categories = None, None
         if rules.seen_before_target:
-            check_times(spool.times[users.rows], "data.seen_before_target=true")
+            check_times(times, "data.seen_before_target=true")
             seen = first_seen
         if rules.within_category:
             categories = items.strings("category")
             if not any(categories):
                 raise DataError("data.candidates=category, and no item has a category; choose another strategy")
-        columns = {"popularity": ("history", "targets"), "targets": ("targets",)}.get(rules.strategy)
-        if columns is None:
+        if rules.strategy not in ("popularity", "targets"):
             self._pools = dict.fromkeys(SPLITS, pools_of(np.ones(len(items)), seen, categories))
             return
         # Train users draw by train clicks, the others by held-out clicks. Then positives and negatives of a split come
         # from the same clicks, and popularity, which is counted over train users, does not set them apart; by train
         # clicks alone, held-out negatives would be those that chance made popular in train. Nor is a test target
         # trained on as a negative.
-        for splits in (("train",), ("valid", "test")):
-            mask = users.mask(len(spool), *splits)
-            clicks = sum(spool.count(column, mask, len(items)) for column in columns)
-            self._pools |= {split: pools_of(clicks, seen, categories) for split in splits}
+        for group, splits in enumerate((("train",), ("valid", "test"))):
+            weights = clicks[group, 1] if rules.strategy == "targets" else clicks[group].sum(axis=0)
+            self._pools |= {split: pools_of(weights, seen, categories) for split in splits}
 
     def make_all(self, users: UserColumns, split: str, counts: Counts) -> tuple[Ragged, Ragged]:
         """Candidates and labels of many users; none where one is skipped for want of negatives.
@@ -201,22 +170,22 @@ class CandidateMaker:
             if pool is not None:
                 members[pool].append(place)
         for pool, places in members.items():
-            seeds = [hash64(*self._keys(names[place])) for place in places]
+            seeds = self._seeds([names[place] for place in places])
             drawn[places], is_plain[places] = pool.first_draws(seeds, wanted, users.times[places])
         return drawn, is_plain & ~_clashes(users, drawn)
 
     def _orders(self, names: pa.Array, wanted: int) -> np.ndarray:
         """How ``make`` shuffles a plain user's candidates, int64 [users, wanted + 1]."""
-        orders = []
-        for name in names.to_pylist():
-            stream = random_stream(*self._keys(name))
+        orders, stream = [], Random()
+        for seed in self._seeds(names.to_pylist()):
+            stream.seed(seed)
             stream.getrandbits(64 * DRAWS_PER_ROUND * wanted)  # what the draw takes from the stream
             orders.append(stream.sample(range(wanted + 1), wanted + 1))
         return np.array(orders)
 
-    def _keys(self, name: str) -> tuple[object, ...]:
-        """Of a user's random stream."""
-        return self._rules.seed, name, "negatives"
+    def _seeds(self, names: Sequence[str]) -> list[int]:
+        """Of users' random streams."""
+        return hashes(names, before=[self._rules.seed], after=["negatives"]).tolist()
 
     def make(self, user: KnownUser, split: str, counts: Counts) -> Made | None:
         """Candidates and labels; None where the user is skipped for want of negatives, or of a retrieved target.
@@ -224,7 +193,7 @@ class CandidateMaker:
         Raises:
             DataError: too few eligible items, and the policy is ``fail``.
         """
-        stream = random_stream(*self._keys(user.user))
+        stream = random_stream(self._rules.seed, user.user, "negatives")
         if split != "train" and self._retrieved is not None:
             wanted = least = 1
             negatives = self._retrieved.negatives(user, split, counts)
@@ -279,29 +248,40 @@ def _merged(matrix: np.ndarray, is_plain: np.ndarray, others: Ragged) -> Ragged:
 
 
 def write_split(
-    folder: Path, split: str, users: Users, spool: Spool, maker: CandidateMaker, max_history: int, counts: Counts
-) -> dict[str, object]:
-    """Write one split and return its facts: users, items, positives, the hash of all candidate lists."""
+    folder: Path, split: str, users: UserColumns, maker: CandidateMaker, max_history: int, counts: Counts
+) -> dict[str, int]:
+    """Write a part of a split's users, and what the hash of all candidate lists is taken of; returns the part's facts:
+    users, items, positives."""
     facts = {"users": 0, "history_items": 0, "candidates": 0, "positives": 0}
-    candidate_hash = hashlib.sha256()
-    rows = users.rows[users.splits == SPLITS.index(split)]
-    bar = progress(total=len(rows), description=f"{split} candidates", unit=" users")
-    with bar, ArrowWriter(folder / f"{split}.arrow", USER_SCHEMA) as writer:
-        for start in range(0, len(rows), ROWS_PER_BATCH):
-            found = spool.users(rows[start : start + ROWS_PER_BATCH])
+    with ArrowWriter(folder / f"{split}.arrow", USER_SCHEMA) as writer, open(folder / f"{split}.lists", "wb") as lists:
+        for start in range(0, len(users), ROWS_PER_BATCH):
+            found = users.take(np.arange(start, min(start + ROWS_PER_BATCH, len(users))))
             candidates, labels = maker.make_all(found, split, counts)
-            bar.update(len(found))
             kept = np.flatnonzero(candidates.lengths)
             found, candidates, labels = found.take(kept), candidates.take(kept), labels.take(kept)
             history = found.history.latest(max_history)
-            lists = [column.arrow() for column in (history, candidates, labels)]
-            writer.add_columns([found.names.cast(pa.string()), *lists, pa.array(found.times)])
-            candidate_hash.update(_as_json(found.names, candidates, labels))
+            columns = [column.arrow() for column in (history, candidates, labels)]
+            writer.add_columns([found.names.cast(pa.string()), *columns, pa.array(found.times)])
+            lists.write(_as_json(found.names, candidates, labels))
             facts["users"] += len(kept)
             facts["history_items"] += len(history.values)
             facts["candidates"] += len(candidates.values)
             facts["positives"] += int(labels.values.sum())
-    return {**facts, "candidate_hash": candidate_hash.hexdigest()}
+    return facts
+
+
+def join_split(folder: Path, split: str, parts: Sequence[Path], facts: Sequence[dict[str, int]]) -> dict[str, object]:
+    """Write a split of all parts, in their order, and return its facts and the hash of all candidate lists."""
+    candidate_hash = hashlib.sha256()
+    with ArrowWriter(folder / f"{split}.arrow", USER_SCHEMA) as writer:
+        for part in parts:
+            for batch in ArrowRows(part / f"{split}.arrow").batches:
+                writer.add_columns(batch.columns)
+            with open(part / f"{split}.lists", "rb") as lists:
+                while block := lists.read(BLOCK_BYTES):
+                    candidate_hash.update(block)
+    total = {name: sum(part[name] for part in facts) for name in facts[0]}
+    return {**total, "candidate_hash": candidate_hash.hexdigest()}
 
 
 def _as_json(names: pa.Array, candidates: Ragged, labels: Ragged) -> bytes:

@@ -9,20 +9,20 @@ from collections.abc import Set as AbstractSet
 
 import numpy as np
 
-from trsr_dist.hashing import hash64
+from trsr_dist.data.parts import hashes
 
 DRAWS_PER_ROUND = 2
 """Per wanted item: few are excluded or drawn twice."""
 MAX_ROUNDS = 16
 
 
-def split_by_user(user: str, shares: Sequence[int]) -> int:
-    """Index into ``SPLITS`` from a hash of the key: who else is there does not matter.
+def split_by_user(users: Sequence[str], shares: Sequence[int]) -> np.ndarray:
+    """int8 [users], indices into ``SPLITS`` from a hash of the key: who else is there does not matter.
 
     The hash is salted, so that it is independent of the one that orders the users.
     """
-    point = hash64("split", user) % sum(shares)
-    return 0 if point < shares[0] else 1 if point < shares[0] + shares[1] else 2
+    points = hashes(users, before=["split"]) % np.uint64(sum(shares))
+    return np.searchsorted(np.cumsum(shares), points, side="right").astype(np.int8)
 
 
 def split_by_time(times: np.ndarray, hashes: np.ndarray, shares: Sequence[int]) -> np.ndarray:

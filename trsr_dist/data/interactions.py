@@ -6,10 +6,9 @@ then the row that is wrong is named, or what is merely unusual is understood.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import json as arrow_json
 
-from trsr_dist.data.logs import LOGS_AT_ONCE, LogColumns
 from trsr_dist.data.ragged import Ragged
 from trsr_dist.data.source import Counts
 from trsr_dist.data.times import all_seconds, unix_seconds
@@ -76,32 +74,47 @@ class Interactions:
         self._times.append(times)
         self._rows.append(rows)
 
-    def logs(self, path: Path, counts: Counts) -> Iterator[LogColumns]:
-        """A log a user, in the order in which they are met first; the latest interaction is the target.
+    def __len__(self) -> int:
+        return sum(map(len, self._rows))
+
+    def table(self, codes_of: Callable[[pa.Array], np.ndarray]) -> pa.Table:
+        """A row a user, in the order in which they are met first: items, times and rows in the file's order.
 
         Args:
-            path: of the file, for messages.
-            counts: how many interactions repeat an earlier one, and do not count.
+            codes_of: from ids to numbers of items.
         """
-        if not self._rows:
-            return
         (users, names), (items, ids) = (_codes(parts) for parts in self._ids)
-        times, rows = _joined(self._times), _joined(self._rows)
-        order = np.lexsort((times, users))
-        repeats = repeated_rows(order, users, times, items)
-        counts["repeated_interactions"] += len(repeats)
-        order = order[~np.isin(order, repeats)] if len(repeats) else order
-        ends = np.cumsum(np.bincount(users[order], minlength=len(names)))
-        latest, clicks = order[ends - 1], Ragged(items[order], np.append(0, ends))
-        seconds, sources = times[latest].astype(np.int64), rows[latest]
-        for start in range(0, len(names), LOGS_AT_ONCE):
-            place = slice(start, start + LOGS_AT_ONCE)
-            history, targets = clicks.part(start, start + LOGS_AT_ONCE).parted()
-            none = Ragged.of(np.empty(0, np.int32), np.zeros(len(history), np.int64))
-            found = sources[place]
-            yield LogColumns(
-                names[place], ids, history, targets, seconds[place], none, lambda at, found=found: f"{path}:{found[at]}"
-            )
+        order, lengths = np.argsort(users, kind="stable"), np.bincount(users, minlength=len(names))
+        values = {"items": codes_of(ids)[items], "times": _joined(self._times), "rows": _joined(self._rows)}
+        lists = {name: Ragged.of(column[order], lengths).arrow() for name, column in values.items()}
+        return pa.table({"user": names.cast(pa.string()), **lists})
+
+
+def joined_clicks(
+    users: np.ndarray, items: np.ndarray, times: np.ndarray, rows: np.ndarray, counts: Counts
+) -> tuple[Ragged, np.ndarray, np.ndarray]:
+    """Interactions of all users, in the file's order for each of them.
+
+    Args:
+        users: int32 [interactions], codes from 0, all of which occur.
+        items: int32 [interactions].
+        times: float64 [interactions], seconds.
+        rows: int64 [interactions], in the file.
+        counts: how many interactions repeat an earlier one, and do not count.
+
+    Returns:
+        The items of each user by time; int64 [users], places of the latest interactions; int64 [users], the rows in
+        which the users are met first.
+    """
+    order = np.lexsort((times, users))
+    ends = np.cumsum(np.bincount(users[order]))
+    firsts = np.minimum.reduceat(rows[order], np.append(0, ends[:-1]))
+    repeats = repeated_rows(order, users, times, items)
+    counts["repeated_interactions"] += len(repeats)
+    if len(repeats):
+        order = order[~np.isin(order, repeats)]
+        ends = np.cumsum(np.bincount(users[order]))
+    return Ragged(items[order], np.append(0, ends)), order[ends - 1], firsts
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

@@ -15,6 +15,8 @@ from trsr_dist.words import has_text
 
 REMOVED = -1
 """Row of an item that data.empty_items left out."""
+UNKNOWN = -2
+"""Row of an id that the catalogue lacks."""
 
 
 def item_text(fields: dict[str, str], chosen: Sequence[str], counts: Counts) -> str:

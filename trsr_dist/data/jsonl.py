@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 
 from trsr_dist.data.interactions import BLOCK_BYTES, BLOCK_ROWS, Interactions, as_id, json_columns
-from trsr_dist.data.logs import LogColumns
-from trsr_dist.data.source import Counts, LineReader, RawItem, listed, shown
-from trsr_dist.data.tables import is_parquet, is_table, parquet_batches, plain_row, table_rows
+from trsr_dist.data.source import UNIT_ROWS, Counts, LineReader, RawItem, in_units, listed, shown
+from trsr_dist.data.tables import is_parquet, is_table, parquet_batches, parquet_units, plain_row, table_rows
 from trsr_dist.data.times import unix_seconds
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
@@ -74,6 +73,8 @@ LAYOUTS = {
 """RecBole: recbole.io/docs/user_guide/data/atomic_files.html. Amazon Reviews 2023: Hou et al., arXiv 2403.03952."""
 
 Row = tuple[dict[str, Any], Place]
+Block = tuple[pa.Table | None, int, Iterable[Row]]
+"""User, item and time in columns, unless the block is to be read row by row; the number of its first row; its rows."""
 _decode = json.JSONDecoder(object_pairs_hook=unique_keys).decode
 
 
@@ -100,6 +101,7 @@ class JsonlReader:
     default_fields: tuple[str, ...] = ()
     allowed_fields: tuple[str, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
+    repeats: str = "further_rows_of_a_user"
 
     def items(self) -> Iterator[RawItem]:
         id_name, category_name = self._column("id"), self._column("category")
@@ -116,15 +118,15 @@ class JsonlReader:
             except RecursionError:
                 raise DataError(f"{place}: a list lies too deep within lists; repair the row") from None
 
-    def logs(self) -> Iterator[UserLog | LogColumns]:
+    def units(self) -> Iterator[tuple[int, Iterable[UserLog | Interactions]]]:
         peek = replace(self, lines=replace(self.lines, counts=Counts()))
         first, place = next(peek._records(self.log_file), ({}, None))
         if place is None:
             raise DataError(f"{self.log_file}: holds no record; expected one JSON object a line")
         if self._column("history") in first:
-            return self._user_logs(self._records(self.log_file))
+            return self._user_units()
         if self._column("item") in first:
-            return self._grouped_logs(first)
+            return self._grouped_units(first)
         single, whole = (", ".join(map(self._column, names)) for names in (INTERACTION, USER))
         raise DataError(f"{place}: fields {listed(first) or 'none'}; expected {single} or {whole} ({OWN_NAMES})")
 
@@ -145,56 +147,86 @@ class JsonlReader:
     def _column(self, role: str) -> str:
         return self.columns.get(role, role)
 
-    def _user_logs(self, records: Iterator[Row]) -> Iterator[UserLog]:
+    def _user_units(self) -> Iterator[tuple[int, Iterator[UserLog]]]:
         seen: set[int] = set()
-        user_name, history_name, target_name = map(self._column, USER)
-        shown_name, time_name = self._column("shown"), self._column("time")
+        for number, records in self._record_units():
+            yield number, self._user_logs(records, seen)
+
+    def _record_units(self) -> Iterator[tuple[int, Iterator[Row]]]:
+        path = self.log_file
+        if is_table(path):
+            return in_units(self._records(path), UNIT_ROWS)
+        return ((number, self._parsed(path, lines)) for number, lines in self.lines.units(path))
+
+    def _user_logs(self, records: Iterator[Row], seen: set[int]) -> Iterator[UserLog]:
         for record, place in records:
-            user = _id(record, user_name, place)
+            user = _id(record, self._column("user"), place)
             key = hash64(user)
             if key in seen:
-                self.lines.counts["further_rows_of_a_user"] += 1
+                self.lines.counts[self.repeats] += 1
                 continue
             seen.add(key)
-            target = _field(record, target_name, place)
-            targets = _ids(target if isinstance(target, list) else [target], target_name, place)
-            history = _ids(_field(record, history_name, place), history_name, place)
-            shown = _ids(record.get(shown_name, []), shown_name, place)
-            time = self._seconds(record[time_name], place) if time_name in record else 0
-            yield UserLog(user, history, targets, int(time), shown, str(place))
+            try:
+                log = self._user_log(user, record, place)
+            except DataError as error:
+                log = UserLog(user, (), (), row=place.row, problem=str(error))
+            yield log
 
-    def _grouped_logs(self, first: dict[str, Any]) -> Iterator[LogColumns]:
-        names, found = tuple(map(self._column, INTERACTION)), Interactions()
-        for columns, row, records in self._blocks(names, first):
+    def _user_log(self, user: str, record: dict[str, Any], place: Place) -> UserLog:
+        _, history_name, target_name = map(self._column, USER)
+        shown_name, time_name = self._column("shown"), self._column("time")
+        target = _field(record, target_name, place)
+        targets = _ids(target if isinstance(target, list) else [target], target_name, place)
+        history = _ids(_field(record, history_name, place), history_name, place)
+        shown, found = _ids(record.get(shown_name, []), shown_name, place), Counts()
+        time = self._seconds(record[time_name], place, found) if time_name in record else 0
+        return UserLog(user, history, targets, int(time), shown, place.row, counted="".join(found))
+
+    def _grouped_units(self, first: dict[str, Any]) -> Iterator[tuple[int, Iterator[Interactions]]]:
+        path, names = self.log_file, tuple(map(self._column, INTERACTION))
+        if not is_table(path):
+            for number, blocks in in_units(self.lines.blocks(path, BLOCK_BYTES), 1):
+                yield number, self._interactions(self._json_blocks(blocks, names, first), names)
+        elif is_parquet(path) and first.keys() >= {*names}:
+            for number, (row, groups) in enumerate(parquet_units(path, UNIT_ROWS)):
+                batches = parquet_batches(path, BLOCK_ROWS, names, groups, row)
+                yield number, self._interactions(self._parquet_blocks(batches), names)
+        else:
+            for number, records in self._record_units():
+                yield number, self._interactions([(None, 0, records)], names)
+
+    def _interactions(self, blocks: Iterable[Block], names: tuple[str, ...]) -> Iterator[Interactions]:
+        """All of the blocks."""
+        found = Interactions()
+        for columns, row, records in blocks:
             if columns is None or not found.add_columns(columns, row, self.time_format, self.lines.counts):
                 found.add_rows(self._interaction(record, place, *names) for record, place in records)
-        yield from found.logs(self.log_file, self.lines.counts)
+        yield found
 
-    def _blocks(
-        self, names: tuple[str, ...], first: dict[str, Any]
-    ) -> Iterator[tuple[pa.Table | None, int, Iterator[Row]]]:
-        """Of each block of the log user, item and time in columns, unless it is no such block; the number of its first
-        row, and its rows."""
+    def _json_blocks(
+        self, blocks: Iterable[tuple[int, bytes]], names: tuple[str, ...], first: dict[str, Any]
+    ) -> Iterator[Block]:
         path = self.log_file
-        if not is_table(path):
-            for row, block in self.lines.blocks(path, BLOCK_BYTES):
-                yield json_columns(block, names, first), row, self._parsed(path, self.lines.split(path, row, block))
-        elif is_parquet(path) and first.keys() >= {*names}:
-            for row, columns in parquet_batches(path, BLOCK_ROWS, names):
-                rows = enumerate(map(plain_row, columns.to_pylist()), row)
-                yield columns, row, ((record, Place(path, number)) for number, record in rows)
-        else:
-            yield None, 1, self._records(path)
+        for row, block in blocks:
+            yield json_columns(block, names, first), row, self._parsed(path, self.lines.split(path, row, block))
+
+    def _parquet_blocks(self, batches: Iterable[tuple[int, pa.Table]]) -> Iterator[Block]:
+        for row, columns in batches:
+            yield columns, row, self._plain_rows(columns, row)
+
+    def _plain_rows(self, columns: pa.Table, row: int) -> Iterator[Row]:
+        for number, record in enumerate(columns.to_pylist(), row):
+            yield plain_row(record), Place(self.log_file, number)
 
     def _interaction(
         self, record: dict[str, Any], place: Place, user_name: str, item_name: str, time_name: str
     ) -> tuple[str, str, float, int]:
         user, item = _id(record, user_name, place), _id(record, item_name, place)
-        return user, item, self._seconds(_field(record, time_name, place), place), place.row
+        return user, item, self._seconds(_field(record, time_name, place), place, self.lines.counts), place.row
 
-    def _seconds(self, value: Any, place: Place) -> float:  # noqa: ANN401 (any JSON value)
+    def _seconds(self, value: Any, place: Place, counts: Counts) -> float:  # noqa: ANN401 (any JSON value)
         try:
-            return unix_seconds(value, self.time_format, self.lines.counts)
+            return unix_seconds(value, self.time_format, counts)
         except (TypeError, ValueError, OverflowError):
             expected = "Unix seconds or ISO 8601; repair the row, or name the form with data.time_format"
             if self.time_format:

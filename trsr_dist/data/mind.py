@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
@@ -36,43 +36,56 @@ class MindReader:
     lines: LineReader
     default_fields: tuple[str, ...] = NEWS[1:4]
     allowed_fields: tuple[str, ...] = NEWS[1:5]
+    repeats: str = "further_rows_of_a_user"
 
     def items(self) -> Iterator[RawItem]:
-        for row, cells in self._rows(self.item_file, NEWS):
+        for row, cells in self._rows(self.item_file, NEWS, self.lines.read(self.item_file)):
             fields = dict(zip(NEWS[1:5], cells[1:5], strict=True))
             yield RawItem(cells[0].strip(), fields, row, category=cells[1].strip())
 
-    def logs(self) -> Iterator[UserLog]:
+    def units(self) -> Iterator[tuple[int, Iterator[UserLog]]]:
         seen: set[str] = set()
-        for row, cells in self._rows(self.log_file, BEHAVIORS):
+        for number, lines in self.lines.units(self.log_file):
+            yield number, self._logs(self._rows(self.log_file, BEHAVIORS, lines, may_begin=not number), seen)
+
+    def _logs(self, rows: Iterator[tuple[int, list[str]]], seen: set[str]) -> Iterator[UserLog]:
+        for row, cells in rows:
             user = cells[1].strip()
             if not user:
                 raise DataError(f"{self.log_file}:{row}: the user id is empty; every row needs one")
             if user in seen:
-                self.lines.counts["further_rows_of_a_user"] += 1
+                self.lines.counts[self.repeats] += 1
                 continue
             seen.add(user)
-            source, clicks = f"{self.log_file}:{row}", cells[3].split()
             try:
-                seconds = unix_seconds(cells[2].strip())
-            except ValueError:
-                raise DataError(
-                    f"{source}: time {shown(cells[2])}, expected such as 11/13/2019 5:53:12 AM; repair the row"
-                ) from None
-            if self.target == "last":  # impressions are not looked at: those of MIND's test rows carry no labels
-                yield UserLog(user, tuple(clicks[:-1]), tuple(clicks[-1:]), seconds, (), source)
-            else:
-                clicked, others = _impressions(cells[4].split(), source)
-                yield UserLog(user, tuple(clicks), clicked, seconds, others, source)
+                log = self._log(user, row, cells)
+            except DataError as error:
+                log = UserLog(user, (), (), row=row, problem=str(error))
+            yield log
 
-    def _rows(self, path: Path, columns: tuple[str, ...]) -> Iterator[tuple[int, list[str]]]:
+    def _log(self, user: str, row: int, cells: list[str]) -> UserLog:
+        clicks = cells[3].split()
+        try:
+            seconds = unix_seconds(cells[2].strip())
+        except ValueError:
+            raise DataError(
+                f"{self.log_file}:{row}: time {shown(cells[2])}, expected such as 11/13/2019 5:53:12 AM; repair the row"
+            ) from None
+        if self.target == "last":  # impressions are not looked at: those of MIND's test rows carry no labels
+            return UserLog(user, tuple(clicks[:-1]), tuple(clicks[-1:]), seconds, (), row)
+        clicked, others = _impressions(cells[4].split(), f"{self.log_file}:{row}")
+        return UserLog(user, tuple(clicks), clicked, seconds, others, row)
+
+    def _rows(
+        self, path: Path, columns: tuple[str, ...], lines: Iterable[tuple[int, str]], may_begin: bool = True
+    ) -> Iterator[tuple[int, list[str]]]:
         """Line numbers and cells; empty lines are passed over, and so is a header, which is counted.
 
-        MIND's own files have no header, copies of them may.
+        MIND's own files have no header, copies of them may, where the lines ``may_begin`` with one.
         """
         names = [column.replace(" ", "") for column in columns]
-        is_first = True
-        for row, line in self.lines.read(path):
+        is_first = may_begin
+        for row, line in lines:
             text = line.rstrip("\r\n")
             if not text:
                 continue

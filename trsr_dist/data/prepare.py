@@ -3,151 +3,186 @@
 from __future__ import annotations
 
 import os
+import time
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NamedTuple
 
-import numpy as np
-
+from trsr_dist import __version__
 from trsr_dist.config import Config, dump_config
 from trsr_dist.config.sections import DataSection
 from trsr_dist.data.amazon_m2 import AmazonReader
-from trsr_dist.data.assembly import CandidateMaker, CandidateRules, choose_users, write_items, write_split
+from trsr_dist.data.build import Build, describe, holds_locales
 from trsr_dist.data.demo import DEMO_FILES, write_demo
-from trsr_dist.data.histories import HistoryRules, Spool, spool_items, spool_more_targets, spool_users
-from trsr_dist.data.items import CatalogueRules
 from trsr_dist.data.jsonl import LAYOUTS, JsonlReader
 from trsr_dist.data.mind import MindReader
-from trsr_dist.data.retrieved import RetrievedLists
+from trsr_dist.data.shared import SharedWork, in_turn
 from trsr_dist.data.source import Counts, LineReader, Reader, find_raw, listed, open_raw
-from trsr_dist.data.store import ITEMS, POOLS, ArrowRows, check_files, checksums
+from trsr_dist.data.store import POOLS, check_files
 from trsr_dist.data.tables import find_table, unpacked_name
-from trsr_dist.errors import ConfigError, DataError
-from trsr_dist.files import atomic_file, atomic_folder, recover_folder, sha256_of, writing
+from trsr_dist.environment import task_number
+from trsr_dist.errors import ConfigError, DataError, RunError, TrsrError
+from trsr_dist.files import atomic_file, atomic_folder, recover_folder, remove_folder, sha256_of, writing
 from trsr_dist.hashing import digest
-from trsr_dist.locks import folder_lock
+from trsr_dist.leases import LeaseFolder
+from trsr_dist.liveness import Owner
+from trsr_dist.locks import LOCK_STALE_SECONDS, Claim, claim, folder_lock
 from trsr_dist.log import get_logger, setup_logging, show
-from trsr_dist.run import SPLITS, RunFolder, is_finished, write_manifest
+from trsr_dist.run import SPLITS, RunFolder, is_finished, read_manifest, write_manifest
 from trsr_dist.stores import facts_of, is_address, names_in, parts_of
 
-ITEM_SPOOL, USER_SPOOL, TARGET_SPOOL = "items.spool", "users.spool", "targets.spool"
 NEWER = ("columns", "interactions_file", "candidates_file")
-LARGE_SHARE = 0.05
-"""Of unknown items: from here on they are called the cause of an error."""
+HISTORIES = "histories"
+"""Lease of those who change what stands beside the pieces."""
+WORK = ".histories.work"
+"""Beside the histories: what the tasks have made so far, a folder for each raw files and settings."""
+PART_BYTES, MOST_PARTS = 1 << 26, 1024
+"""Of the log: the users are cut into parts, each of which fits in a fraction of the memory."""
+LEAVING_SECONDS = 15.0
+"""That the other tasks are given to see that all is done."""
 
 log = get_logger("data")
 
 
 def prepare(config: Config, *, force: bool = False, dry_run: bool = False) -> int:
-    """Run the stage; see tools/prepare_data.py.
+    """Run this task's share of the stage, see tools/prepare_data.py; returns when the histories are published.
 
     Raises:
         DataError: the raw files are missing or wrong.
-        RunError: the output folder is locked or holds another run's files.
+        RunError: a job of other settings is at work here, or the output folder holds another run's files.
     """
-    setup_logging(stage="prepare")
+    number, num_tasks = task_number()
+    setup_logging(number, stage="prepare")
     check_data_settings(config)
     run = RunFolder(Path(config.run.dir))
     counts = Counts()
-    lines = LineReader(config.data.encoding_errors, counts)
-    reader = build_reader(config, run.raw, lines)
-    fields = item_fields(config, reader)
+    reader = build_reader(config, run.raw, LineReader(config.data.encoding_errors, counts))
+    item_fields(config, reader)
     if dry_run:
         show(dump_config(config) + _plan(config, run, reader))
         return 0
-    with writing(run.root), folder_lock(run.histories) as lock:
-        recover_folder(run.raw, lock.lease.former)
-        if config.data.format == "demo":
-            _make_demo(config, run, force)
-        elif is_address(config.data.path):
-            _fetch(config, run, force)
-            reader = build_reader(config, run.raw, lines)
-        lists = lists_reader(config, run.raw, lines)
-        settings, inputs = _settings(config), _inputs(reader, lists)
-        if is_finished(run.histories, settings, inputs, force):
-            check_files(run.histories)
-            run.write_config("prepare", dump_config(config), only_missing=True)
-            log.info("%s: already prepared with these settings; nothing to do (--force redoes it)", run.histories)
-            return 0
-        with atomic_folder(run.histories, lock.check) as folder:
-            facts = _build(config, reader, lists, fields, folder, counts)
-            write_manifest(folder, "prepare", settings, inputs, counts=dict(sorted(counts.items())), **facts)
-        run.write_config("prepare", dump_config(config))
-    _report(run.histories, facts, counts)
+    stage = _Stage(config, run, counts, Asked(force and num_tasks == 1, force), is_first=not number)
+    root, what = run.histories.with_name(WORK), {**_settings(config), "path": config.data.path}
+    with writing(run.root), claim(root, digest(what), what) as mine:
+        leases = LeaseFolder(root / "leases", Owner.myself(), LOCK_STALE_SECONDS)
+        try:
+            _tidy(mine, stage.run(mine, leases) * LEAVING_SECONDS)
+        except TrsrError:
+            _tidy(mine)
+            raise
+        finally:
+            leases.close()
     return 0
 
 
-def _build(
-    config: Config,
-    reader: Reader,
-    lists: JsonlReader | None,
-    fields: tuple[str, ...],
-    folder: Path,
-    counts: Counts,
-) -> dict[str, object]:
-    """Fill ``folder`` and return what the manifest tells of it."""
-    data = config.data
-    catalogue = CatalogueRules(reader.item_file, fields, data.empty_items, data.duplicate_items, counts)
-    rules = HistoryRules(
-        data.min_history, data.max_history, data.long_histories, data.repeated_target, data.unknown_items
-    )
-    items_path, users_path = folder / ITEM_SPOOL, folder / USER_SPOOL
-    spool_items(items_path, reader, catalogue)
-    spool_users(users_path, reader.logs(), catalogue.rows, rules, counts)
-    retrieved = None
-    if lists is not None:
-        policies = data.unknown_items, data.missed_targets
-        retrieved = RetrievedLists(lists.log_file, lists.candidates(), catalogue.rows, *policies, counts)
-    catalogue.rows.clear()
-    unknown, share = "", 0.0
-    if missing := counts["clicks_on_unknown_items"]:
-        share = missing / (read := counts["item_ids_read"])
-        what = f"{missing} of {read} item ids ({share:.1%}) are not in {reader.item_file.name}"
-        unknown = f"{reader.log_file}: {what}"
-        log.warning("%s; they are left out (data.unknown_items=skip)", unknown)
-    try:
-        return _assemble(config, reader, retrieved, folder, counts)
-    except DataError as error:
-        if share < LARGE_SHARE:
+class Asked(NamedTuple):
+    """What --force asks for. Of several tasks none could tell old histories from what another has just made."""
+
+    redo: bool
+    """Make again what is there."""
+    replace: bool
+    """What was made with other settings gives way."""
+
+    def is_finished(self, folder: Path, settings: dict[str, object], inputs: dict[str, str]) -> bool:
+        """As ``run.is_finished``."""
+        try:
+            return is_finished(folder, settings, inputs, self.redo)
+        except RunError:
+            if self.replace:
+                return False
             raise
-        raise DataError(f"{unknown}, so little is left: {error}") from None
-    finally:
-        items_path.unlink()
-        users_path.unlink()
-        (folder / TARGET_SPOOL).unlink(missing_ok=True)
 
 
-def _assemble(
-    config: Config, reader: Reader, retrieved: RetrievedLists | None, folder: Path, counts: Counts
-) -> dict[str, object]:
-    """From the spooled items and users to the files of the store."""
-    data = config.data
-    items, spool = ArrowRows(folder / ITEM_SPOOL), Spool(folder / USER_SPOOL)
-    if not len(spool):
-        raise DataError(f"{reader.log_file}: no user is left ({describe(counts)}); widen data.min_history and the like")
-    users = choose_users(spool, data.split, data.split_by, data.max_users)
-    counts["users_above_max_users"] += len(spool) - len(users.rows)
-    train = users.mask(len(spool), "train")
-    if data.train_targets > 1:
-        path = folder / TARGET_SPOOL
-        spool = spool_more_targets(path, spool, train, data.train_targets, data.min_history)
-    popularity = sum(spool.count(column, train, len(items)) for column in ("history", "targets"))
-    first_seen = spool.first_seen(users.mask(len(spool), *SPLITS), len(items))
-    known = np.where(first_seen == np.iinfo(np.int64).max, 0, np.maximum(first_seen, 0))
-    write_items(folder / ITEMS, items, popularity, known)
-    rules = CandidateRules(
-        strategy=data.candidates,
-        within_category=data.candidates == "category" or holds_locales(data),
-        seen_before_target=data.seen_before_target,
-        too_few_negatives=data.too_few_negatives,
-        pool_size=config.train.pool_size,
-        train_negatives=config.train.negatives_per_positive,
-        evaluation_negatives=config.evaluate.negatives_per_positive,
-        seed=config.run.seed,
-    )
-    maker = CandidateMaker(rules, spool, users, items, first_seen, retrieved)
-    splits = {split: write_split(folder, split, users, spool, maker, data.max_history, counts) for split in SPLITS}
-    return {"num_items": len(items), "splits": splits, "files": checksums(folder)}
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    config: Config
+    run_folder: RunFolder
+    counts: Counts
+    asked: Asked
+    is_first: bool
+
+    def run(self, mine: Claim, leases: LeaseFolder) -> bool:
+        """Return whether it was this task that published the histories."""
+        config, run = self.config, self.run_folder
+        lines, settings = LineReader(config.data.encoding_errors, self.counts), _settings(config)
+        with in_turn(leases, HISTORIES), folder_lock(run.histories) as lock:
+            recover_folder(run.raw, lock.lease.former)
+            if config.data.format == "demo":
+                _make_demo(config, run, self.asked)
+            elif is_address(config.data.path):
+                _fetch(config, run, self.asked)
+        reader, lists = (make(config, run.raw, lines) for make in (build_reader, lists_reader))
+        files = _files(reader, lists)
+        work = self._open_work(mine, leases, settings, files)
+        inputs = _inputs(work, files)
+        if self.asked.is_finished(run.histories, settings, inputs):
+            check_files(run.histories)
+            run.write_config("prepare", dump_config(config), only_missing=True)
+            log.info("%s: already prepared with these settings; nothing to do (--force redoes it)", run.histories)
+            return False
+        build = Build(config, reader, lists, work, _num_parts(reader.log_file), self.is_first)
+        is_mine = False
+        try:
+            build.run(item_fields(config, reader))
+            with in_turn(leases, HISTORIES):
+                if not self.asked.is_finished(run.histories, settings, inputs):
+                    self._publish(build, settings, inputs)
+                    is_mine = True
+        except (OSError, DataError):  # the pieces are gone where others have published
+            if not self.asked.is_finished(run.histories, settings, inputs):
+                raise
+        if self.is_first:
+            _report(run.histories)
+        return is_mine
+
+    def _publish(self, build: Build, settings: dict[str, object], inputs: dict[str, str]) -> None:
+        run = self.run_folder
+        with folder_lock(run.histories) as lock, atomic_folder(run.histories, lock.check) as folder:
+            facts = build.write(folder)
+            write_manifest(folder, "prepare", settings, inputs, **facts)
+        run.write_config("prepare", dump_config(self.config))
+
+    def _open_work(
+        self, mine: Claim, leases: LeaseFolder, settings: dict[str, object], files: dict[str, Path]
+    ) -> SharedWork:
+        """The folder of these settings and raw files. A task that is alone removes what is of others, and what ended in
+        an error, whose cause may be gone."""
+        for path in files.values():
+            open_raw(path).close()
+        facts = {kind: [str(path), path.stat().st_size, path.stat().st_mtime_ns] for kind, path in files.items()}
+        root, name = leases.folder.parent, f"work-{digest([__version__, settings, facts])[:12]}"
+        work = SharedWork(root / name, leases, self.counts)
+        if self.asked.redo:
+            mine.check_alone()
+        with suppress(RunError):
+            mine.check_alone()
+            for folder in root.glob("work-*"):
+                if folder.name != name or self.asked.redo or work.has_failed():
+                    remove_folder(folder)
+        return work
+
+
+def _tidy(mine: Claim, patience_seconds: float = 0.0) -> None:
+    """Remove what the tasks have shared; where others are still at it, the last one does."""
+    end = time.monotonic() + patience_seconds
+    while True:
+        try:
+            mine.check_alone()
+            remove_folder(mine.path.parent.parent)
+            return
+        except RunError:
+            if time.monotonic() >= end:
+                return
+        except FileNotFoundError:
+            return
+        time.sleep(0.1)
+
+
+def _num_parts(path: Path) -> int:
+    return min(1 + path.stat().st_size // PART_BYTES, MOST_PARTS)
 
 
 def _settings(config: Config) -> dict[str, object]:
@@ -167,18 +202,26 @@ def _settings(config: Config) -> dict[str, object]:
     return settings
 
 
-def _inputs(reader: Reader, lists: JsonlReader | None) -> dict[str, str]:
+def _files(reader: Reader, lists: JsonlReader | None) -> dict[str, Path]:
+    """The raw files, by what they hold."""
+    return {"items": reader.item_file, "log": reader.log_file} | ({"lists": lists.log_file} if lists else {})
+
+
+def _inputs(work: SharedWork, files: dict[str, Path]) -> dict[str, str]:
     """Hashes of the raw files, by name."""
-    files = {"items": reader.item_file, "log": reader.log_file} | ({"lists": lists.log_file} if lists else {})
-    for path in files.values():
-        open_raw(path).close()
-    same = reader.item_file.name == reader.log_file.name
-    return {f"{kind}: {path.name}" if same else path.name: sha256_of(path) for kind, path in files.items()}
+    paths = [*files.values()]
+    work.make("inputs", lambda: enumerate(paths), lambda path, folder: {"hash": sha256_of(path)})
+    work.check("inputs")
+    same = files["items"].name == files["log"].name
+    return {
+        f"{kind}: {path.name}" if same else path.name: work.facts("inputs", number)["hash"]
+        for number, (kind, path) in enumerate(files.items())
+    }
 
 
-def _make_demo(config: Config, run: RunFolder, force: bool) -> None:
+def _make_demo(config: Config, run: RunFolder, asked: Asked) -> None:
     settings = {**config.demo.model_dump(), "seed": config.run.seed}
-    if is_finished(run.raw, settings, {}, force):
+    if asked.is_finished(run.raw, settings, {}):
         return
     with atomic_folder(run.raw) as folder:
         write_demo(folder, config.demo.num_users, config.demo.num_items, config.run.seed)
@@ -189,12 +232,12 @@ def _make_demo(config: Config, run: RunFolder, force: bool) -> None:
     )  # fmt: skip
 
 
-def _fetch(config: Config, run: RunFolder, force: bool) -> None:
+def _fetch(config: Config, run: RunFolder, asked: Asked) -> None:
     """Copy the raw files of a store to RUN/raw: both or none."""
     url = config.data.path.rstrip("/")
     facts = {name: facts_of(f"{url}/{name}") for name in _names_in(config, url)}
     inputs = {name: digest([size, version]) for name, (size, version) in facts.items()}
-    if is_finished(run.raw, {"path": url}, inputs, force):
+    if asked.is_finished(run.raw, {"path": url}, inputs):
         return
     with atomic_folder(run.raw) as folder:
         for name, (size, _) in facts.items():
@@ -261,12 +304,6 @@ def build_reader(config: Config, raw: Path, lines: LineReader) -> Reader:
     return JsonlReader(items, log, lines, data.item_fields, data.time_format, layout.fields, columns=columns)
 
 
-def holds_locales(data: DataSection) -> bool:
-    """Whether the catalogue holds several locales, an item's category being its own: a user's negatives then come from
-    the user's locale, or language alone would tell them from the positives."""
-    return data.format == "amazon_m2" and not data.locale
-
-
 def item_fields(config: Config, reader: Reader) -> tuple[str, ...]:
     """Fields of an item's text.
 
@@ -331,15 +368,11 @@ def _plan(config: Config, run: RunFolder, reader: Reader) -> str:
     return "\n".join(lines)
 
 
-def describe(counts: Counts) -> str:
-    """The counts in one line, without zeros."""
-    return ", ".join(f"{name.replace('_', ' ')} {count}" for name, count in sorted(counts.items()) if count)
-
-
-def _report(folder: Path, facts: dict, counts: Counts) -> None:
+def _report(folder: Path) -> None:
+    facts = read_manifest(folder)
     sizes = {split: facts["splits"][split]["users"] for split in SPLITS}
     users = " / ".join(f"{split} {size}" for split, size in sizes.items())
-    log.info("%s: %d items, users %s; %s", folder, facts["num_items"], users, describe(counts))
+    log.info("%s: %d items, users %s; %s", folder, facts["num_items"], users, describe(Counts(facts["counts"])))
     for split, size in sizes.items():
         if not size:
             log.warning("the %s split has no user; give more users, or other shares in data.split", split)

@@ -6,9 +6,9 @@ from array import array
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from trsr_dist.data.histories import KnownUser
 from trsr_dist.data.items import REMOVED
 from trsr_dist.data.jsonl import Place
+from trsr_dist.data.logs import KnownUser
 from trsr_dist.data.source import Counts, shown
 from trsr_dist.errors import DataError
 

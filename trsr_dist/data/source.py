@@ -9,25 +9,31 @@ import lzma
 import os
 import reprlib
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain, count, islice
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar
 
 import pyarrow as pa
 
-from trsr_dist.data.logs import LogColumns
 from trsr_dist.errors import DataError
 from trsr_dist.files import MAX_LINE_BYTES, numbered_lines, plain
 from trsr_dist.records import UserLog
 
+if TYPE_CHECKING:  # it imports this module
+    from trsr_dist.data.interactions import Interactions
+
+T = TypeVar("T")
 _short = reprlib.Repr()
 _short.maxstring = _short.maxother = 80
 MOST_CHARACTERS = 300
 BLOCK_BYTES = 1 << 20
 """Of lines that are decoded at once."""
+UNIT_BLOCKS, UNIT_ROWS = 32, 1 << 17
+"""Of a log, which one task reads at a time."""
 UNREADABLE = (OSError, EOFError, zlib.error, lzma.LZMAError)
 Counts = Counter[str]
 """How often each policy or filter applied; printed and kept in the manifest."""
@@ -54,10 +60,15 @@ class Reader(Protocol):
     allowed_fields: tuple[str, ...]
     """Fields that data.item_fields may name; empty: any."""
 
+    repeats: str
+    """Name of the count of rows that do not count, since an earlier one of the same user or session does."""
+
     def items(self) -> Iterator[RawItem]: ...
 
-    def logs(self) -> Iterator[UserLog | LogColumns]:
-        """One log per user or session, in the file's order; many at once where the format allows."""
+    def units(self) -> Iterator[tuple[int, Iterable[UserLog | Interactions]]]:
+        """Numbers of the log's units, from 0, and what each holds, in the file's order: one log per user or session, or
+        the interactions. What the caller passes over is not parsed. A row is left out only where the caller has taken
+        an earlier one of its user, so that each user's first row is always there."""
         ...
 
 
@@ -106,6 +117,11 @@ class LineReader:
                     f"{path}: cannot be read beyond line {_last_line(path)} ({error}); copy or download the file again"
                 ) from None
 
+    def units(self, path: Path) -> Iterator[tuple[int, Iterator[tuple[int, str]]]]:
+        """Numbers from 0 of some 32 MB each, and their lines as ``read`` gives them."""
+        for number, blocks in in_units(self.blocks(path, BLOCK_BYTES), UNIT_BLOCKS):
+            yield number, chain.from_iterable(self.split(path, first, block) for first, block in blocks)
+
     def _decode(self, line: bytes, path: Path, number: int) -> str:
         encoding = "utf-8-sig" if number == 1 else "utf-8"
         try:
@@ -118,6 +134,24 @@ class LineReader:
                 ) from None
             self.counts["lines_with_replaced_bytes"] += 1
             return line.decode(encoding, errors="replace")
+
+
+def in_units(values: Iterator[T], size: int) -> Iterator[tuple[int, Iterator[T]]]:
+    """Numbers from 0 and ``size`` values each; the last unit has fewer. What is not taken is passed over."""
+    for number in count():
+        taken = 0
+
+        def unit() -> Iterator[T]:
+            nonlocal taken
+            for taken, value in enumerate(islice(values, size), 1):  # noqa: B007
+                yield value
+
+        rest = unit()
+        yield number, rest
+        with suppress(DataError):  # it belongs to whoever makes this unit
+            deque(rest, 0)
+        if taken < size:
+            return
 
 
 def _last_line(path: Path) -> int:

@@ -111,16 +111,24 @@ def _parquet_rows(path: Path) -> Iterator[TableRow]:
         yield from enumerate(map(plain_row, batch.to_pylist()), row)
 
 
-def parquet_batches(path: Path, num_rows: int, names: Sequence[str] | None = None) -> Iterator[tuple[int, pa.Table]]:
+def parquet_batches(
+    path: Path, num_rows: int, names: Sequence[str] | None = None, groups: Sequence[int] | None = None, row: int = 1
+) -> Iterator[tuple[int, pa.Table]]:
     """Up to ``num_rows`` rows at a time, and the number of the first, from 1; columns in the order of ``names``.
+
+    Args:
+        path: of the file.
+        num_rows: at a time.
+        names: of columns; None: all.
+        groups: of rows, which are read; None: all.
+        row: number of the first row that is read.
 
     Raises:
         DataError: the file is damaged.
     """
-    row = 1
     with open_raw(path) as stream:
         try:
-            for batch in pq.ParquetFile(stream).iter_batches(num_rows, columns=names):
+            for batch in pq.ParquetFile(stream).iter_batches(num_rows, row_groups=groups, columns=names):
                 found = pa.Table.from_batches([batch])
                 yield row, found.select(names) if names else found
                 row += len(batch)
@@ -128,6 +136,18 @@ def parquet_batches(path: Path, num_rows: int, names: Sequence[str] | None = Non
             raise DataError(
                 f"{path}: cannot be read beyond row {row - 1} ({error}); copy or download the file again"
             ) from None
+
+
+def parquet_units(path: Path, num_rows: int) -> list[tuple[int, list[int]]]:
+    """Numbers of the first rows, and of the groups, of units of some ``num_rows`` rows, or of one group."""
+    with open_raw(path) as stream:
+        facts = pq.ParquetFile(stream).metadata
+        lengths = [facts.row_group(group).num_rows for group in range(facts.num_row_groups)]
+    at_once = max(1, num_rows * len(lengths) // max(1, sum(lengths)))
+    return [
+        (1 + sum(lengths[:first]), [*range(first, min(first + at_once, len(lengths)))])
+        for first in range(0, len(lengths), at_once)
+    ]
 
 
 def plain_row(cells: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import errno
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from contextlib import suppress
 from dataclasses import asdict
@@ -20,7 +20,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from trsr_dist.errors import DataError
-from trsr_dist.files import read_json, remove_folder, replace_folder, sync_path, write_json
+from trsr_dist.files import is_first, read_json, remove_folder, replace_folder, sync_path, write_json
 from trsr_dist.records import Sample
 from trsr_dist.run import MANIFEST
 from trsr_dist.shards.manifest import ShardFacts, write_split_manifest
@@ -130,10 +130,10 @@ class SplitWork:
             attempt.mkdir()
             shard = write_shard(attempt / f"{self.split}-{unit:06d}.tar", samples)
             write_json(attempt / FACTS, {"shard": asdict(shard), **facts})
-            is_first = _is_first(lambda: os.rename(attempt, self._unit(unit)))
+            was_free = is_first(lambda: os.rename(attempt, self._unit(unit)))
             sync_path(self._unit(unit).parent)
             self._done.add(unit)
-            return is_first
+            return was_free
         except FileNotFoundError:
             if self.folder.exists():
                 raise
@@ -166,7 +166,7 @@ class SplitWork:
             shards = [self.facts(unit)["shard"] for unit in range(self.num_units)]
             write_split_manifest(whole, shards, settings, inputs, **facts)
             target.parent.mkdir(parents=True, exist_ok=True)
-            return _is_first(lambda: replace_folder(whole, target))
+            return is_first(lambda: replace_folder(whole, target))
         except FileNotFoundError:
             if (target / MANIFEST).is_file():
                 return False
@@ -181,17 +181,6 @@ class SplitWork:
 
     def _unit(self, unit: int) -> Path:
         return self.folder / "units" / f"{unit:06d}"
-
-
-def _is_first(rename: Callable[[], None]) -> bool:
-    """Whether the new name was free; a folder that others have put there stays."""
-    try:
-        rename()
-    except OSError as error:
-        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
-            return False
-        raise
-    return True
 
 
 def link_or_copy(source: Path, target: Path) -> None:

@@ -1,0 +1,247 @@
+"""Preparing on several tasks: the bytes of one task, whoever made what, whoever died on the way."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from tests.data.raw import (
+    LENGTH,
+    behavior_line,
+    clicks,
+    make_config,
+    user_records,
+    write_amazon,
+    write_jsonl,
+    write_mind,
+)
+from trsr_dist.config import Config
+from trsr_dist.data import amazon_m2, jsonl, source
+from trsr_dist.data import prepare as job
+from trsr_dist.data.parts import dealt
+from trsr_dist.data.shared import SharedWork
+from trsr_dist.errors import DataError, TrsrError
+from trsr_dist.files import sha256_of
+
+USERS = 30
+SMALL = ["data.unknown_items=skip", "data.candidates=popularity"]
+PHASES = ("inputs", "items", "log", "users", "clicks", "candidates")
+
+
+def single_clicks() -> list[dict]:
+    """Of users in disorder; some are there twice, some items are unknown."""
+    times = (1_600_000_000 + 60 * place for place in range(LENGTH))
+    rows = [
+        {"user": f"u{user}", "item": clicks(user)[place], "time": time}
+        for place, time in enumerate(times)
+        for user in range(USERS)
+    ]
+    random.Random(0).shuffle(rows)
+    return [*rows, *rows[:9], rows[0] | {"item": "X1"}, rows[0] | {"item": "X2"}, rows[0] | {"item": "X2"}]
+
+
+def write_parquet(folder: Path) -> None:
+    raw = write_jsonl(folder, [])
+    pq.write_table(pa.Table.from_pylist(single_clicks()), raw / "interactions.parquet", row_group_size=50)
+    (raw / "interactions.jsonl").unlink()
+
+
+def write_repeated_mind(folder: Path) -> None:
+    """Later rows of a user do not count, not even for what is wrong with them."""
+    with open(write_mind(folder, USERS) / "behaviors.tsv", "a") as stream:
+        stream.writelines(behavior_line(user, clicks(user + 1)) for user in range(0, USERS, 3))
+        stream.write("9\tU7\tno time\tN1 N2\tN1-0\n" + behavior_line(98, ["N1", "X1", "N2"]))
+
+
+def write_users(folder: Path) -> None:
+    records = user_records(USERS)
+    later = [record | {"time": 10**12 + number} for number, record in enumerate(records)]
+    write_jsonl(folder, [*records[:20], *later])
+
+
+FORMATS: dict[str, tuple[str, Callable[[Path], object]]] = {
+    "mind": ("mind", write_repeated_mind),
+    "sessions": ("amazon_m2", lambda folder: write_amazon(folder, USERS)),
+    "users": ("jsonl", write_users),
+    "clicks": ("jsonl", lambda folder: write_jsonl(folder, single_clicks())),
+    "parquet": ("table", write_parquet),
+}
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several units of the log and several parts of the users."""
+    monkeypatch.setattr(job, "PART_BYTES", 1500)
+    monkeypatch.setattr(job, "LEAVING_SECONDS", 5.0)
+    monkeypatch.setattr(source, "UNIT_BLOCKS", 1)
+    monkeypatch.setattr(source, "BLOCK_BYTES", 1000)
+    monkeypatch.setattr(jsonl, "BLOCK_BYTES", 2000)
+    for module in (jsonl, amazon_m2):
+        monkeypatch.setattr(module, "UNIT_ROWS", 10)
+
+
+def config_of(folder: Path, name: str, run: str, *settings: str) -> Config:
+    data_format, write = FORMATS[name]
+    if not (folder / "raw_files").exists():
+        write(folder)
+    items = ["data.items_file=items.jsonl"] if name == "parquet" else []
+    return make_config(folder, data_format, f"run.dir={folder / run}", *SMALL, *items, *settings)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: sha256_of(path) for path in (folder / "histories").iterdir()}
+
+
+def start(config: Config, number: int, num_tasks: int, dies_in: str = "") -> int:
+    """One of several tasks, in another process; it may die in a phase."""
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        job.task_number = lambda: (number, num_tasks)
+        if dies_in:
+            SharedWork._record = dying_in(dies_in, SharedWork._record)
+        status = job.prepare(config)
+    except TrsrError as error:
+        (Path(config.run.dir) / f"error-{number}").write_text(str(error))
+    finally:
+        os._exit(status)
+
+
+def dying_in(phase: str, record: Callable) -> Callable:
+    """At the second piece of the phase, or its only one, when what it holds has been written."""
+    made: Counter[str] = Counter()
+
+    def dying(self: SharedWork, piece: object, folder: Path, action: Callable) -> dict:
+        found, name = record(self, piece, folder, action), folder.name.split(".")[1].partition("-")[0]
+        made[name] += 1
+        if name == phase and (made[name] == 2 or name == "items"):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    return dying
+
+
+def ends(*pids: int) -> list[int]:
+    return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_two_tasks_write_the_bytes_of_one(tmp_path: Path, name: str) -> None:
+    alone, together = (config_of(tmp_path, name, run) for run in ("alone", "together"))
+    assert job.prepare(alone) == 0
+    assert ends(*[start(together, number, 2) for number in range(2)]) == [0, 0]
+    assert contents(tmp_path / "together") == contents(tmp_path / "alone")
+    assert sorted(path.name for path in (tmp_path / "together").iterdir()) == ["config", "histories"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_pieces_of_any_size_give_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    assert job.prepare(config_of(tmp_path, name, "pieces")) == 0
+    monkeypatch.undo()
+    assert job.prepare(config_of(tmp_path, name, "whole")) == 0
+    assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_what_a_killed_task_left_is_made_by_others(tmp_path: Path, phase: str) -> None:
+    """One of three dies; all die of one task, and it starts again."""
+    one, alone, together = (config_of(tmp_path, "clicks", run) for run in ("one", "alone", "together"))
+    job.prepare(one)
+    assert ends(start(alone, 0, 1, phase)) == [-signal.SIGKILL]
+    left = {path.name for path in (tmp_path / "alone").glob(".histories.work/work-*/[!.]*")}
+    assert not (tmp_path / "alone" / "histories").exists() and left
+    made, record = set(), SharedWork._record
+
+    def noted(self: SharedWork, piece: object, folder: Path, action: Callable) -> dict:
+        made.add(folder.name.split(".")[1])
+        return record(self, piece, folder, action)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(SharedWork, "_record", noted)
+        job.prepare(alone)
+    assert made and not left & made, "what is there is not made again"
+    assert sorted(ends(*[start(together, number, 3, phase * (not number)) for number in range(3)])) in (
+        [-signal.SIGKILL, 0, 0],
+        [0, 0, 0],  # the others may have left it too little
+    )
+    assert contents(tmp_path / "alone") == contents(tmp_path / "together") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong", "settings", "message"),
+    [
+        ("mind", "1\tU99\tno time\tN1 N2\tN1-0\n1\tU98\n", (), r"behaviors\.tsv:43: time 'no time'"),
+        ("mind", "1\tU98\n1\tU99\tno time\tN1 N2\tN1-0\n", (), r"behaviors\.tsv:43: 2 columns"),
+        ("mind", "", ("data.unknown_items=fail",), r"behaviors\.tsv:42: user 'U98' has item 'X1'"),
+        ("clicks", "{}\n", (), r"interactions\.jsonl:193: no field 'user'"),
+        ("clicks", "", ("data.unknown_items=fail",), r"interactions\.jsonl:\d+: user 'u\d+' has item 'X1'"),
+        ("users", "", ("evaluate.negatives_per_positive=54",), r"valid user 'u\d+': 4\d catalogue items"),
+    ],
+)  # fmt: skip
+def test_a_bad_row_is_named_as_by_one_task(
+    tmp_path: Path, name: str, wrong: str, settings: tuple[str, ...], message: str
+) -> None:
+    config = config_of(tmp_path, name, "together", *settings)
+    log = next(path for path in (tmp_path / "raw_files").iterdir() if path.name[:2] in ("be", "in"))
+    log.write_text(log.read_text() + wrong)
+    with pytest.raises(DataError, match=message) as found:
+        job.prepare(config_of(tmp_path, name, "alone", *settings))
+    assert ends(*[start(config, number, 2) for number in range(2)]) == [1, 1]
+    run = tmp_path / "together"
+    assert [(run / f"error-{number}").read_text() for number in range(2)] == [str(found.value)] * 2
+    assert not (run / "histories").exists() and not list((tmp_path / "alone").iterdir())
+
+
+def test_each_raw_file_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for its hash, once for what it holds, and the head of a log of JSON lines for its form."""
+    config, read = config_of(tmp_path, "clicks", "run"), Counter()
+    opened = source.open_raw
+
+    class Counted:
+        def __init__(self, path: Path) -> None:
+            self._name, self._stream = path.name, opened(path)
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(self._stream, name)
+
+        def __enter__(self) -> Counted:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self._stream.close()
+
+        def read(self, size: int) -> bytes:
+            read[self._name] += len(block := self._stream.read(size))
+            return block
+
+        def readline(self, size: int) -> bytes:
+            read[self._name] += len(line := self._stream.readline(size))
+            return line
+
+    for module in (source, job):
+        monkeypatch.setattr(module, "open_raw", Counted)
+    monkeypatch.setattr(job, "sha256_of", lambda path: read.update({path.name: path.stat().st_size}) or sha256_of(path))
+    job.prepare(config)
+    sizes = {path.name: path.stat().st_size for path in (tmp_path / "raw_files").iterdir()}
+    assert read["items.jsonl"] == 2 * sizes["items.jsonl"]
+    head = read["interactions.jsonl"] - 2 * sizes["interactions.jsonl"]
+    assert 0 < head <= 1100
+
+
+def test_names_are_dealt_evenly_and_alike_in_any_array() -> None:
+    names = pa.array([f"user {number}" for number in range(4000)])
+    parts = dealt(names, 7)
+    assert np.bincount(parts, minlength=7).min() > 480
+    assert dealt(names[1000:], 7).tolist() == parts[1000:].tolist()
+    assert dealt(pa.array(["x" * 300, "user 3"]), 7)[1] == parts[3]
