@@ -16,9 +16,9 @@ from tests.merge.models import seal
 from tests.spawn import run_ranks
 from trsr_dist.config import load_config
 from trsr_dist.errors import ConfigError, DataError, ModelError, RunError
-from trsr_dist.evaluate.evaluation import model_identity
 from trsr_dist.evaluate.job import evaluate
 from trsr_dist.files import read_json, write_json
+from trsr_dist.model.artifacts import model_identity
 from trsr_dist.run import manifest_hash
 
 NUM_PARTS = 3

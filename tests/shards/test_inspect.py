@@ -9,6 +9,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import webdataset as wds
 
@@ -32,6 +33,7 @@ from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.plan import PackingSettings
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.stream import TrainStream
+from trsr_dist.shards.tables import MINED, SCORES, TABLE, write_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,6 +44,22 @@ def problems(folder: Path) -> list[str]:
 
 def test_whole_shards_are_found_whole(tmp_path: Path) -> None:
     assert problems(make_split(tmp_path / "train", (5, 4)).folder) == []
+
+
+def test_damaged_and_foreign_tables_are_found(tmp_path: Path) -> None:
+    shards = make_split(tmp_path / "train", (5, 4))
+    rows = [np.ones(len(sample.candidates), dtype=np.float32) for sample in shards.read_many(range(9))]
+    for name in (MINED, f"{SCORES}-one", f"{SCORES}-other"):
+        write_table(shards.folder / name, rows, shards.manifest_hash, "score", {})
+    (shards.folder / f"{SCORES}-begun").mkdir()
+    assert problems(shards.folder) == []
+    flip_byte(shards.folder / MINED / TABLE, 200)
+    (shards.folder / f"{SCORES}-one" / TABLE).unlink()
+    write_table(shards.folder / f"{SCORES}-other", rows, "0" * 64, "score", {})
+    one, other, mined = problems(shards.folder)
+    assert f"{SCORES}-one/{TABLE}: missing" in one and "tools/score_shards.py --force" in one
+    assert "made with input shards=" in other
+    assert f"{MINED}/{TABLE}: missing, or its bytes" in mined and "tools/mine_negatives.py --force" in mined
 
 
 @pytest.mark.parametrize("name", ["train-000001.tar", "train-000001.tar.index"])

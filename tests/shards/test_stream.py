@@ -150,6 +150,8 @@ def test_state_of_other_settings_is_refused(shards: ShardSet) -> None:
     ):
         with pytest.raises(CheckpointError, match=next(iter(change))):
             TrainStream(shards, make_builder(), SETTINGS, state=StreamState.from_dict(state.to_dict() | change))
+    with pytest.raises(CheckpointError, match="another version of this package"):
+        StreamState.from_dict(state.to_dict() | {"unknown": 1})
 
 
 def test_a_row_shorter_than_a_prompt_is_refused(shards: ShardSet) -> None:

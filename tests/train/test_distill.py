@@ -18,8 +18,8 @@ from tests.train.test_run import train_all
 from tests.train.world import link_run, losses_of, make_config, make_run
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import ConfigError
-from trsr_dist.evaluate.evaluation import model_identity
 from trsr_dist.files import read_json
+from trsr_dist.model.artifacts import model_identity
 from trsr_dist.pretrained import BaseSource, load_tokenizer
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.run import RunFolder

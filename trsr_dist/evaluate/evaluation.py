@@ -7,15 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trsr_dist.bases import ADAPTER_CONFIG, adapter_file
 from trsr_dist.config import Config, dump_config
 from trsr_dist.errors import ConfigError
 from trsr_dist.evaluate.passes import ScoringPass, drawn_protocols, plan_passes
 from trsr_dist.evaluate.score_files import IDENTITY, ScoreFolder
 from trsr_dist.files import sha256_of
-from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger
-from trsr_dist.model.artifacts import base_fingerprint
+from trsr_dist.model.artifacts import model_identity
 from trsr_dist.run import MANIFEST, RunFolder, check_inputs, manifest_hash, read_manifest
 
 REMEDY = "use another --output, or --force to score again"
@@ -162,22 +160,6 @@ class Evaluation:
             path.unlink(missing_ok=True)
         for folder in {path.parent for name in ("part-*.jsonl", IDENTITY) for path in self.folder.rglob(name)}:
             ScoreFolder(folder).clear()
-
-
-def model_identity(name_or_path: str, revision: str = "") -> str:
-    """A hash of a checkpoint, adapter or model folder; name and revision of a model of the hub.
-
-    Raises:
-        ModelError: a local folder holds no model.
-    """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        return f"{name_or_path}@{revision}" if revision else name_or_path
-    if (folder / MANIFEST).is_file():  # of a checkpoint, or of a merged model: it holds the adapter's hash
-        return manifest_hash(folder)
-    if (folder / ADAPTER_CONFIG).is_file():
-        return digest([sha256_of(adapter_file(folder)), sha256_of(folder / ADAPTER_CONFIG)])
-    return base_fingerprint(folder)
 
 
 def check_draws(job: Evaluation) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 from trsr_dist import distributed
 from trsr_dist.config import Config
 from trsr_dist.environment import Ranks, array_task, detect_ranks
-from trsr_dist.evaluate.evaluation import Evaluation, model_identity, trained_on_these_shards
+from trsr_dist.evaluate.evaluation import Evaluation, trained_on_these_shards
 from trsr_dist.evaluate.passes import ScoringPass, split_parts
 from trsr_dist.evaluate.score import WAIT_SECONDS, claim_folder, clear_folder, complete, open_models, score_everything
 from trsr_dist.evaluate.score_files import ScoreFolder, UserScores, expected_of
@@ -26,7 +26,7 @@ from trsr_dist.evaluate.users import SplitUsers
 from trsr_dist.files import writing
 from trsr_dist.locks import Claim
 from trsr_dist.log import get_logger, setup_logging, show
-from trsr_dist.model.artifacts import follow
+from trsr_dist.model.artifacts import follow, model_identity
 from trsr_dist.run import MANIFEST, RunFolder
 from trsr_dist.shards.cache import open_cache
 from trsr_dist.shards.reader import ShardSet

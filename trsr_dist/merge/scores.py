@@ -18,7 +18,7 @@ from trsr_dist.log import progress
 from trsr_dist.model.adapters import Adapter, attach
 from trsr_dist.pretrained import BaseSource, load_causal, load_classifier, load_tokenizer
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.prompts.wording import recommend_instruction
+from trsr_dist.prompts.text import recommend_instruction
 from trsr_dist.records import Candidate, Sample, TokenizedUser
 
 CGROUP = Path("/sys/fs/cgroup")

@@ -14,12 +14,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from typing_extensions import TypedDict
 
-from trsr_dist.bases import ADAPTER_CONFIG, check_base, read_model_config
+from trsr_dist.bases import ADAPTER_CONFIG, adapter_file, check_base, read_model_config
 from trsr_dist.config.sections import PromptSection
 from trsr_dist.errors import CheckpointError, ModelError
 from trsr_dist.files import read_json, sha256_of
+from trsr_dist.hashing import digest
 from trsr_dist.json_text import describe_form
-from trsr_dist.run import MANIFEST, Manifest, read_manifest
+from trsr_dist.run import MANIFEST, Manifest, manifest_hash, read_manifest
 
 PROVENANCE = "provenance.json"
 POINTERS = ("latest", "best")
@@ -152,6 +153,22 @@ def base_fingerprint(folder: str | Path) -> str:
                 stream.seek(size * sample // NUM_SAMPLES)
                 state.update(stream.read(SAMPLE_BYTES))
     return state.hexdigest()
+
+
+def model_identity(name_or_path: str, revision: str = "") -> str:
+    """A hash of a checkpoint, adapter or model folder; name and revision of a model of the hub.
+
+    Raises:
+        ModelError: a local folder holds no model.
+    """
+    folder = Path(name_or_path)
+    if not folder.is_dir():
+        return f"{name_or_path}@{revision}" if revision else name_or_path
+    if (folder / MANIFEST).is_file():  # of a checkpoint, or of a merged model: it holds the adapter's hash
+        return manifest_hash(folder)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return digest([sha256_of(adapter_file(folder)), sha256_of(folder / ADAPTER_CONFIG)])
+    return base_fingerprint(folder)
 
 
 def check_same_base(place: str | Path, found: str, recorded: str, remedy: str) -> None:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from trsr_dist.errors import ConfigError, DataError
 from trsr_dist.hashing import digest
-from trsr_dist.prompts.wording import WORDING_VERSION
+from trsr_dist.prompts.text import WORDING_VERSION
 from trsr_dist.run import MANIFEST, Manifest, manifest_hash, read_manifest, write_manifest
 from trsr_dist.shards.index import KeptArrays, open_index
 

@@ -57,7 +57,17 @@ class StreamState:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> StreamState:
-        return cls(**value)
+        """
+        Raises:
+            CheckpointError: the fields are not these.
+        """
+        try:
+            return cls(**value)
+        except TypeError as error:
+            raise CheckpointError(
+                f"the checkpoint's stream was saved by another version of this package ({error}); go on with that "
+                "version, or start a new run"
+            ) from None
 
     def check(self, start: StreamState) -> None:
         """Refuse to go on with other data or settings: the rows would be others.

@@ -19,6 +19,8 @@ from trsr_dist.hashing import digest
 from trsr_dist.run import MANIFEST, check_inputs, manifest_hash, read_manifest, write_manifest
 
 TABLE = "table.npy"
+SCORES = "scores"
+"""What names of folders with a model's scores begin with."""
 MINED = "mined"
 """Folder of the table that says which negatives tools/mine_negatives.py has left in the pool."""
 
@@ -36,7 +38,7 @@ class CandidateTable:
 
 def scores_folder(split: Path, model: str) -> Path:
     """Where the scores of a model lie, named by it (``model_identity``) and the split's manifest."""
-    return split / f"scores-{digest(model)[:12]}-{manifest_hash(split)[:12]}"
+    return split / f"{SCORES}-{digest(model)[:12]}-{manifest_hash(split)[:12]}"
 
 
 def write_table(

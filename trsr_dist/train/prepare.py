@@ -9,9 +9,8 @@ from trsr_dist.config import Config
 from trsr_dist.distributed import on_rank_zero
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import ConfigError
-from trsr_dist.evaluate.evaluation import model_identity
 from trsr_dist.log import get_logger
-from trsr_dist.model.artifacts import base_fingerprint, follow
+from trsr_dist.model.artifacts import base_fingerprint, follow, model_identity
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import RANKING_LOSSES
 from trsr_dist.run import RunFolder

@@ -1,4 +1,4 @@
-"""Every byte of a split: tars, manifest and indexes against each other. Builds what foreign tars lack."""
+"""Every byte of a split: tars, manifest, indexes, lengths and tables. Builds what foreign tars lack."""
 
 from __future__ import annotations
 
@@ -10,15 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from trsr_dist.errors import DataError
+from trsr_dist.errors import DataError, TrsrError
 from trsr_dist.files import remedy_of, sha256_of
 from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger, progress
-from trsr_dist.run import MANIFEST
+from trsr_dist.run import MANIFEST, manifest_hash
 from trsr_dist.shards.codec import decode_sample
 from trsr_dist.shards.index import build_index, index_path, open_index, scan_tar, with_header
 from trsr_dist.shards.lengths import is_measured, length_path
 from trsr_dist.shards.manifest import ShardFacts, read_split_manifest, write_split_manifest
+from trsr_dist.shards.tables import MINED, SCORES, open_table
 from trsr_dist.shards.writer import candidate_digest
 
 log = get_logger("inspect")
@@ -35,6 +36,7 @@ def verify_split(folder: Path) -> tuple[list[str], int]:
             path = length_path(lengths, facts)
             if path.exists() and not is_measured(lengths, facts):
                 problems.append(f"{path}: damaged, or made from another tar; remove {lengths}, it is measured again")
+    problems += _verify_tables(folder)
     num_bytes = sum(facts["num_bytes"] for facts in shards)
     sums = {
         "num_samples": sum(facts["num_samples"] for facts in shards),
@@ -45,6 +47,17 @@ def verify_split(folder: Path) -> tuple[list[str], int]:
         if manifest[name] != value:
             problems.append(f"{folder / MANIFEST}: {name} is {manifest[name]!r}, its shards make {value!r}")
     return problems, num_bytes
+
+
+def _verify_tables(folder: Path) -> Iterator[str]:
+    """What is wrong with the complete tables beside the shards: an incomplete one is still being made."""
+    tables = dict.fromkeys(sorted(folder.glob(f"{SCORES}-*")), "run tools/score_shards.py")
+    for table, remedy in (tables | {folder / MINED: "run tools/mine_negatives.py"}).items():
+        if (table / MANIFEST).is_file():
+            try:
+                open_table(table, manifest_hash(folder), remedy)
+            except TrsrError as error:
+                yield str(error)
 
 
 def verify_shard(path: Path, facts: dict) -> Iterator[str]:
