@@ -149,7 +149,7 @@ class Split:
         """Shard number and the sample's number in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        shard = int(self.starts.searchsorted(index, side="right")) - 1
         return shard, index - int(self.starts[shard])
 
     def ranges(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
