@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from tests.slurm.lab import Lab, wait_until
 from tests.train.jobs import Job
 from tests.train.world import link_run, losses_of, make_config, make_run
+from trsr_dist.files import read_json
 from trsr_dist.metric_log import read_metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.soak, pytest.mark.timeout(600)]
@@ -58,16 +60,34 @@ class Training:
         found = list(self.run.glob(f"logs/train-*/task-0000-restart-{restart}.log"))
         return found[0].read_text() if found else ""
 
-    def assert_same(self, calm: Path) -> None:
+    def assert_same(self, calm: Path, restarts: int = 1) -> None:
         """Every step once, with the loss of the run that nothing happened to, and the same adapter in the end."""
         assert self.lab.wait_for_job(self.job, seconds=300) == "COMPLETED", self.text()
-        assert self.lab.job(self.job)["Restarts"] == "1", self.text()
+        assert self.lab.job(self.job)["Restarts"] == str(restarts), self.text()
         steps = [row["step"] for row in read_metrics(self.run) if "train/loss" in row]
         assert steps == list(range(1, NUM_STEPS + 1))
         assert losses_of(self.run) == pytest.approx(losses_of(calm), abs=1e-5)
         name = f"checkpoints/step-{NUM_STEPS:06d}/adapter/adapter_model.safetensors"
         mine, its = load_file(self.run / name), load_file(calm / name)
         assert all((mine[key] - its[key]).abs().max() < 1e-4 for key in its) and mine.keys() == its.keys()
+
+
+def test_killed_rank_is_back_on_its_nodes(lab: Lab, calm: Path, tmp_path: Path, report: Callable[..., None]) -> None:
+    """Part by part."""
+    training = Training(lab, tmp_path / "run", calm, "-N2 --ntasks-per-node=1")
+    beat = lambda rank: read_json(training.run / f"heartbeats/rank-{rank:05d}.json")  # noqa: E731
+    start = time.monotonic()
+    lab.run(f"kill -9 {beat(1)['pid']}", on="node2")
+    for part, is_over in {
+        "noticed": lambda: "run again on the same nodes" in training.text(),
+        "tasks started": lambda: "launch/train.py" in training.log(1),
+        "imported": lambda: beat(0)["restart"] == 1,
+        "base and checkpoint loaded": lambda: "resumed from" in training.log(1),
+        "first step made": lambda: re.search(r"step \d+/", training.log(1)) is not None,
+    }.items():
+        wait_until(is_over, 120, part, training.text)
+        report(f"training, rank killed: {part} after", time.monotonic() - start)
+    training.assert_same(calm, restarts=0)
 
 
 def test_power_cut_of_a_node(lab: Lab, calm: Path, tmp_path: Path, report: Callable[..., None]) -> None:
