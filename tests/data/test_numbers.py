@@ -267,9 +267,7 @@ class TestHistories:
         assert user is None and counts == {"users_read": 1} | dropped
 
 
-@pytest.mark.parametrize(
-    "clock", ["12:00:00 AM", "1:05:09 AM", "11:59:59 PM", "12:30:01 PM", "01:5:09 pm"]
-)
+@pytest.mark.parametrize("clock", ["12:00:00 AM", "1:05:09 AM", "11:59:59 PM", "12:30:01 PM", "01:5:09 pm"])
 def test_times_of_mind(clock: str) -> None:
     expected = datetime.strptime(f"11/13/2019 {clock} +0000", "%m/%d/%Y %I:%M:%S %p %z").timestamp()
     assert unix_seconds(f"11/13/2019 {clock}") == expected
