@@ -16,8 +16,7 @@ from benchmarks.common import Row, rate_row, ratio_row, timed
 from benchmarks.stream import _tokenizer as made_tokenizer
 from trsr_dist.pretrained import BaseSource, load_tokenizer
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.prompts.text import SummaryPrompt
-from trsr_dist.prompts.wording import recommend_instruction
+from trsr_dist.prompts.text import SummaryPrompt, recommend_instruction
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.summarize.extract import extract, item_terms
 

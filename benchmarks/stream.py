@@ -22,7 +22,7 @@ from trsr_dist.planner.flops import Workload, shared_workload, training_flops
 from trsr_dist.planner.hardware import hardware
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.prompts.wording import recommend_instruction
+from trsr_dist.prompts.text import recommend_instruction
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.rows import PackedRow
 from trsr_dist.shards.codec import decode_sample, encode_sample

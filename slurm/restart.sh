@@ -63,6 +63,11 @@ run_here() {
   exec "$BASH" "$0" "${arguments[@]}"
 }
 
+run_here_or_again() {
+  run_here "$1"
+  run_again "$1"
+}
+
 # run_again REASON [NODES]: requeue this job, without NODES
 run_again() {
   if [ -e "$run/STOP" ]; then
@@ -103,16 +108,10 @@ finish_stage() {
   first=$(grep -m 1 -E 'tasks? [0-9,-]+: ' "$errors" || true)
   case $first in
   *"exit code $EXIT_REQUEUE"*) run_again "the step saved its work and asks to be run again" ;;
-  *"exit code $EXIT_STUCK"*)
-    run_here "a rank was stuck"
-    run_again "a rank was stuck"
-    ;;
+  *"exit code $EXIT_STUCK"*) run_here_or_again "a rank was stuck" ;;
   *'exit code '*) status=${first##*exit code } status=${status%%[!0-9]*} ;;
   '') ;;
-  *)
-    run_here "a task was ended by a signal (${first#srun: error: })"
-    run_again "a task was ended by a signal (${first#srun: error: })"
-    ;;
+  *) run_here_or_again "a task was ended by a signal (${first#srun: error: })" ;;
   esac
   if [ "$(progress_mark)" != "$mark" ]; then run_again "failed with status $status after some progress"; fi
   show_culprit "$first"

@@ -10,7 +10,7 @@ export TRITON_CACHE_DIR=$TRSR_CACHE/triton TORCH_EXTENSIONS_DIR=$TRSR_CACHE/torc
 export TORCHINDUCTOR_CACHE_DIR=$TRSR_CACHE/inductor
 mkdir -p "$TRITON_CACHE_DIR" "$TORCH_EXTENSIONS_DIR" "$TORCHINDUCTOR_CACHE_DIR"
 
-# A sign of life for slurm/watch.sh while this process lives, which becomes the command. slurm/ended.sh removes the file.
+# A sign of life for slurm/watch.sh while this process, which becomes the command, lives. slurm/ended.sh removes it.
 sign=$TRSR_SIGNS/$SLURM_PROCID-$(hostname)
 if : >"$sign"; then
   (

@@ -9,7 +9,7 @@ from functools import cache
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from trsr_dist.prompts.wording import WORDINGS, recommend_instruction
+from trsr_dist.prompts.text import WORDINGS, recommend_instruction
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}<|end|>\n{% endfor %}"

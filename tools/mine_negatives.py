@@ -34,7 +34,7 @@ def share(text: str) -> float:
 
 def main() -> int:
     args, config = parse_config(build_parser())
-    from trsr_dist.evaluate.mining import mine_negatives
+    from trsr_dist.evaluate.teacher import mine_negatives
 
     return mine_negatives(config, args.model, args.negatives, args.margin, args.force, args.dry_run)
 

@@ -15,6 +15,7 @@ import shutil
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
@@ -280,19 +281,13 @@ def recover_folder(path: Path, dead: str = "", locked: bool = True) -> None:
         locked: this process holds the folder's lock, so that nobody else may be replacing it.
     """
     path = real_folder(path)
-
-    def is_dead(left: Path) -> bool:
-        return is_abandoned(left, SILENT_LOCKED_SECONDS, dead)
-
-    for old in sorted(_leftovers(path, MOVED), key=lambda old: old.lstat().st_mtime_ns, reverse=True):
+    is_dead = partial(is_abandoned, silent_seconds=SILENT_LOCKED_SECONDS, dead=dead)
+    moved, begun = (list(path.parent.glob(f".{glob.escape(path.name)}.{kind}-*")) for kind in (MOVED, TEMPORARY))
+    for old in sorted(moved, key=lambda old: old.lstat().st_mtime_ns, reverse=True):
         if not path.exists() and (locked or is_dead(old)):
             os.rename(old, path)
-    for left in filter(is_dead, [*_leftovers(path, MOVED), *_leftovers(path, TEMPORARY)]):
+    for left in filter(is_dead, [*filter(os.path.lexists, moved), *begun]):
         _remove(left)
-
-
-def _leftovers(path: Path, kind: str) -> list[Path]:
-    return list(path.parent.glob(f".{glob.escape(path.name)}.{kind}-*"))
 
 
 def remove_folder(path: Path) -> None:

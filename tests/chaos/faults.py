@@ -218,7 +218,7 @@ def damage_shard(world: World, row: Row) -> Effect:
             stream.write(kept)
 
     said = f"{path.relative_to(world.chain.run)} damaged; rank killed: {world.kill_some(RANKS)}"
-    return Effect(said, world.seconds(15, 25), restore, name)
+    return Effect(said, world.seconds(40, 60), restore, name)
 
 
 def flip(path: Path, draw: Random) -> None:

@@ -20,6 +20,8 @@ PURE = [
     "trsr_dist.config",
     "trsr_dist.environment",
     "trsr_dist.prompts.builder",
+    "trsr_dist.shards.measure",
+    "trsr_dist.shards.plan",
     "trsr_dist.planner.job",
 ]
 LAYERS = [

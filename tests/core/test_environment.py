@@ -1,12 +1,17 @@
 import os
 import socket
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from trsr_dist.environment import (
+    VERSION_1,
+    VERSION_2,
     Ranks,
     array_task,
+    available_memory_bytes,
+    cgroup_rests,
     detect_ranks,
     export_ranks,
     node_name,
@@ -16,6 +21,9 @@ from trsr_dist.environment import (
     slurm_memory_bytes,
 )
 from trsr_dist.errors import ConfigError
+
+JOB = "slurm/uid_0/job_7/step_0"
+GIB = 2**30
 
 
 def test_one_process_without_a_launcher() -> None:
@@ -110,3 +118,31 @@ def test_what_slurm_gives_a_job_on_its_node() -> None:
     assert (node_name(env), slurm_gpus(env), slurm_memory_bytes(env)) == ("node7", 4, 2**31)
     assert (node_name({}), slurm_gpus({}), slurm_memory_bytes({})) == (socket.gethostname(), None, None)
     assert slurm_memory_bytes({"SLURM_MEM_PER_NODE": "0"}) is None, "the whole node"
+
+
+@pytest.mark.parametrize(
+    ("line", "root", "names", "unlimited"),
+    [
+        (f"0::/{JOB}", "", VERSION_2, "max"),
+        (f"9:cpu,memory:/{JOB}\n4:pids:/elsewhere", "memory", VERSION_1, str(2**63 - 4096)),
+    ],
+    ids=["version 2", "version 1"],
+)
+def test_the_tightest_control_group_counts(
+    tmp_path: Path, line: str, root: str, names: tuple[str, str, str], unlimited: str
+) -> None:
+    """Slurm limits the job's group, two levels above the process's own; what files take is given back."""
+    group = tmp_path / root / JOB
+    group.mkdir(parents=True)
+    for folder, limit in ((group, unlimited), (group.parent, str(8 * GIB))):
+        for name, text in zip(
+            (*names[:2], "memory.stat"), (limit, str(3 * GIB), f"anon 1\n{names[2]} {GIB}"), strict=True
+        ):
+            (folder / name).write_text(text + "\n")
+    assert min(cgroup_rests(tmp_path, line)) == 6 * GIB
+    assert cgroup_rests(tmp_path / "container", line) == []
+
+
+def test_what_slurm_gives_the_job_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_MEM_PER_NODE", "1")
+    assert available_memory_bytes() < 0

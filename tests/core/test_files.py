@@ -123,7 +123,7 @@ def test_foreign_files_are_not_overwritten(tmp_path: Path) -> None:
         manifest_hash(tmp_path)
 
 
-def test_a_file_replaced_while_it_is_read_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_replaced_while_it_is_read_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As NFS does it, which no test machine has: the first reads find a handle that has gone stale."""
     write_json(tmp_path / "a.json", {"a": 1})
     stale, whole = [OSError(errno.ESTALE, "Stale file handle")] * 2, Path.read_text

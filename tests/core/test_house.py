@@ -4,6 +4,9 @@ from pathlib import Path
 
 from tests.core.house import longest_chain, measures, read_package, single_importers
 
+ROOT = Path(__file__).parents[2]
+LONGEST_CHAIN = 10
+"""Modules each of which imports the next."""
 FILES = {
     "__init__.py": "",
     "top.py": "from pack import middle\n\n\ndef one():\n    from .deep.low import two\n    return two()\n\n",
@@ -39,6 +42,12 @@ def test_a_small_package_by_hand(tmp_path: Path) -> None:
         "function median / p90 / max   2 / 2 / 3",
         "functions per 1,000 lines     125.0",
     ]
+
+
+def test_the_package_keeps_to_its_limits() -> None:
+    lines = list(measures(modules := read_package(ROOT / "trsr_dist")))
+    assert len(longest_chain(modules)) <= LONGEST_CHAIN, lines
+    assert {"functions over 60 lines: 0", "files over 400 lines: 0"} <= set(lines), lines
 
 
 def test_what_is_long_is_listed(tmp_path: Path) -> None:

@@ -123,7 +123,7 @@ def unreadable_checkpoint(folder: Path) -> Callable[[], object]:
     ("case", "message"),
     [
         (prepared, r"FOLDER/run: Permission denied; get permission to write in FOLDER, or choose another run.dir"),
-        (unwritable, r"FOLDER/run/histories.lock: Permission denied; get permission to write in FOLDER/run"),
+        (unwritable, r"FOLDER/run/.histories.work: Permission denied; get permission to write in FOLDER/run"),
         (unreadable_config, r"FOLDER/config.yaml: Permission denied; get permission to read it"),
         (closed_folder, r"FOLDER/raw_files/\S+: may not be read; ask its owner for permission"),
         (unreadable_manifest, r"FOLDER/run/histories/manifest.json: Permission denied; get permission to read it"),

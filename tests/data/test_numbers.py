@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import nullcontext
+from datetime import datetime
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -32,6 +33,7 @@ from trsr_dist.data.histories import (
 )
 from trsr_dist.data.items import REMOVED, CatalogueRules
 from trsr_dist.data.logs import ItemCodes, KnownUser, UserColumns, UserLogs, gather, unit_table
+from trsr_dist.data.mind import unix_seconds
 from trsr_dist.data.source import RawItem
 from trsr_dist.data.store import ArrowRows
 from trsr_dist.errors import DataError
@@ -263,6 +265,12 @@ class TestHistories:
         user, counts = admitted("a b", "b", repeated_target="drop")
         dropped = {"repeated_targets_dropped": 1, "users_with_repeated_target_dropped": 1}
         assert user is None and counts == {"users_read": 1} | dropped
+
+
+@pytest.mark.parametrize("clock", ["12:00:00 AM", "1:05:09 AM", "11:59:59 PM", "12:30:01 PM", "01:5:09 pm"])
+def test_times_of_mind(clock: str) -> None:
+    expected = datetime.strptime(f"11/13/2019 {clock} +0000", "%m/%d/%Y %I:%M:%S %p %z").timestamp()
+    assert unix_seconds(f"11/13/2019 {clock}") == expected
 
 
 class TestColumns:

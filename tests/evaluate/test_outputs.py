@@ -121,7 +121,7 @@ def test_tensorboard_holds_scalars_and_figures(run: Path, alone: Path, tmp_path:
     assert {"test/Recall by K", "test/Calibration"} <= set(events.Tags()["images"])
 
 
-def test_the_validation_split_has_files_of_its_own(run: Path, tmp_path: Path) -> None:
+def test_the_validation_split_has_separate_files(run: Path, tmp_path: Path) -> None:
     config = write_config(run, "valid.yaml", evaluate={"split": "valid", "baselines": []})
     evaluate(config, "RUN/merged", output=str(tmp_path))
     assert (tmp_path / "valid.json").is_file()

@@ -26,7 +26,7 @@ def test_every_candidate_has_one_place(shapes: list[tuple[int, list[int]]], row_
         assert sum(users[entry.user].choose(entry.candidates).num_tokens for entry in row) <= row_tokens
 
 
-def test_a_prompt_longer_than_a_row_has_a_row_of_its_own() -> None:
+def test_a_prompt_longer_than_a_row_has_a_separate_row() -> None:
     rows = pack_part([user_of(100, [10, 10]), user_of(5, [5])], row_tokens=50)
     assert sorted(len(row) for row in rows) == [1, 1, 1]
 

@@ -12,9 +12,8 @@ from tests.spawn import run_ranks
 from trsr_dist.config import load_config
 from trsr_dist.errors import ConfigError, DataError, ModelError, RunError
 from trsr_dist.evaluate import passes
-from trsr_dist.evaluate.mining import choose_hard, mine_negatives
 from trsr_dist.evaluate.score_files import read_scores
-from trsr_dist.evaluate.teacher import plan_scoring, score_shards
+from trsr_dist.evaluate.teacher import choose_hard, mine_negatives, plan_scoring, score_shards
 from trsr_dist.model.loading import open_prompts
 from trsr_dist.run import manifest_hash
 from trsr_dist.shards.measure import measure_lengths

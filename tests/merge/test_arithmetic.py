@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from trsr_dist.errors import ModelError
-from trsr_dist.merge.plan import Change, Output
+from trsr_dist.merge.changes import Change
+from trsr_dist.merge.plan import Output
 from trsr_dist.merge.verify import WeightCheck, _check_tensor
 from trsr_dist.weights import file_entries
 

@@ -10,7 +10,6 @@ import pytest
 
 from benchmarks.merge import LLAMA2_7B, write_adapter, write_base
 from tests.tokenizers import byte_level
-from trsr_dist.merge.scores import VERSION_1, VERSION_2, available_bytes, cgroup_rests
 
 SMALL = LLAMA2_7B | {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 4}
 
@@ -36,38 +35,6 @@ job.merge(Path(sys.argv[1]), Path(sys.argv[2]), options)
 largest = max(output.num_bytes for output in prepared.plan.outputs)
 print(json.dumps({"grown": peak() - before, "peak": peak(), "largest": largest, "adapter": adapter.num_bytes}))
 """
-
-
-JOB = "slurm/uid_0/job_7/step_0"
-GIB = 2**30
-
-
-@pytest.mark.parametrize(
-    ("line", "root", "names", "unlimited"),
-    [
-        (f"0::/{JOB}", "", VERSION_2, "max"),
-        (f"9:cpu,memory:/{JOB}\n4:pids:/elsewhere", "memory", VERSION_1, str(2**63 - 4096)),
-    ],
-    ids=["version 2", "version 1"],
-)
-def test_the_tightest_control_group_counts(
-    tmp_path: Path, line: str, root: str, names: tuple[str, str, str], unlimited: str
-) -> None:
-    """Slurm limits the job's group, two levels above the process's own; what files take is given back."""
-    group = tmp_path / root / JOB
-    group.mkdir(parents=True)
-    for folder, limit in ((group, unlimited), (group.parent, str(8 * GIB))):
-        for name, text in zip(
-            (*names[:2], "memory.stat"), (limit, str(3 * GIB), f"anon 1\n{names[2]} {GIB}"), strict=True
-        ):
-            (folder / name).write_text(text + "\n")
-    assert min(cgroup_rests(tmp_path, line)) == 6 * GIB
-    assert cgroup_rests(tmp_path / "container", line) == []
-
-
-def test_what_slurm_gives_the_job_is_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("SLURM_MEM_PER_NODE", "1")
-    assert available_bytes() < 0
 
 
 def merge_under_limit(folder: Path, sizes: dict[str, int], limit: int, head: str = "causal") -> dict[str, int]:

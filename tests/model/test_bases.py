@@ -106,14 +106,14 @@ from pathlib import Path
 from transformers import LlamaConfig, LlamaForCausalLM
 Path({mark!r}).touch()
 class OwnConfig(LlamaConfig):
-    model_type = "of_its_own"
+    model_type = "custom"
 class OwnModel(LlamaForCausalLM):
     config_class = OwnConfig
 """
 
 
-@pytest.mark.parametrize("model_type", ["of_its_own", None])
-def test_code_of_its_own_runs_only_where_allowed(
+@pytest.mark.parametrize("model_type", ["custom", None])
+def test_custom_code_runs_only_where_allowed(
     place: Path, monkeypatch: pytest.MonkeyPatch, model_type: str | None
 ) -> None:
     base, mark = place / "base", place / "mark"

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 from tests.tokenizers import byte_level, word_level
 from trsr_dist.errors import DataError, ModelError
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.prompts.text import SummaryPrompt, recommend_text
-from trsr_dist.prompts.wording import WORDINGS, block_instruction, recommend_instruction
+from trsr_dist.prompts.text import WORDINGS, SummaryPrompt, block_instruction, recommend_instruction, recommend_text
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.rows import common_prefix_length
 

@@ -30,8 +30,7 @@ from trsr_dist.config.sections import PromptSection
 from trsr_dist.errors import DataError, ModelError
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.prompts.encoder import Encoder
-from trsr_dist.prompts.text import Prompt, SummaryPrompt, recommend_text
-from trsr_dist.prompts.wording import block_instruction, recommend_instruction
+from trsr_dist.prompts.text import Prompt, SummaryPrompt, block_instruction, recommend_instruction, recommend_text
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.summarize.engines.encoding import PromptEncoder
 

@@ -12,8 +12,8 @@ from tests.prompts.test_builder import make_sample
 from tests.tokenizers import byte_level
 from trsr_dist.errors import DataError
 from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.prompts.text import recommend_instruction
 from trsr_dist.prompts.trimming import Parts, cap_text
-from trsr_dist.prompts.wording import recommend_instruction
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.words import count_words, cut_words
 

@@ -13,7 +13,7 @@ import pytest
 
 from tests.shards.world import flip_byte, make_builder, make_sample, make_split
 from trsr_dist.errors import DataError
-from trsr_dist.shards.codec import decode_sample, encode_sample
+from trsr_dist.shards.codec import decode_outline, decode_sample, encode_sample
 from trsr_dist.shards.index import build_index, index_path, scan_tar, write_index
 from trsr_dist.shards.measure import Share
 from trsr_dist.shards.plan import PackingSettings
@@ -221,3 +221,7 @@ def test_sample_round_trip() -> None:
     sample = make_sample(7)
     assert decode_sample(encode_sample(sample)) == sample
     assert decode_sample(encode_sample(sample), (2, 0)).candidates == (sample.candidates[2], sample.candidates[0])
+    items, labels = [c.item for c in sample.candidates], [c.label for c in sample.candidates]
+    assert decode_outline(encode_sample(sample)) == (sample.user, items, labels, sample.provenance)
+    with pytest.raises(DataError, match="the sample lacks 'candidates'"):
+        decode_outline(b"{}")

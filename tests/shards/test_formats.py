@@ -13,7 +13,7 @@ import webdataset as wds
 from tests.shards.world import make_sample, make_split, write_split
 from trsr_dist.errors import DataError
 from trsr_dist.files import read_json, write_json
-from trsr_dist.prompts.wording import WORDING_VERSION
+from trsr_dist.prompts.text import WORDING_VERSION
 from trsr_dist.shards import index
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.writer import write_shard

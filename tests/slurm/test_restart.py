@@ -135,7 +135,7 @@ def test_a_task_whose_manager_is_gone_is_missed(count: Callable[..., Count]) -> 
     job.lab.run(manager, on="node2")
     job.lab.run(f"kill -9 $(cat {job.run}/count/.pid-1)", on="node2")
     job.assert_complete(restarts=1, steps=60)
-    assert "no sign of life for 6 s from these tasks: 1-node2" in job.text()
+    assert "without a sign of life for 6 s: 1-node2" in job.text()
 
 
 def test_controller_restarts(count: Callable[..., Count]) -> None:

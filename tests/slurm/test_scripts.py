@@ -99,21 +99,32 @@ def test_a_job_runs_again_on_its_nodes_while_they_and_slurm_let_it(tmp_path: Pat
     assert (tmp_path / "again-after-0").exists() == is_here
 
 
-@pytest.mark.parametrize(("seconds_asleep", "is_gone"), [(1, False), (60, True)])
-def test_a_task_is_gone_when_its_sign_stands_still(tmp_path: Path, seconds_asleep: int, is_gone: bool) -> None:
-    """The other one lives, and what has ended or not begun has no sign."""
+@pytest.mark.parametrize(
+    ("others", "missing"),
+    [
+        ("while sleep 1; do touch 1-node; done", ""),
+        ("sleep 60", "1-node"),
+        ("SLURM_PROCID=1 SLURM_STEP_NUM_TASKS=2 $slurm/ended.sh", ""),
+        ("for SLURM_PROCID in 0 1; do SLURM_STEP_NUM_TASKS=2 $slurm/ended.sh; done", "all-ended"),
+    ],
+    ids=["alive", "gone", "ended", "all ended"],
+)
+def test_a_task_is_gone_when_its_sign_stands_still(tmp_path: Path, others: str, missing: str) -> None:
+    """Beside one that lives."""
     script = f"""
-        export TRSR_SIGNS=$PWD TRSR_BEAT_SECONDS=1 TRSR_TASK_SECONDS=6
+        export SLURM_PROCID TRSR_SIGNS=$PWD TRSR_BEAT_SECONDS=1 TRSR_TASK_SECONDS=6
         for task in 0 1; do touch $task-node; done
-        (trap 'kill $!' TERM; while :; do sleep 1 & wait $!; touch 0-node; done) &>/dev/null & alive=$!
-        (while sleep {seconds_asleep}; do touch 1-node; done) &>/dev/null & other=$!
+        while sleep 1; do touch -c 0-node; done &>/dev/null & alive=$!
+        ({others}) &>/dev/null & other=$!
+        sleep 0.5
         sleep 9 &>/dev/null & srun=$!
         watch_tasks $srun & watch=$!
         if wait $srun; then echo ended; else echo killed; fi
         kill $alive $other $watch 2>/dev/null || true
     """
-    said = bash(script, tmp_path)
-    assert said == ("no sign of life for 6 s from these tasks: 1-node\nkilled" if is_gone else "ended")
+    line = "Slurm waits for tasks without a sign of life for 6 s"
+    said = bash(script, tmp_path, slurm=str(REPOSITORY / "slurm"))
+    assert said == (f"{line}: {missing}\nkilled" if missing else "ended")
 
 
 def test_a_stopped_run_is_not_requeued(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from safetensors.torch import load_file
 from tests.slurm.lab import Lab, wait_until
 from tests.train.jobs import Job
 from tests.train.world import link_run, losses_of, make_config, make_run
+from trsr_dist.files import read_json
 from trsr_dist.metric_log import read_metrics
 
 pytestmark = [pytest.mark.slurm, pytest.mark.soak, pytest.mark.timeout(600)]
@@ -68,6 +70,26 @@ class Training:
         name = f"checkpoints/step-{NUM_STEPS:06d}/adapter/adapter_model.safetensors"
         mine, its = load_file(self.run / name), load_file(calm / name)
         assert all((mine[key] - its[key]).abs().max() < 1e-4 for key in its) and mine.keys() == its.keys()
+
+
+def test_killed_rank_is_back_on_its_nodes(lab: Lab, tmp_path: Path, report: Callable[..., None]) -> None:
+    """Part by part."""
+    training = Training(lab, tmp_path / "run", make_run(tmp_path / "source"), "-N2 --ntasks-per-node=1")
+    beat = lambda rank: read_json(training.run / f"heartbeats/rank-{rank:05d}.json")  # noqa: E731
+    start = time.monotonic()
+    lab.run(f"kill -9 {beat(1)['pid']}", on="node2")
+    for part, is_over in {
+        "noticed": lambda: "run again on the same nodes" in training.text(),
+        "tasks started": lambda: "launch/train.py" in training.log(1),
+        "imported": lambda: beat(0)["restart"] == 1,
+        "base and checkpoint loaded": lambda: "resumed from" in training.log(1),
+        "first step made": lambda: re.search(r"step \d+/", training.log(1)) is not None,
+    }.items():
+        wait_until(is_over, 120, part, training.text)
+        report(f"training, rank killed: {part} after", time.monotonic() - start)
+    assert lab.job(training.job)["Restarts"] == "0", training.text()
+    lab.run(f"scancel {training.job}")
+    lab.wait_for_job(training.job)
 
 
 def test_power_cut_of_a_node(lab: Lab, calm: Path, tmp_path: Path, report: Callable[..., None]) -> None:

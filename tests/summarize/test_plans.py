@@ -3,7 +3,7 @@ import random
 import pytest
 
 from trsr_dist.config.sections import PROMPTLESS
-from trsr_dist.prompts.wording import block_instruction, merge_instruction, update_instruction
+from trsr_dist.prompts.text import block_instruction, merge_instruction, update_instruction
 from trsr_dist.summarize.plans import planner, schemes, writer
 from trsr_dist.summarize.plans.graph import Plan, children, heights, node_prompt
 from trsr_dist.summarize.plans.hierarchical import plan as hierarchical

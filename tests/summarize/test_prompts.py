@@ -3,9 +3,8 @@
 import pytest
 
 from trsr_dist.errors import DataError
-from trsr_dist.prompts.text import SummaryPrompt
+from trsr_dist.prompts.text import SummaryPrompt, block_instruction
 from trsr_dist.prompts.trimming import trim_prompt
-from trsr_dist.prompts.wording import block_instruction
 from trsr_dist.summarize.quality import clean, flags_of
 
 

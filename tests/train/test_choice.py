@@ -126,7 +126,7 @@ class TestFolders:
         save(folder, 2)
         assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000002", "step-000009"]
 
-    def test_a_damaged_one_is_said_aloud(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def test_a_damaged_one_is_logged(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         folder = CheckpointFolder(tmp_path, 2)
         save(folder, 1)
         path = save(folder, 2) / "state.json"

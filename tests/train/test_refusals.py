@@ -113,7 +113,7 @@ def read_unequally(rank: int, world_size: int, root: Path) -> list[str]:
     return errors
 
 
-def test_no_rank_goes_on_from_a_checkpoint_of_its_own(found: dict, run: Path) -> None:
+def test_no_rank_goes_on_from_a_different_checkpoint(found: dict, run: Path) -> None:
     for failed, differed, name in run_ranks(read_unequally, 2, run / "checkpoints"):
         assert "rank 1 cannot read" in failed and "Stale file handle" in failed
         assert "rank 1 finds step 1, manifest 0123, rank 0 step 1, manifest " in differed

@@ -125,7 +125,7 @@ def test_tensorboard_and_its_hyperparameters(source: Path, tmp_path: Path) -> No
     assert (run / "checkpoints" / "best").is_file()
 
 
-def test_a_finished_run_is_left_alone_and_force_starts_anew(by_loss: dict) -> None:
+def test_a_finished_run_is_left_alone_and_force_starts_again(by_loss: dict) -> None:
     run = by_loss["answer", 1]
     before, config = (run / "metrics.jsonl").read_bytes(), run / "config" / "train.yaml"
     text = config.read_text()

@@ -50,7 +50,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Config:
-        for text in contradictions(self):
+        for text in (*_of_the_data(self), *_of_the_prompts(self), *_of_the_training(self)):
             raise ValueError(text)
         return self
 
@@ -189,14 +189,8 @@ def _describe(error: ValidationError, path: str | Path) -> str:
     return f"{path}: " + "; ".join(lines)
 
 
-def contradictions(config: Config) -> Iterator[str]:
-    """Each with the keys, their values and what is needed."""
-    yield from _of_the_data(config)
-    yield from _of_the_prompts(config)
-    yield from _of_the_training(config)
-
-
 def _of_the_data(config: Config) -> Iterator[str]:
+    """Contradictions, each with the keys, their values and what is needed."""
     data = config.data
     if data.format != "demo" and not data.path:
         yield f"data.path is empty: data.format={data.format} needs the folder of the raw files"

@@ -172,7 +172,18 @@ class CandidateMaker:
         for pool, places in members.items():
             seeds = self._seeds([names[place] for place in places])
             drawn[places], is_plain[places] = pool.first_draws(seeds, wanted, users.times[places])
-        return drawn, is_plain & ~_clashes(users, drawn)
+        clashes = is_plain & _clashes(users, drawn)
+        is_plain &= ~clashes
+        for pool, members_of in members.items():
+            places = [place for place in members_of if clashes[place]]
+            seeds = self._seeds([names[place] for place in places])
+            rows, is_enough = pool.first_draws(seeds, DRAWS_PER_ROUND * wanted, users.times[places])
+            for place, row, enough in zip(places, rows.tolist(), is_enough.tolist(), strict=True):
+                own = {*users.history.list(place), *users.targets.list(place)}
+                found = [item for item in dict.fromkeys(row) if item not in own][:wanted]
+                if enough and len(found) == wanted:  # as ``draw`` after its first round
+                    drawn[place], is_plain[place] = found, True
+        return drawn, is_plain
 
     def _orders(self, names: pa.Array, wanted: int) -> np.ndarray:
         """How ``make`` shuffles a plain user's candidates, int64 [users, wanted + 1]."""

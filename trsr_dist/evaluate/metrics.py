@@ -149,25 +149,33 @@ class OutcomeTable:
         Returns:
             int32, shape (num_users,).
         """
+        return self.add_all([scores], labels)[0]
+
+    def add_all(self, systems: Sequence[Sequence[np.ndarray]], labels: Sequence[np.ndarray]) -> np.ndarray:
+        """Outcomes of some users under several systems, numbered as system after system: int32, shape (num_systems,
+        num_users). Each system's scores, and the labels, are those of ``add``."""
         lengths = np.array([len(user) for user in labels])
-        starts = np.cumsum(lengths) - lengths
-        flat_scores, is_positive = np.concatenate(scores), np.concatenate(labels) == 1
-        num_positives = np.add.reduceat(is_positive, starts, dtype=np.int64)
-        numbers = np.empty(len(lengths), dtype=np.int32)
-        single = num_positives == 1
-        targets = np.zeros(len(lengths), dtype=flat_scores.dtype)
-        targets[single] = flat_scores[is_positive & np.repeat(single, lengths)]
-        target = np.repeat(targets, lengths)
-        above = np.add.reduceat(flat_scores > target, starts, dtype=np.int64)
-        tied = np.add.reduceat(flat_scores == target, starts, dtype=np.int64)
-        # One number for the three, which is several times faster to compare.
-        shape = (int(lengths.max()) + 1,) * 3
-        codes, place = np.unique(np.ravel_multi_index((lengths, above, tied), shape)[single], return_inverse=True)
-        keys = zip(*(part.tolist() for part in np.unravel_index(codes, shape)), strict=True)
-        found = np.array([self._number((*key, 1)) for key in keys], dtype=np.int32)
-        numbers[single] = found[place]
-        for user in np.flatnonzero(~single).tolist():
-            numbers[user] = self._number(outcome_of(scores[user], labels[user]))
+        starts, flat_labels = np.cumsum(lengths) - lengths, np.concatenate(labels)
+        flat = np.stack([np.concatenate(scores).astype(np.float64) for scores in systems])
+        single = np.add.reduceat(flat_labels == 1, starts, dtype=np.int64) == 1
+        targets = np.zeros((len(systems), len(lengths)))
+        targets[:, single] = flat[:, (flat_labels == 1) & np.repeat(single, lengths)]
+        target = np.repeat(targets, lengths, axis=1)
+        above = np.add.reduceat(flat > target, starts, axis=1, dtype=np.int64)
+        tied = np.add.reduceat(flat == target, starts, axis=1, dtype=np.int64)
+        # One number for system, length, above and tied, which is several times faster to compare.
+        shape = (len(systems), *(int(lengths.max()) + 1,) * 3)
+        parts = np.broadcast_arrays(np.arange(len(systems))[:, None], lengths, above, tied)
+        codes, place = np.unique(np.ravel_multi_index(parts, shape)[:, single], return_inverse=True)
+        keys = list(zip(*(part.tolist() for part in np.unravel_index(codes, shape)), strict=True))
+        found, others = np.empty(len(keys), np.int32), np.flatnonzero(~single).tolist()
+        numbers, first = np.empty(targets.shape, np.int32), 0
+        for number, scores in enumerate(systems):
+            while first < len(keys) and keys[first][0] == number:
+                found[first] = self._number((*keys[first][1:], 1))
+                first += 1
+            numbers[number, others] = [self._number(outcome_of(scores[user], labels[user])) for user in others]
+        numbers[:, single] = found[place.reshape(len(systems), -1)]
         return numbers
 
     def counted(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -27,11 +27,12 @@ from trsr_dist.evaluate.results import (
     length_slice,
     system_results,
 )
-from trsr_dist.evaluate.score_files import Expected, ScoreFolder, UserScores, expected_of
+from trsr_dist.evaluate.score_files import Expected, ScoreFolder, UserScores
 from trsr_dist.evaluate.users import DrawnLists, SplitUsers, StoredSplit, StoredUser
 from trsr_dist.hashing import ListDigest
 from trsr_dist.log import progress
-from trsr_dist.records import Sample, has_scale
+from trsr_dist.records import has_scale
+from trsr_dist.shards.codec import Outline
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +56,9 @@ class Outcomes:
 
     def add(self, scores: Mapping[str, Sequence[np.ndarray]], labels: Sequence[np.ndarray]) -> None:
         """The scores of a part's users under every system."""
-        for name, found in scores.items():
-            self.numbers[name].append(self.table.add(found, labels))
+        found = self.table.add_all([*scores.values()], labels)
+        for name, numbers in zip(scores, found, strict=True):
+            self.numbers[name].append(numbers)
         self.num_candidates += sum(map(len, labels))
 
     def systems(self) -> RankedSystems:
@@ -80,7 +82,8 @@ class OwnScores:
         self.scores.append(np.concatenate([user.scores for user in scored]))
         self.labels.append(np.concatenate([user.labels for user in scored]).astype(np.int8))
         for user in scored:
-            self.trims.update({"users": int(bool(user.trims))} | user.trims)
+            if user.trims:
+                self.trims.update({"users": 1} | user.trims)
 
     def model(self) -> ModelScores:
         return ModelScores(np.concatenate(self.scores), np.concatenate(self.labels))
@@ -174,25 +177,25 @@ class Reduction:
     def _add_own(
         self, number: int, part: range, rankers: Mapping[str, Ranker], outcomes: Outcomes, own: OwnScores
     ) -> None:
-        samples = [self._users.sample(index) for index in part]
-        expected = [expected_of(sample) for sample in samples]
-        stored = [self._split.find(user, list(items)) for user, items, _ in expected]
+        outlines = [self._users.outline(index) for index in part]
+        expected = [(outline.user, outline.items, outline.labels) for outline in outlines]
+        stored = [self._split.find(user, items) for user, items, _ in expected]
         scored = self._read("", number, expected)
         outcomes.add(all_scores(stored, scored, rankers), [user.labels for user in scored["model"]])
         own.add(scored["model"])
-        for place, sample in enumerate(samples):
-            own.facts.add(self._facts(sample, stored[place], scored["model"][place].trims))
+        for place, outline in enumerate(outlines):
+            own.facts.add(self._facts(outline, stored[place], scored["model"][place].trims))
             if len(own.examples) < NUM_EXAMPLES:  # the first users of the split, whose order is a hash
                 model, control = (scored[name][place].scores for name in ("model", "control"))
-                own.examples.append(build_example(sample, model, control))
+                own.examples.append(build_example(self._users.sample(part[place]), model, control))
 
-    def _facts(self, sample: Sample, user: StoredUser, trims: dict[str, int]) -> dict[str, str]:
+    def _facts(self, outline: Outline, user: StoredUser, trims: dict[str, int]) -> dict[str, str]:
         """What the slices tell users apart by."""
-        targets = [item for item, candidate in zip(user.candidates, sample.candidates, strict=True) if candidate.label]
+        targets = [item for item, label in zip(user.candidates, outline.labels, strict=True) if label]
         category = self._categories[targets[0]]
         facts = {
             "history length": length_slice(len(user.row.history)),
-            "summary scheme": str(sample.provenance.get("scheme", "unknown")),
+            "summary scheme": str(outline.provenance.get("scheme", "unknown")),
             "trimmed": "yes" if trims else "no",
             "target": "seen in training" if any(self._popularity[item] for item in targets) else "cold",
         }

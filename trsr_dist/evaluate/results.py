@@ -76,23 +76,25 @@ class UserFacts:
 
     def __init__(self) -> None:
         self._num_users = 0
-        self._values: dict[str, dict[str, int]] = {}
-        self._codes: dict[str, list[int]] = {}
+        self._columns: dict[str, tuple[dict[str, int], list[int]]] = {}
+        """By kind: codes of the values, and of the users' values."""
 
     def add(self, facts: Mapping[str, str]) -> None:
         """The next user's; a kind that is left out puts the user in none of its slices."""
         for kind, value in facts.items():
-            values = self._values.setdefault(kind, {})
-            codes = self._codes.setdefault(kind, [])
-            codes += [ABSENT] * (self._num_users - len(codes))
+            if kind not in self._columns:
+                self._columns[kind] = {}, []
+            values, codes = self._columns[kind]
+            if len(codes) < self._num_users:
+                codes += [ABSENT] * (self._num_users - len(codes))
             codes.append(values.setdefault(value, len(values)))
         self._num_users += 1
 
     def slices(self) -> list[tuple[str, str, np.ndarray]]:
         """Kind, value and users (int64, positions) of each slice that is large enough, in the order of the tables."""
         found = []
-        for kind, values in self._values.items():
-            codes = np.array(self._codes[kind])
+        for kind, (values, found_codes) in self._columns.items():
+            codes = np.array(found_codes)
             order = np.argsort(codes, kind="stable")
             starts = np.searchsorted(codes[order], np.arange(len(values) + 1))
             for value, code in values.items():

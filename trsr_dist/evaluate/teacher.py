@@ -6,31 +6,39 @@ RUN/shards/train/scores-{model}-{shards}/
     table.npy, manifest.json      all of them by sample and candidate, once no part is missing
 
 No other split is ever scored here: a student that saw what a teacher says of a test user would have seen the target.
+
+Hard negatives are chosen by them: of each user's pool those that a model ranks high, but not so high that they may be
+positives. The choice is a table beside the shards, too, which the packing reads: no text is written, no summary made
+again.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from trsr_dist import distributed
-from trsr_dist.config import Config
+from trsr_dist.config import Config, dump_config
 from trsr_dist.environment import Ranks, array_task, detect_ranks
+from trsr_dist.errors import ConfigError
 from trsr_dist.evaluate.evaluation import Evaluation, trained_on_these_shards
 from trsr_dist.evaluate.passes import ScoringPass, split_parts
 from trsr_dist.evaluate.score import WAIT_SECONDS, claim_folder, clear_folder, complete, open_models, score_everything
 from trsr_dist.evaluate.score_files import ScoreFolder, UserScores, expected_of
 from trsr_dist.evaluate.users import SplitUsers
-from trsr_dist.files import writing
-from trsr_dist.locks import Claim
+from trsr_dist.files import atomic_folder, writing
+from trsr_dist.locks import Claim, folder_lock
 from trsr_dist.log import get_logger, setup_logging, show
 from trsr_dist.model.artifacts import follow, model_identity
-from trsr_dist.run import MANIFEST, RunFolder
+from trsr_dist.run import MANIFEST, RunFolder, is_finished
 from trsr_dist.shards.cache import open_cache
 from trsr_dist.shards.reader import ShardSet
-from trsr_dist.shards.tables import scores_folder, write_table
+from trsr_dist.shards.tables import MINED, open_table, scores_folder, write_table
 
 log = get_logger("score")
 
@@ -127,3 +135,77 @@ def _publish(job: TrainScoring, shards: ShardSet, folder: ScoreFolder, trained_h
             job.folder, rows, shards.manifest_hash, "score", folder.recorded(), trained_on_these_shards=trained_here
         )
     show(f"scores of {len(shards)} train users: {job.folder}")
+
+
+def mine_negatives(
+    config: Config, model: str, num_negatives: int, margin: float, force: bool = False, dry_run: bool = False
+) -> int:
+    """Run the job; see tools/mine_negatives.py.
+
+    Args:
+        config: of the run whose train shards are mined.
+        model: whose scores ``tools/score_shards.py`` has put there.
+        num_negatives: that stay in the pool, per positive.
+        margin: see ``choose_hard``.
+        force: replace a pool that was mined with other scores or settings.
+        dry_run: say what would be mined, and touch nothing.
+
+    Raises:
+        ConfigError: ``summarize.samples`` is set.
+        RunError: the model has not scored these shards, or a pool of other settings is there.
+        DataError: shards or scores are damaged.
+    """
+    setup_logging(stage="mine")
+    if config.summarize.samples:
+        raise ConfigError("summarize.samples is set: negatives are mined for the train shards; leave it at 0")
+    [(job, shards)] = plan_scoring(config, model)
+    scores = open_table(
+        job.folder, shards.manifest_hash, f"run tools/score_shards.py with this config and --model {model}"
+    )
+    folder = shards.folder / MINED
+    settings = {"scores": scores.sha256, "negatives_per_positive": num_negatives, "margin": margin}
+    if dry_run:
+        show(f"{dump_config(config)}\nhard negatives of {len(shards)} train users: {folder}")
+        return 0
+    with writing(folder), folder_lock(folder) as lock:
+        if is_finished(folder, settings, {"shards": shards.manifest_hash}, force):
+            show(f"{folder}: already mined with these settings; nothing to do (--force redoes it)")
+            return 0
+        users = scored_users(shards, ScoreFolder(job.folder))
+        chosen = [choose_hard(user.scores, user.labels > 0, num_negatives, margin) for user in users]
+        num_filled = sum(filled for _, filled in chosen)
+        with atomic_folder(folder, lock.check) as new:
+            write_table(
+                new, [pool for pool, _ in chosen], shards.manifest_hash, "mine", settings, num_filled=num_filled
+            )
+    num_kept = sum(int(pool.sum()) for pool, _ in chosen)
+    show(f"{folder}: {num_kept} candidates of {len(chosen)} train users stay, {num_filled} of them above the margin")
+    return 0
+
+
+def choose_hard(
+    scores: np.ndarray, is_positive: np.ndarray, num_negatives: int, margin: float
+) -> tuple[np.ndarray, int]:
+    """The positives and the hardest negatives whose odds are at most ``margin`` times the lowest positive's.
+
+    After the percentage to the positive of NV-Retriever (arXiv 2407.15831), on odds in place of similarities: only
+    differences of log-odds count, so the model's loss need not give them a scale. Where too few negatives are left,
+    those least above the margin fill the pool, so that every user keeps equally many.
+
+    Args:
+        scores: float32 log-odds, shape (num_candidates,).
+        is_positive: bool, shape (num_candidates,).
+        num_negatives: that stay, per positive.
+        margin: above 0.
+
+    Returns:
+        bool, shape (num_candidates,): whether each candidate stays; and how many fill the pool.
+    """
+    limit = scores[is_positive].min() + math.log(margin)
+    is_above = scores > limit
+    # Positives last; then by side of the limit, then by distance from it: the hardest below, the safest above.
+    order = np.lexsort((np.abs(scores - limit), is_above, is_positive))
+    taken = order[: min(num_negatives * int(is_positive.sum()), int((~is_positive).sum()))]
+    pool = is_positive.copy()
+    pool[taken] = True
+    return pool, int(is_above[taken].sum())

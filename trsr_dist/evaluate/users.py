@@ -13,6 +13,7 @@ from trsr_dist.errors import DataError
 from trsr_dist.evaluate.passes import Change
 from trsr_dist.hashing import random_stream
 from trsr_dist.records import Candidate, Sample
+from trsr_dist.shards.codec import Outline
 from trsr_dist.shards.reader import ShardSet
 
 HELD_OUT = ("valid", "test")
@@ -58,8 +59,10 @@ class StoredSplit:
 
     def find(self, user: str, items: list[str]) -> StoredUser:
         """The row of a user and the item rows of the sample's candidates."""
-        row = self.row(user)
-        ids = {self._store.catalogue.ids[item]: item for item in row.candidates}
+        row, known = self.row(user), self._store.catalogue.ids
+        if [known[item] for item in row.candidates] == items:
+            return StoredUser(row, row.candidates)
+        ids = {known[item]: item for item in row.candidates}
         if len(ids) != len(items) or ids.keys() != set(items):
             raise self._stale(f"user {user!r} has other candidates in the shards than in the history store")
         return StoredUser(row, [ids[item] for item in items])
@@ -215,9 +218,13 @@ class SplitUsers:
             self._others = derangement(self._num_users, self._seed)
         return change_sample(sample, change, self._shards.read(self._others[index]))
 
+    def outline(self, index: int) -> Outline:
+        """A user's sample, which has been scored before, without its texts."""
+        return self._shards.outline(index)
+
     def stored(self, protocol: str, index: int) -> StoredUser:
         """A user with the candidates of a protocol, as rows of the history store."""
-        return self._lists[protocol].stored(self._shards.read(index).user)
+        return self._lists[protocol].stored(self.outline(index).user)
 
     def cost(self, part: range) -> int:
         """What scoring a part costs, in bytes of text."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from peft.utils.other import get_pattern_key
 
 from trsr_dist.bases import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from trsr_dist.errors import ModelError
-from trsr_dist.merge.plan import Change
 from trsr_dist.model.adapters import PREFIX, Adapter
 from trsr_dist.model.artifacts import write_tensors
 
@@ -35,6 +34,43 @@ REFUSED = {
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
 }
+
+
+@dataclass(slots=True)
+class Change:
+    """What happens to one tensor of the base: replaced, then ``+ scale * left @ right``, then DoRA's row norms set."""
+
+    replacement: torch.Tensor | None = None
+    """float32, the tensor's shape."""
+    left: torch.Tensor | None = None
+    """float32, shape (rows, rank)."""
+    right: torch.Tensor | None = None
+    """float32, shape (rank, columns)."""
+    scale: float = 1.0
+    magnitude: torch.Tensor | None = None
+    """float32, shape (rows,): DoRA (arXiv 2402.09353)."""
+    added: torch.Tensor | None = None
+    """float32, shape (rows,): added to a bias (lora_bias)."""
+
+    def rows(self, base: torch.Tensor, first: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Rows of the changed tensor, computed in ``dtype``.
+
+        Args:
+            base: shape (rows, columns), any floating dtype: the base's rows from ``first`` on.
+        """
+        last = first + base.shape[0]
+        result = base.to(dtype)
+        if self.replacement is not None:
+            result = self.replacement.reshape(self.replacement.shape[0], -1)[first:last].to(dtype)
+        if self.left is not None and self.right is not None:
+            left, right = self.left[first:last].to(dtype), self.right.to(dtype)
+            result = torch.addmm(result, left, right, alpha=self.scale)
+        if self.magnitude is not None:
+            norm = torch.linalg.vector_norm(result, dim=1, keepdim=True)
+            result = result * (self.magnitude[first:last].to(dtype).unsqueeze(1) / norm)
+        if self.added is not None:
+            result = result + self.added[first:last].to(dtype).reshape(result.shape) * self.scale
+        return result
 
 
 def check_mergeable(path: Path, config: PeftConfig) -> None:

@@ -7,7 +7,6 @@ head of a ``*ForSequenceClassification``, which transformers loads, and servers 
 from __future__ import annotations
 
 from collections.abc import Container
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,8 @@ from transformers import PretrainedConfig
 
 from trsr_dist.errors import ModelError
 from trsr_dist.files import read_json, write_json
-from trsr_dist.merge.plan import MergePlan, Output
 from trsr_dist.prompts.builder import PromptBuilder
 
-HEAD, SCORE = "lm_head.weight", "score.weight"
 ARCHITECTURES = {
     "llama": "LlamaForSequenceClassification",
     "mistral": "MistralForSequenceClassification",
@@ -50,7 +47,7 @@ def check_head(base: Path, config: PretrainedConfig, entries: Container[str], bu
             f"{base}: config.json has final_logit_softcapping={softcap}, so that the log-odds are not linear; --head "
             f"classifier expects a head without it: {CAUSAL}"
         )
-    if HEAD.replace("weight", "bias") in entries:
+    if "lm_head.bias" in entries:
         raise ModelError(
             f"{base}: its head has a bias (lm_head.bias), which *ForSequenceClassification has not; --head "
             f"classifier expects a head without one: {CAUSAL}"
@@ -68,37 +65,6 @@ def check_head(base: Path, config: PretrainedConfig, entries: Container[str], bu
             "classifier would read; --head classifier expects nothing there: take it out of tokenizer.json's "
             f"post_processor (and set add_eos_token=false), or {CAUSAL}"
         )
-
-
-def classifier_plan(plan: MergePlan, tied: dict[str, str], prefix: str, answer_ids: tuple[int, int]) -> MergePlan:
-    """The same files with ``score.weight`` instead of the head.
-
-    Args:
-        plan: of the causal model.
-        tied: names of tensors that share another's weights, with the other's name.
-        prefix: of all tensors but the head; a base that was saved without its head stores names without it.
-        answer_ids: rows of yes and no.
-
-    Raises:
-        ModelError: the head has no such rows.
-    """
-    by_name = {output.name: output for output in plan.outputs}
-    head = by_name.get(HEAD) or by_name[tied[HEAD]]
-    if max(answer_ids) >= head.source.num_rows:
-        raise ModelError(
-            f"{head.source.file}: {head.source.name} has {head.source.num_rows} rows, the answers are tokens "
-            f"{answer_ids}: the tokenizer of another model; restore the right one"
-        )
-    # float32 in any model: the rows nearly cancel, and servers multiply heads in float32.
-    score = Output(SCORE, "F32", head.source, head.change, answer_ids)
-
-    def renamed(output: Output) -> Output:
-        return output if output.name.startswith(prefix) else replace(output, name=prefix + output.name)
-
-    files = [[score if output.name == HEAD else renamed(output) for output in file] for file in plan.files]
-    if HEAD not in by_name:
-        files[-1].append(score)
-    return replace(plan, files=tuple(map(tuple, files)))
 
 
 def padding_token(builder: PromptBuilder, num_embeddings: int) -> tuple[str, int]:

@@ -14,8 +14,8 @@ from trsr_dist.errors import ModelError, RunError, TrsrError
 from trsr_dist.files import read_json
 from trsr_dist.log import get_logger
 from trsr_dist.merge.changes import find_changes
-from trsr_dist.merge.classifier import check_head, classifier_plan, config_values, padding_token
-from trsr_dist.merge.plan import MergePlan, make_plan
+from trsr_dist.merge.classifier import check_head, config_values, padding_token
+from trsr_dist.merge.plan import MergePlan, classifier_plan, make_plan
 from trsr_dist.merge.source import Source
 from trsr_dist.model.adapters import Adapter, attach
 from trsr_dist.model.artifacts import check_same_base

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trsr_dist.bases import CONFIG, base_folder
+from trsr_dist.environment import available_memory_bytes
 from trsr_dist.errors import ConfigError, ModelError, RunError
 from trsr_dist.files import atomic_folder, read_json, write_json, writing
 from trsr_dist.hashing import digest
@@ -20,7 +21,6 @@ from trsr_dist.merge.output import adapt_config, copy_other_files, write_weights
 from trsr_dist.merge.scores import (
     ACTIVATION_BYTES,
     NUM_SAMPLES,
-    available_bytes,
     built_in_samples,
     check_scores,
     sample_users,
@@ -156,7 +156,7 @@ def verify(folder: Path, inputs: Inputs, options: MergeOptions) -> dict[str, Any
 
 def _verify_scores(folder: Path, inputs: Inputs, options: MergeOptions) -> dict[str, Any] | str:
     num_bytes = inputs.plan.num_bytes + inputs.adapter.num_bytes
-    needed, free, reason = num_bytes + ACTIVATION_BYTES, available_bytes(), ""
+    needed, free, reason = num_bytes + ACTIVATION_BYTES, available_memory_bytes(), ""
     if inputs.builder is None:
         reason = "the adapter names no answers, and yes and no are not single tokens here"
     elif needed > free:

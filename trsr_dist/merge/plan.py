@@ -3,50 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
 from trsr_dist.errors import ModelError
+from trsr_dist.merge.changes import Change
 from trsr_dist.weights import CODES, DTYPES, SINGLE, TensorEntry, read_rows
 
-
-@dataclass(slots=True)
-class Change:
-    """What happens to one tensor of the base: replaced, then ``+ scale * left @ right``, then DoRA's row norms set."""
-
-    replacement: torch.Tensor | None = None
-    """float32, the tensor's shape."""
-    left: torch.Tensor | None = None
-    """float32, shape (rows, rank)."""
-    right: torch.Tensor | None = None
-    """float32, shape (rank, columns)."""
-    scale: float = 1.0
-    magnitude: torch.Tensor | None = None
-    """float32, shape (rows,): DoRA (arXiv 2402.09353)."""
-    added: torch.Tensor | None = None
-    """float32, shape (rows,): added to a bias (lora_bias)."""
-
-    def rows(self, base: torch.Tensor, first: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Rows of the changed tensor, computed in ``dtype``.
-
-        Args:
-            base: shape (rows, columns), any floating dtype: the base's rows from ``first`` on.
-        """
-        last = first + base.shape[0]
-        result = base.to(dtype)
-        if self.replacement is not None:
-            result = self.replacement.reshape(self.replacement.shape[0], -1)[first:last].to(dtype)
-        if self.left is not None and self.right is not None:
-            left, right = self.left[first:last].to(dtype), self.right.to(dtype)
-            result = torch.addmm(result, left, right, alpha=self.scale)
-        if self.magnitude is not None:
-            norm = torch.linalg.vector_norm(result, dim=1, keepdim=True)
-            result = result * (self.magnitude[first:last].to(dtype).unsqueeze(1) / norm)
-        if self.added is not None:
-            result = result + self.added[first:last].to(dtype).reshape(result.shape) * self.scale
-        return result
+HEAD, SCORE = "lm_head.weight", "score.weight"
+"""Of the causal model, and of the classifier."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,3 +180,34 @@ def _shard(outputs: list[Output], max_bytes: int) -> list[list[Output]]:
         files[-1].append(output)
         size += output.num_bytes
     return files
+
+
+def classifier_plan(plan: MergePlan, tied: dict[str, str], prefix: str, answer_ids: tuple[int, int]) -> MergePlan:
+    """The same files with ``score.weight`` instead of the head.
+
+    Args:
+        plan: of the causal model.
+        tied: names of tensors that share another's weights, with the other's name.
+        prefix: of all tensors but the head; a base that was saved without its head stores names without it.
+        answer_ids: rows of yes and no.
+
+    Raises:
+        ModelError: the head has no such rows.
+    """
+    by_name = {output.name: output for output in plan.outputs}
+    head = by_name.get(HEAD) or by_name[tied[HEAD]]
+    if max(answer_ids) >= head.source.num_rows:
+        raise ModelError(
+            f"{head.source.file}: {head.source.name} has {head.source.num_rows} rows, the answers are tokens "
+            f"{answer_ids}: the tokenizer of another model; restore the right one"
+        )
+    # float32 in any model: the rows nearly cancel, and servers multiply heads in float32.
+    score = Output(SCORE, "F32", head.source, head.change, answer_ids)
+
+    def renamed(output: Output) -> Output:
+        return output if output.name.startswith(prefix) else replace(output, name=prefix + output.name)
+
+    files = [[score if output.name == HEAD else renamed(output) for output in file] for file in plan.files]
+    if HEAD not in by_name:
+        files[-1].append(score)
+    return replace(plan, files=tuple(map(tuple, files)))

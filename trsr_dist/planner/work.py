@@ -14,7 +14,7 @@ from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.hashing import hash64
 from trsr_dist.planner.flops import Workload, triangle
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.prompts.wording import recommend_instruction
+from trsr_dist.prompts.text import recommend_instruction
 from trsr_dist.records import Candidate, Sample, TokenizedUser
 from trsr_dist.rows import head_length
 from trsr_dist.run import SPLITS

@@ -20,8 +20,7 @@ from trsr_dist.log import get_logger
 from trsr_dist.model.loading import LoadedModel, ModelPrompts, open_model, open_prompts, resolve_precision
 from trsr_dist.model.recommender import score_row
 from trsr_dist.predict.prefixes import PrefixCache
-from trsr_dist.prompts.text import one_line
-from trsr_dist.prompts.wording import recommend_instruction
+from trsr_dist.prompts.text import one_line, recommend_instruction
 from trsr_dist.records import Candidate, Sample, ServerSettings, TokenizedUser
 from trsr_dist.summarize.extract import extract
 from trsr_dist.summarize.plans import planner, writer

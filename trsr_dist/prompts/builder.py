@@ -10,9 +10,8 @@ from trsr_dist.errors import ModelError
 from trsr_dist.hashing import digest
 from trsr_dist.prompts.encoder import Encoder
 from trsr_dist.prompts.lines import Encoded, LineEncoder, Memory
-from trsr_dist.prompts.text import recommend_prompt
+from trsr_dist.prompts.text import WORDING_VERSION, recommend_prompt
 from trsr_dist.prompts.trimming import CHARACTERS_PER_TOKEN, Parts, cap_text, head_of, trim
-from trsr_dist.prompts.wording import WORDING_VERSION
 from trsr_dist.records import Sample, TokenizedUser
 from trsr_dist.rows import common_prefix_length
 from trsr_dist.words import count_words

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from contextlib import suppress
+from typing import Any, NamedTuple
 
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import digest
@@ -71,11 +72,39 @@ def decode_sample(data: bytes, chosen: Sequence[int] | None = None) -> Sample:
     )
 
 
+class Outline(NamedTuple):
+    """A sample without its texts."""
+
+    user: str
+    items: list[str]
+    labels: list[int]
+    """Of the candidates, as the items."""
+    provenance: dict[str, Any]
+
+
+def decode_outline(data: bytes) -> Outline:
+    """In half the time of ``decode_sample``, for samples that have been decoded before: types are not checked.
+
+    Raises:
+        DataError: invalid JSON, or something is missing.
+    """
+    value = parse_json(data)
+    try:
+        rows = value["candidates"]
+        return Outline(value["user"], [r["item"] for r in rows], [r["label"] for r in rows], value["provenance"])
+    except (KeyError, TypeError) as error:
+        raise DataError(f"the sample lacks {error}") from None
+
+
 def _check_types(recent: list[Any], candidates: Sequence[Candidate]) -> None:
     if not candidates:
         raise DataError("field 'candidates': an empty list; expected one candidate or more")
     if not all(isinstance(text, str) for text in recent):
         raise DataError("field 'recent': expected texts only")
+    items, texts, labels = zip(*[(c.item, c.text, c.label) for c in candidates], strict=True)
+    with suppress(TypeError):  # a label that is a list
+        if {*map(type, items), *map(type, texts)} == {str} and {*labels} <= {0, 1}:
+            return
     for candidate in candidates:
         if not (isinstance(candidate.item, str) and isinstance(candidate.text, str) and candidate.label in (0, 1)):
             raise DataError(f"candidate {candidate}: expected item and text as text, and label 0 or 1")

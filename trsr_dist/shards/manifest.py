@@ -12,7 +12,7 @@ from pydantic import Field
 
 from trsr_dist.errors import ConfigError, DataError
 from trsr_dist.hashing import digest
-from trsr_dist.prompts.wording import WORDING_VERSION
+from trsr_dist.prompts.text import WORDING_VERSION
 from trsr_dist.run import MANIFEST, Manifest, manifest_hash, read_manifest, write_manifest
 from trsr_dist.shards.index import KeptArrays, open_index
 
@@ -149,7 +149,7 @@ class Split:
         """Shard number and the sample's number in it."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
-        shard = int(np.searchsorted(self.starts, index, side="right")) - 1
+        shard = int(self.starts.searchsorted(index, side="right")) - 1
         return shard, index - int(self.starts[shard])
 
     def ranges(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:

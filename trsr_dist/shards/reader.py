@@ -6,8 +6,9 @@ import os
 import resource
 import zlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -16,10 +17,12 @@ from trsr_dist.files import plain, remedy_of, sha256_of
 from trsr_dist.log import get_logger
 from trsr_dist.records import Sample
 from trsr_dist.shards.cache import ShardCache
-from trsr_dist.shards.codec import decode_sample
+from trsr_dist.shards.codec import Outline, decode_outline, decode_sample
 from trsr_dist.shards.index import index_path
 from trsr_dist.shards.manifest import Split
 from trsr_dist.stores import read_range
+
+T = TypeVar("T")
 
 OPEN_SHARDS = 4096
 """Tars that are kept open at most: file servers keep count of open files too."""
@@ -163,11 +166,18 @@ class ShardSet(Split):
         Raises:
             DataError: names shard, member and byte.
         """
+        return self._decoded(index, lambda data: decode_sample(data, chosen))
+
+    def outline(self, index: int) -> Outline:
+        """A sample without its texts; raises as ``read``, which has to have read it before."""
+        return self._decoded(index, decode_outline)
+
+    def _decoded(self, index: int, decode: Callable[[bytes], T]) -> T:
         shard, number = self.locate(index)
         opened = self.shard(shard)
         data = opened.read(number)
         try:
-            return decode_sample(data, chosen)
+            return decode(data)
         except DataError as error:
             raise DataError(f"{opened.place(number)}: {error}; make the split again") from None
 

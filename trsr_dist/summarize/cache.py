@@ -21,8 +21,7 @@ from typing_extensions import TypedDict
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import digest
 from trsr_dist.json_text import parse_json
-from trsr_dist.prompts.text import SummaryPrompt
-from trsr_dist.prompts.wording import WORDING_VERSION
+from trsr_dist.prompts.text import WORDING_VERSION, SummaryPrompt
 
 SUFFIX = ".journal"
 MAX_OPEN = 64

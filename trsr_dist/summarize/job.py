@@ -31,7 +31,7 @@ from trsr_dist.locks import claim
 from trsr_dist.log import get_logger, setup_logging
 from trsr_dist.printable import strike_addresses
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.prompts.wording import WORDING_VERSION
+from trsr_dist.prompts.text import WORDING_VERSION
 from trsr_dist.run import SPLITS, RunFolder, is_finished
 from trsr_dist.shards.measure import Share, measure_share
 from trsr_dist.shards.reader import ShardSet

@@ -17,7 +17,7 @@ from trsr_dist.hashing import digest
 from trsr_dist.leases import Lease, LeaseFolder
 from trsr_dist.log import get_logger
 from trsr_dist.printable import in_one_line
-from trsr_dist.prompts.wording import recommend_instruction
+from trsr_dist.prompts.text import recommend_instruction
 from trsr_dist.records import Candidate, Item, Sample
 from trsr_dist.summarize.plans.graph import Plan
 from trsr_dist.summarize.scheduler import Result, Work

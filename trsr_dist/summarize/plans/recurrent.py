@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from trsr_dist.prompts.wording import block_instruction, update_instruction
+from trsr_dist.prompts.text import block_instruction, update_instruction
 from trsr_dist.summarize.plans.graph import Node, Plan, blocks
 
 
