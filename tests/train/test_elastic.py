@@ -51,6 +51,7 @@ def train(engine: Engine, *rates: float) -> dict[str, torch.Tensor]:
     for rate in rates:
         engine.backward(row_loss(engine.wrapped, RowInputs(ROW, CPU), "answer", ANSWERS, 100).total / ROW.num_answers)
         engine.step(rate)
+    assert gather_state(engine, is_kept=False) == {}
     return gather_state(engine)
 
 

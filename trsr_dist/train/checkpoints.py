@@ -104,7 +104,7 @@ class CheckpointFolder:
     Args:
         root: the folder.
         keep: recent checkpoints that stay, beside the best.
-        fence: raises where this process may no longer publish (``run.FolderLock.check``).
+        fence: raises where this process may no longer publish (``locks.FolderLock.check``).
     """
 
     def __init__(self, root: Path, keep: int, fence: Callable[[], None] | None = None) -> None:

@@ -30,17 +30,24 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT = "weight"
 
 
-def gather_state(engine: Engine) -> dict[str, torch.Tensor]:
-    """Float32 master weights and moments, whole, on the CPU of every rank. All ranks call it.
+def gather_state(engine: Engine, is_kept: bool = True) -> dict[str, torch.Tensor]:
+    """Float32 master weights and moments, whole, on the CPU. All ranks call it.
+
+    Args:
+        engine: whose state is gathered.
+        is_kept: False: this rank takes part in the gathering only, and copies nothing.
 
     Returns:
-        By ``weight/NAME``, ``exp_avg/NAME`` and ``exp_avg_sq/NAME``. Moments are 0 before the first step.
+        By ``weight/NAME``, ``exp_avg/NAME`` and ``exp_avg_sq/NAME``; empty where it is not kept. Moments are 0 before
+        the first step.
     """
     state = {}
     for name, parameter in engine.trainable().items():
         shape = getattr(parameter, "ds_shape", parameter.shape)
         for kind in (WEIGHT, *MOMENTS):
             value = _read(engine, parameter, kind)
+            if not is_kept:
+                continue
             value = torch.zeros(shape) if value is None else value
             state[f"{kind}/{name}"] = value.detach().to("cpu", torch.float32, copy=True).reshape(shape)
     return state
@@ -82,7 +89,7 @@ class Saving:
             TrsrError: as ``wait``, of the checkpoint before this one.
         """
         self.wait()
-        tensors = gather_state(self._engine)
+        tensors = gather_state(self._engine, self._is_main)
         if self._is_main:
             self._pending = self._writer.submit(self._write, tensors, state)
 
