@@ -213,6 +213,8 @@ def test_a_state_names_the_next_row(plan: TrainPlan) -> None:
     late = states[1]
     assert next(step_specs(plan, late, 0, 1)) == [*islice(step_specs(plan, START, 0, 1), 3)][2]
     assert StreamState.from_dict(late.to_dict()) == late
+    old = {name: value for name, value in late.to_dict().items() if name != "teacher"}
+    assert StreamState.from_dict(old).teacher == "", "a checkpoint from before there were teachers goes on"
     assert Step([], (), 0, 0, 0, late).errors == ()
 
 

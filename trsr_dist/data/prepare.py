@@ -20,9 +20,9 @@ from trsr_dist.data.demo import DEMO_FILES, write_demo
 from trsr_dist.data.jsonl import LAYOUTS, JsonlReader
 from trsr_dist.data.mind import MindReader
 from trsr_dist.data.shared import SharedWork, in_turn
-from trsr_dist.data.source import Counts, LineReader, Reader, find_raw, listed, open_raw
+from trsr_dist.data.source import COMPRESSED, Counts, LineReader, Reader, find_raw, listed, open_raw
 from trsr_dist.data.store import POOLS, check_files
-from trsr_dist.data.tables import find_table, unpacked_name
+from trsr_dist.data.tables import find_table, is_parquet, unpacked_name
 from trsr_dist.environment import task_number
 from trsr_dist.errors import ConfigError, DataError, RunError, TrsrError
 from trsr_dist.files import atomic_file, atomic_folder, recover_folder, remove_folder, sha256_of, writing
@@ -41,6 +41,8 @@ WORK = ".histories.work"
 """Beside the histories: what the tasks have made so far, a folder for each raw files and settings."""
 PART_BYTES, MOST_PARTS = 1 << 26, 1024
 """Of the log: the users are cut into parts, each of which fits in a fraction of the memory."""
+PACKED = 8
+"""Bytes of JSON lines to one of Parquet or of a compressed file, about."""
 LEAVING_SECONDS = 15.0
 """That the other tasks are given to see that all is done."""
 
@@ -153,7 +155,8 @@ class _Stage:
         for path in files.values():
             open_raw(path).close()
         facts = {kind: [str(path), path.stat().st_size, path.stat().st_mtime_ns] for kind, path in files.items()}
-        root, name = leases.folder.parent, f"work-{digest([__version__, settings, facts])[:12]}"
+        key = digest([__version__, settings, facts, _num_parts(files["log"])])
+        root, name = leases.folder.parent, f"work-{key[:12]}"
         work = SharedWork(root / name, leases, self.counts)
         if self.asked.redo:
             mine.check_alone()
@@ -182,7 +185,8 @@ def _tidy(mine: Claim, patience_seconds: float = 0.0) -> None:
 
 
 def _num_parts(path: Path) -> int:
-    return min(1 + path.stat().st_size // PART_BYTES, MOST_PARTS)
+    is_packed = is_parquet(path) or path.suffix in COMPRESSED
+    return min(1 + path.stat().st_size * (PACKED if is_packed else 1) // PART_BYTES, MOST_PARTS)
 
 
 def _settings(config: Config) -> dict[str, object]:
