@@ -100,6 +100,8 @@ class Storm:
         if self._quota[self._phase] < 0.5 or now < self._next and (self._burst or not is_last):
             return False
         if self._burst:
+            # What is left of a burst meets another start of the job, which must not end before all faults are spent.
+            self._is_first |= is_last and bool(running) and self._mark(running[0]) != self._seen
             return True
         if not running or self._mark(running[0]) == self._seen:
             return False

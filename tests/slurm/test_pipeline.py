@@ -89,7 +89,7 @@ def undisturbed(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_a_longer_training_is_merged_and_evaluated_anew(lab: Lab, tmp_path: Path, undisturbed: Path) -> None:
+def test_a_longer_training_is_merged_and_evaluated_again(lab: Lab, tmp_path: Path, undisturbed: Path) -> None:
     """In a folder whose name has a blank; then nothing is left to do."""
     run = tmp_path / "my run"
     shutil.copytree(undisturbed, run)

@@ -74,7 +74,7 @@ def test_reports_are_collected_as_far_as_they_come(tmp_path: Path) -> None:
     assert collect(tmp_path / "reports", 3, 0.2) == [{"host": "a"}, {"host": "b"}]
 
 
-def test_a_node_without_the_shared_disk_makes_no_folder_of_its_own(tmp_path: Path) -> None:
+def test_a_node_without_the_shared_disk_makes_no_local_folder(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="node7: cannot write in"):
         wait_for_folder(tmp_path / "missing" / "reports", "node7", 0.1)
     assert not (tmp_path / "missing").exists()

@@ -50,7 +50,7 @@ def test_progress_is_seen_however_the_run_folder_is_spelled(tmp_path: Path, spel
     assert mark() != before
 
 
-def test_a_cut_off_count_of_idle_restarts_begins_anew(tmp_path: Path) -> None:
+def test_a_cut_off_count_of_idle_restarts_starts_at_zero(tmp_path: Path) -> None:
     write(tmp_path / "progress", "")
     bash("count_idle_restarts", run=str(tmp_path), logs=str(tmp_path), TRSR_IDLE_RESTARTS="3")
     assert (tmp_path / "progress").read_text().split()[1] == "0"
