@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,8 @@ class Chain:
 
     def progress(self) -> int:
         """Changes with everything new on the disk."""
-        files = [path for path in self.run.rglob("*") if not set(path.relative_to(self.run).parts) & {*NO_PROGRESS}]
+        found = [Path(top, name) for top, folders, names in os.walk(self.run) for name in (*folders, *names)]
+        files = [path for path in found if not set(path.relative_to(self.run).parts) & {*NO_PROGRESS}]
         shown = [path.relative_to(self.run) for path in files if path.name != "metrics.jsonl"]
         return hash(frozenset(str(path) for path in shown if not any(part.startswith(".") for part in path.parts)))
 
