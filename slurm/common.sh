@@ -51,9 +51,9 @@ open_stage() {
 run_step() {
   errors=$logs/srun-restart-$restart.log status=0 gone=0
   if [[ " $* " == *' --force '* ]]; then touch "$logs/forced"; fi
-  # --export: after sbatch --export=NONE a step would start without the variables that are set here.
   TRSR_SIGNS=$(mktemp -d "$logs/alive-XXXXXX")
   export TRSR_SIGNS TRSR_BEAT_SECONDS=$((TRSR_TASK_SECONDS / BEATS))
+  # --export: after sbatch --export=NONE a step would start without the variables that are set here.
   # shellcheck disable=SC2086
   SLURM_RESTART_COUNT=$restart srun --export=ALL --kill-on-bad-exit=1 --task-epilog="$PWD/slurm/ended.sh" \
     "${tasks[@]}" $TRSR_SRUN_OPTIONS bash slurm/task.sh "$logs" "$@" 2>"$errors" &

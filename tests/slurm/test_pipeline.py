@@ -52,6 +52,19 @@ def losses(run: Path) -> dict[int, float]:
     return {row["step"]: row["train/loss"] for row in rows if "train/loss" in row}
 
 
+def test_prepare_on_several_tasks_writes_what_one_writes(lab: Lab, tmp_path: Path) -> None:
+    lab.wait_for_nodes(3)
+    for name, options in {"one": "", "four": "--nodes=2 --ntasks=4"}.items():
+        settings = f"configs/quickstart.yaml demo.num_users=240 run.dir={tmp_path}/{name}"
+        job = lab.run(f"sbatch --parsable -o {tmp_path}/{name}.out {options} slurm/single.sbatch prepare {settings}")
+        assert lab.wait_for_job(job.strip()) == "COMPLETED", (tmp_path / f"{name}.out").read_text()
+    one, four = (tmp_path / name / "histories" for name in ("one", "four"))
+    assert {path.name: path.read_bytes() for path in one.iterdir()} == {
+        path.name: path.read_bytes() for path in four.iterdir()
+    }
+    assert len(list(tmp_path.glob("four/logs/prepare-*/task-*"))) == 4
+
+
 def test_failed_stage_ends_the_chain(lab: Lab, tmp_path: Path) -> None:
     lab.wait_for_nodes(3)
     overrides = ["data.format=jsonl", "data.path=/nonexistent", f"run.dir={tmp_path}/run"]

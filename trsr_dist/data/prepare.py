@@ -71,7 +71,7 @@ def prepare(config: Config, *, force: bool = False, dry_run: bool = False) -> in
     with writing(run.root), claim(root, digest(what), what) as mine:
         leases = LeaseFolder(root / "leases", Owner.myself(), LOCK_STALE_SECONDS)
         try:
-            _tidy(mine, stage.run(mine, leases) * LEAVING_SECONDS)
+            _tidy(mine, LEAVING_SECONDS if stage.run(mine, leases) else 0.0)
         except TrsrError:
             _tidy(mine)
             raise

@@ -157,10 +157,11 @@ def write_choice(folder: Path, sets: Sequence[SampleSet], store: HistoryStore, m
             best, worst = int(reward.argmax()), int(reward.argmin())
             if reward[best] - reward[worst] <= min_gain:
                 continue
-            counts["users"] += 1
             items = [store.catalogue.text(rows[item]) for item in samples[0].provenance["history"]]
             told = (sets[number].exchanges(samples[number], items) for number in (best, worst))
-            for kind, line in lessons(sets[best].shards.manifest["settings"]["summarizer"], *told):
+            learned = list(lessons(sets[best].shards.manifest["settings"]["summarizer"], *told))
+            counts["users"] += bool(learned)  # none from a user whose best sample has no summary
+            for kind, line in learned:
                 counts[kind] += 1
                 files[kind].write(json.dumps({"user": samples[0].user, **line}, ensure_ascii=False) + "\n")
     means = {"best": rewards.max(1), "mean": rewards, "worst": rewards.min(1)}
