@@ -12,7 +12,20 @@ import torch
 
 from benchmarks.common import Row
 
-SUITES = ("training", "scoring", "stream", "data", "prepare", "summarize", "merge", "planner", "trl", "serving", "gpu")
+SUITES = (
+    "training",
+    "scoring",
+    "stream",
+    "data",
+    "prepare",
+    "summarize",
+    "reduce",
+    "merge",
+    "planner",
+    "trl",
+    "serving",
+    "gpu",
+)
 ALL = "all"
 ALL_SCALE = 0.5
 """All suites then take about ten minutes on two cores."""

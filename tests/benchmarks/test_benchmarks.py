@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from benchmarks import scoring, serving, summarize, training
+from benchmarks import reduce, scoring, serving, summarize, training
 from benchmarks.common import Row, as_json, ratio_row, table
 from benchmarks.ways import MEASURED, SHAPE, Way, make_user
 from tests.predict.world import make_folder
@@ -85,3 +85,10 @@ def test_ragged_prompts_are_of_all_lengths() -> None:
     low, high = summarize.TOKENS_IN
     assert low <= min(lengths) < 0.3 * high and 0.8 * high < max(lengths) <= high
     assert len(set(lengths)) > 12
+
+
+def test_made_scores_are_reduced_to_metrics() -> None:
+    rows = reduce.run(0.015)
+    assert [row.unit for row in rows] == ["CPU-s", "CPU-min", "MB"]
+    assert rows[0].case.startswith("150 test users of 21 candidates, 6 systems")
+    assert all(row.value > 0 for row in rows)

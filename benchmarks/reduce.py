@@ -1,0 +1,106 @@
+"""From the scores of many users to metrics, in a process of its own: CPU seconds and peak memory.
+
+Three language models' scores are made up; popularity, recency and chance are ranked beside them.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.common import Row, peak_bytes, timed
+from benchmarks.logs import NUM_USERS, MadeLog
+from trsr_dist.config import Config, load_config
+from trsr_dist.data.prepare import prepare
+from trsr_dist.data.store import HistoryStore
+from trsr_dist.evaluate.evaluation import Evaluation
+from trsr_dist.evaluate.passes import ScoringPass, split_parts
+from trsr_dist.evaluate.reduce import Reduction
+from trsr_dist.evaluate.score_files import UserScores
+from trsr_dist.evaluate.users import SplitUsers, StoredSplit
+from trsr_dist.run import RunFolder
+from trsr_dist.shards.reader import ShardSet
+from trsr_dist.summarize.job import summarize
+
+TEST_USERS = 10_000
+"""At scale 1; a million is ``--scale 100``."""
+MILLION = 1_000_000
+SETTINGS = """\
+data: {format: table, path: FOLDER, items_file: items.jsonl, split: [1, 0, 999]}
+summarize: {scheme: none, engine: extractive}
+evaluate: {baselines: [popularity, recency, base], negatives_per_positive: 20, bootstrap_samples: 1000}
+"""
+CHILD = "import sys; from benchmarks.reduce import measure; measure(sys.argv[1])"
+
+
+def run(scale: float) -> list[Row]:
+    """The table; ``scale`` multiplies the users."""
+    with tempfile.TemporaryDirectory() as folder:
+        num_users, num_systems = make_scores(Path(folder), round(TEST_USERS * scale))
+        command = [sys.executable, "-c", CHILD, folder]
+        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    case = f"{num_users:,} test users of 21 candidates, {num_systems} systems, 1,000 resamples"
+    return [
+        Row("reduce", case, "CPU", found["cpu"], "CPU-s"),
+        Row("reduce", case, "of a million users at this rate", found["cpu"] * MILLION / num_users / 60, "CPU-min"),
+        Row("reduce", case, "peak memory", found["bytes"] / 1e6, "MB"),
+    ]
+
+
+def make_scores(folder: Path, num_users: int) -> tuple[int, int]:
+    """An evaluation there whose passes are all scored; returns the numbers of its users and of the ranked systems."""
+    MadeLog(num_users / NUM_USERS).write_interactions(folder, ".parquet")
+    (folder / "config.yaml").write_text(SETTINGS.replace("FOLDER", str(folder)))
+    config = settings(folder)
+    for stage in (prepare, summarize):
+        if status := stage(config):
+            raise SystemExit(status)
+    job, users, stream = evaluation(config), split_users(config), np.random.default_rng(0)
+    for entry in job.passes:
+        write_pass(job, entry, users, stream)
+    return len(users), len(job.passes) + 3
+
+
+def write_pass(job: Evaluation, entry: ScoringPass, users: SplitUsers, stream: np.random.Generator) -> None:
+    """Scores of a pass, as the ranks write them."""
+    for number, part in enumerate(split_parts(len(users))):
+        outlines = [users.outline(index) for index in part]
+        scored = [
+            UserScores(
+                outline.user, tuple(outline.items), np.array(outline.labels), stream.normal(size=len(outline.items))
+            )
+            for outline in outlines
+        ]
+        job.scores(entry).write(number, scored)
+
+
+def measure(folder: str) -> None:
+    """Reduce what is there; the last line says in CPU seconds and bytes what that took."""
+    config = settings(Path(folder))
+    with timed() as timer:
+        job, store = evaluation(config), HistoryStore(RunFolder(Path(config.run.dir)).histories, check=False)
+        folders = {entry.name: job.scores(entry) for entry in job.passes}
+        Reduction(job, split_users(config), StoredSplit(store, job.split), store, folders).run({}, None)
+    print(json.dumps({"cpu": timer.cpu, "bytes": peak_bytes()}))
+
+
+def settings(folder: Path) -> Config:
+    """The config of the made evaluation."""
+    return load_config(folder / "config.yaml", [f"run.dir={folder}/run"])
+
+
+def evaluation(config: Config) -> Evaluation:
+    """Of a model that is nowhere: its scores are there."""
+    run = RunFolder(Path(config.run.dir))
+    return Evaluation(config, run, "", run.evaluation)
+
+
+def split_users(config: Config) -> SplitUsers:
+    """The test users, on the shards' own candidates."""
+    return SplitUsers(ShardSet(RunFolder(Path(config.run.dir)).split("test")), 0, config.run.seed, {})
