@@ -166,10 +166,10 @@ def failure_lines(cluster: Cluster) -> list[str]:
     lines = [
         f"failures   {cluster.save_seconds:g} s a checkpoint (--save-seconds), {cluster.restart_seconds:g} s from a "
         "failure to the next step (--restart-seconds)",
-        f"{INDENT}{'devices':>9}" + "".join(f"{name + ': lost':>32}{'save every':>15}" for name in RATES),
+        f"{INDENT}{'devices':>9}" + "".join(f"{name + ': lost':>34}{'save every':>15}" for name in RATES),
     ]
     for num_devices, plans in best_restarts(cluster.save_seconds, cluster.restart_seconds).items():
-        cells = "".join(f"{plan.overhead:>32.2%}{duration(plan.interval):>15}" for plan in plans.values())
+        cells = "".join(f"{plan.overhead:>34.2%}{duration(plan.interval):>15}" for plan in plans.values())
         lines.append(f"{INDENT}{num_devices:>9,}{cells}")
     return lines
 
