@@ -117,7 +117,9 @@ class Storm:
 
     def _strike(self, row: Row) -> None:
         is_ending = self._phase == STAGES[-1] and self._is_first
-        kind = self._draw.choice([kind for kind in self._kinds if not is_ending or kind in ENDING])
+        kinds = [kind for kind in self._kinds if not is_ending or kind in ENDING]
+        # What has come seldom, since it is seldom possible, comes first.
+        kind = self._draw.choices(kinds, [(1 + self.counts[kind]) ** -2.0 for kind in kinds])[0]
         try:
             effect = KINDS[kind](self._world, row)
         except ImpossibleError:
