@@ -1,11 +1,13 @@
 """From the scores of many users to metrics, in a process of its own: CPU seconds and peak memory.
 
-Three language models' scores are made up; popularity, recency and chance are ranked beside them.
+Three language models' scores are made up, the same for all; popularity, recency and chance are ranked beside them.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,9 +21,9 @@ from trsr_dist.config import Config, load_config
 from trsr_dist.data.prepare import prepare
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.evaluate.evaluation import Evaluation
-from trsr_dist.evaluate.passes import ScoringPass, split_parts
+from trsr_dist.evaluate.passes import split_parts
 from trsr_dist.evaluate.reduce import Reduction
-from trsr_dist.evaluate.score_files import UserScores
+from trsr_dist.evaluate.score_files import ScoreFolder, UserScores
 from trsr_dist.evaluate.users import SplitUsers, StoredSplit
 from trsr_dist.run import RunFolder
 from trsr_dist.shards.reader import ShardSet
@@ -61,14 +63,17 @@ def make_scores(folder: Path, num_users: int) -> tuple[int, int]:
     for stage in (prepare, summarize):
         if status := stage(config):
             raise SystemExit(status)
-    job, users, stream = evaluation(config), split_users(config), np.random.default_rng(0)
-    for entry in job.passes:
-        write_pass(job, entry, users, stream)
+    job, users = evaluation(config), split_users(config)
+    first, *others = (job.scores(entry).folder for entry in job.passes)
+    write_pass(ScoreFolder(first), users)
+    for folder in others:
+        shutil.copytree(first, folder, copy_function=os.link)
     return len(users), len(job.passes) + 3
 
 
-def write_pass(job: Evaluation, entry: ScoringPass, users: SplitUsers, stream: np.random.Generator) -> None:
+def write_pass(scores: ScoreFolder, users: SplitUsers) -> None:
     """Scores of a pass, as the ranks write them."""
+    stream = np.random.default_rng(0)
     for number, part in enumerate(split_parts(len(users))):
         outlines = [users.outline(index) for index in part]
         scored = [
@@ -77,7 +82,7 @@ def write_pass(job: Evaluation, entry: ScoringPass, users: SplitUsers, stream: n
             )
             for outline in outlines
         ]
-        job.scores(entry).write(number, scored)
+        scores.write(number, scored)
 
 
 def measure(folder: str) -> None:
