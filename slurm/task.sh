@@ -10,13 +10,18 @@ export TRITON_CACHE_DIR=$TRSR_CACHE/triton TORCH_EXTENSIONS_DIR=$TRSR_CACHE/torc
 export TORCHINDUCTOR_CACHE_DIR=$TRSR_CACHE/inductor
 mkdir -p "$TRITON_CACHE_DIR" "$TORCH_EXTENSIONS_DIR" "$TORCHINDUCTOR_CACHE_DIR"
 
-# A sign of life for slurm/watch.sh while this process, which becomes the command, lives. slurm/ended.sh removes it.
+# A sign of life for slurm/watch.sh while this process, which becomes the command, lives: its end breaks the pipe, which
+# children of the command may keep whole. slurm/ended.sh removes the sign.
 sign=$TRSR_SIGNS/$SLURM_PROCID-$(hostname)
 if : >"$sign"; then
-  (
+  exec 9> >(
+    exec &>/dev/null
     trap '' TERM INT USR1 USR2 HUP
-    while sleep "$TRSR_BEAT_SECONDS" && kill -0 $$; do touch -c "$sign" || true; done
-  ) </dev/null &>/dev/null &
+    while kill -0 $$; do
+      read -r -t "$TRSR_BEAT_SECONDS" || (($? > 128)) || break
+      touch -c "$sign" || true
+    done
+  )
 fi
 
 printf '%(%F %T)T task %s on %s: %s\n' -1 "$SLURM_PROCID" "$(hostname)" "$*" >>"$log"

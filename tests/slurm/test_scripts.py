@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.lab import REPOSITORY
+from tests.slurm.lab import REPOSITORY, wait_until
 from trsr_dist.config import dump_config, load_config
 
 CONFIG = "configs/quickstart.yaml"
@@ -125,6 +125,32 @@ def test_a_task_is_gone_when_its_sign_stands_still(tmp_path: Path, others: str, 
     line = "Slurm waits for tasks without a sign of life for 6 s"
     said = bash(script, tmp_path, slurm=str(REPOSITORY / "slurm"))
     assert said == (f"{line}: {missing}\nkilled" if missing else "ended")
+
+
+def test_a_sign_of_life_lasts_as_long_as_its_task(tmp_path: Path) -> None:
+    def start(beat_seconds: float, *command: str) -> subprocess.Popen[bytes]:
+        task = ["bash", f"{REPOSITORY}/slurm/task.sh", str(tmp_path), *command]
+        env = {"SLURM_PROCID": "1", "TRSR_SIGNS": str(tmp_path), "TRSR_CACHE": str(tmp_path / "cache")}
+        env |= os.environ | {"TRSR_BEAT_SECONDS": str(beat_seconds)}
+        return subprocess.Popen(task, env=env, start_new_session=True)
+
+    def is_left(task: subprocess.Popen[bytes]) -> bool:
+        try:
+            os.killpg(task.pid, 0)
+        except ProcessLookupError:
+            return False
+        return True
+
+    with start(0.2, "sleep", "60") as task:
+        wait_until(lambda: list(tmp_path.glob("1-*")), 10, "the task has begun", str)
+        (sign,) = tmp_path.glob("1-*")
+        before = sign.stat().st_mtime_ns
+        wait_until(lambda: sign.stat().st_mtime_ns != before, 10, "the sign changes", str)
+        task.kill()
+    wait_until(lambda: not is_left(task), 5, "nothing is left of a killed task", str)
+    with start(60, "sleep", "0.1") as task:
+        assert task.wait() == 0
+    wait_until(lambda: not is_left(task), 5, "nothing is left of a task that has ended, long before its next beat", str)
 
 
 def test_a_stopped_run_is_not_requeued(tmp_path: Path) -> None:
