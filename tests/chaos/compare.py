@@ -63,10 +63,14 @@ def _metrics(mine: object, its: object, name: str = "metrics") -> Iterator[str]:
         yield f"{name}: {mine}, undisturbed {its}"
 
 
+DAMAGE = ("the bytes are damaged", "its bytes are not those of the manifest")
+"""Words of the errors about a sample and about a whole shard."""
+
+
 def told_of_damage(run: Path) -> list[str]:
     """Lines of the logs about samples of damaged shards."""
     lines = "\n".join(path.read_text(errors="replace") for path in run.glob("logs/*/task-*")).splitlines()
-    return [line for line in lines if "the bytes are damaged" in line]
+    return [line for line in lines if any(words in line for words in DAMAGE)]
 
 
 def wrong_names(run: Path, damaged: set[str]) -> Iterator[str]:
