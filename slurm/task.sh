@@ -11,15 +11,22 @@ export TORCHINDUCTOR_CACHE_DIR=$TRSR_CACHE/inductor
 mkdir -p "$TRITON_CACHE_DIR" "$TORCH_EXTENSIONS_DIR" "$TORCHINDUCTOR_CACHE_DIR"
 
 # A sign of life for slurm/watch.sh while this process, which becomes the command, lives: its end breaks the pipe, which
-# children of the command may keep whole. slurm/ended.sh removes the sign.
+# children of the command may keep whole. slurm/ended.sh removes the sign. A task that has lost its slurmstepd is beyond
+# Slurm's reach and would hold its locks and GPU for as long as it likes, so it is ended here.
 sign=$TRSR_SIGNS/$SLURM_PROCID-$(hostname)
 if : >"$sign"; then
   exec 9> >(
     exec &>/dev/null
     trap '' TERM INT USR1 USR2 HUP
+    signal=TERM
     while kill -0 $$; do
       read -r -t "$TRSR_BEAT_SECONDS" || (($? > 128)) || break
-      touch -c "$sign" || true
+      if grep -qx "PPid:[[:space:]]*$PPID" "/proc/$$/status"; then
+        touch -c "$sign" || true
+      else
+        kill -s "$signal" $$ || true
+        signal=KILL
+      fi
     done
   )
 fi

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -127,19 +129,21 @@ def test_a_task_is_gone_when_its_sign_stands_still(tmp_path: Path, others: str, 
     assert said == (f"{line}: {missing}\nkilled" if missing else "ended")
 
 
+def is_left(leader: subprocess.Popen[bytes]) -> bool:
+    """Whether a process of this one's group is there."""
+    try:
+        os.killpg(leader.pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def test_a_sign_of_life_lasts_as_long_as_its_task(tmp_path: Path) -> None:
     def start(beat_seconds: float, *command: str) -> subprocess.Popen[bytes]:
         task = ["bash", f"{REPOSITORY}/slurm/task.sh", str(tmp_path), *command]
         env = {"SLURM_PROCID": "1", "TRSR_SIGNS": str(tmp_path), "TRSR_CACHE": str(tmp_path / "cache")}
         env |= os.environ | {"TRSR_BEAT_SECONDS": str(beat_seconds)}
         return subprocess.Popen(task, env=env, start_new_session=True)
-
-    def is_left(task: subprocess.Popen[bytes]) -> bool:
-        try:
-            os.killpg(task.pid, 0)
-        except ProcessLookupError:
-            return False
-        return True
 
     with start(0.2, "sleep", "60") as task:
         wait_until(lambda: list(tmp_path.glob("1-*")), 10, "the task has begun", str)
@@ -151,6 +155,19 @@ def test_a_sign_of_life_lasts_as_long_as_its_task(tmp_path: Path) -> None:
     with start(60, "sleep", "0.1") as task:
         assert task.wait() == 0
     wait_until(lambda: not is_left(task), 5, "nothing is left of a task that has ended, long before its next beat", str)
+
+
+@pytest.mark.parametrize("heeds", [True, False], ids=["by TERM", "by KILL"])
+def test_a_task_without_its_slurmstepd_is_ended(tmp_path: Path, heeds: bool) -> None:
+    command = "trap '' TERM; " * (not heeds) + "touch begun; while sleep 0.1; do :; done"
+    manager = f"bash {REPOSITORY}/slurm/task.sh . bash -c {shlex.quote(command)} & wait"
+    env = {"SLURM_PROCID": "1", "TRSR_SIGNS": ".", "TRSR_CACHE": "cache", "TRSR_BEAT_SECONDS": "0.5"}
+    with subprocess.Popen(["bash", "-c", manager], cwd=tmp_path, env=os.environ | env, start_new_session=True) as task:
+        wait_until(lambda: (tmp_path / "begun").exists(), 10, "the task has begun", str)
+        time.sleep(1.2)
+        assert is_left(task), "while its slurmstepd lives it is let alone"
+        task.kill()
+    wait_until(lambda: not is_left(task), 5, "the task has ended", str)
 
 
 def test_a_stopped_run_is_not_requeued(tmp_path: Path) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -15,6 +18,7 @@ from safetensors.torch import save_file
 from tests.disks import closed_to_others
 from tests.kills import killed_at_every_change
 from tests.model.world import make_row
+from tests.train.jobs import wait_until
 from trsr_dist.config.files import read_zero_config
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import CheckpointError, ConfigError, RunError
@@ -297,6 +301,30 @@ class TestStopping:
             assert exits == [128 + signal.SIGTERM]
         finally:
             signals.restore()
+
+    @pytest.mark.parametrize("is_starting", [True, False])
+    def test_a_rank_that_is_left_alone_before_its_first_step_leaves(self, tmp_path: Path, is_starting: bool) -> None:
+        rank = f"""
+            import time
+            from pathlib import Path
+            from trsr_dist.train.lifecycle import StopSignals, follow_launcher
+            follow_launcher()
+            signals = StopSignals(lambda: {is_starting})
+            Path("ready").touch()
+            try:
+                while not signals.received:
+                    time.sleep(0.05)
+                Path("noted").touch()
+            finally:
+                Path("left").touch()
+        """
+        (tmp_path / "rank.py").write_text(textwrap.dedent(rank))
+        launcher = "import subprocess, sys; subprocess.run([sys.executable, 'rank.py'])"
+        with subprocess.Popen([sys.executable, "-c", launcher], cwd=tmp_path) as process:
+            wait_until(lambda: (tmp_path / "ready").exists(), 60)
+            process.kill()
+        wait_until(lambda: (tmp_path / "left").exists(), 10)
+        assert (tmp_path / "noted").exists() != is_starting
 
     def test_only_rank_zero_looks_for_the_file(self, tmp_path: Path) -> None:
         signals = StopSignals()

@@ -58,8 +58,8 @@ def train(config: Config, force: bool = False) -> int:
     run = RunFolder(Path(config.run.dir))
     if ranks.source != "single":  # started by hand it outlives its shell, as nohup wants it
         follow_launcher()
-    signals = StopSignals()
     heartbeat = Heartbeat(run.root, ranks, config.train.hang_seconds)
+    signals = StopSignals(heartbeat.is_starting)
     reasons = StopReasons(run.root, signals, walltime_of(config.train.walltime_seconds), ranks.is_main)
     with (
         writing(run.root),

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -129,6 +130,10 @@ class Heartbeat:
         self._idle_seconds = 0.0
         self._looked = time.monotonic()
         self._beat: Beat | None = None
+
+    def is_starting(self) -> bool:
+        """Whether no step has begun."""
+        return self._phase.name == START
 
     def start(self) -> None:
         self._write()
@@ -262,15 +267,23 @@ def check_stop_file(run_dir: Path) -> None:
 
 
 class StopSignals:
-    """Remembers the first signal; one of a later event ends the process at once, the last checkpoint is intact then."""
+    """Remembers the first signal; one of a later event ends the process at once, the last checkpoint is intact then.
 
-    def __init__(self) -> None:
+    Args:
+        is_starting: whether there is nothing to save yet. A process whose launcher is gone leaves then: it may wait for
+            ranks that will never come.
+    """
+
+    def __init__(self, is_starting: Callable[[], bool] = lambda: False) -> None:
         self.received = ""
         self._since = 0.0
+        self._is_starting, self._launcher = is_starting, os.getppid()
         for number in SIGNALS:
             signal.signal(number, self._on_signal)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._is_starting() and os.getppid() != self._launcher:
+            raise SystemExit(128 + number)
         if not self.received:
             self.received, self._since = signal.Signals(number).name, time.monotonic()
         elif time.monotonic() - self._since > ONE_EVENT_SECONDS:
