@@ -15,7 +15,8 @@ from trsr_dist.metric_log import read_metrics
 LOSS, WEIGHT, METRIC = 1e-5, 1e-5, 1e-6
 """Largest differences. Another number of ranks sums in another order, which Adam magnifies where a gradient is near 0;
 a step that is lost or made twice moves weights by up to the learning rate, 1e-3."""
-LEFT = (".*.lock", ".*.takeover*", ".*.tmp-*", ".*.old-*", ".*.partial-*", ".claims/*", "leases/*")
+LEFT = (".*.lock", ".*.takeover*", ".*.tmp-*", ".*.old-*", ".*.partial-*", "leases/*")
+"""Not the claims: that of a killed process stays until the next job of its stage looks round, and keeps nobody out."""
 OURS = r"[l]aunch/|[t]ools/|[s]lurm_script|[s]lurm/task"
 
 

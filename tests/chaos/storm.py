@@ -117,7 +117,10 @@ class Storm:
 
     def _strike(self, row: Row) -> None:
         is_ending = self._phase == STAGES[-1] and self._is_first
-        kinds = [kind for kind in self._kinds if not is_ending or kind in ENDING]
+        # A twin of the last stage may end the chain before all faults are spent.
+        is_early = self._phase == STAGES[-1] and self.num_done < self._num_faults - 1
+        allowed = ENDING if is_ending else [kind for kind in self._kinds if kind != "twin" or not is_early]
+        kinds = [kind for kind in self._kinds if kind in allowed]
         # What has come seldom, since it is seldom possible, comes first.
         kind = self._draw.choices(kinds, [(1 + self.counts[kind]) ** -2.0 for kind in kinds])[0]
         try:
