@@ -1,4 +1,4 @@
-"""From the scores of many users to metrics, in a process of its own: CPU seconds and peak memory.
+"""From the scores of many users to metrics, in a separate process: CPU seconds and peak memory.
 
 Three language models' scores are made up, the same for all; popularity, recency and chance are ranked beside them.
 """
