@@ -82,6 +82,8 @@ class Storm:
     def _user_submits(self) -> None:
         said = self._world.chain.submit()
         self._is_finished = said == DONE
+        if self._is_finished:  # on a node that Slurm has drained, urgent jobs would wait for ever
+            self._world.lab.run("scancel --state=PENDING --name=urgent", check=False)
         self.say(f"user: {said}")
         assert self._world.chain.num_submissions <= MOST_SUBMISSIONS, self._world.chain.last_words()
 
