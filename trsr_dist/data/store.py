@@ -25,6 +25,8 @@ from trsr_dist.run import MANIFEST, SPLITS, manifest_hash, read_manifest
 ROWS_PER_BATCH = 4096
 KEPT_BATCHES = 4
 """Whose names and times are in memory as Python values."""
+KEPT_ITEMS = 65_536
+"""That are in memory as Python values, about 60 MB of news."""
 ITEMS = "items.arrow"
 REMEDY = "run tools/prepare_data.py --force"
 POOLS = "pools"
@@ -171,6 +173,10 @@ class ArrowRows:
 class Catalogue(ArrowRows):
     """The items, by row."""
 
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self._items = lru_cache(KEPT_ITEMS)(self._read_item)
+
     @cached_property
     def ids(self) -> list[str]:
         """Of all items, in memory; for those who need the ids of many."""
@@ -196,6 +202,9 @@ class Catalogue(ArrowRows):
         return dict(zip(self.strings("id"), values, strict=True))
 
     def item(self, row: int) -> Item:
+        return self._items(row)
+
+    def _read_item(self, row: int) -> Item:
         return Item(self.id(row), self.text(row), self.category(row))
 
 
