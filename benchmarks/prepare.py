@@ -15,6 +15,7 @@ from trsr_dist.data.prepare import prepare
 
 SHARE = 0.05
 """Of MINDlarge, at scale 1; the whole is ``--scale 20``."""
+# A new interpreter: in the children of ``in_child`` torch is loaded, whose memory preparing does not need.
 CHILD = "import sys; from benchmarks.prepare import measure; measure(*sys.argv[1:])"
 
 

@@ -5,17 +5,14 @@ Three language models' scores are made up, the same for all; popularity, recency
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import numpy as np
 
-from benchmarks.common import Row, peak_bytes, timed
+from benchmarks.common import Row, in_child, peak_bytes, timed
 from benchmarks.logs import NUM_USERS, MadeLog
 from trsr_dist.config import Config, load_config
 from trsr_dist.data.prepare import prepare
@@ -37,26 +34,23 @@ data: {format: table, path: FOLDER, items_file: items.jsonl, split: [1, 0, 999]}
 summarize: {scheme: none, engine: extractive}
 evaluate: {baselines: [popularity, recency, base], negatives_per_positive: 20, bootstrap_samples: 1000}
 """
-CHILD = "import sys; from benchmarks.reduce import measure; measure(sys.argv[1])"
 
 
 def run(scale: float) -> list[Row]:
     """The table; ``scale`` multiplies the users."""
     with tempfile.TemporaryDirectory() as folder:
-        num_users, num_systems = make_scores(Path(folder), round(TEST_USERS * scale))
-        command = [sys.executable, "-c", CHILD, folder]
-        done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
+        num_users = make_scores(Path(folder), round(TEST_USERS * scale))
+        seconds, num_bytes, num_systems = in_child(measure, Path(folder))
     case = f"{num_users:,} test users of 21 candidates, {num_systems} systems, 1,000 resamples"
     return [
-        Row("reduce", case, "CPU", found["cpu"], "CPU-s"),
-        Row("reduce", case, "of a million users at this rate", found["cpu"] * MILLION / num_users / 60, "CPU-min"),
-        Row("reduce", case, "peak memory", found["bytes"] / 1e6, "MB"),
+        Row("reduce", case, "CPU", seconds, "CPU-s"),
+        Row("reduce", case, "of a million users at this rate", seconds * MILLION / num_users / 60, "CPU-min"),
+        Row("reduce", case, "peak memory", num_bytes / 1e6, "MB"),
     ]
 
 
-def make_scores(folder: Path, num_users: int) -> tuple[int, int]:
-    """An evaluation there whose passes are all scored; returns the numbers of its users and of the ranked systems."""
+def make_scores(folder: Path, num_users: int) -> int:
+    """An evaluation there whose passes are all scored; returns the number of its users."""
     MadeLog(num_users / NUM_USERS).write_interactions(folder, ".parquet")
     (folder / "config.yaml").write_text(SETTINGS.replace("FOLDER", str(folder)))
     config = settings(folder)
@@ -68,7 +62,7 @@ def make_scores(folder: Path, num_users: int) -> tuple[int, int]:
     write_pass(ScoreFolder(first), users)
     for folder in others:
         shutil.copytree(first, folder, copy_function=os.link)
-    return len(users), len(job.passes) + 3
+    return len(users)
 
 
 def write_pass(scores: ScoreFolder, users: SplitUsers) -> None:
@@ -85,14 +79,14 @@ def write_pass(scores: ScoreFolder, users: SplitUsers) -> None:
         scores.write(number, scored)
 
 
-def measure(folder: str) -> None:
-    """Reduce what is there; the last line says in CPU seconds and bytes what that took."""
-    config = settings(Path(folder))
+def measure(folder: Path) -> tuple[float, int, int]:
+    """Reduce what is there: CPU seconds, bytes at the peak, ranked systems."""
+    config = settings(folder)
     with timed() as timer:
         job, store = evaluation(config), HistoryStore(RunFolder(Path(config.run.dir)).histories, check=False)
         folders = {entry.name: job.scores(entry) for entry in job.passes}
-        Reduction(job, split_users(config), StoredSplit(store, job.split), store, folders).run({}, None)
-    print(json.dumps({"cpu": timer.cpu, "bytes": peak_bytes()}))
+        reduced = Reduction(job, split_users(config), StoredSplit(store, job.split), store, folders).run({}, None)
+    return timer.cpu, peak_bytes(), len(reduced.systems.outcomes)
 
 
 def settings(folder: Path) -> Config:

@@ -159,15 +159,21 @@ def test_a_sign_of_life_lasts_as_long_as_its_task(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("heeds", [True, False], ids=["by TERM", "by KILL"])
 def test_a_task_without_its_slurmstepd_is_ended(tmp_path: Path, heeds: bool) -> None:
-    command = "trap '' TERM; " * (not heeds) + "touch begun; while sleep 0.1; do :; done"
+    trap = "trap 'touch told; exit' TERM" if heeds else "trap '' TERM"
+    command = f"{trap}; while sleep 0.1; do touch lives; done"
     manager = f"bash {REPOSITORY}/slurm/task.sh . bash -c {shlex.quote(command)} & wait"
     env = {"SLURM_PROCID": "1", "TRSR_SIGNS": ".", "TRSR_CACHE": "cache", "TRSR_BEAT_SECONDS": "0.5"}
+    lives = tmp_path / "lives"
     with subprocess.Popen(["bash", "-c", manager], cwd=tmp_path, env=os.environ | env, start_new_session=True) as task:
-        wait_until(lambda: (tmp_path / "begun").exists(), 10, "the task has begun", str)
-        time.sleep(1.2)
-        assert is_left(task), "while its slurmstepd lives it is let alone"
+        for _ in range(2):  # while its slurmstepd lives it is let alone
+            wait_until(lives.exists, 10, "the task is at work", str)
+            time.sleep(1.2)
+            lives.unlink()
+        wait_until(lives.exists, 10, "the task is at work still", str)
+        assert not (tmp_path / "told").exists()
         task.kill()
     wait_until(lambda: not is_left(task), 5, "the task has ended", str)
+    assert (tmp_path / "told").exists() == heeds
 
 
 def test_a_stopped_run_is_not_requeued(tmp_path: Path) -> None:

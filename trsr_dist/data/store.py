@@ -26,7 +26,7 @@ ROWS_PER_BATCH = 4096
 KEPT_BATCHES = 4
 """Whose names and times are in memory as Python values."""
 KEPT_ITEMS = 65_536
-"""That are in memory as Python values, about 60 MB of news."""
+"""That are in memory as Python values, the last ones read."""
 ITEMS = "items.arrow"
 REMEDY = "run tools/prepare_data.py --force"
 POOLS = "pools"
