@@ -67,6 +67,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def is_rank_zero() -> bool:
+    """Whether this is rank 0; True without a group."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if dist.is_initialized():
@@ -90,7 +95,7 @@ def on_rank_zero(action: Callable[[], T]) -> T:
     """
     value, error = None, RunError("rank 0 has failed; its own error says why")
     try:
-        if not dist.is_initialized() or dist.get_rank() == 0:
+        if is_rank_zero():
             value, error = action(), None
     except TrsrError as found:
         error = found
@@ -138,3 +143,18 @@ def gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def gather_on_rank_zero(values: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Every rank's values on rank 0, by one collective; on the others an empty list.
+
+    Args:
+        values: 1-D, of this rank's size; one dtype and kind of device on all ranks.
+        sizes: every rank's, known to all. Where no other rank has any, nothing is sent.
+    """
+    if not any(sizes[1:]):
+        return [values, *(values[:0] for _ in sizes[1:])] if is_rank_zero() else []
+    padded = torch.nn.functional.pad(values, (0, max(sizes) - len(values)))  # a gather takes one size
+    parts = [torch.empty_like(padded) for _ in sizes] if is_rank_zero() else None
+    dist.gather(padded, parts)
+    return [part[:size] for part, size in zip(parts or [], sizes, strict=False)]

@@ -6,10 +6,11 @@ import time
 from datetime import timedelta
 from functools import partial
 
+import torch
 import torch.distributed as dist
 
 from tests.spawn import free_port, run_ranks
-from trsr_dist.distributed import on_rank_zero, once_per_node
+from trsr_dist.distributed import gather_on_rank_zero, on_rank_zero, once_per_node
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import DataError
 
@@ -68,3 +69,14 @@ def test_an_unforeseen_failure_of_rank_zero_hangs_nobody() -> None:
     first, second = run_ranks(outcome, 2, "another")
     assert first == ("ZeroDivisionError", "division by zero", True)
     assert second == ("RunError", "rank 0 has failed; its own error says why", True)
+
+
+def gather_some(rank: int, world_size: int, sizes: list[int]) -> list[list[int]]:
+    """Ranks with 0, 1 and so on, as often as their size says."""
+    return [part.tolist() for part in gather_on_rank_zero(torch.full((sizes[rank],), rank), sizes)]
+
+
+def test_ranks_of_unequal_sizes_are_gathered_on_the_first() -> None:
+    assert run_ranks(gather_some, 3, [1, 3, 0]) == [[[0], [1, 1, 1], []], [], []]
+    assert run_ranks(gather_some, 2, [2, 0]) == [[[0, 0], []], []]
+    assert gather_some(0, 1, [2]) == [[0, 0]]

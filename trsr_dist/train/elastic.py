@@ -13,14 +13,14 @@ from typing import Any
 
 import torch
 from deepspeed.utils import (
-    safe_get_full_fp32_param,
-    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
 from torch import nn
 
-from trsr_dist.distributed import on_rank_zero
+from trsr_dist.distributed import gather_objects, gather_on_rank_zero, is_rank_zero, on_rank_zero
 from trsr_dist.errors import CheckpointError
 from trsr_dist.files import writing
 from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState
@@ -28,28 +28,27 @@ from trsr_dist.train.engine import Engine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 WEIGHT = "weight"
+Span = tuple[int, int]
+"""Place of a rank's first value in a flattened parameter, and how many it holds."""
 
 
-def gather_state(engine: Engine, is_kept: bool = True) -> dict[str, torch.Tensor]:
-    """Float32 master weights and moments, whole, on the CPU. All ranks call it.
+def gather_state(engine: Engine) -> dict[str, torch.Tensor]:
+    """Float32 master weights and moments, whole, on the CPU of rank 0. All ranks call it.
 
-    Args:
-        engine: whose state is gathered.
-        is_kept: False: this rank takes part in the gathering only, and copies nothing.
+    Each rank sends all it holds of a kind in one piece: a collective for each tensor takes longer than the copy.
 
     Returns:
-        By ``weight/NAME``, ``exp_avg/NAME`` and ``exp_avg_sq/NAME``; empty where it is not kept. Moments are 0 before
-        the first step.
+        By ``weight/NAME``, ``exp_avg/NAME`` and ``exp_avg_sq/NAME``; empty on the other ranks. Moments are 0 before the
+        first step.
+
+    Raises:
+        CheckpointError: the ranks do not hold each value once.
     """
-    state = {}
-    for name, parameter in engine.trainable().items():
-        shape = getattr(parameter, "ds_shape", parameter.shape)
-        for kind in (WEIGHT, *MOMENTS):
-            value = _read(engine, parameter, kind)
-            if not is_kept:
-                continue
-            value = torch.zeros(shape) if value is None else value
-            state[f"{kind}/{name}"] = value.detach().to("cpu", torch.float32, copy=True).reshape(shape)
+    spans = gather_objects([(first, len(share)) for first, share in _shares(engine, WEIGHT)])
+    _check_spans(engine, spans)
+    state = _gather(engine, WEIGHT, spans)
+    for kind in MOMENTS:
+        state |= _gather(engine, kind, spans) if adam_step(engine) else _zeros(state, kind)
     return state
 
 
@@ -89,7 +88,7 @@ class Saving:
             TrsrError: as ``wait``, of the checkpoint before this one.
         """
         self.wait()
-        tensors = gather_state(self._engine, self._is_main)
+        tensors = gather_state(self._engine)
         if self._is_main:
             self._pending = self._writer.submit(self._write, tensors, state)
 
@@ -149,8 +148,8 @@ def start_from(engine: Engine, weights: dict[str, torch.Tensor]) -> None:
     Raises:
         CheckpointError: names or shapes are not this model's.
     """
-    zeros = {f"{kind}/{name}": torch.zeros_like(weight) for name, weight in weights.items() for kind in MOMENTS}
-    restore_state(engine, {f"{WEIGHT}/{name}": weight for name, weight in weights.items()} | zeros, 0)
+    state = {f"{WEIGHT}/{name}": weight for name, weight in weights.items()}
+    restore_state(engine, state | _zeros(state, MOMENTS[0]) | _zeros(state, MOMENTS[1]), 0)
 
 
 def check_names(engine: Engine, state: dict[str, torch.Tensor]) -> None:
@@ -160,9 +159,7 @@ def check_names(engine: Engine, state: dict[str, torch.Tensor]) -> None:
         CheckpointError: names the first difference.
     """
     expected = {
-        f"{kind}/{name}": tuple(getattr(p, "ds_shape", p.shape))
-        for name, p in engine.trainable().items()
-        for kind in (WEIGHT, *MOMENTS)
+        f"{kind}/{name}": tuple(_shape(p)) for name, p in engine.trainable().items() for kind in (WEIGHT, *MOMENTS)
     }
     for name in sorted(expected.keys() | state.keys()):
         found = tuple(state[name].shape) if name in state else None
@@ -186,12 +183,70 @@ def _flat_masters(engine: Engine) -> list[torch.Tensor] | None:
     return None
 
 
-def _read(engine: Engine, parameter: nn.Parameter, kind: str) -> torch.Tensor | None:
-    if engine.stage == 0:
-        return parameter if kind == WEIGHT else engine.adam.state.get(parameter, {}).get(kind)
-    if kind == WEIGHT:
-        return safe_get_full_fp32_param(parameter)
-    return safe_get_full_optimizer_state(parameter, kind) if adam_step(engine) else None
+def _check_spans(engine: Engine, spans: list[list[Span]]) -> None:
+    """All ranks find the same: DeepSpeed's parts are read where it keeps them, which another version might change."""
+    for index, (name, parameter) in enumerate(engine.trainable().items()):
+        end, held = 0, sorted(rank[index] for rank in spans if rank[index][1])
+        for first, size in held:
+            end = end + size if first == end else -1
+        if end != _shape(parameter).numel():
+            raise CheckpointError(
+                f"{name} has {_shape(parameter).numel()} values, but the ranks hold {held} (first value, number): this "
+                "version of DeepSpeed keeps its parts in another way; install the one in constraints.txt"
+            )
+
+
+def _gather(engine: Engine, kind: str, spans: list[list[Span]]) -> dict[str, torch.Tensor]:
+    """One kind's tensors on rank 0; nothing on the others.
+
+    Args:
+        engine: whose state is gathered.
+        kind: of the state.
+        spans: of every rank, in the order of ``Engine.trainable``.
+    """
+    mine = torch.cat([share.to(engine.device, torch.float32) for _, share in _shares(engine, kind)])
+    parts = gather_on_rank_zero(mine, [sum(size for _, size in rank) for rank in spans])
+    if not parts:
+        return {}
+    pieces = [part.cpu().split([size for _, size in rank]) for part, rank in zip(parts, spans, strict=True)]
+    state = {}
+    for index, (name, parameter) in enumerate(engine.trainable().items()):
+        whole = torch.empty(_shape(parameter).numel())
+        for rank, piece in zip(spans, pieces, strict=True):
+            first, size = rank[index]
+            whole[first : first + size] = piece[index]
+        state[f"{kind}/{name}"] = whole.view(_shape(parameter))
+    return state
+
+
+def _shares(engine: Engine, kind: str) -> list[tuple[int, torch.Tensor]]:
+    """What this rank holds of each trainable parameter: its first value's place, and the values, flat."""
+    return [_share(engine, parameter, None if kind == WEIGHT else kind) for parameter in engine.trainable().values()]
+
+
+def _share(engine: Engine, parameter: nn.Parameter, key: str | None) -> tuple[int, torch.Tensor]:
+    if engine.stage == 0:  # all hold everything: rank 0's is taken
+        value = parameter.data if key is None else engine.adam.state[parameter][key]
+        return 0, value.flatten() if is_rank_zero() else torch.empty(0)
+    if engine.stage == 3:
+        part = safe_get_local_optimizer_state(parameter, key) if key else safe_get_local_fp32_param(parameter)
+        first = part.numel() * engine.zero_optimizer._get_param_partition_rank(parameter)
+        return first, part[: max(0, parameter.ds_numel - first)]  # the last rank's is padded
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return 0, torch.empty(0)
+    return mapping.lp_fragment_address.start, mapping.get_hp_fragment(key).detach()
+
+
+def _shape(parameter: nn.Parameter) -> torch.Size:
+    """That of the whole parameter."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _zeros(state: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    """Moments beside the weights of a state."""
+    weights = {name: weight for name, weight in state.items() if name.startswith(f"{WEIGHT}/")}
+    return {name.replace(WEIGHT, kind, 1): torch.zeros_like(weight) for name, weight in weights.items()}
 
 
 def _write(engine: Engine, parameter: nn.Parameter, kind: str, value: torch.Tensor) -> None:
