@@ -138,6 +138,48 @@ def test_values_that_no_rank_or_two_hold_are_found(held: list[tuple[int, int]]) 
         elastic._check_spans(engine, [[span] for span in held] + [[(0, 0)]])
 
 
+def test_what_three_ranks_hold_is_put_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of ten values and of three; what the others send is put in its place here."""
+    asked, parts = [], [torch.arange(4.0), torch.tensor([4.0, 5, 6, 7, 8, 9, 20]), torch.tensor([21.0, 22])]
+    spans = [[(0, 4), (0, 0)], [(4, 6), (0, 1)], [(0, 0), (1, 2)]]
+    parameters = {"a": nn.Parameter(torch.zeros(2, 5)), "b": nn.Parameter(torch.zeros(3))}
+    mapping = SimpleNamespace(lp_fragment_address=SimpleNamespace(start=0), get_hp_fragment={None: parts[0]}.get)
+    parameters["a"]._hp_mapping, parameters["b"]._hp_mapping = mapping, None
+    engine = SimpleNamespace(stage=1, device=CPU, trainable=lambda: parameters)
+    monkeypatch.setattr(elastic, "gather_on_rank_zero", lambda mine, sizes: asked.append((mine, sizes)) or parts)
+    state = elastic._gather(engine, "weight", spans)
+    assert list(state) == ["weight/a", "weight/b"]
+    assert torch.equal(state["weight/a"], torch.arange(10.0).view(2, 5))
+    assert state["weight/b"].tolist() == [20, 21, 22]
+    assert [(mine.tolist(), sizes) for mine, sizes in asked] == [([0, 1, 2, 3], [4, 7, 2])]
+    parts.clear()
+    assert elastic._gather(engine, "weight", spans) == {}
+
+
+@pytest.mark.parametrize(("rank", "first", "size"), [(0, 0, 4), (1, 4, 4), (2, 8, 2), (3, 12, 0)])
+@pytest.mark.parametrize("key", [None, "exp_avg"])
+def test_a_rank_of_stage_3_holds_its_part_without_padding(rank: int, first: int, size: int, key: str | None) -> None:
+    parameter = nn.Parameter(torch.zeros(0))
+    parameter.ds_id, parameter.ds_numel = 7, 10
+    values = {None: torch.arange(4.0), "exp_avg": torch.arange(4.0) + 10}
+    parameter._z3_optimizer = SimpleNamespace(
+        get_local_fp32_param=lambda of, which=None: {parameter: values}[of][which]
+    )
+    engine = SimpleNamespace(
+        stage=3, zero_optimizer=SimpleNamespace(_get_param_partition_rank=lambda of: {parameter: rank}[of])
+    )
+    found_first, share = elastic._share(engine, parameter, key)
+    assert (found_first, share.tolist()) == (first, values[key][:size].tolist())
+
+
+def test_without_zero_the_first_rank_alone_sends(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, parameter = SimpleNamespace(stage=0), nn.Parameter(torch.ones(2, 2))
+    assert elastic._share(engine, parameter, None)[1].tolist() == [1] * 4
+    monkeypatch.setattr(elastic, "is_rank_zero", lambda: False)
+    first, share = elastic._share(engine, parameter, None)
+    assert (first, share.shape) == (0, (0,))
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_any_stage_goes_on_as_the_run_would_have(stage: int, trained: dict[str, torch.Tensor]) -> None:
     whole = train(make_engine(0), 0.01, 0.02, 0.03)
