@@ -1,7 +1,8 @@
 """Put the evaluations of several runs into one table: OUTPUT.md and OUTPUT.json.
 
 Runs with the same candidate lists share a table. Beside each stand what its settings change in the shared config, the
-control, the paired differences to BM25 and SASRec, and what it cost.
+control, the paired differences to BM25 and SASRec, and what it cost. An earlier table's rows are kept by naming its
+.json among the runs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="folders of runs that are evaluated")
+    parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="evaluated runs, or the .json of a table")
     parser.add_argument("--config", type=path, required=True, metavar="FILE", help="the shared config")
     parser.add_argument("--output", type=path, required=True, metavar="NAME", help="without suffix")
     parser.add_argument("--split", default="test", choices=("valid", "test"))

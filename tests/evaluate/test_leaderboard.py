@@ -60,6 +60,13 @@ def test_the_command_writes_both_files(run: Path, folder: Path, tmp_path: Path) 
     assert "* `one`: `prompt.recent_items=2`" in table
     runs = json.loads(output.with_suffix(".json").read_text())["runs"]
     assert [entry["run"] for entry in runs] == ["one", "two"]
+    shutil.rmtree(other)
+    earlier = ["tools/leaderboard.py", output.with_suffix(".json"), "--config", tmp_path / "shared.yaml"]
+    done = run_script(*earlier, "--output", tmp_path / "again")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "again.json").read_text() == output.with_suffix(".json").read_text()
+    done = run_script("tools/leaderboard.py", folder / "evaluation/test.json", *earlier[2:], "--output", tmp_path / "x")
+    assert done.returncode == 1 and "evaluation/test.json: runs: field required" in done.stderr
 
 
 def test_baselines_that_differ_between_runs_have_a_row_each(run: Path, folder: Path, tmp_path: Path) -> None:

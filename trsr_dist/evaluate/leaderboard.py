@@ -61,26 +61,35 @@ class Entry:
     num_steps: int
 
 
-def read_entries(folder: Path, shared: Config, split: str) -> list[Entry]:
-    """The results of a run: on its own candidate lists, and on those of further protocols.
+@dataclass(frozen=True, slots=True)
+class Leaderboard:
+    """The JSON file of a table."""
+
+    runs: list[Entry]
+
+
+def read_entries(source: Path, shared: Config, split: str) -> list[Entry]:
+    """The results of a run, on its own candidate lists and on those of further protocols; or an earlier table's.
 
     Args:
-        folder: of the run.
+        source: folder of the run, or the ``.json`` of a table, whose rows stay as they were.
         shared: the config that the runs' settings are compared with.
         split: whose results.
 
     Raises:
-        DataError: the run has no results.
+        DataError: the run has no results, or the file is not a table's.
         ConfigError: the config it was evaluated with is gone or unreadable.
     """
-    path = folder / "evaluation" / f"{split}.json"
+    if source.suffix == ".json":
+        return read_json(source, Leaderboard).runs
+    path = source / "evaluation" / f"{split}.json"
     if not path.is_file():
         raise DataError(f"{path}: not there; run tools/evaluate.py on this run first")
-    results, rows = read_json(path), list(read_metrics(folder))
-    config = load_config(folder / "config" / "evaluate.yaml")
+    results, rows = read_json(path), list(read_metrics(source))
+    config = load_config(source / "config" / "evaluate.yaml")
     changed = changed_settings(config, shared)
     lists = {results["candidates"]: results, **results["protocols"]}
-    return [_entry(folder.name, split, name, found, config, changed, rows) for name, found in lists.items()]
+    return [_entry(source.name, split, name, found, config, changed, rows) for name, found in lists.items()]
 
 
 def _entry(
@@ -193,8 +202,8 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write_leaderboard(entries: Sequence[Entry], head: str, output: Path) -> None:
+def write_leaderboard(entries: list[Entry], head: str, output: Path) -> None:
     """``output``.md and ``output``.json."""
-    write_json(f"{output}.json", {"runs": [asdict(entry) for entry in entries]})
+    write_json(f"{output}.json", asdict(Leaderboard(entries)))
     with atomic_file(f"{output}.md") as stream:
         stream.write(markdown(entries, head))
