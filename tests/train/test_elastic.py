@@ -94,7 +94,7 @@ class GatedFolder(CheckpointFolder):
 
 def test_a_checkpoint_of_its_step_is_written_behind_the_next_ones(tmp_path: Path) -> None:
     engine = make_engine(0)
-    saving, expected = Saving(engine, GatedFolder(tmp_path, 3), True, {}, lambda state: {}), gather_state(engine)
+    saving, expected = Saving(engine, GatedFolder(tmp_path, 3), {}, lambda state: {}), gather_state(engine)
     saving.save(TrainerState(1, 1, {}, best_step=1))
     train(engine, 0.01)
     assert not list(tmp_path.iterdir())
@@ -110,7 +110,7 @@ def test_a_checkpoint_that_was_not_written_is_known_and_raised_once(tmp_path: Pa
     def fence() -> None:
         raise RunError("lost")
 
-    saving = Saving(make_engine(0), CheckpointFolder(tmp_path, 3, fence), True, {}, lambda state: {})
+    saving = Saving(make_engine(0), CheckpointFolder(tmp_path, 3, fence), {}, lambda state: {})
     saving.save(TrainerState(1, 1, {}))
     saving.close()
     assert saving.has_failed

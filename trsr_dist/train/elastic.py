@@ -58,7 +58,6 @@ class Saving:
     Args:
         engine: whose state is saved.
         checkpoints: where to.
-        is_main: whether this is rank 0.
         adapter_config: content of ``adapter_config.json``.
         provenance: from a state to what a later stage must know.
     """
@@ -67,13 +66,11 @@ class Saving:
         self,
         engine: Engine,
         checkpoints: CheckpointFolder,
-        is_main: bool,
         adapter_config: dict[str, Any],
         provenance: Callable[[TrainerState], dict[str, Any]],
     ) -> None:
         self._engine = engine
         self._checkpoints = checkpoints
-        self._is_main = is_main
         self._adapter_config = adapter_config
         self._provenance = provenance
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
@@ -89,7 +86,7 @@ class Saving:
         """
         self.wait()
         tensors = gather_state(self._engine)
-        if self._is_main:
+        if is_rank_zero():
             self._pending = self._writer.submit(self._write, tensors, state)
 
     def wait(self) -> None:

@@ -136,7 +136,7 @@ def build_trainer(
     model, adapter = build_model(config, ranks, prepared.model)
     engine = Engine(model, prepared.model.zero_config, train.weight_decay, train.adam_betas)
     _restore(engine, prepared, checkpoint)
-    saving = Saving(engine, checkpoints, ranks.is_main, adapter, _provenance(config, run, prepared, checkpoint))
+    saving = Saving(engine, checkpoints, adapter, _provenance(config, run, prepared, checkpoint))
     metrics = None
     if ranks.is_main:
         metrics = open_metrics(config, run.root, "train", state.step + 1, checkpoints.fence)
