@@ -176,8 +176,8 @@ def _seconds(column: pa.Array, time_format: str, counts: Counts) -> np.ndarray:
     kind = column.type
     if column.null_count:
         raise ValueError
-    if pa.types.is_timestamp(kind) and kind.unit != "ns":
-        values = column.cast(pa.timestamp("us", kind.tz)).cast(pa.int64()).to_numpy() / PARTS_OF_A_SECOND
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        values = column.cast(pa.timestamp("us")).cast(pa.int64()).to_numpy() / PARTS_OF_A_SECOND
         if not ((values >= FIRST_SECOND) & (values < LAST_SECOND)).all():
             raise ValueError
     elif pa.types.is_floating(kind):
