@@ -139,9 +139,7 @@ def _encoded(column: pa.Array) -> pa.DictionaryArray:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     kind = column.type
-    if column.null_count or not (
-        pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    ):
+    if column.null_count or not (pa.types.is_integer(kind) or _is_text(kind)):
         raise ValueError
     found = column.dictionary_encode()
     ids = found.dictionary.cast(pa.large_string())
