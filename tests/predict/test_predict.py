@@ -24,7 +24,7 @@ from trsr_dist.predict.ranker import HistorySettings
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import pack_row
 from trsr_dist.shards.reader import ShardSet
-from trsr_dist.summarize.plans import raw
+from trsr_dist.summarize.plans.graph import raw_text
 
 NUM_USERS = 70
 STRANGER = """
@@ -137,7 +137,7 @@ def test_a_scheme_without_prompts_needs_no_ready_summary(
         other, items = copy(ranker), requests[0].items
         recorded = {"scheme": scheme, "engine": "vllm", "max_new_tokens": 12}
         other.history = HistorySettings.of({"config": {"summarize": recorded}})
-        expected = raw.text(items, ranker.builder.recent_items, 12) if shown else ""
+        expected = raw_text(items, ranker.builder.recent_items, 12) if shown else ""
         assert other.sample(requests[0]).summary == expected and bool(expected) == shown
     assert not caplog.records
     other.history = replace(other.history, scheme="recurrent")

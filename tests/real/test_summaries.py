@@ -23,8 +23,7 @@ from trsr_dist.shards.reader import ShardSet
 from trsr_dist.summarize.cache import TextCache, prompt_hash
 from trsr_dist.summarize.engines.encoding import PromptEncoder
 from trsr_dist.summarize.engines.transformers import TransformersEngine
-from trsr_dist.summarize.plans.graph import node_prompt
-from trsr_dist.summarize.plans.hierarchical import plan
+from trsr_dist.summarize.plans.graph import hierarchical, node_prompt
 from trsr_dist.summarize.quality import clean
 from trsr_dist.summarize.requests import Request
 
@@ -53,7 +52,9 @@ def block_prompts(store: HistoryStore, split: str) -> dict[str, SummaryPrompt]:
     prompts = []
     for number in range(store.num_users(split)):
         items = [store.catalogue.text(item) for item in store.user(split, number).history]
-        prompts += [node_prompt(node, items, (), "news") for node in plan(len(items), 5, 8) if node.kind == "block"]
+        prompts += [
+            node_prompt(node, items, (), "news") for node in hierarchical(len(items), 5, 8) if node.kind == "block"
+        ]
     return {prompt_hash(prompt): prompt for prompt in prompts}
 
 

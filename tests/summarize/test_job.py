@@ -37,7 +37,7 @@ from trsr_dist.summarize.engines.build import (
     revision_to_load,
 )
 from trsr_dist.summarize.job import Job, Task, summarize
-from trsr_dist.summarize.plans import raw
+from trsr_dist.summarize.plans.graph import raw_text
 
 USERS = {"train": 20, "valid": 3, "test": 3}
 
@@ -134,7 +134,7 @@ def test_raw_shows_the_older_items_whatever_the_engine(tmp_path: Path) -> None:
     for sample in shown.values():
         history = [texts[item] for item in sample.provenance["history"]]
         assert sample.recent == tuple(history[-5:]) and sample.provenance["nodes"] == []
-        assert sample.summary == raw.text(history, 5, 30)
+        assert sample.summary == raw_text(history, 5, 30)
         assert not any(text in sample.summary for text in sample.recent)
     assert any(sample.summary for sample in shown.values())
     run_here(config, "summarize.engine=openai", "summarize.model=other")

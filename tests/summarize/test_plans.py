@@ -1,15 +1,24 @@
 import random
+import sys
+from pathlib import Path
 
 import pytest
 
 from trsr_dist.config.sections import PROMPTLESS
+from trsr_dist.errors import ConfigError
 from trsr_dist.prompts.text import block_instruction, merge_instruction, update_instruction
+from trsr_dist.summarize import plans
 from trsr_dist.summarize.plans import planner, schemes, writer
-from trsr_dist.summarize.plans.graph import Plan, children, heights, node_prompt
-from trsr_dist.summarize.plans.hierarchical import plan as hierarchical
-from trsr_dist.summarize.plans.raw import VERSION
-from trsr_dist.summarize.plans.raw import text as raw_text
-from trsr_dist.summarize.plans.recurrent import plan as recurrent
+from trsr_dist.summarize.plans.graph import (
+    RAW_VERSION,
+    Plan,
+    children,
+    heights,
+    hierarchical,
+    node_prompt,
+    raw_text,
+    recurrent,
+)
 from trsr_dist.words import count_words
 
 
@@ -72,6 +81,17 @@ def test_schemes_without_prompts_are_those_that_the_config_knows() -> None:
     assert written == {"hierarchical": "", "recurrent": "", "none": "", "raw": "one | two"}
 
 
+def test_a_file_goes_before_a_scheme_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise a copy that somebody changes would be passed over without a word."""
+    (tmp_path / "recurrent.py").write_text("def plan(num_items, block_size, fan_in):\n    return ()\n")
+    monkeypatch.setattr(plans, "__path__", [*plans.__path__, str(tmp_path)])
+    assert planner("recurrent")(30, 5, 8) == () and writer("recurrent")(["one"], 0, 9) == ""
+    assert schemes() == ["hierarchical", "none", "raw", "recurrent"]
+    monkeypatch.delitem(sys.modules, "trsr_dist.summarize.plans.recurrent")
+    with pytest.raises(ConfigError, match="there are hierarchical, none, raw, recurrent"):
+        planner("graph")
+
+
 @pytest.mark.parametrize(
     ("num_recent", "max_words", "expected"),
     [
@@ -89,7 +109,7 @@ def test_schemes_without_prompts_are_those_that_the_config_knows() -> None:
 )
 def test_raw_shows_the_latest_of_the_older_items_in_their_order(num_recent: int, max_words: int, expected: str) -> None:
     assert raw_text(["a one", "b two", "c three", "d four"], num_recent, max_words) == expected
-    assert VERSION == 1, "other texts have another version"
+    assert RAW_VERSION == 1, "other texts have another version"
 
 
 def test_raw_fills_the_budget_and_never_exceeds_it() -> None:

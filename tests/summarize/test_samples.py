@@ -6,7 +6,7 @@ import pytest
 
 from trsr_dist.errors import DataError
 from trsr_dist.records import Candidate, Item
-from trsr_dist.summarize.plans.hierarchical import plan as hierarchical
+from trsr_dist.summarize.plans.graph import hierarchical
 from trsr_dist.summarize.worker import check_leaks, make_sample, node_provenance
 
 HISTORY = [Item("a", "title: A quiet final"), Item("b", "title: Stocks rise"), Item("c", "title: Rain")]

@@ -9,8 +9,7 @@ import pytest
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.extract import ExtractiveEngine, extract
-from trsr_dist.summarize.plans.hierarchical import plan as hierarchical
-from trsr_dist.summarize.plans.recurrent import plan as recurrent
+from trsr_dist.summarize.plans.graph import hierarchical, recurrent
 from trsr_dist.summarize.requests import Completion, Request
 from trsr_dist.summarize.scheduler import Result, Scheduler, Work
 

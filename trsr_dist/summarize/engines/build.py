@@ -14,7 +14,7 @@ from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger
 from trsr_dist.prompts.encoder import Encoder
 from trsr_dist.summarize.extract import EXTRACT_VERSION, ExtractiveEngine
-from trsr_dist.summarize.plans import raw
+from trsr_dist.summarize.plans.graph import RAW_VERSION
 from trsr_dist.summarize.requests import Engine
 
 log = get_logger("summarize")
@@ -39,7 +39,7 @@ def engine_identity(settings: SummarizeSection, model: str, seed: int, records: 
     if settings.scheme == "none":
         return {"engine": "none"}
     if settings.scheme == "raw":
-        return {"engine": "none", "version": raw.VERSION, "max_words": settings.max_new_tokens}
+        return {"engine": "none", "version": RAW_VERSION, "max_words": settings.max_new_tokens}
     if settings.engine == "extractive":
         return {"engine": "extractive", "version": EXTRACT_VERSION, "max_new_words": settings.max_new_tokens}
     template = {} if settings.prompt_style == "plain" else {"chat_template_kwargs": settings.chat_template_kwargs}

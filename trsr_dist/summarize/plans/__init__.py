@@ -1,28 +1,21 @@
-"""How a history becomes one summary, one scheme a module: its name is the setting, its ``plan`` the graph of prompts.
+"""The schemes by which a history becomes one summary: those of ``graph``, and one in each file put beside it.
 
-A module put beside these is a new scheme; nothing else has to know of it. One without prompts may have a ``text``,
-which writes what stands in place of the summary.
+The file's name is the setting, its ``plan`` the graph of prompts; one without prompts may have a ``text``, which writes
+what stands in place of the summary. Nothing else has to know of it.
 """
 
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Callable, Sequence
 from importlib import import_module
-from types import ModuleType
 
 from trsr_dist.errors import ConfigError
-from trsr_dist.summarize.plans.graph import Plan
-
-Planner = Callable[[int, int, int], Plan]
-"""From the number of items, the block size and the fan-in to a plan."""
-Writer = Callable[[Sequence[str], int, int], str]
-"""From the texts of a history (oldest first), the number of recent items and the most words to a text."""
+from trsr_dist.summarize.plans.graph import BUILT_IN, Planner, Scheme, Writer, no_text
 
 
 def schemes() -> list[str]:
     """Names of the schemes there are."""
-    return sorted(module.name for module in pkgutil.iter_modules(__path__) if module.name != "graph")
+    return sorted({*BUILT_IN, *_files()})
 
 
 def planner(scheme: str) -> Planner:
@@ -31,7 +24,7 @@ def planner(scheme: str) -> Planner:
     Raises:
         ConfigError: there is no such scheme.
     """
-    return _module(scheme).plan
+    return _find(scheme).plan
 
 
 def writer(scheme: str) -> Writer:
@@ -40,10 +33,17 @@ def writer(scheme: str) -> Writer:
     Raises:
         ConfigError: there is no such scheme.
     """
-    return getattr(_module(scheme), "text", lambda items, num_recent, max_words: "")
+    return _find(scheme).text
 
 
-def _module(scheme: str) -> ModuleType:
-    if scheme not in schemes():
-        raise ConfigError(f"summarize.scheme={scheme!r}: no such scheme; there are {', '.join(schemes())}")
-    return import_module(f"{__name__}.{scheme}")
+def _files() -> set[str]:
+    return {module.name for module in pkgutil.iter_modules(__path__)} - {"graph"}
+
+
+def _find(name: str) -> Scheme:
+    if name in _files():  # it counts, also where it has the name of one of ours
+        module = import_module(f"{__name__}.{name}")
+        return Scheme(module.plan, getattr(module, "text", no_text))
+    if name not in BUILT_IN:
+        raise ConfigError(f"summarize.scheme={name!r}: no such scheme; there are {', '.join(schemes())}")
+    return BUILT_IN[name]
