@@ -7,20 +7,22 @@ import base64
 import re
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 import openai
 
+from trsr_dist.environment import KEY_VARIABLE, server_key
 from trsr_dist.errors import ConfigError, EngineError
-from trsr_dist.printable import Secrets
+from trsr_dist.printable import HALVES, Secrets, in_one_line
+
+T = TypeVar("T")
 
 httpx = import_module(openai.DefaultHttpxClient.__mro__[1].__module__.partition(".")[0])
 """httpx or httpx2, whichever the client is built on."""
-KEY_VARIABLE = "OPENAI_API_KEY"
 MAX_REPLY_BYTES = 1 << 24
 HANGING = 3.0
 """Times the limit of a try: connecting and waiting for a free connection have separate limits."""
@@ -34,6 +36,12 @@ MALFORMED = (
     ValueError, TypeError, LookupError, AttributeError, RecursionError, openai.APIResponseValidationError
 )  # fmt: skip
 """What reading a reply of any form may raise."""
+REFUSALS = (openai.BadRequestError, openai.UnprocessableEntityError)
+"""Of a request as it is, for an option in it or for its length."""
+MOST_CHARACTERS = 300
+"""Of a server's words that are kept."""
+LONGEST_PAUSE = 5.0
+"""Seconds before a malformed reply is asked for again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +78,10 @@ class Address:
 
 
 class Connection:
-    """A client of a server, with all that must not be told.
+    """A client of a server, with all that must not be told. The key comes from the environment alone.
 
     Args:
         address: may hold user, password and query.
-        key: for the server; empty: none.
         timeout_seconds: of one try.
         max_retries: of one request.
         setting: that holds the address, for messages.
@@ -83,8 +90,8 @@ class Connection:
         ConfigError: the address is none, or the key cannot stand in a header.
     """
 
-    def __init__(self, address: str, key: str, timeout_seconds: float, max_retries: int, setting: str) -> None:
-        parts, key = Address.parse(address, setting), key.strip()
+    def __init__(self, address: str, timeout_seconds: float, max_retries: int, setting: str) -> None:
+        parts, key = Address.parse(address, setting), server_key().strip()
         if not (key.isascii() and key.isprintable()):
             raise ConfigError(f"{KEY_VARIABLE} holds characters that no header of HTTP may hold; set it again")
         self.address = parts.public
@@ -95,6 +102,7 @@ class Connection:
         self.private = Secrets([*values, parts.user])
         """Struck from messages; in texts a user's name may be a common word."""
         self.limits = Limits(timeout_seconds)
+        self._max_retries = max_retries
         headers = {"Accept-Encoding": "identity"}
         if parts.user or parts.password:  # they take the key's place, as in any HTTP client
             encoded = base64.b64encode(f"{parts.user}:{parts.password}".encode()).decode()
@@ -125,6 +133,26 @@ class Connection:
     def models(self) -> Any:
         """What the server says of its models; errors as of ``post``."""
         return self._root.get("/v1/models", cast_to=object)
+
+    def until_whole(self, ask: Callable[[], T]) -> T:
+        """What ``ask`` makes of a reply; one that is no whole answer, which the client knows nothing of, is asked for
+        again.
+
+        Raises:
+            one of ``MALFORMED``: the last one was none either.
+        """
+        for number in range(self._max_retries):
+            try:
+                return ask()
+            except MALFORMED:
+                time.sleep(min(0.2 * 2**number, LONGEST_PAUSE))
+        return ask()
+
+    def say(self, error: Exception | str) -> str:
+        """The words of an error, or of a server; struck first, since a part of a secret is one too."""
+        words = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+        words = describe(error) if isinstance(error, openai.OpenAIError) else words
+        return in_one_line(HALVES.sub("\ufffd", self.private.strike(words)), MOST_CHARACTERS)
 
 
 class Limits:

@@ -21,7 +21,7 @@ from trsr_dist.hashing import hash64
 
 GPU_TRACES = ("/proc/driver/nvidia/version", "/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
 """One of these is there where a GPU can be used; asking torch would be too late."""
-
+KEY_VARIABLE = "OPENAI_API_KEY"
 
 CGROUP = Path("/sys/fs/cgroup")
 OWN_GROUPS = Path("/proc/self/cgroup")
@@ -238,9 +238,9 @@ def die_with_parent(number: int = signal.SIGTERM) -> None:
         return
 
 
-def secret(name: str) -> str:
-    """A key or token; read when needed, kept in no config, log or file. Empty where unset."""
-    return os.environ.get(name, "")
+def server_key() -> str:
+    """The key of OpenAI-compatible servers; read when needed, kept in no config, log or file. Empty where unset."""
+    return os.environ.get(KEY_VARIABLE, "")
 
 
 def server_address() -> str:

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.merge.models import make_adapter, make_base, tensors_of
+from tests.summarize.world import engine_settings
 from trsr_dist.bases import BaseName
 from trsr_dist.config import Config
 from trsr_dist.environment import Ranks
@@ -59,7 +60,7 @@ def train(base: Path) -> None:
 
 def commands(place: Path) -> dict[str, Callable[[], Any]]:
     base, adapter, no_base = place / "base", place / "tuned", BaseName("", "", "")
-    summarizer = (str(base), "", False, "float32", "plain", {}, 100, 2)
+    summarizer = engine_settings(str(base), precision="float32", prompt_style="plain")
     return {
         "train": lambda: train(base),
         "predict a base": lambda: Ranker.open(str(base), device="cpu"),
@@ -67,7 +68,7 @@ def commands(place: Path) -> dict[str, Callable[[], Any]]:
         "evaluate the base": lambda: Ranker.open(str(find_base(str(adapter), no_base, place, "")), device="cpu"),
         "merge": lambda: merge(adapter, place / "merged", MergeOptions(verify="weights", dry_run=True)),
         "plan": lambda: model_shape(str(base)),
-        "summarize": lambda: TransformersEngine.load(*summarizer),
+        "summarize": lambda: TransformersEngine.load(summarizer),
     }
 
 

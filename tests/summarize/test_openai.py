@@ -10,6 +10,7 @@ import time
 import pytest
 
 from tests.summarize.server import Answer, Handler, Server, good, prompt_of, refusing, serving
+from tests.summarize.world import engine_settings
 from trsr_dist.errors import ConfigError, EngineError
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.engines.openai import OpenAIEngine, log
@@ -71,15 +72,7 @@ def reply_with(handler: Handler, text: str | None, ending: str | None) -> None:
 
 
 def engine(server: Server, **options: object) -> OpenAIEngine:
-    settings = {
-        "prompt_style": "auto",
-        "template_kwargs": {},
-        "max_prompt_tokens": 400,
-        "max_in_flight": 4,
-        "timeout_seconds": 10.0,
-    }
-    settings |= {"max_retries": 3, **options}
-    return OpenAIEngine(server.address, "small", **settings)
+    return OpenAIEngine(engine_settings(base_url=server.address, **{"max_in_flight": 4, "max_retries": 3, **options}))
 
 
 def ask(client: OpenAIEngine, number: int = 3) -> list[Completion]:
@@ -197,7 +190,7 @@ def test_a_request_that_cuts_its_own_connection_is_to_blame_itself() -> None:
 def test_where_the_server_is_gone_no_request_is_to_blame() -> None:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    client = OpenAIEngine(f"http://127.0.0.1:{port}/v1", "small", "auto", {}, 400, 4, 2.0, 0)
+    client = OpenAIEngine(engine_settings(base_url=f"http://127.0.0.1:{port}/v1", timeout_seconds=2.0))
     with pytest.raises(EngineError, match="start the server"):
         client._fit(SummaryPrompt("say", (), ("long " * 200,)))
     with pytest.raises(EngineError, match="start the server"):
@@ -207,10 +200,10 @@ def test_where_the_server_is_gone_no_request_is_to_blame() -> None:
 def test_the_address_may_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(good) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.address)
-        assert ask(OpenAIEngine("", "small", "auto", {}, 400, 4, 10.0, 1), 1)[0].text == expected(1)[0]
+        assert ask(OpenAIEngine(engine_settings()), 1)[0].text == expected(1)[0]
     monkeypatch.delenv("OPENAI_BASE_URL")
     with pytest.raises(ConfigError, match="summarize.base_url"):
-        OpenAIEngine("", "small", "auto", {}, 400, 4, 10.0, 1)
+        OpenAIEngine(engine_settings())
 
 
 def test_a_server_that_stays_down_or_talks_nonsense_is_reported() -> None:
@@ -248,8 +241,8 @@ def test_no_more_requests_at_once_than_allowed() -> None:
 
 def test_the_chat_template_is_told_not_to_think() -> None:
     with serving(good) as server:
-        ask(engine(server, template_kwargs={"enable_thinking": False}), 1)
-        ask(engine(server, template_kwargs={"enable_thinking": False}, prompt_style="plain"), 1)
+        ask(engine(server, chat_template_kwargs={"enable_thinking": False}), 1)
+        ask(engine(server, chat_template_kwargs={"enable_thinking": False}, prompt_style="plain"), 1)
     assert [body.get("chat_template_kwargs") for _, body, _ in server.requests] == [{"enable_thinking": False}, None]
 
 
@@ -264,7 +257,7 @@ def test_a_server_that_knows_no_template_variables_is_asked_without(monkeypatch:
             good(handler, body, tries)
 
     with serving(strict) as server:
-        done = ask(engine(server, template_kwargs={"enable_thinking": False}, max_in_flight=1))
+        done = ask(engine(server, chat_template_kwargs={"enable_thinking": False}, max_in_flight=1))
     assert [completion.text for completion in done] == expected() and len(server.requests) == 4
     (line,) = told
     assert "summarize.chat_template_kwargs" in line
@@ -343,7 +336,7 @@ def test_a_prompt_that_leaves_no_room_changes_no_later_request() -> None:
             good(handler, body, tries)
 
     with serving(answer) as server:
-        client = OpenAIEngine(server.address, "small", "plain", {}, 400, 1, 10.0, 1)
+        client = engine(server, prompt_style="plain", max_in_flight=1)
         for number in range(3):
             client.submit(Request(str(number), SummaryPrompt(f"say of {number}"), 20))
         done = sorted((client.poll() + client.poll() + client.poll()), key=lambda completion: completion.key)

@@ -11,6 +11,7 @@ from trsr_dist.summarize import plans
 from trsr_dist.summarize.plans import planner, schemes, writer
 from trsr_dist.summarize.plans.graph import (
     RAW_VERSION,
+    Node,
     Plan,
     children,
     heights,
@@ -63,6 +64,9 @@ def test_children_are_the_inverse_of_parents() -> None:
 def test_prompts_are_built_from_the_parents_texts() -> None:
     items = [f"item {i}" for i in range(12)]
     tree, chain = hierarchical(12, 5, 8), recurrent(12, 5, 8)
+    assert [node.kind for node in tree] == ["block", "block", "block", "merge"]
+    assert [node.kind for node in chain] == ["block", "update", "update"]
+    assert Node("end", block_instruction) == Node("end", block_instruction, (), 0, 0)
     block = node_prompt(tree[2], items, [], "news")
     assert (block.instruction, block.previous, block.items) == (block_instruction("news"), (), ("item 10", "item 11"))
     merge = node_prompt(tree[3], items, ["a", "b", "c"], "news")

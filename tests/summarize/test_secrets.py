@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.summarize.server import Answer, Handler, good, prompt_of, serving
-from tests.summarize.world import run_here, write_config, write_histories
+from tests.summarize.world import engine_settings, run_here, write_config, write_histories
 from trsr_dist.config import load_config
 from trsr_dist.connection import Address, Connection
 from trsr_dist.errors import ConfigError, TrsrError
@@ -109,14 +109,14 @@ def test_a_refused_address_does_not_show_its_password(tmp_path: Path) -> None:
 @pytest.mark.parametrize("address", ["http://anna:pass word@[::1", "http://anna:secret@host:port/v1", "anna:secret@h"])
 def test_an_address_that_is_none_is_not_repeated(address: str) -> None:
     with pytest.raises(ConfigError, match="no address of a server") as caught:
-        OpenAIEngine(address, "small", "auto", {}, 400, 1, 1.0, 0)
+        OpenAIEngine(engine_settings(base_url=address))
     assert "secret" not in str(caught.value) and "pass word" not in str(caught.value)
 
 
 def test_a_key_that_no_header_takes_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "geheim\nX-Other: 1")
     with pytest.raises(ConfigError, match="OPENAI_API_KEY") as caught:
-        OpenAIEngine("http://host:1/v1", "small", "auto", {}, 400, 1, 1.0, 0)
+        OpenAIEngine(engine_settings(base_url="http://host:1/v1"))
     assert "geheim" not in str(caught.value)
 
 
@@ -132,9 +132,11 @@ def test_short_secrets_are_struck_as_words_only() -> None:
     assert printable("see http://a:b@host/v1?key=1 now") == "see http://***@host/v1?*** now"
 
 
-def test_a_key_that_is_a_common_word_is_one_in_texts() -> None:
+def test_a_key_that_is_a_common_word_is_one_in_texts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a server that wants no key; in messages it is struck all the same."""
-    found = Connection("http://host:8000/v1", "local", 1.0, 0, "x")
+    monkeypatch.setenv("OPENAI_API_KEY", "local")
+    found = Connection("http://host:8000/v1", 1.0, 0, "x")
     assert found.secrets.strike("reads local news") == "reads local news"
     assert found.private.strike("wrong key local") == "wrong key ***"
-    assert Connection("http://host:8000/v1", "l0cal", 1.0, 0, "x").secrets.strike("an l0cal key") == "an *** key"
+    monkeypatch.setenv("OPENAI_API_KEY", "l0cal")
+    assert Connection("http://host:8000/v1", 1.0, 0, "x").secrets.strike("an l0cal key") == "an *** key"

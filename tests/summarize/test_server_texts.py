@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.summarize.server import good, serving
+from tests.summarize.world import engine_settings
 from tests.tokenizers import byte_level, normalizing
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.engines.build import server_encoder
@@ -24,7 +25,7 @@ def sent(style: str, model: str, item: str) -> str:
     prompt = SummaryPrompt("say", (item,), (item,))
     with serving(good) as server:
         encoder = server_encoder(model, "")
-        client = OpenAIEngine(server.address, model, style, {}, 400, 1, 10.0, 0, encoder)
+        client = OpenAIEngine(engine_settings(model, base_url=server.address, prompt_style=style), encoder)
         client.submit(Request("0", prompt, 20))
         while not client.poll():
             pass

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
 from tests.summarize.models import CONTEXT, small_model, tokenizer, write_model
-from tests.summarize.world import ROOT
+from tests.summarize.world import ROOT, engine_settings
 from trsr_dist.errors import ModelError
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.engines.encoding import PromptEncoder
@@ -206,7 +206,7 @@ def test_other_errors_are_no_lack_of_memory() -> None:
 
 
 def load(folder: Path) -> TransformersEngine:
-    return TransformersEngine.load(str(folder), "", False, "float32", "plain", {}, 500, 2)
+    return TransformersEngine.load(engine_settings(str(folder), precision="float32", prompt_style="plain"))
 
 
 def test_weights_that_are_missing_are_no_random_ones(tmp_path: Path) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
 from trsr_dist.config import load_config
+from trsr_dist.config.sections import SummarizeSection
 from trsr_dist.data.store import ITEM_SCHEMA, USER_SCHEMA, ArrowWriter, checksums
 from trsr_dist.hashing import random_stream
 from trsr_dist.run import write_manifest
+from trsr_dist.summarize.engines import build
 from trsr_dist.summarize.job import summarize
+from trsr_dist.summarize.requests import EngineSettings
 
 ROOT = Path(__file__).parents[2]
 NUM_ITEMS = 120
@@ -68,6 +72,13 @@ def write_config(run: Path, **sections: dict) -> Path:
     path = run.parent / f"{run.name}.yaml"
     path.write_text(yaml.safe_dump(settings))
     return path
+
+
+def engine_settings(model: str = "small", **changes: object) -> EngineSettings:
+    """Of an engine that asks a model."""
+    few = {"max_prompt_tokens": 400, "max_in_flight": 1, "timeout_seconds": 10.0, "max_retries": 0}
+    made = build.engine_settings(SummarizeSection(model=model))
+    return replace(made, **{"chat_template_kwargs": {}, **few, **changes})
 
 
 def start(config: Path, *arguments: str, rank: int = 0, world_size: int = 1) -> subprocess.Popen:

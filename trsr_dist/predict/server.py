@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,11 +21,9 @@ from typing import Any
 import numpy as np
 import openai
 
-from trsr_dist.connection import KEY_VARIABLE, MALFORMED, Connection, describe, refused_option
-from trsr_dist.environment import secret
+from trsr_dist.connection import MALFORMED, REFUSALS, Connection, describe, refused_option
 from trsr_dist.errors import ConfigError, EngineError
 from trsr_dist.log import get_logger
-from trsr_dist.printable import HALVES, in_one_line
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import ServerSettings, TokenizedUser
 
@@ -36,9 +33,6 @@ LEAST_LOGPROB = -9999.0
 OPTIONAL = ("logprob_token_ids", "return_tokens_as_token_ids", "return_token_ids", "add_special_tokens")
 """Fields beyond OpenAI's protocol; servers that refuse them are asked without."""
 PROTOCOLS = {"completions": "/v1/completions", "classify": "/classify"}
-REFUSALS = (openai.BadRequestError, openai.UnprocessableEntityError)
-WORDS = 300
-"""Characters of a server's words that are kept."""
 
 log = get_logger("predict")
 
@@ -70,9 +64,7 @@ class ScoreServer:
 
     def __init__(self, settings: ServerSettings, builder: PromptBuilder) -> None:
         self.settings = settings
-        self._connection = Connection(
-            settings.address, secret(KEY_VARIABLE), settings.timeout_seconds, settings.max_retries, "--server"
-        )
+        self._connection = Connection(settings.address, settings.timeout_seconds, settings.max_retries, "--server")
         self.address = self._connection.address
         self._builder = builder
         self._slots = threading.BoundedSemaphore(settings.max_in_flight)
@@ -250,20 +242,24 @@ class ScoreServer:
                     refusals.append(f"{path}: {describe(error)}")
                 else:
                     return protocol
-        raise EngineError(f"{self.address}: {self._say('; '.join(refusals))}; serve the merged folder with vLLM")
+        raise EngineError(
+            f"{self.address}: {self._connection.say('; '.join(refusals))}; serve the merged folder with vLLM"
+        )
 
     def _request(self, body: dict[str, Any], read: Callable[[Any], Any]) -> Any:
         """What ``read`` makes of the reply; one that is no whole answer is asked for again."""
-        path, problem = PROTOCOLS[self.protocol], ""
-        for number in range(self.settings.max_retries + 1):
-            time.sleep(min(0.1 * 2**number, 5.0) if number else 0)
+        path = PROTOCOLS[self.protocol]
+
+        def ask() -> Any:
             with self._telling():
                 reply = self._post(path, body)
-            try:
-                return read(reply)
-            except MALFORMED as error:
-                problem = f"{type(error).__name__}: {error}"
-        raise EngineError(f"{self.address}: no scores in the replies of {path}: {self._say(problem)}")
+            return read(reply)
+
+        try:
+            return self._connection.until_whole(ask)
+        except MALFORMED as error:
+            words = self._connection.say(error)
+            raise EngineError(f"{self.address}: no scores in the replies of {path}: {words}") from None
 
     def _post(self, path: str, body: dict[str, Any]) -> Any:
         while True:
@@ -291,9 +287,8 @@ class ScoreServer:
                 remedy = "lower --max-in-flight or raise --timeout-seconds"
             elif isinstance(error, REFUSALS):
                 remedy = "serve with a larger --max-model-len, or change the option that the server names"
-            raise EngineError(f"{self.address}: {self._say(describe(error))}; {remedy}") from None
+            raise EngineError(f"{self.address}: {self._connection.say(error)}; {remedy}") from None
         except MALFORMED as error:
-            raise EngineError(f"{self.address}: {self._say(f'no such reply as expected ({error})')}") from None
-
-    def _say(self, words: str) -> str:
-        return in_one_line(HALVES.sub("\ufffd", self._connection.private.strike(words)), WORDS)
+            raise EngineError(
+                f"{self.address}: {self._connection.say(f'no such reply as expected ({error})')}"
+            ) from None

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from trsr_dist.prompts.text import SummaryPrompt
 
 WHOLE = ("stop", "eos", "length", None)
 """Why a text ended, in the words of the servers: by itself or at the token limit; any other reason broke it off."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """What engines that ask a model are made of: the settings of the same names."""
+
+    model: str
+    """Folder, hub id, or the server's name."""
+    revision: str
+    """Of a hub model; empty: the default branch."""
+    base_url: str
+    trust_remote_code: bool
+    precision: str
+    prompt_style: str
+    chat_template_kwargs: Mapping[str, Any]
+    max_prompt_tokens: int
+    max_new_tokens: int
+    max_in_flight: int
+    timeout_seconds: float
+    max_retries: int
 
 
 @dataclass(frozen=True, slots=True)

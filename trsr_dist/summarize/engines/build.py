@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from trsr_dist.log import get_logger
 from trsr_dist.prompts.encoder import Encoder
 from trsr_dist.summarize.extract import EXTRACT_VERSION, ExtractiveEngine
 from trsr_dist.summarize.plans.graph import RAW_VERSION
-from trsr_dist.summarize.requests import Engine
+from trsr_dist.summarize.requests import Engine, EngineSettings
 
 log = get_logger("summarize")
 SMALL_FILE = 1 << 20
@@ -136,43 +137,25 @@ def build_engine(settings: SummarizeSection, model: str, revision: str, local_ra
     if not settings.asks_model:
         return ExtractiveEngine(settings.max_in_flight)
     if settings.engine == "openai":
-        return _client(settings, model)
-    common = (
-        model,
-        revision,
-        settings.trust_remote_code,
-        settings.precision,
-        settings.prompt_style,
-        settings.chat_template_kwargs,
-        settings.max_prompt_tokens,
-        settings.max_in_flight,
-    )
+        try:
+            from trsr_dist.summarize.engines.openai import OpenAIEngine
+        except ModuleNotFoundError as error:
+            raise ConfigError(f"summarize.engine=openai: {error}; pip install -e '.[openai]'") from None
+        return OpenAIEngine(engine_settings(settings), server_encoder(model, settings.revision))
+    asked = engine_settings(settings, model=model, revision=revision)
     if settings.engine == "vllm":
         show_one_gpu(local_rank)
         from trsr_dist.summarize.engines.vllm import VllmEngine
 
-        return VllmEngine.load(*common, settings.max_new_tokens)
+        return VllmEngine.load(asked)
     from trsr_dist.summarize.engines.transformers import TransformersEngine
 
-    return TransformersEngine.load(*common, local_rank)
+    return TransformersEngine.load(asked, local_rank)
 
 
-def _client(settings: SummarizeSection, model: str) -> Engine:
-    try:
-        from trsr_dist.summarize.engines.openai import OpenAIEngine
-    except ModuleNotFoundError as error:
-        raise ConfigError(f"summarize.engine=openai: {error}; pip install -e '.[openai]'") from None
-    return OpenAIEngine(
-        settings.base_url,
-        settings.model,
-        settings.prompt_style,
-        settings.chat_template_kwargs,
-        settings.max_prompt_tokens,
-        settings.max_in_flight,
-        settings.timeout_seconds,
-        settings.max_retries,
-        server_encoder(model, settings.revision),
-    )
+def engine_settings(settings: SummarizeSection, **found: str) -> EngineSettings:
+    """Those of an engine, with what was ``found`` of its model in place of what the config says."""
+    return EngineSettings(**{field.name: getattr(settings, field.name) for field in fields(EngineSettings)} | found)
 
 
 def server_encoder(model: str, revision: str) -> Encoder | None:

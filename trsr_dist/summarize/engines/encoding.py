@@ -12,6 +12,7 @@ from trsr_dist.prompts.encoder import Encoder
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.prompts.trimming import trim_prompt
 from trsr_dist.summarize.quality import THOUGHTS
+from trsr_dist.summarize.requests import EngineSettings
 
 
 class PromptEncoder:
@@ -33,6 +34,11 @@ class PromptEncoder:
         self.style = self._encoder.style
         self.opening = THOUGHTS[0] if self._encoder.tail.rstrip().endswith(THOUGHTS[0]) else ""
         """What belongs before every text: the template itself begins the model's thoughts."""
+
+    @classmethod
+    def of(cls, tokenizer: Any, settings: EngineSettings) -> PromptEncoder:
+        """Of the prompts that the settings ask for."""
+        return cls(tokenizer, settings.prompt_style, settings.max_prompt_tokens, settings.chat_template_kwargs)
 
     def encode(self, prompt: SummaryPrompt) -> list[int]:
         """Token ids."""

@@ -9,8 +9,6 @@ from __future__ import annotations
 import queue
 import re
 import threading
-import time
-from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -18,16 +16,16 @@ from typing import Any
 
 import openai
 
-from trsr_dist.connection import KEY_VARIABLE, MALFORMED, Connection, describe, refused_option
-from trsr_dist.environment import secret, server_address
+from trsr_dist.connection import MALFORMED, REFUSALS, Connection, refused_option
+from trsr_dist.environment import server_address
 from trsr_dist.errors import ConfigError, DataError, EngineError
 from trsr_dist.log import get_logger
-from trsr_dist.printable import HALVES, in_one_line
+from trsr_dist.printable import HALVES
 from trsr_dist.prompts.encoder import Encoder, for_any_tokenizer
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.prompts.trimming import trim_prompt
 from trsr_dist.summarize.quality import TURN_MARKERS
-from trsr_dist.summarize.requests import WHOLE, Completion, Request
+from trsr_dist.summarize.requests import WHOLE, Completion, EngineSettings, Request
 
 TEMPLATE_TOKENS = 64
 """Kept free for the server's chat template (Llama 3's adds 36)."""
@@ -39,8 +37,7 @@ FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFou
 """Wrong key, address or model: no request can succeed."""
 NO_TEMPLATE = re.compile("provide a chat template|chat_template is not set", re.IGNORECASE)
 """What vLLM and transformers say of a base model: no request of the chat protocol can succeed."""
-UNKNOWN_FIELD = (openai.BadRequestError, openai.UnprocessableEntityError)
-INSTEAD = {"max_tokens": "max_completion_tokens", "chat_template_kwargs": "", "seed": "", "stop": ""}
+FALLBACK_OPTIONS = {"max_tokens": "max_completion_tokens", "chat_template_kwargs": "", "seed": "", "stop": ""}
 """What is sent where a server refuses an option; empty: nothing."""
 SETTINGS = {
     "max_completion_tokens": "lower summarize.max_new_tokens",
@@ -48,8 +45,6 @@ SETTINGS = {
     "model": "set summarize.model to one that it has",
 }
 """What to do where a server refuses an option that has no other way."""
-WORDS = 300
-"""Characters of a server's words that are kept."""
 CHARACTERS_PER_TOKEN = 100
 """A text of more is no answer to the request."""
 UNAVAILABLE = (429, 502, 503, 504)
@@ -62,46 +57,26 @@ class OpenAIEngine:
     """Sends requests from a pool of threads; the key comes from the environment alone.
 
     Args:
-        base_url: address of the server, ending in ``/v1``; empty: ``OPENAI_BASE_URL``.
-        model: the server's name for the model.
-        prompt_style: ``plain``: the completions protocol; otherwise the chat protocol with the server's template.
-        template_kwargs: variables of the server's chat template; left out for servers that refuse them.
-        max_prompt_tokens: longer prompts are trimmed.
-        max_in_flight: concurrent requests.
-        timeout_seconds: of one try.
-        max_retries: of one request.
+        settings: of server and requests. ``plain`` prompts go by the completions protocol, others by the chat protocol
+            with the server's template, whose variables are left out for servers that refuse them.
         encoder: with the model's tokenizer, where that is at hand: which control tokens the texts must not spell.
 
     Raises:
         ConfigError: no address is given, or it or the key cannot be used.
     """
 
-    def __init__(
-        self,
-        base_url: str,
-        model: str,
-        prompt_style: str,
-        template_kwargs: Mapping[str, Any],
-        max_prompt_tokens: int,
-        max_in_flight: int,
-        timeout_seconds: float,
-        max_retries: int,
-        encoder: Encoder | None = None,
-    ) -> None:
-        address = base_url or server_address()
+    def __init__(self, settings: EngineSettings, encoder: Encoder | None = None) -> None:
+        address = settings.base_url or server_address()
         if not address:
             raise ConfigError(
                 "summarize.base_url is empty: engine=openai needs the server's address, http://host:8000/v1"
             )
-        self.capacity = max_in_flight
-        self.model = model
-        self.chat = prompt_style != "plain"
-        self.template_kwargs = template_kwargs
-        self.max_prompt_tokens = max_prompt_tokens
-        self.max_retries = max_retries
+        self.capacity = settings.max_in_flight
+        self.settings = settings
+        self.chat = settings.prompt_style != "plain"
         self._encoder, self._encoding = encoder, threading.Lock()  # a tokenizer serves one thread at a time
-        setting = "summarize.base_url or OPENAI_BASE_URL"
-        self._connection = Connection(address, secret(KEY_VARIABLE), timeout_seconds, max_retries, setting)
+        limits = settings.timeout_seconds, settings.max_retries
+        self._connection = Connection(address, *limits, "summarize.base_url or OPENAI_BASE_URL")
         self._client = self._connection.client
         self._instead: dict[str, str] = {}
         """Options that the server has refused, with what is sent in their place."""
@@ -113,7 +88,7 @@ class OpenAIEngine:
         """What ends the job, once the completions that came with it are handed out."""
         self._counts_tokens = True
         # Daemons: at the end of the process nothing waits for a server that hangs.
-        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(max_in_flight)]
+        self._threads = [threading.Thread(target=self._serve, daemon=True) for _ in range(self.capacity)]
         for thread in self._threads:
             thread.start()
 
@@ -152,7 +127,7 @@ class OpenAIEngine:
             try:
                 outcome = self._answer(request)
             except Exception as error:  # a reply of any form may come from a server
-                outcome = self._gone(self._say(error))
+                outcome = self._server_error(error)
             finally:
                 self._connection.limits.end()
             # A server may put secrets anywhere, and halves of characters, which no file takes.
@@ -164,13 +139,9 @@ class OpenAIEngine:
                 outcome = replace(outcome, text=text, error=private.strike(outcome.error))
             self._done.put(outcome)
 
-    def _say(self, error: object) -> str:
-        """The words of an error, or of a server; struck first, since a part of a secret is one too."""
-        words = describe(error) if isinstance(error, openai.OpenAIError) else f"{type(error).__name__}: {error}"
-        return in_one_line(HALVES.sub("\ufffd", self._connection.private.strike(words)), WORDS)
-
-    def _gone(self, words: str, remedy: str = "") -> EngineError:
-        return EngineError(f"{self._connection.address}: {words}" + (f"; {remedy}" if remedy else ""))
+    def _server_error(self, error: Exception, remedy: str = "", what: str = "") -> EngineError:
+        words = f"{self._connection.address}: {what}{self._connection.say(error)}"
+        return EngineError(f"{words}; {remedy}" if remedy else words)
 
     def _answer(self, request: Request) -> Completion | EngineError:
         try:
@@ -181,13 +152,13 @@ class OpenAIEngine:
         except DataError as error:
             return Completion(request.key, error=str(error))
         except FATAL as error:
-            return self._gone(self._say(error), "check base_url, model and key")
+            return self._server_error(error, "check base_url, model and key")
         except openai.OpenAIError as error:
             # The request has failed, or the server is gone or too slow: then no request is at fault.
-            is_lost = isinstance(error, openai.APIStatusError) and error.status_code in UNAVAILABLE
+            is_down = isinstance(error, openai.APIStatusError) and error.status_code in UNAVAILABLE
             if isinstance(error, openai.APIConnectionError):
-                is_lost = isinstance(error, openai.APITimeoutError) or not self._server_answers()
-            return self._lost(error) if is_lost else Completion(request.key, error=self._say(error))
+                is_down = isinstance(error, openai.APITimeoutError) or not self._server_answers()
+            return self._unreachable(error) if is_down else Completion(request.key, error=self._connection.say(error))
 
     def _fit(self, prompt: SummaryPrompt) -> tuple[SummaryPrompt, int]:
         """Trim by the server's token count. A token holds at least one byte, so short prompts need no counting.
@@ -196,7 +167,7 @@ class OpenAIEngine:
             DataError: the instruction alone is over the limit.
             EngineError: the server is gone.
         """
-        limit = self.max_prompt_tokens - TEMPLATE_TOKENS * self.chat
+        limit = self.settings.max_prompt_tokens - TEMPLATE_TOKENS * self.chat
         if len(self._text(prompt).encode()) < limit:
             return prompt, 0
         return trim_prompt(prompt, lambda tried: self._count(self._text(tried)), limit)
@@ -208,13 +179,13 @@ class OpenAIEngine:
         with self._encoding:
             return self._encoder.text(prompt.prompt(self._encoder.value))
 
-    def _lost(self, error: openai.OpenAIError) -> EngineError:
+    def _unreachable(self, error: openai.OpenAIError) -> EngineError:
         remedy = "start the server"
         if isinstance(error, openai.APITimeoutError):
             remedy = "lower summarize.max_in_flight or raise summarize.timeout_seconds"
         elif isinstance(error, openai.RateLimitError):
             remedy = "lower summarize.max_in_flight or raise summarize.max_retries"
-        return self._gone(self._say(error), f"{remedy} and run the stage again")
+        return self._server_error(error, f"{remedy} and run the stage again")
 
     def _server_answers(self) -> bool:
         try:
@@ -226,14 +197,11 @@ class OpenAIEngine:
         return True
 
     def _ask_until_valid(self, request: Request) -> Completion:
-        reason = ""
-        for number in range(self.max_retries + 1):
-            time.sleep(min(0.1 * 2**number, 5.0) if number else 0)
-            try:
-                return read_reply(request, self._ask(request))
-            except MALFORMED as error:
-                reason = self._say(error)
-        return Completion(request.key, error=f"the server's replies were malformed or broken off: {reason}")
+        try:
+            return self._connection.until_whole(lambda: read_reply(request, self._ask(request)))
+        except MALFORMED as error:
+            reason = self._connection.say(error)
+            return Completion(request.key, error=f"the server's replies were malformed or broken off: {reason}")
 
     def _ask(self, request: Request) -> Any:
         options: dict[str, Any] = {"max_tokens": request.max_new_tokens, "temperature": request.temperature}
@@ -241,7 +209,11 @@ class OpenAIEngine:
             options["seed"] = request.seed % 2**31
         text = self._text(request.prompt)
         if self.chat:
-            options |= {"chat_template_kwargs": self.template_kwargs} if self.template_kwargs else {}
+            options |= (
+                {"chat_template_kwargs": self.settings.chat_template_kwargs}
+                if self.settings.chat_template_kwargs
+                else {}
+            )
             ask = partial(self._client.chat.completions.create, messages=[{"role": "user", "content": text}])
         else:
             options["stop"] = list(TURN_MARKERS[:NUM_STOPS])
@@ -250,8 +222,8 @@ class OpenAIEngine:
             named = {self._instead.get(name, name): value for name, value in options.items()}
             named.pop("", None)
             try:
-                return ask(model=self.model, extra_body=named)
-            except UNKNOWN_FIELD as error:
+                return ask(model=self.settings.model, extra_body=named)
+            except REFUSALS as error:
                 self._go_without(refused_option(error, named), error)
 
     def _go_without(self, option: str, error: openai.APIStatusError) -> None:
@@ -262,32 +234,32 @@ class OpenAIEngine:
             openai.APIStatusError: no option was refused but the request.
         """
         if NO_TEMPLATE.search(str(error)):
-            raise self._gone(self._say(error), "set summarize.prompt_style=plain")
+            raise self._server_error(error, "set summarize.prompt_style=plain")
         if not option:
             raise error
-        if option not in INSTEAD:
-            raise self._gone(f"refuses the option {option}: {self._say(error)}", SETTINGS[option])
+        if option not in FALLBACK_OPTIONS:
+            raise self._server_error(error, SETTINGS[option], f"refuses the option {option}: ")
         if option not in self._instead:  # else another thread has just found out
-            self._instead[option] = INSTEAD[option]
+            self._instead[option] = FALLBACK_OPTIONS[option]
             log.warning(
                 "%s refuses %s; going on %s (%s)",
                 self._connection.address,
                 f"{option} (summarize.{option})" if option == "chat_template_kwargs" else option,
-                f"with {INSTEAD[option]}" if INSTEAD[option] else "without",
-                self._say(error),
+                f"with {FALLBACK_OPTIONS[option]}" if FALLBACK_OPTIONS[option] else "without",
+                self._connection.say(error),
             )
 
     def _count(self, text: str) -> int:
         """Tokens of a text; vLLM, SGLang and llama.cpp have ``/tokenize`` beside ``/v1``."""
         if self._counts_tokens:
-            body, reply = {"model": self.model, "prompt": text, "content": text}, None
+            body, reply = {"model": self.settings.model, "prompt": text, "content": text}, None
             try:
                 reply = self._connection.post("/tokenize", body)
             except openai.APIConnectionError as error:
-                raise self._lost(error) from None
+                raise self._unreachable(error) from None
             except openai.APIStatusError as error:
                 if error.status_code in UNAVAILABLE:
-                    raise self._lost(error) from None
+                    raise self._unreachable(error) from None
             except MALFORMED:
                 pass
             match reply:

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -23,7 +21,7 @@ from trsr_dist.pretrained import BaseSource, load_causal, load_tokenizer, local_
 from trsr_dist.summarize.engines.encoding import PromptEncoder, naming_setting
 from trsr_dist.summarize.engines.slots import Slots
 from trsr_dist.summarize.quality import turn_place
-from trsr_dist.summarize.requests import Completion, Request
+from trsr_dist.summarize.requests import Completion, EngineSettings, Request
 
 PREFILL_ROWS = 8
 PREFILL_WASTE = 1.25
@@ -82,18 +80,7 @@ class TransformersEngine:
         self._slots = self._new_slots()
 
     @classmethod
-    def load(
-        cls,
-        name_or_path: str,
-        revision: str,
-        trust_remote_code: bool,
-        precision: str,
-        prompt_style: str,
-        template_kwargs: Mapping[str, Any],
-        max_prompt_tokens: int,
-        num_slots: int,
-        local_rank: int = 0,
-    ) -> TransformersEngine:
+    def load(cls, settings: EngineSettings, local_rank: int = 0) -> TransformersEngine:
         """Load model and tokenizer, onto this task's GPU where there is one.
 
         On a CPU one thread is used: matrix products split their sums by threads, and texts shall not depend on how the
@@ -106,14 +93,14 @@ class TransformersEngine:
         device = torch.device("cuda", local_rank % num_gpus) if num_gpus else torch.device("cpu")
         if not num_gpus:
             torch.set_num_threads(1)
+        precision = settings.precision
         if precision == "auto":
             precision = "bfloat16" if num_gpus else "float32"
-        with naming_setting(name_or_path):
-            source = local_source(BaseSource(name_or_path, revision, trust_remote_code))
+        with naming_setting(settings.model):
+            source = local_source(BaseSource(settings.model, settings.revision, settings.trust_remote_code))
             tokenizer = load_tokenizer(source)
             model = load_causal(source, getattr(torch, precision)).to(device).eval()
-        encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens, template_kwargs)
-        return cls(model, encoder, num_slots)
+        return cls(model, PromptEncoder.of(tokenizer, settings), settings.max_in_flight)
 
     def submit(self, request: Request) -> None:
         try:

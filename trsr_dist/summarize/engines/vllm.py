@@ -6,16 +6,14 @@ vLLM pins its own torch and transformers, so it needs a separate environment wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from trsr_dist.bases import read_model_config
 from trsr_dist.errors import ConfigError, DataError, ModelError
 from trsr_dist.pretrained import BaseSource, load_tokenizer
 from trsr_dist.summarize.engines.encoding import PromptEncoder, naming_setting
 from trsr_dist.summarize.quality import TURN_MARKERS
-from trsr_dist.summarize.requests import WHOLE, Completion, Request
+from trsr_dist.summarize.requests import WHOLE, Completion, EngineSettings, Request
 
 try:
     from vllm import EngineArgs, LLMEngine, SamplingParams, TokensPrompt
@@ -32,71 +30,46 @@ class VllmEngine:
     """Hands requests to vLLM's own scheduler, which batches them as they come.
 
     Args:
-        model: folder or hub id.
-        revision: of a hub model; empty: the default branch.
-        trust_remote_code: run the model's own code.
-        precision: ``auto``, ``float32``, ``bfloat16`` or ``float16``.
+        settings: of the model; the limits of prompts and texts are the context that vLLM reserves memory for.
         encoder: the model's tokenizer, with the prompt's style and limit.
-        max_in_flight: sequences generated at once.
-        max_new_tokens: of a text; with the prompt's limit the context that vLLM reserves memory for.
     """
 
-    def __init__(
-        self,
-        model: str,
-        revision: str,
-        trust_remote_code: bool,
-        precision: str,
-        encoder: PromptEncoder,
-        max_in_flight: int,
-        max_new_tokens: int,
-    ) -> None:
-        self.capacity = 2 * max_in_flight
+    def __init__(self, settings: EngineSettings, encoder: PromptEncoder) -> None:
+        self.capacity = 2 * settings.max_in_flight
         self.encoder = encoder
         self._done: list[Completion] = []
         self._words_cut: dict[str, int] = {}
         self._engine = LLMEngine.from_engine_args(
             EngineArgs(
-                model=model,
-                revision=revision or None,
-                trust_remote_code=trust_remote_code,
-                dtype=precision,
-                max_num_seqs=max_in_flight,
-                max_model_len=encoder.max_prompt_tokens + max_new_tokens,
+                model=settings.model,
+                revision=settings.revision or None,
+                trust_remote_code=settings.trust_remote_code,
+                dtype=settings.precision,
+                max_num_seqs=settings.max_in_flight,
+                max_model_len=settings.max_prompt_tokens + settings.max_new_tokens,
                 enable_prefix_caching=True,
             )
         )
 
     @classmethod
-    def load(
-        cls,
-        name_or_path: str,
-        revision: str,
-        trust_remote_code: bool,
-        precision: str,
-        prompt_style: str,
-        template_kwargs: Mapping[str, Any],
-        max_prompt_tokens: int,
-        max_in_flight: int,
-        max_new_tokens: int,
-    ) -> VllmEngine:
+    def load(cls, settings: EngineSettings) -> VllmEngine:
         """Load model and tokenizer.
 
         Raises:
             ModelError: the tokenizer cannot be loaded, or vLLM does not start.
         """
-        with naming_setting(name_or_path):
-            if Path(name_or_path).is_dir():
-                read_model_config(Path(name_or_path))
-            tokenizer = load_tokenizer(BaseSource(name_or_path, revision, trust_remote_code))
-        encoder = PromptEncoder(tokenizer, prompt_style, max_prompt_tokens, template_kwargs)
+        with naming_setting(settings.model):
+            if Path(settings.model).is_dir():
+                read_model_config(Path(settings.model))
+            tokenizer = load_tokenizer(BaseSource(settings.model, settings.revision, settings.trust_remote_code))
+        encoder = PromptEncoder.of(tokenizer, settings)
         try:
-            return cls(name_or_path, revision, trust_remote_code, precision, encoder, max_in_flight, max_new_tokens)
+            return cls(settings, encoder)
         except (OSError, RuntimeError, ValueError) as error:
             raise ModelError(
-                f"summarize.model={name_or_path!r}: vLLM does not start: {error}; the model's context must hold "
-                f"summarize.max_prompt_tokens={max_prompt_tokens} and max_new_tokens={max_new_tokens}, and the GPU "
-                "both model and cache"
+                f"summarize.model={settings.model!r}: vLLM does not start: {error}; the model's context must hold "
+                f"summarize.max_prompt_tokens={settings.max_prompt_tokens} and "
+                f"max_new_tokens={settings.max_new_tokens}, and the GPU both model and cache"
             ) from error
 
     def submit(self, request: Request) -> None:
