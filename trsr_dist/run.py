@@ -103,21 +103,36 @@ def read_manifest(folder: Path, form: type = Manifest) -> dict[str, Any]:
     return read_json(folder / MANIFEST, form)
 
 
-def is_finished(folder: Path, settings: dict[str, Any], inputs: dict[str, str], force: bool = False) -> bool:
+def is_finished(
+    folder: Path, settings: dict[str, Any], inputs: dict[str, str], force: bool = False, replace: bool = False
+) -> bool:
     """Whether ``folder`` already holds this stage's output for these settings and inputs.
 
+    Args:
+        folder: of the output.
+        settings: of the stage.
+        inputs: their hashes.
+        force: make again what is there.
+        replace: what was made of something else gives way.
+
     Raises:
-        RunError: it holds the output of other settings or inputs, or files that no stage of this run wrote.
+        RunError: it holds the output of other settings or inputs, or files that no stage of this run wrote, and nothing
+            says ``replace``.
     """
     if force or not folder.exists() or not any(folder.iterdir()):
         return False
-    if not (folder / MANIFEST).is_file():
-        raise RunError(
-            f"{folder}: holds files but no {MANIFEST}, so it is not this run's; use another run.dir or --force"
-        )
-    manifest = read_manifest(folder)
-    _compare(folder, "settings", manifest.get("settings", {}), json.loads(json.dumps(settings)))
-    _compare(folder, "inputs", manifest.get("inputs", {}), inputs)
+    try:
+        if not (folder / MANIFEST).is_file():
+            raise RunError(
+                f"{folder}: holds files but no {MANIFEST}, so it is not this run's; use another run.dir or --force"
+            )
+        manifest = read_manifest(folder)
+        _compare(folder, "settings", manifest.get("settings", {}), json.loads(json.dumps(settings)))
+        _compare(folder, "inputs", manifest.get("inputs", {}), inputs)
+    except RunError:
+        if replace:
+            return False
+        raise
     return True
 
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,6 @@ from trsr_dist.summarize.progress import (
     TaskProgress,
     read_tasks,
     task_path,
-    write_task,
 )
 from trsr_dist.summarize.requests import Completion
 from trsr_dist.train.lifecycle import Heartbeat
@@ -117,10 +117,11 @@ def test_a_task_that_went_silent_does_not_count(tmp_path: Path) -> None:
     folder = run / "summaries/progress/abc"
     splits = {"train": {"work": "train-abc", "num_users": 100, "users_per_unit": 10}}
     write_json(folder / "job.json", {"splits": splits})
-    write_task(
-        folder, TaskProgress("a", "one", uncommitted=5, in_flight=7, users_per_second=2.0, nodes=9, cache_hits=1)
-    )
-    write_task(folder, TaskProgress("b", "two", uncommitted=1, in_flight=1, users_per_second=0.5))
+    for task in (
+        TaskProgress("a", "one", uncommitted=5, in_flight=7, users_per_second=2.0, nodes=9, cache_hits=1),
+        TaskProgress("b", "two", uncommitted=1, in_flight=1, users_per_second=0.5),
+    ):
+        write_json(task_path(folder, task.task), asdict(task))
     overview = ProgressReader.latest(RunFolder(run)).read()
     assert (overview.users_done, overview.in_flight, overview.eta_seconds) == (6, 8, 94 / 2.5)
     assert "2 tasks at work, ETA 00:00:38" in describe_run(run)
@@ -228,8 +229,8 @@ def test_durations() -> None:
 
 
 def test_a_task_lives_while_no_user_finishes(tmp_path: Path) -> None:
-    write_task(tmp_path, TaskProgress("a", "one"))
     path = task_path(tmp_path, "a")
+    write_json(path, asdict(TaskProgress("a", "one")))
     os.utime(path, (1, 1))
     assert read_tasks(tmp_path)[0].state == "killed"
     with touching(path, 0.01):

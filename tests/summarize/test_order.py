@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from trsr_dist.hashing import hash64
-from trsr_dist.summarize.cache import TextCache, prompt_hash, text_key
+from trsr_dist.hashing import digest, hash64
+from trsr_dist.summarize.cache import TextCache, prompt_hash
 from trsr_dist.summarize.plans.graph import Node, Plan
 from trsr_dist.summarize.requests import Completion, Request
 from trsr_dist.summarize.scheduler import Counts, Failure, Result, Scheduler, Work
@@ -145,7 +145,7 @@ class TestRecords:
         assert [record["text"] for record in result.records] == ["Likes a0.", "Likes a1."]
         first = result.records[0]
         assert first["prompt"] == prompt_hash(engine.log[0].prompt)
-        assert first["key"] == engine.log[0].key == text_key({"engine": "first"}, first["prompt"])
+        assert first["key"] == engine.log[0].key == digest([{"engine": "first"}, first["prompt"]])[:32]
         assert engine.log[0].prompt.instruction == "Say what news readers like."
         rest = {name: first[name] for name in first.keys() - {"key", "prompt", "text"}}
         assert rest == {"flags": [], "prompt_tokens": 7, "new_tokens": 3, "words_cut": 2}

@@ -2,12 +2,26 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
+from trsr_dist.data.store import UserRow
 from trsr_dist.errors import DataError
-from trsr_dist.records import Candidate, Item
+from trsr_dist.records import Candidate, Item, Sample
 from trsr_dist.summarize.plans.graph import hierarchical
-from trsr_dist.summarize.worker import check_leaks, make_sample, node_provenance
+from trsr_dist.summarize.scheduler import Result
+from trsr_dist.summarize.units import SplitWork
+from trsr_dist.summarize.worker import (
+    OpenUnit,
+    Recipe,
+    SampleFacts,
+    Started,
+    Worker,
+    check_leaks,
+    node_provenance,
+)
 
 HISTORY = [Item("a", "title: A quiet final"), Item("b", "title: Stocks rise"), Item("c", "title: Rain")]
 
@@ -36,7 +50,16 @@ def test_provenance_names_blocks_by_their_items_and_nodes_by_their_texts() -> No
 
 
 def test_a_sample_shows_the_latest_items_and_the_summary() -> None:
-    sample = make_sample("u", "say", HISTORY, [Candidate("x", "t", 1)], 2, "last", {"scheme": "s"})
-    assert sample.summary == "last" and sample.recent == ("title: Stocks rise", "title: Rain")
-    assert sample.provenance == {"scheme": "s", "history": ["a", "b", "c"]}
-    assert make_sample("u", "say", HISTORY, [], 0, "", {}).recent == ()
+    store = SimpleNamespace(catalogue=SimpleNamespace(item=lambda row: Item("x", "t")))
+    unit = OpenUnit(SplitWork(Path(), "train", 1, 1), 0, None, [])
+    started = Started(unit, 0, UserRow("u", [0, 1, 2], [3], [1], 0), HISTORY, SampleFacts(0, 0))
+
+    def sample(num_recent: int) -> Sample:
+        recipe = Recipe(lambda size: (), " + ".join, "news", num_recent, False, "fail", 0, {"scheme": "s"})
+        return Worker(store, [], None, recipe, "task", 0.0, lambda: None)._sample(started, Result(started, ()))
+
+    texts = tuple(item.text for item in HISTORY)
+    assert [sample(number).recent for number in (0, 2, 3, 9)] == [(), texts[1:], texts, texts]
+    assert sample(2).summary == " + ".join(texts) and sample(2).candidates == (Candidate("x", "t", 1),)
+    told = {"scheme": "s", "blocks": [], "nodes": [], "flags": [], "sampled": 0, "words_cut": 0}
+    assert sample(2).provenance == {**told, "history": ["a", "b", "c"]}

@@ -87,21 +87,13 @@ def prepare(config: Config, *, force: bool = False, dry_run: bool = False) -> in
 
 
 class Asked(NamedTuple):
-    """What --force asks for. Of several tasks none could tell old histories from what another has just made."""
+    """What --force asks of ``is_finished``. Of several tasks none could tell old histories from what another has just
+    made."""
 
     redo: bool
     """Make again what is there."""
     replace: bool
     """What was made with other settings gives way."""
-
-    def is_finished(self, folder: Path, settings: dict[str, object], inputs: dict[str, str]) -> bool:
-        """As ``run.is_finished``."""
-        try:
-            return is_finished(folder, settings, inputs, self.redo)
-        except RunError:
-            if self.replace:
-                return False
-            raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +118,7 @@ class _Stage:
         files = _files(reader, lists)
         work = self._open_work(mine, leases, settings, files)
         inputs = _inputs(work, files)
-        if self.asked.is_finished(run.histories, settings, inputs):
+        if is_finished(run.histories, settings, inputs, *self.asked):
             check_files(run.histories)
             run.write_config("prepare", dump_config(config), only_missing=True)
             log.info("%s: already prepared with these settings; nothing to do (--force redoes it)", run.histories)
@@ -136,11 +128,11 @@ class _Stage:
         try:
             build.run(item_fields(config, reader))
             with in_turn(leases, HISTORIES):
-                if not self.asked.is_finished(run.histories, settings, inputs):
+                if not is_finished(run.histories, settings, inputs, *self.asked):
                     self._publish(build, settings, inputs)
                     is_mine = True
         except (OSError, DataError):  # the pieces are gone where others have published
-            if not self.asked.is_finished(run.histories, settings, inputs):
+            if not is_finished(run.histories, settings, inputs, *self.asked):
                 raise
         if self.is_first:
             _report(run.histories)
@@ -231,7 +223,7 @@ def _inputs(work: SharedWork, files: dict[str, Path]) -> dict[str, str]:
 
 def _make_demo(config: Config, run: RunFolder, asked: Asked) -> None:
     settings = {**config.demo.model_dump(), "seed": config.run.seed}
-    if asked.is_finished(run.raw, settings, {}):
+    if is_finished(run.raw, settings, {}, *asked):
         return
     with atomic_folder(run.raw) as folder:
         write_demo(folder, config.demo.num_users, config.demo.num_items, config.run.seed)
@@ -247,7 +239,7 @@ def _fetch(config: Config, run: RunFolder, asked: Asked) -> None:
     url = config.data.path.rstrip("/")
     facts = {name: facts_of(f"{url}/{name}") for name in _names_in(config, url)}
     inputs = {name: digest([size, version]) for name, (size, version) in facts.items()}
-    if asked.is_finished(run.raw, {"path": url}, inputs):
+    if is_finished(run.raw, {"path": url}, inputs, *asked):
         return
     with atomic_folder(run.raw) as folder:
         for name, (size, _) in facts.items():

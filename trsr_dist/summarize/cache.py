@@ -119,11 +119,6 @@ def prompt_hash(prompt: SummaryPrompt) -> str:
     return digest([WORDING_VERSION, prompt.instruction, prompt.previous, prompt.items])[:32]
 
 
-def text_key(identity: dict[str, Any], prompt: str) -> str:
-    """Key of a text: engine, model, decoding, seed and the prompt's hash."""
-    return digest([identity, prompt])[:32]
-
-
 class PlaceIndex:
     """Where each key's record lies: (file number, offset). A later record of a key takes the earlier one's place."""
 

@@ -21,7 +21,7 @@ from typing import Any
 from trsr_dist.cli import EXIT_REQUEUE
 from trsr_dist.config import Config, dump_config
 from trsr_dist.data.store import HistoryStore
-from trsr_dist.environment import Ranks, array_task, detect_ranks
+from trsr_dist.environment import Ranks, detect_ranks, task_number
 from trsr_dist.errors import DataError, EngineError, ModelError, RunError, TrsrError
 from trsr_dist.files import recover_folder, sweep, writing
 from trsr_dist.hashing import digest, hash64
@@ -38,7 +38,15 @@ from trsr_dist.shards.reader import ShardSet
 from trsr_dist.summarize.cache import TextCache
 from trsr_dist.summarize.engines.build import build_engine, engine_identity, revision_to_load
 from trsr_dist.summarize.plans import planner, writer
-from trsr_dist.summarize.progress import WRITE_SECONDS, Reporter, TaskProgress, task_path, work_name, write_job
+from trsr_dist.summarize.progress import (
+    WRITE_SECONDS,
+    ProgressReader,
+    Reporter,
+    TaskProgress,
+    task_path,
+    work_name,
+    write_job,
+)
 from trsr_dist.summarize.requests import LazyEngine
 from trsr_dist.summarize.scheduler import Scheduler
 from trsr_dist.summarize.units import SplitWork
@@ -62,10 +70,8 @@ class Task:
 
     @classmethod
     def detect(cls) -> Task:
-        ranks, (part, num_parts) = detect_ranks(), array_task()
-        index = part * ranks.world_size + ranks.rank
-        name = f"{index:05d}-{ranks.host}-{uuid.uuid4().hex[:12]}"
-        return cls(index, num_parts * ranks.world_size, name, ranks)
+        ranks, (index, count) = detect_ranks(), task_number()
+        return cls(index, count, f"{index:05d}-{ranks.host}-{uuid.uuid4().hex[:12]}", ranks)
 
 
 def summarize(config: Config, force: bool = False) -> int:
@@ -212,8 +218,7 @@ class Job:
             self.config.run.seed,
         )
         reporter = Reporter(
-            self.run_folder,
-            self.progress_folder,
+            ProgressReader(self.run_folder, self.progress_folder),
             TaskProgress(self.task.name, self.task.ranks.host),
             leases,
             worker,
@@ -294,12 +299,7 @@ class Job:
         return True
 
     def _is_published(self, split: str) -> bool:
-        try:
-            return is_finished(self.run_folder.split(split), self.settings, self.inputs)
-        except RunError:
-            if self.replace:
-                return False
-            raise
+        return is_finished(self.run_folder.split(split), self.settings, self.inputs, replace=self.replace)
 
     def _recipe(self) -> Recipe:
         settings = self.config.summarize

@@ -247,12 +247,6 @@ def read_tasks(folder: Path) -> list[TaskProgress]:
     return tasks
 
 
-def write_task(folder: Path, progress: TaskProgress) -> None:
-    """Replace the task's file."""
-    progress.time = round(time.time(), 3)
-    write_json(task_path(folder, progress.task), asdict(progress))
-
-
 def task_path(folder: Path, task: str) -> Path:
     """Where a task tells of itself."""
     return folder / f"{task}.json"
@@ -264,8 +258,7 @@ class Reporter:
     One task at a time, whichever holds the lease, writes the numbers of the whole job to the metrics.
 
     Args:
-        run: the run folder.
-        folder: of the job's progress.
+        reader: of the job's progress.
         own: names this task; filled in here.
         leases: of the job.
         worker: whose progress it is.
@@ -276,8 +269,7 @@ class Reporter:
 
     def __init__(
         self,
-        run: RunFolder,
-        folder: Path,
+        reader: ProgressReader,
         own: TaskProgress,
         leases: LeaseFolder,
         worker: Worker,
@@ -285,14 +277,12 @@ class Reporter:
         alone: bool,
         open_metrics: Callable[[], MetricLog],
     ) -> None:
-        self.run = run
-        self.folder = folder
         self.own = own
         self.leases = leases
         self.worker = worker
         self.scheduler = scheduler
         self._open_metrics = open_metrics
-        self._reader = ProgressReader(run, folder)
+        self._reader = reader
         self._rates = Rates()
         self._last = float("-inf")
         self._metrics: MetricLog | None = None
@@ -328,7 +318,8 @@ class Reporter:
         own.retries, own.prompt_tokens, own.new_tokens = counts.retries, counts.prompt_tokens, counts.new_tokens
         rates = self._rates.update(own.users, own.prompt_tokens + own.new_tokens)
         own.users_per_second, own.tokens_per_second = (round(rate, 3) for rate in rates)
-        write_task(self.folder, self.own)
+        own.time = round(time.time(), 3)
+        write_json(task_path(self._reader.folder, own.task), asdict(own))
         self._last = time.monotonic()
         if self._metrics is None and self.leases.acquire(METRICS_LEASE) is not None:
             self._metrics = self._open_metrics()

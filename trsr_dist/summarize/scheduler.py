@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from trsr_dist.hashing import hash64
+from trsr_dist.hashing import digest, hash64
 from trsr_dist.prompts.text import one_line
-from trsr_dist.summarize.cache import TextCache, prompt_hash, text_key
+from trsr_dist.summarize.cache import TextCache, prompt_hash
 from trsr_dist.summarize.plans.graph import Plan, children, heights, node_prompt
 from trsr_dist.summarize.quality import clean, flags_of
 from trsr_dist.summarize.requests import Completion, Engine, Request
@@ -189,7 +189,7 @@ class Scheduler:
         previous = [user.records[parent]["text"] for parent in node.parents]
         prompt = node_prompt(node, user.work.items, previous, self.domain)
         hashed = prompt_hash(prompt)
-        key = text_key(self.identity, hashed)
+        key = digest([self.identity, hashed])[:32]
         if key in self._pending:
             self._pending[key].waiting.append((user, position))
             return

@@ -222,14 +222,16 @@ class Worker:
         unit.counts.update({f"flag_{flag}": 1 for flag in nodes["flags"]})
         unit.counts.update(nodes=len(result.records), sampled=nodes["sampled"], words_cut=nodes["words_cut"])
         texts = [item.text for item in started.history]
-        return make_sample(
+        facts = {"failed": result.failure.reason} if result.failure else {}
+        return Sample(
             user=row.user,
             instruction=recommend_instruction(self.recipe.domain),
-            history=started.history,
-            candidates=[Candidate(item.id, item.text, label) for item, label in zip(chosen, row.labels, strict=True)],
-            num_recent=self.recipe.num_recent,
             summary=result.records[-1]["text"] if result.records else self.recipe.text(texts),
-            provenance=self.recipe.provenance | nodes | ({"failed": result.failure.reason} if result.failure else {}),
+            recent=tuple(texts[max(0, len(texts) - self.recipe.num_recent) :]),
+            candidates=tuple(
+                Candidate(item.id, item.text, label) for item, label in zip(chosen, row.labels, strict=True)
+            ),
+            provenance=self.recipe.provenance | nodes | facts | {"history": [item.id for item in started.history]},
         )
 
     def _finish(self, unit: OpenUnit) -> None:
@@ -259,36 +261,6 @@ def check_leaks(user: str, history: Sequence[Item], targets: Sequence[Item], rep
         )
     near = sum(item.id not in ids and comparable(item.text) in texts for item in targets)
     return SampleFacts(len(repeated), near)
-
-
-def make_sample(
-    user: str,
-    instruction: str,
-    history: Sequence[Item],
-    candidates: Sequence[Candidate],
-    num_recent: int,
-    summary: str,
-    provenance: dict[str, Any],
-) -> Sample:
-    """A user's sample.
-
-    Args:
-        user: the user's key.
-        instruction: of the recommender.
-        history: the whole history, oldest first.
-        candidates: to be scored.
-        num_recent: this many of the latest items are shown in full.
-        summary: of the history; empty: none.
-        provenance: kept with the sample.
-    """
-    return Sample(
-        user=user,
-        instruction=instruction,
-        summary=summary,
-        recent=tuple(item.text for item in history[-num_recent:]) if num_recent else (),
-        candidates=tuple(candidates),
-        provenance=provenance | {"history": [item.id for item in history]},
-    )
 
 
 def node_provenance(plan: Plan, records: Sequence[dict[str, Any]], history: Sequence[Item]) -> dict[str, Any]:
