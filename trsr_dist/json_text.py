@@ -34,7 +34,7 @@ def parse_json(data: bytes | str, form: Any = dict[str, Any], finite: bool = Tru
         data = data.encode() if isinstance(data, str) else data
         value = from_json(data, allow_inf_nan=not finite)
         if unique:
-            _decode(data.decode())
+            decode_unique(data.decode())
         if form not in (object, dict[str, Any]):
             return _adapter(form).validate_json(data, strict=True)
     except ValidationError as error:
@@ -61,7 +61,8 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return record
 
 
-_decode = json.JSONDecoder(object_pairs_hook=unique_keys).decode
+decode_unique = json.JSONDecoder(object_pairs_hook=unique_keys).decode
+"""``json.loads`` that refuses a key that stands twice (ValueError)."""
 
 
 def describe_form(error: ValidationError) -> str:

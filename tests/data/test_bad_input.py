@@ -17,8 +17,8 @@ from tests.data.raw import (
     write_jsonl,
     write_mind,
 )
-from trsr_dist.data.amazon_m2 import parse_items
 from trsr_dist.data.prepare import prepare
+from trsr_dist.data.published import parse_items
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import DataError
 

@@ -25,9 +25,9 @@ from tests.data.raw import (
     write_mind,
 )
 from trsr_dist.config import Config
-from trsr_dist.data import amazon_m2, jsonl, source
+from trsr_dist.data import jsonl, published, source, tables
 from trsr_dist.data import prepare as job
-from trsr_dist.data.parts import dealt
+from trsr_dist.data.parts import part_of_name
 from trsr_dist.data.shared import SharedWork
 from trsr_dist.errors import DataError, TrsrError
 from trsr_dist.files import sha256_of
@@ -85,7 +85,7 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(source, "UNIT_BLOCKS", 1)
     monkeypatch.setattr(source, "BLOCK_BYTES", 1000)
     monkeypatch.setattr(jsonl, "BLOCK_BYTES", 2000)
-    for module in (jsonl, amazon_m2):
+    for module in (jsonl, published, tables):
         monkeypatch.setattr(module, "UNIT_ROWS", 10)
 
 
@@ -241,7 +241,7 @@ def test_each_raw_file_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_names_are_dealt_evenly_and_alike_in_any_array() -> None:
     names = pa.array([f"user {number}" for number in range(4000)])
-    parts = dealt(names, 7)
+    parts = part_of_name(names, 7)
     assert np.bincount(parts, minlength=7).min() > 480
-    assert dealt(names[1000:], 7).tolist() == parts[1000:].tolist()
-    assert dealt(pa.array(["x" * 300, "user 3"]), 7)[1] == parts[3]
+    assert part_of_name(names[1000:], 7).tolist() == parts[1000:].tolist()
+    assert part_of_name(pa.array(["x" * 300, "user 3"]), 7)[1] == parts[3]

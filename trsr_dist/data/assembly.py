@@ -22,7 +22,7 @@ from trsr_dist.data.candidates import (
     pools_of,
 )
 from trsr_dist.data.logs import KnownUser, UserColumns
-from trsr_dist.data.parts import hashes
+from trsr_dist.data.parts import hash64_many
 from trsr_dist.data.ragged import Ragged
 from trsr_dist.data.retrieved import RetrievedLists
 from trsr_dist.data.source import BLOCK_BYTES, Counts, shown
@@ -196,7 +196,7 @@ class CandidateMaker:
 
     def _seeds(self, names: Sequence[str]) -> list[int]:
         """Of users' random streams."""
-        return hashes(names, before=[self._rules.seed], after=["negatives"]).tolist()
+        return hash64_many(names, before=[self._rules.seed], after=["negatives"]).tolist()
 
     def make(self, user: KnownUser, split: str, counts: Counts) -> Made | None:
         """Candidates and labels; None where the user is skipped for want of negatives, or of a retrieved target.

@@ -9,7 +9,7 @@ candidates   of a range: its users with their candidates, split by split
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,18 +30,18 @@ from trsr_dist.data.assembly import (
     write_split,
 )
 from trsr_dist.data.candidates import split_by_time, split_by_user
-from trsr_dist.data.histories import HistoryRules, admit_all, spool_items, with_more_targets
+from trsr_dist.data.histories import HistoryRules, admit_all, with_more_targets
 from trsr_dist.data.interactions import Interactions
 from trsr_dist.data.items import REMOVED, CatalogueRules
 from trsr_dist.data.jsonl import JsonlReader
 from trsr_dist.data.logs import BITS_OF_A_ROW, LAST, NEVER, ItemCodes, UserColumns, gather, unit_table
-from trsr_dist.data.parts import dealt, hashes, ranges, read_part, write_parts
+from trsr_dist.data.parts import hash64_many, hash_range, part_of_name, read_part, write_parts
 from trsr_dist.data.retrieved import RetrievedLists
 from trsr_dist.data.shared import OrderedError, SharedWork
 from trsr_dist.data.source import Counts, Reader
-from trsr_dist.data.store import ITEMS, ArrowRows, checksums
+from trsr_dist.data.store import ITEM_SCHEMA, ITEMS, ArrowRows, ArrowWriter, checksums
 from trsr_dist.errors import DataError
-from trsr_dist.log import get_logger
+from trsr_dist.log import get_logger, progress
 from trsr_dist.records import UserLog
 from trsr_dist.run import SPLITS
 
@@ -55,7 +55,7 @@ Unit = tuple[int, Iterable[UserLog | Interactions]]
 
 
 @dataclass(frozen=True, slots=True)
-class Everyone:
+class KeptUsers:
     """The users that are kept, in the order of their key's hash."""
 
     times: np.ndarray
@@ -106,14 +106,16 @@ class Build:
         self._items = ArrowRows(work.path("items") / ITEM_SPOOL)
         rows = {item: row for row, item in enumerate(self._items.strings("id"))}
         rows |= dict.fromkeys(work.facts("items")["removed"], REMOVED)
-        self._num_units = work.make("log", self._units, partial(self._make_unit, rows))
+        self._num_units = work.make(
+            "log", lambda: ((unit[0], unit) for unit in self._reader.units()), partial(self._make_unit, rows)
+        )
         work.make("users", self._numbers, self._make_users)
         work.check("log", "users")
         retrieved = self._retrieved(rows)
         rows.clear()
         unknown, share = self._unknown()
         try:
-            self._everyone = self._choose()
+            self._kept = self._choose()
             work.make("clicks", self._numbers, self._make_clicks)
             self._make_all_candidates(retrieved)
         except DataError as error:
@@ -131,7 +133,7 @@ class Build:
         splits = {split: join_split(folder, split, parts, [part[split] for part in facts]) for split in SPLITS}
         counts = self._work.total()
         counts.update(self._own_counts)
-        counts["users_above_max_users"] += self._num_users - len(self._everyone.times)
+        counts["users_above_max_users"] += self._num_users - len(self._kept.times)
         return {
             "counts": dict(sorted(counts.items())),
             "num_items": len(self._items),
@@ -142,13 +144,12 @@ class Build:
     def _numbers(self) -> Iterable[tuple[int, int]]:
         return ((number, number) for number in range(self._num_parts))
 
-    def _units(self) -> Iterator[tuple[int, Unit]]:
-        return ((unit[0], unit) for unit in self._reader.units())
-
     def _make_items(self, fields: tuple[str, ...], piece: None, folder: Path) -> dict[str, Any]:
         data, counts = self._data, self._work.counts
         rules = CatalogueRules(self._reader.item_file, fields, data.empty_items, data.duplicate_items, counts)
-        spool_items(folder / ITEM_SPOOL, self._reader, rules)
+        with ArrowWriter(folder / ITEM_SPOOL, pa.schema(list(ITEM_SCHEMA)[:3])) as writer:
+            for item in rules.admit(progress(self._reader.items(), description="items", unit=" items")):
+                writer.add(item.id, item.text, item.category)
         return {"removed": [item for item, row in rules.rows.items() if row == REMOVED]}
 
     def _make_unit(self, rows: Mapping[str, int], unit: Unit, folder: Path) -> dict[str, Any]:
@@ -156,7 +157,7 @@ class Build:
         codes = ItemCodes(rows, keep_unknown=self._data.unknown_items == "fail")
         table, error = unit_table(logs, codes)
         if table is not None:
-            part_of = dealt(table["user"].combine_chunks(), self._num_parts)
+            part_of = part_of_name(table["user"].combine_chunks(), self._num_parts)
             write_parts(folder / TABLE, table, part_of, self._num_parts)
         if error is not None:
             raise OrderedError(number << BITS_OF_A_ROW | LAST, str(error))
@@ -169,10 +170,10 @@ class Build:
         id_of = self._unknown_id if data.unknown_items == "fail" else None
         users = admit_all(logs, self._reader.log_file, rules, counts, id_of)
         names = users.names.to_pylist()
-        found = hashes(names)
+        found = hash64_many(names)
         table = users.table().append_column("hash", pa.array(found))
         table = table.append_column("split", pa.array(split_by_user(names, data.split)))
-        write_parts(folder / TABLE, table, ranges(found, self._num_parts), self._num_parts)
+        write_parts(folder / TABLE, table, hash_range(found, self._num_parts), self._num_parts)
 
     def _make_clicks(self, number: int, folder: Path) -> None:
         (users, splits), num_items = self._range(number), len(self._items)
@@ -200,8 +201,8 @@ class Build:
 
     def _range(self, number: int) -> tuple[UserColumns, np.ndarray]:
         """The kept users of a range, in the order of their key's hash, and their splits."""
-        data, (start, stop) = self._data, self._everyone.starts[number : number + 2]
-        batches, splits = read_part(self._tables("users", self._num_parts), number), self._everyone.splits[start:stop]
+        data, (start, stop) = self._data, self._kept.starts[number : number + 2]
+        batches, splits = read_part(self._tables("users", self._num_parts), number), self._kept.splits[start:stop]
         order = np.argsort(np.concatenate([batch.column("hash").to_numpy() for batch in batches]), kind="stable")
         users = UserColumns.from_arrow(batches).take(order[: stop - start])
         if data.train_targets > 1:
@@ -211,7 +212,7 @@ class Build:
             users = UserColumns.from_users(everyone)
         return users, splits
 
-    def _choose(self) -> Everyone:
+    def _choose(self) -> KeptUsers:
         """Keep the first ``max_users`` by their key's hash (0: all), and split them."""
         data, paths = self._data, self._tables("users", self._num_parts)
         found, ends = [], [0]
@@ -235,7 +236,7 @@ class Build:
         if data.split_by == "time":
             check_times(times, "data.split_by=time")
             splits = split_by_time(times, keys, data.split)
-        return Everyone(times, splits, np.minimum(ends, kept))
+        return KeptUsers(times, splits, np.minimum(ends, kept))
 
     def _retrieved(self, rows: Mapping[str, int]) -> RetrievedLists | None:
         if self._lists is None:
@@ -262,7 +263,7 @@ class Build:
             np.minimum(first_seen, np.load(folder / FIRST_SEEN), out=first_seen)
         self._clicks = clicks, first_seen
         maker = CandidateMaker(
-            candidate_rules(self._config), self._everyone.times, clicks, self._items, first_seen, retrieved
+            candidate_rules(self._config), self._kept.times, clicks, self._items, first_seen, retrieved
         )
         self._work.make("candidates", self._numbers, partial(self._make_candidates, maker))
         self._work.check("candidates")

@@ -9,7 +9,7 @@ from collections.abc import Set as AbstractSet
 
 import numpy as np
 
-from trsr_dist.data.parts import hashes
+from trsr_dist.data.parts import hash64_many
 
 DRAWS_PER_ROUND = 2
 """Per wanted item: few are excluded or drawn twice."""
@@ -21,7 +21,7 @@ def split_by_user(users: Sequence[str], shares: Sequence[int]) -> np.ndarray:
 
     The hash is salted, so that it is independent of the one that orders the users.
     """
-    points = hashes(users, before=["split"]) % np.uint64(sum(shares))
+    points = hash64_many(users, before=["split"]) % np.uint64(sum(shares))
     return np.searchsorted(np.cumsum(shares), points, side="right").astype(np.int8)
 
 

@@ -7,17 +7,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 
-from trsr_dist.data.items import UNKNOWN, CatalogueRules
+from trsr_dist.data.items import UNKNOWN
 from trsr_dist.data.logs import KnownUser, UserColumns, UserLogs
 from trsr_dist.data.shared import OrderedError
-from trsr_dist.data.source import Counts, Reader, shown
-from trsr_dist.data.store import ITEM_SCHEMA, ArrowWriter
+from trsr_dist.data.source import Counts, shown
 from trsr_dist.errors import DataError
-from trsr_dist.log import progress
-
-SPOOL_ITEM_SCHEMA = pa.schema(list(ITEM_SCHEMA)[:3])
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +28,7 @@ class HistoryRules:
 def admit_all(
     logs: UserLogs, path: Path, rules: HistoryRules, counts: Counts, id_of: Callable[[int], str] | None
 ) -> UserColumns:
-    """What ``admit`` lets through. Plain users, whom no rule concerns, are let through all at once.
+    """What ``apply_rules`` lets through. Plain users, whom no rule concerns, are let through all at once.
 
     Args:
         logs: the users.
@@ -43,7 +38,7 @@ def admit_all(
         id_of: from the number of an unknown item to its id; None: unknown items are left out, and counted.
 
     Raises:
-        OrderedError: that of ``admit``, or the problem of a row.
+        OrderedError: that of ``apply_rules``, or the problem of a row.
     """
     users, is_plain = logs.users, _is_plain(logs.users, rules)
     is_plain[[*logs.problems]] = False
@@ -58,7 +53,7 @@ def admit_all(
         try:
             if place in logs.problems:
                 raise DataError(logs.problems[place])
-            user = admit(users.user(place), f"{path}:{logs.rows[place]}", rules, counts, id_of)
+            user = apply_rules(users.user(place), f"{path}:{logs.rows[place]}", rules, counts, id_of)
         except DataError as error:
             raise OrderedError(int(logs.places[place]), str(error)) from None
         if user is not None:
@@ -82,7 +77,7 @@ def _is_plain(users: UserColumns, rules: HistoryRules) -> np.ndarray:
     return is_plain
 
 
-def admit(
+def apply_rules(
     user: KnownUser, source: str, rules: HistoryRules, counts: Counts, id_of: Callable[[int], str] | None
 ) -> KnownUser | None:
     """The user in rows of the catalogue, or None where a filter leaves the user out; either way it is counted.
@@ -156,10 +151,3 @@ def _known(
                 "item, or set data.unknown_items=skip to leave such clicks out and count them"
             )
     return [item for item in found if item >= 0]
-
-
-def spool_items(path: Path, reader: Reader, rules: CatalogueRules) -> None:
-    """Write the catalogue's items; their rows are in ``rules.rows`` afterwards."""
-    with ArrowWriter(path, SPOOL_ITEM_SCHEMA) as writer:
-        for item in rules.admit(progress(reader.items(), description="items", unit=" items")):
-            writer.add(item.id, item.text, item.category)

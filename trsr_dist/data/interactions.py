@@ -29,6 +29,7 @@ UNUSUAL_ID = r"^[^!-~]|[^!-~]$|^$"
 FIRST_SECOND, LAST_SECOND = -62_135_596_800, 10**11
 """Python's first date, and the last number that ``unix_seconds`` takes for seconds."""
 PARTS_OF_A_SECOND = 1e6
+JSON_TYPES = {str: pa.string(), int: pa.int64(), float: pa.float64()}
 
 
 class Interactions:
@@ -200,7 +201,7 @@ def json_columns(block: bytes, names: tuple[str, ...], first: Mapping[str, Any])
         names: of the three fields.
         first: a record; the others' fields are taken to be of the same types.
     """
-    fields = [(name, _json_type(first.get(name))) for name in names]
+    fields = [(name, JSON_TYPES.get(type(first.get(name)))) for name in names]
     # A line end between a brace that closes and one that opens stands between two records, and they have no other.
     num_lines = block.count(b"\n") + (not block.endswith(b"\n"))
     num_records = block.startswith(b"{") + block.count(b"}\n{") + block.count(b"}\r\n{")
@@ -213,10 +214,6 @@ def json_columns(block: bytes, names: tuple[str, ...], first: Mapping[str, Any])
         found = arrow_json.read_json(pa.BufferReader(block), read, parse)
         return found.select(names) if found.num_rows == num_lines else None
     return None
-
-
-def _json_type(value: Any) -> pa.DataType | None:  # noqa: ANN401 (any JSON value)
-    return {str: pa.string(), int: pa.int64(), float: pa.float64()}.get(type(value))
 
 
 def repeated_rows(order: np.ndarray, users: np.ndarray, times: np.ndarray, items: np.ndarray) -> np.ndarray:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pyarrow as pa
 
@@ -27,7 +27,7 @@ from trsr_dist.data.tables import is_parquet, is_table, parquet_batches, parquet
 from trsr_dist.data.times import unix_seconds
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
-from trsr_dist.json_text import unique_keys
+from trsr_dist.json_text import decode_unique
 from trsr_dist.printable import HALVES
 from trsr_dist.records import UserLog
 
@@ -78,7 +78,6 @@ LAYOUTS = {
 Row = tuple[dict[str, Any], Place]
 Block = tuple[pa.Table | None, int, Iterable[Row]]
 """User, item and time in columns, unless the block is to be read row by row; the number of its first row; its rows."""
-_decode = json.JSONDecoder(object_pairs_hook=unique_keys).decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,9 +101,9 @@ class JsonlReader:
     chosen_fields: tuple[str, ...] = ()
     time_format: str = ""
     default_fields: tuple[str, ...] = ()
-    allowed_fields: tuple[str, ...] = ()
     columns: Mapping[str, str] = field(default_factory=dict)
-    repeats: str = "further_rows_of_a_user"
+    allowed_fields: ClassVar[tuple[str, ...]] = ()
+    repeats: ClassVar[str] = "further_rows_of_a_user"
 
     def items(self) -> Iterator[RawItem]:
         id_name, category_name = self._column("id"), self._column("category")
@@ -130,7 +129,8 @@ class JsonlReader:
         if place is None:
             raise DataError(f"{self.log_file}: holds no record; expected one JSON object a line")
         if self._column("history") in first:
-            return self._user_units()
+            seen: set[int] = set()
+            return ((number, self._user_logs(records, seen)) for number, records in self._record_units())
         if self._column("item") in first:
             return self._grouped_units(first)
         single, whole = (", ".join(map(self._column, names)) for names in (INTERACTION, USER))
@@ -152,11 +152,6 @@ class JsonlReader:
 
     def _column(self, role: str) -> str:
         return self.columns.get(role, role)
-
-    def _user_units(self) -> Iterator[tuple[int, Iterator[UserLog]]]:
-        seen: set[int] = set()
-        for number, records in self._record_units():
-            yield number, self._user_logs(records, seen)
 
     def _record_units(self) -> Iterator[tuple[int, Iterator[Row]]]:
         path = self.log_file
@@ -191,12 +186,17 @@ class JsonlReader:
     def _grouped_units(self, first: dict[str, Any]) -> Iterator[tuple[int, Iterator[Interactions]]]:
         path, names = self.log_file, tuple(map(self._column, INTERACTION))
         if not is_table(path):
-            for number, blocks in in_units(self.lines.blocks(path, BLOCK_BYTES), 1):
-                yield number, self._interactions(self._json_blocks(blocks, names, first), names)
+            for number, lines in in_units(self.lines.blocks(path, BLOCK_BYTES), 1):
+                blocks = (
+                    (json_columns(block, names, first), row, self._parsed(path, self.lines.split(path, row, block)))
+                    for row, block in lines
+                )
+                yield number, self._interactions(blocks, names)
         elif is_parquet(path) and first.keys() >= {*names}:
-            for number, (row, groups) in enumerate(parquet_units(path, UNIT_ROWS)):
-                batches = parquet_batches(path, BLOCK_ROWS, names, groups, row)
-                yield number, self._interactions(self._parquet_blocks(batches), names)
+            for number, (first_row, groups) in enumerate(parquet_units(path)):
+                batches = parquet_batches(path, BLOCK_ROWS, names, groups, first_row)
+                blocks = ((columns, row, self._rows_of(columns, row)) for row, columns in batches)
+                yield number, self._interactions(blocks, names)
         else:
             for number, records in self._record_units():
                 yield number, self._interactions([(None, 0, records)], names)
@@ -209,20 +209,10 @@ class JsonlReader:
                 found.add_rows(self._interaction(record, place, *names) for record, place in records)
         yield found
 
-    def _json_blocks(
-        self, blocks: Iterable[tuple[int, bytes]], names: tuple[str, ...], first: dict[str, Any]
-    ) -> Iterator[Block]:
-        path = self.log_file
-        for row, block in blocks:
-            yield json_columns(block, names, first), row, self._parsed(path, self.lines.split(path, row, block))
-
-    def _parquet_blocks(self, batches: Iterable[tuple[int, pa.Table]]) -> Iterator[Block]:
-        for row, columns in batches:
-            yield (
-                columns,
-                row,
-                ((record, Place(self.log_file, at)) for at, record in enumerate(columns.to_pylist(), row)),
-            )
+    def _rows_of(self, columns: pa.Table, row: int) -> Iterator[Row]:
+        """Made only where somebody asks for one."""
+        for at, record in enumerate(columns.to_pylist(), row):
+            yield record, Place(self.log_file, at)
 
     def _interaction(
         self, record: dict[str, Any], place: Place, user_name: str, item_name: str, time_name: str
@@ -252,7 +242,7 @@ class JsonlReader:
 
     def _parse(self, line: str, place: Place) -> dict[str, Any]:
         try:
-            record = _decode(line)
+            record = decode_unique(line)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{place}: {_what_is_wrong(line, error, place)}") from None
         if not isinstance(record, dict):
@@ -272,7 +262,7 @@ class JsonlReader:
                 "the row, or set data.encoding_errors=replace"
             )
         self.lines.counts["lines_with_replaced_bytes"] += 1
-        return _decode(HALVES.sub("?", text))
+        return decode_unique(HALVES.sub("?", text))
 
 
 _DOCUMENT = "this is one JSON document, not one object a line: jq -c '.[]' OLD > NEW makes lines of a list"

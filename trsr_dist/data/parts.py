@@ -37,7 +37,7 @@ def read_part(paths: Iterable[Path], part: int) -> list[pa.RecordBatch]:
     return [pa.ipc.open_file(pa.memory_map(str(path))).get_batch(part) for path in paths]
 
 
-def dealt(names: pa.Array, num_parts: int) -> np.ndarray:
+def part_of_name(names: pa.Array, num_parts: int) -> np.ndarray:
     """Which part a name belongs to, int64 [names]: by a polynomial of its bytes, computed for all names at once."""
     if num_parts == 1:
         return np.zeros(len(names), np.int64)
@@ -49,14 +49,14 @@ def dealt(names: pa.Array, num_parts: int) -> np.ndarray:
     values *= powers[np.arange(len(values)) - np.repeat(starts, lengths)]
     found = np.add.reduceat(values, starts)
     found = (found ^ (found >> HALF)) * MIX
-    return ranges(found ^ (found >> HALF), num_parts)
+    return hash_range(found ^ (found >> HALF), num_parts)
 
 
-def hashes(names: Iterable[str], *, before: Sequence[object] = (), after: Sequence[object] = ()) -> np.ndarray:
+def hash64_many(names: Iterable[str], *, before: Sequence[object] = (), after: Sequence[object] = ()) -> np.ndarray:
     """``hash64`` of many names, with other keys before and after each: uint64 [names]."""
     return np.frombuffer(hash64_bytes(names, before=before, after=after), ">u8").astype(np.uint64)
 
 
-def ranges(hashes: np.ndarray, num_parts: int) -> np.ndarray:
+def hash_range(hashes: np.ndarray, num_parts: int) -> np.ndarray:
     """Which of ``num_parts`` ranges of equal size a hash (uint64) lies in, int64."""
     return ((hashes >> HALF) * np.uint64(num_parts) >> HALF).astype(np.int64)

@@ -14,12 +14,11 @@ from typing import NamedTuple
 from trsr_dist import __version__
 from trsr_dist.config import Config, dump_config
 from trsr_dist.config.sections import DataSection
-from trsr_dist.data.amazon_m2 import AmazonReader
 from trsr_dist.data.build import Build, describe, holds_locales
 from trsr_dist.data.demo import DEMO_FILES, write_demo
 from trsr_dist.data.jsonl import LAYOUTS, JsonlReader
-from trsr_dist.data.mind import MindReader
-from trsr_dist.data.shared import SharedWork, in_turn
+from trsr_dist.data.published import AmazonReader, MindReader
+from trsr_dist.data.shared import SharedWork, exclusively
 from trsr_dist.data.source import COMPRESSED, Counts, LineReader, Reader, find_raw, listed, open_raw
 from trsr_dist.data.store import POOLS, check_files
 from trsr_dist.data.tables import find_table, is_parquet, unpacked_name
@@ -40,14 +39,12 @@ SETTINGS_OF = (
     (tuple(LAYOUTS), ("time_format", "columns", "interactions_file")),
 )
 """Formats, and settings that only these have."""
-NEWER = ("columns", "interactions_file", "candidates_file")
-HISTORIES = "histories"
-"""Lease of those who change what stands beside the pieces."""
+OMITTED_WHEN_EMPTY = ("columns", "interactions_file", "candidates_file")
 WORK = ".histories.work"
 """Beside the histories: what the tasks have made so far, a folder for each raw files and settings."""
 PART_BYTES, MOST_PARTS = 1 << 26, 1024
 """Of the log: the users are cut into parts, each of which fits in a fraction of the memory."""
-PACKED = 8
+COMPRESSION_RATIO = 8
 """Bytes of JSON lines to one of Parquet or of a compressed file, about."""
 LEAVING_SECONDS = 15.0
 """That the other tasks are given to see that all is done."""
@@ -67,10 +64,10 @@ def prepare(config: Config, *, force: bool = False, dry_run: bool = False) -> in
     check_data_settings(config)
     run = RunFolder(Path(config.run.dir))
     counts = Counts()
-    reader = build_reader(config, run.raw, LineReader(config.data.encoding_errors, counts))
+    reader, lists = _readers(config, run.raw, counts)
     item_fields(config, reader)
     if dry_run:
-        show(dump_config(config) + _plan(config, run, reader))
+        show(dump_config(config) + _plan(config, run, _files(reader, lists)))
         return 0
     stage = _Stage(config, run, counts, Asked(force and num_tasks == 1, force), is_first=not number)
     root, what = run.histories.with_name(WORK), {**_settings(config), "path": config.data.path}
@@ -107,14 +104,14 @@ class _Stage:
     def run(self, mine: Claim, leases: LeaseFolder) -> bool:
         """Return whether it was this task that published the histories."""
         config, run = self.config, self.run_folder
-        lines, settings = LineReader(config.data.encoding_errors, self.counts), _settings(config)
-        with in_turn(leases, HISTORIES), folder_lock(run.histories) as lock:
+        settings = _settings(config)
+        with exclusively(leases), folder_lock(run.histories) as lock:
             recover_folder(run.raw, lock.lease.former)
             if config.data.format == "demo":
                 _make_demo(config, run, self.asked)
             elif is_address(config.data.path):
                 _fetch(config, run, self.asked)
-        reader, lists = (make(config, run.raw, lines) for make in (build_reader, lists_reader))
+        reader, lists = _readers(config, run.raw, self.counts)  # once more: now the files are there
         files = _files(reader, lists)
         work = self._open_work(mine, leases, settings, files)
         inputs = _inputs(work, files)
@@ -127,7 +124,7 @@ class _Stage:
         is_mine = False
         try:
             build.run(item_fields(config, reader))
-            with in_turn(leases, HISTORIES):
+            with exclusively(leases):
                 if not is_finished(run.histories, settings, inputs, *self.asked):
                     self._publish(build, settings, inputs)
                     is_mine = True
@@ -184,13 +181,13 @@ def _tidy(mine: Claim, patience_seconds: float = 0.0) -> None:
 
 def _num_parts(path: Path) -> int:
     is_packed = is_parquet(path) or path.suffix in COMPRESSED
-    return min(1 + path.stat().st_size * (PACKED if is_packed else 1) // PART_BYTES, MOST_PARTS)
+    return min(1 + path.stat().st_size * (COMPRESSION_RATIO if is_packed else 1) // PART_BYTES, MOST_PARTS)
 
 
 def _settings(config: Config) -> dict[str, object]:
     """All that the output depends on beside the raw files; where those lie does not matter."""
     settings = config.data.model_dump(mode="json", exclude={"path", "domain"})
-    for name in NEWER:  # histories of before stay those of the same settings
+    for name in OMITTED_WHEN_EMPTY:  # histories of before stay those of the same settings
         if not settings[name]:
             del settings[name]
     if not config.data.candidates_file:
@@ -202,6 +199,12 @@ def _settings(config: Config) -> dict[str, object]:
     settings["train_negatives_per_positive"] = config.train.negatives_per_positive
     settings["evaluation_negatives_per_positive"] = config.evaluate.negatives_per_positive
     return settings
+
+
+def _readers(config: Config, raw: Path, counts: Counts) -> tuple[Reader, JsonlReader | None]:
+    """Of the raw files, and of the retriever's candidates; none where they are drawn. ``raw`` as of ``raw_folder``."""
+    lines = LineReader(config.data.encoding_errors, counts)
+    return build_reader(config, raw, lines), lists_reader(config, raw, lines)
 
 
 def _files(reader: Reader, lists: JsonlReader | None) -> dict[str, Path]:
@@ -259,10 +262,8 @@ def _names_in(config: Config, url: str) -> list[str]:
     with TemporaryDirectory() as folder:
         for name in found:
             Path(folder, name).touch()
-        reader, lists = (
-            make(config, Path(folder), LineReader("fail", Counts())) for make in (build_reader, lists_reader)
-        )
-    names = sorted({reader.item_file.name, reader.log_file.name} | ({lists.log_file.name} if lists else set()))
+        files = _files(*_readers(config, Path(folder), Counts()))
+    names = sorted({path.name for path in files.values()})
     if missing := [name for name in names if "*" in name or (found and name not in found)]:
         raise DataError(
             f"{url}/{missing[0]}: missing (found there: {listed(found) or 'nothing that is listed'}); correct "
@@ -355,11 +356,10 @@ def check_data_settings(config: Config) -> None:
         raise ConfigError("data.candidates=impressions: Amazon-M2 has no impressions; choose another strategy")
 
 
-def _plan(config: Config, run: RunFolder, reader: Reader) -> str:
+def _plan(config: Config, run: RunFolder, files: dict[str, Path]) -> str:
     """What the stage would read and write."""
     lines = ["# plan"]
-    lists = lists_reader(config, run.raw, LineReader("fail", Counts()))
-    for path in (reader.item_file, reader.log_file, *([lists.log_file] if lists else [])):
+    for path in files.values():
         if config.data.format == "demo":
             lines.append(f"# write and read {path}")
         elif is_address(config.data.path):

@@ -21,7 +21,7 @@ from trsr_dist.log import progress
 
 T = TypeVar("T")
 
-FACTS = "facts.json"
+FACTS, BESIDE = "facts.json", "histories"
 MORE_PATIENT = 1.5
 """From one look at what others make to the next."""
 
@@ -152,9 +152,9 @@ class SharedWork:
 
 
 @contextmanager
-def in_turn(leases: LeaseFolder, name: str) -> Iterator[None]:
-    """One task after the other."""
-    while (lease := leases.acquire(name)) is None:
+def exclusively(leases: LeaseFolder) -> Iterator[None]:
+    """One task after the other: those who change what stands beside the pieces."""
+    while (lease := leases.acquire(BESIDE)) is None:
         time.sleep(SHORTEST_LOOK_SECONDS)
     try:
         yield

@@ -7,7 +7,7 @@ manifest.json                  settings, input hashes, counts, candidate hashes,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -175,7 +175,9 @@ class Catalogue(ArrowRows):
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
-        self._items = lru_cache(KEPT_ITEMS)(self._read_item)
+        self.item: Callable[[int], Item] = lru_cache(KEPT_ITEMS)(
+            lambda row: Item(self.id(row), self.text(row), self.category(row))
+        )
 
     @cached_property
     def ids(self) -> list[str]:
@@ -200,12 +202,6 @@ class Catalogue(ArrowRows):
         where nobody did, or without times)."""
         values = zip(self.column("popularity").tolist(), self.column("first_seen").tolist(), strict=True)
         return dict(zip(self.strings("id"), values, strict=True))
-
-    def item(self, row: int) -> Item:
-        return self._items(row)
-
-    def _read_item(self, row: int) -> Item:
-        return Item(self.id(row), self.text(row), self.category(row))
 
 
 class HistoryStore:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 from glob import glob
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trsr_dist.data.source import COMPRESSED, PARQUET, LineReader, check_columns, find_raw, listed, open_raw
+from trsr_dist.data.source import COMPRESSED, PARQUET, UNIT_ROWS, LineReader, check_columns, find_raw, listed, open_raw
 from trsr_dist.errors import ConfigError, DataError
 
 MAX_FIELD_CHARACTERS = 1 << 24
@@ -67,7 +68,8 @@ def find_table(folder: Path, pattern: str) -> Path:
 def table_rows(path: Path, lines: LineReader) -> Iterator[TableRow]:
     """Rows of a file that is not JSON lines."""
     if is_parquet(path):
-        return _parquet_rows(path)
+        batches = parquet_batches(path, ROWS_AT_A_TIME)
+        return chain.from_iterable(enumerate(batch.to_pylist(), row) for row, batch in batches)
     rows = csv_rows(path, lines, (), **DIALECTS[_ending(path)])
     if _ending(path) not in ATOMIC:
         return rows
@@ -111,11 +113,6 @@ def csv_rows(path: Path, lines: LineReader, required: tuple[str, ...], **dialect
         raise DataError(f"{path}:{records.line_num}: {what}") from None
 
 
-def _parquet_rows(path: Path) -> Iterator[TableRow]:
-    for row, batch in parquet_batches(path, ROWS_AT_A_TIME):
-        yield from enumerate(batch.to_pylist(), row)
-
-
 def parquet_batches(
     path: Path, num_rows: int, names: Sequence[str] | None = None, groups: Sequence[int] | None = None, row: int = 1
 ) -> Iterator[tuple[int, pa.Table]]:
@@ -145,12 +142,12 @@ def parquet_batches(
             ) from None
 
 
-def parquet_units(path: Path, num_rows: int) -> list[tuple[int, list[int]]]:
-    """Numbers of the first rows, and of the groups, of units of some ``num_rows`` rows, or of one group."""
+def parquet_units(path: Path) -> list[tuple[int, list[int]]]:
+    """Numbers of the first rows, and of the groups, of units of some ``UNIT_ROWS`` rows, or of one group."""
     with open_raw(path) as stream:
         facts = pq.ParquetFile(stream).metadata
         lengths = [facts.row_group(group).num_rows for group in range(facts.num_row_groups)]
-    at_once = max(1, num_rows * len(lengths) // max(1, sum(lengths)))
+    at_once = max(1, UNIT_ROWS * len(lengths) // max(1, sum(lengths)))
     return [
         (1 + sum(lengths[:first]), [*range(first, min(first + at_once, len(lengths)))])
         for first in range(0, len(lengths), at_once)
