@@ -21,7 +21,9 @@ from trsr_dist.log import progress
 
 T = TypeVar("T")
 
-FACTS, BESIDE = "facts.json", "histories"
+FACTS = "facts.json"
+HISTORIES = "histories"
+"""Lease of those who change what stands beside the pieces."""
 MORE_PATIENT = 1.5
 """From one look at what others make to the next."""
 
@@ -153,8 +155,8 @@ class SharedWork:
 
 @contextmanager
 def exclusively(leases: LeaseFolder) -> Iterator[None]:
-    """One task after the other: those who change what stands beside the pieces."""
-    while (lease := leases.acquire(BESIDE)) is None:
+    """One task after the other, where they change what stands beside the pieces."""
+    while (lease := leases.acquire(HISTORIES)) is None:
         time.sleep(SHORTEST_LOOK_SECONDS)
     try:
         yield
