@@ -16,20 +16,14 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.common import Row, rate_row, ratio_row
+from benchmarks.common import Row, rate_row, ratio_row, separate_workload, shared_workload
 from benchmarks.ways import ANSWERS, INSTRUCTION, LORA_RANK, TARGETS, make_user, row_work, suffix_lengths
 from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.attention.backends import choose_backend
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender, enable_recomputation
-from trsr_dist.planner.flops import (
-    forward_flops,
-    last_layer_savings,
-    separate_workload,
-    shared_workload,
-    training_flops,
-)
-from trsr_dist.planner.memory import KeptActivations, ZeroSetting, rank_memory
+from trsr_dist.planner.flops import forward_flops, last_layer_savings, training_flops
+from trsr_dist.planner.memory import StepSettings, ZeroSetting, rank_memory
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import pack_row
@@ -243,8 +237,8 @@ class Bench:
         """The bound of the users is that of the matrix rate: its share is the MFU."""
         row = pack_row(users)
         flops = training_flops(self.shape, row_work(row), self.num_lora, answer_pairs=row.num_separate_tokens)
-        kept = KeptActivations(recompute)
-        predicted = rank_memory(self.shape, self.num_lora, row.num_tokens, 1, ZeroSetting(0), "bfloat16", kept)
+        settings = StepSettings(row.num_tokens, "bfloat16", recompute, TARGETS, answers_only=True, dropout=False)
+        predicted = rank_memory(self.shape, self.num_lora, settings, ZeroSetting(0), world_size=1)
         users_bound = len(users) * self._rate / flops
         tokens = rate_row("gpu", case, "tokens a second", row.num_tokens, times, "1/s")
         rows = [

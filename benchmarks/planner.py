@@ -32,7 +32,7 @@ from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.planner.flops import forward_flops, last_layer_savings, training_flops
-from trsr_dist.planner.memory import BYTES, KeptActivations, ZeroSetting, forward_bytes, rank_memory
+from trsr_dist.planner.memory import BYTES, StepSettings, ZeroSetting, forward_bytes, rank_memory
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.rows import PackedRow, pack_row
 
@@ -157,8 +157,8 @@ def training(trial: Trial) -> Way:
 
 def training_bytes(trial: Trial) -> int:
     """Weights, adapter, gradients and activations; there is no optimizer in the trial."""
-    kept = KeptActivations(recompute=False, target_modules=TARGETS)
-    memory = rank_memory(trial.shape, trial.num_lora, trial.row().num_tokens, 1, ZeroSetting(0), PRECISION, kept)
+    step = StepSettings(trial.row().num_tokens, PRECISION, False, TARGETS, answers_only=True, dropout=False)
+    memory = rank_memory(trial.shape, trial.num_lora, step, ZeroSetting(0), world_size=1)
     return memory.device - memory.optimizer
 
 

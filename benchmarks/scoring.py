@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.common import Row
+from benchmarks.common import Row, separate_workload, shared_workload
 from benchmarks.ways import (
     ANSWERS,
     INSTRUCTION,
@@ -40,7 +40,7 @@ from benchmarks.ways import (
 )
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
-from trsr_dist.planner.flops import forward_flops, last_layer_savings, separate_workload, shared_workload
+from trsr_dist.planner.flops import forward_flops, last_layer_savings
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import PackedRow, pack_row

@@ -21,7 +21,7 @@ from trsr_dist.model.loading import load_base
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.planner.hardware import CPU_PROCESS_BYTES
 from trsr_dist.planner.memory import (
-    KeptActivations,
+    StepSettings,
     ZeroSetting,
     forward_bytes,
     key_value_bytes,
@@ -80,8 +80,8 @@ def test_activations_are_those_that_autograd_keeps(
     found, num_tokens = kept_bytes(targets, answers_only, dropout)
     shape = ModelShape.from_config(CONFIG.to_dict())
     gradients = num_tokens * 4 * 2 * (shape.intermediate_size + shape.hidden_size)
-    kept = KeptActivations(False, targets, answers_only, dropout > 0)
-    planned = rank_memory(shape, 0, num_tokens, 1, ZeroSetting(stage), "float32", kept).activations - gradients
+    step = StepSettings(num_tokens, "float32", False, targets, answers_only, dropout > 0)
+    planned = rank_memory(shape, 0, step, ZeroSetting(stage), 1).activations - gradients
     assert planned == pytest.approx(found, rel=0.08)
 
 

@@ -1,9 +1,8 @@
-"""Work of LoRA training and scoring: tokens and attended pairs of prompts, with the prefix shared and without, and the
-floating point operations on them; one multiply-add counts as two."""
+"""Work of LoRA training and scoring: tokens and attended pairs of prompts, and the floating point operations on them;
+one multiply-add counts as two."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trsr_dist.planner.shape import ModelShape
@@ -32,18 +31,6 @@ class Workload:
         """The counts of ``factor`` times as much work, rounded."""
         counts = (self.tokens, self.pairs, self.answers, self.users)
         return Workload(*(round(count * factor) for count in counts))
-
-
-def shared_workload(prefix: int, suffixes: Sequence[int]) -> Workload:
-    """One user with the prefix computed once: each suffix attends to the prefix and to itself."""
-    pairs = triangle(prefix) + sum(prefix * suffix + triangle(suffix) for suffix in suffixes)
-    return Workload(prefix + sum(suffixes), pairs, len(suffixes), 1)
-
-
-def separate_workload(prefix: int, suffixes: Sequence[int]) -> Workload:
-    """The same prompts as sequences of their own."""
-    lengths = [prefix + suffix for suffix in suffixes]
-    return Workload(sum(lengths), sum(map(triangle, lengths)), len(suffixes), 1)
 
 
 def triangle(length: int) -> int:

@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,8 @@ from trsr_dist.planner.hardware import hardware
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.planner.stages import (
     PlannedStage,
-    ScoringForecast,
     ScoringSettings,
     SummaryForecast,
-    TrainingForecast,
     TrainingSettings,
     forecast_scoring,
     forecast_summaries,
@@ -36,8 +34,8 @@ from trsr_dist.planner.work import (
     BYTES_PER_TOKEN,
     PromptLengths,
     SummarySettings,
-    filler,
     history_lengths,
+    placeholder_text,
     shard_lengths,
     split_work,
     summary_work,
@@ -48,7 +46,6 @@ from trsr_dist.summarize.plans import writer
 
 HERE = "here"
 """The name of the hardware that is measured."""
-STAGES = ("summarize", "train", "evaluate")
 WORD_BYTES = 6
 """An English word with its blank: the extractive engine's limit counts words."""
 
@@ -98,7 +95,7 @@ def dry_run(config: Config, request: Request, stage: str) -> int:
     return 0
 
 
-def plan_stages(config: Config, names: Sequence[str], precision: str = "bfloat16") -> list[PlannedStage]:
+def plan_stages(config: Config, names: Sequence[str], precision: str) -> list[PlannedStage]:
     """The stages, in the order of ``STAGES``.
 
     Args:
@@ -115,8 +112,7 @@ def plan_stages(config: Config, names: Sequence[str], precision: str = "bfloat16
     if unknown:
         raise ConfigError(f"stage {unknown[0]!r}: expected one of {', '.join(STAGES)}")
     inputs = Inputs(config, precision)
-    makers = {"summarize": summarize_stage, "train": train_stage, "evaluate": evaluate_stage}
-    return [makers[name](config, inputs) for name in STAGES if name in names]
+    return [make(config, inputs) for name, make in STAGES.items() if name in names]
 
 
 class Inputs:
@@ -204,19 +200,7 @@ class Inputs:
         if settings.scheme in PROMPTLESS:
             return writer(settings.scheme)(history, self._config.prompt.recent_items, settings.max_new_tokens)
         unit = WORD_BYTES if settings.engine == "extractive" else BYTES_PER_TOKEN
-        return filler(history, round(settings.max_new_tokens * unit))
-
-
-def model_shape(name_or_path: str, revision: str = "", trust_remote_code: bool = False) -> ModelShape:
-    """Sizes of a local model or one of the hub, of which only its config is fetched.
-
-    Raises:
-        ModelError: there is no config, or it lacks a size.
-    """
-    from trsr_dist.pretrained import BaseSource, load_config
-
-    source = BaseSource(name_or_path, revision, trust_remote_code)
-    return ModelShape.from_config(load_config(source).to_dict())
+        return placeholder_text(history, round(settings.max_new_tokens * unit))
 
 
 def summarize_stage(config: Config, inputs: Inputs) -> PlannedStage:
@@ -236,12 +220,15 @@ def summarize_stage(config: Config, inputs: Inputs) -> PlannedStage:
     work = summary_work(inputs.store, settings)
     shape = None
     if s.asks_model:
-        shape = model_shape(inputs.run.resolve(s.model), s.revision, s.trust_remote_code)
+        from trsr_dist.pretrained import BaseSource, load_config
 
-    def forecast(cluster: Cluster) -> SummaryForecast:
-        return SummaryForecast(work) if shape is None else forecast_summaries(shape, work, settings, cluster)
-
-    return PlannedStage("summarize", forecast, lambda found, cluster: text.summary_lines(found, settings, cluster))
+        source = BaseSource(inputs.run.resolve(s.model), s.revision, s.trust_remote_code)
+        shape = ModelShape.from_config(load_config(source).to_dict())
+    return PlannedStage(
+        "summarize",
+        lambda cluster: forecast_summaries(shape, work, settings, cluster) if shape else SummaryForecast(work),
+        lambda found, cluster: text.summary_lines(found, settings, cluster),
+    )
 
 
 def train_stage(config: Config, inputs: Inputs) -> PlannedStage:
@@ -264,13 +251,9 @@ def train_stage(config: Config, inputs: Inputs) -> PlannedStage:
     )
     shape, chosen = inputs.shape, Path(train.deepspeed_config).stem
     work = split_work(inputs.lengths("train"), train.row_tokens, train.negatives_per_positive, config.run.seed)
-
-    def forecast(cluster: Cluster) -> TrainingForecast:
-        return forecast_training(shape, work, settings, cluster, chosen)
-
     return PlannedStage(
         "train",
-        forecast,
+        lambda cluster: forecast_training(shape, work, settings, cluster, chosen),
         lambda found, cluster: text.training_lines(shape, settings, found, cluster, chosen),
         train.rows_per_step,
         "train.rows_per_step",
@@ -290,8 +273,12 @@ def evaluate_stage(config: Config, inputs: Inputs) -> PlannedStage:
         shares_prefix=inputs.shares_prefix,
     )
     shape, work = inputs.shape, split_work(inputs.lengths(evaluate.split), evaluate.row_tokens, None, config.run.seed)
+    return PlannedStage(
+        "evaluate",
+        partial(forecast_scoring, shape, work, settings),
+        partial(text.scoring_lines, evaluate.split),
+    )
 
-    def forecast(cluster: Cluster) -> ScoringForecast:
-        return forecast_scoring(shape, work, settings, cluster)
 
-    return PlannedStage("evaluate", forecast, lambda found, cluster: text.scoring_lines(evaluate.split, found, cluster))
+STAGES = {"summarize": summarize_stage, "train": train_stage, "evaluate": evaluate_stage}
+"""How each is planned, in the order of a run."""

@@ -12,8 +12,8 @@ from trsr_dist.planner.cost import Cluster, Cost, Generation, generation_cost, s
 from trsr_dist.planner.flops import Workload, forward_flops, last_layer_savings, training_flops
 from trsr_dist.planner.memory import (
     BYTES,
-    KeptActivations,
     RankMemory,
+    StepSettings,
     ZeroSetting,
     bytes_sent_per_step,
     divided_weights,
@@ -90,14 +90,14 @@ def forecast_summaries(
     return SummaryForecast(work, weights, most, cost)
 
 
-def generation(shape: ModelShape, work: SummaryWork, num_in_flight: int, engine: str = "") -> Generation:
+def generation(shape: ModelShape, work: SummaryWork, num_in_flight: int, engine: str) -> Generation:
     """The work in operations and bytes. A new token reads its prompt and, on average, half of the answer.
 
     Args:
         shape: of the model.
         work: its prompts.
         num_in_flight: texts that are decoded at once.
-        engine: of ``summarize.engine``; without one the host's time counts for nothing.
+        engine: of ``summarize.engine``; empty: the host's time counts for nothing.
     """
     prompts = Workload(work.prompt_tokens, work.pairs, work.num_prompts, work.num_users)
     context = (work.prompt_tokens + work.new_tokens / 2) / max(1, work.num_prompts)
@@ -161,7 +161,7 @@ class TrainingForecast:
 
 
 def forecast_training(
-    shape: ModelShape, work: SplitWork, settings: TrainingSettings, cluster: Cluster, chosen: str = ""
+    shape: ModelShape, work: SplitWork, settings: TrainingSettings, cluster: Cluster, chosen: str
 ) -> TrainingForecast:
     """Plan with ``chosen``, a file of ds_configs/ without its ending; empty: with the recommended one.
 
@@ -179,12 +179,16 @@ def forecast_training(
         name: zero for name, zero in ZERO_SETTINGS.items() if settings.quantization == "none" or zero.stage < DIVIDED
     }
     copies = 1.0 if settings.shares_prefix else work.separate.tokens / work.shared.tokens
-    row_tokens = round(settings.row_tokens * copies)
-    kept = KeptActivations(settings.recompute, settings.target_modules, settings.answers_only, settings.dropout)
-    memory = {
-        name: rank_memory(shape, lora, row_tokens, size, zero, settings.precision, kept, settings.quantization)
-        for name, zero in stages.items()
-    }
+    step = StepSettings(
+        row_tokens=round(settings.row_tokens * copies),
+        precision=settings.precision,
+        recompute=settings.recompute,
+        target_modules=settings.target_modules,
+        answers_only=settings.answers_only,
+        dropout=settings.dropout,
+        quantization=settings.quantization,
+    )
+    memory = {name: rank_memory(shape, lora, step, zero, size) for name, zero in stages.items()}
     rows_per_rank = -(-settings.rows_per_step // size)
     sent = {
         name: bytes_sent_per_step(shape, lora, size, zero.stage, rows_per_rank, settings.precision)

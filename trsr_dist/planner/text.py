@@ -20,6 +20,7 @@ from trsr_dist.planner.cost import (
     pays_up_to,
     sweep,
 )
+from trsr_dist.planner.hardware import GB
 from trsr_dist.planner.memory import KEPT_BY_CPU
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.planner.stages import (
@@ -32,7 +33,6 @@ from trsr_dist.planner.stages import (
 )
 from trsr_dist.planner.work import SummarySettings
 
-GB = 1e9
 INDENT = " " * 11
 SOURCES = {
     "measured": "",
