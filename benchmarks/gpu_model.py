@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.common import Row, rate_row, ratio_row, separate_workload, shared_workload
 from benchmarks.ways import ANSWERS, INSTRUCTION, LORA_RANK, TARGETS, make_user, row_work, suffix_lengths
+from trsr_dist.config.sections import LoraSection
 from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.attention.backends import choose_backend
 from trsr_dist.model.inputs import RowInputs
@@ -114,7 +115,7 @@ class Bench:
         with setting.device:
             causal = AutoModelForCausalLM.from_config(setting.config, dtype=setting.dtype)
         causal.requires_grad_(False)
-        add_lora(causal, LORA_RANK, 16, 0.0, TARGETS, False, 0)
+        add_lora(causal, 0, **LoraSection(r=LORA_RANK, dropout=0.0, target_modules=TARGETS).model_dump())
         head_dim = setting.config.hidden_size // setting.config.num_attention_heads
         self.backend = choose_backend("auto", setting.device, setting.dtype, head_dim)
         self.model = Recommender(causal, ANSWERS, self.backend).train()

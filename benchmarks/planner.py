@@ -28,6 +28,7 @@ from benchmarks.ways import (
     row_work,
     suffix_lengths,
 )
+from trsr_dist.config.sections import LoraSection
 from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
@@ -185,7 +186,7 @@ def make_model(trial: Trial) -> Recommender:
     """In float32, with LoRA layers."""
     torch.set_num_threads(1)
     causal = AutoModelForCausalLM.from_config(LlamaConfig(**trial.sizes, max_position_embeddings=4096))
-    add_lora(causal, LORA_RANK, 16, 0.0, TARGETS, False, 0)
+    add_lora(causal, 0, **LoraSection(r=LORA_RANK, dropout=0.0, target_modules=TARGETS).model_dump())
     return Recommender(causal, ANSWERS, "cpu")
 
 

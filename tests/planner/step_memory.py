@@ -5,6 +5,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.common import peak_bytes
 from benchmarks.ways import ANSWERS, make_user
+from trsr_dist.config.sections import LoraSection
 from trsr_dist.environment import return_large_blocks
 from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.inputs import RowInputs
@@ -33,7 +34,7 @@ def step(model: Recommender, num_users: int) -> int:
 def main() -> None:
     return_large_blocks()
     causal = AutoModelForCausalLM.from_config(CONFIG)
-    add_lora(causal, 4, 16, 0.0, ATTENTION_MODULES, False, 0)
+    add_lora(causal, 0, **LoraSection(r=4, dropout=0.0).model_dump())
     model = Recommender(causal, ANSWERS, "cpu").train()
     step(model, 1)  # loads the libraries' kernels
     before = peak_bytes()

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from benchmarks.ways import ANSWERS, make_user
+from trsr_dist.config.sections import LoraSection
 from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.loading import load_base
@@ -46,7 +47,7 @@ CONFIG = LlamaConfig(
 def kept_bytes(targets: tuple[str, ...] | str, answers_only: bool, dropout: float) -> tuple[int, int]:
     """Bytes of the tensors that a forward pass keeps, parameters left out, and the row's tokens."""
     causal = AutoModelForCausalLM.from_config(CONFIG)
-    add_lora(causal, 4, 16, dropout, targets, False, 0)
+    add_lora(causal, 0, **LoraSection(r=4, dropout=dropout, target_modules=targets).model_dump())
     model = Recommender(causal, ANSWERS, "cpu").train()
     row = pack_row([make_user(f"user {number}", 90, (12, 9), 20) for number in range(4)])
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}

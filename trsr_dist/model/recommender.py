@@ -40,7 +40,10 @@ class Recommender(nn.Module):
         if backend is not None:
             register()
             causal.set_attn_implementation(NAME)
-            answer_at_last_layer(causal.model)
+            # With answers_only the last layer returns the answers' states alone. Exact: of the other tokens only its
+            # keys and values are read. Everything after these runs on one position a prompt.
+            last = causal.model.layers[-1]
+            last.forward = partial(_answer_states, last, last.forward)
             self.attend = build_backend(backend)
         # Here and not when they are first needed: under ZeRO-3 this is a collective of all ranks.
         self._answer_rows = _rows_of(causal.lm_head, answer_ids)
@@ -156,16 +159,6 @@ def enable_recomputation(model: nn.Module) -> None:
     # transformers also makes the embeddings' output require gradients, for reentrant autograd. Without that, no
     # gradient is computed below the first adapter.
     model.disable_input_require_grads()
-
-
-def answer_at_last_layer(decoder: nn.Module) -> None:
-    """Make the last layer of a decoder (Llama's layout) return the answers' states when asked with ``answers_only``.
-
-    Elsewhere only its keys and values are needed. Exact: nothing reads the last layer's other outputs. Everything after
-    the keys and values runs on one position a prompt.
-    """
-    layer = decoder.layers[-1]
-    layer.forward = partial(_answer_states, layer, layer.forward)
 
 
 def _answer_states(

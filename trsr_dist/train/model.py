@@ -113,16 +113,13 @@ def build_model(config: Config, ranks: Ranks, setup: ModelSetup) -> tuple[Recomm
     Returns:
         The model, and the content of its ``adapter_config.json``.
     """
-    lora = config.lora
     if device_of(ranks).type == "cpu":
         spare_memory(planned_bytes(config, setup, ranks.world_size), ranks.local_world_size)
     if setup.zero.stage == 3:
         base = load_base_divided(setup.source, setup.dtype, setup.zero_config)
     else:
         base = load_base(setup.source, setup.dtype, device_of(ranks), setup.config)
-    layers = add_lora(
-        base, lora.r, lora.alpha, lora.dropout, lora.target_modules, lora.use_rslora, config.run.seed, lora.init
-    )
+    layers = add_lora(base, config.run.seed, **config.lora.model_dump())
     if config.train.activation_checkpointing:
         enable_recomputation(base)
     model = Recommender(base, setup.builder.answer_ids, setup.backend)
