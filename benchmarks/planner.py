@@ -32,7 +32,7 @@ from trsr_dist.config.sections import LoraSection
 from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
-from trsr_dist.planner.flops import forward_flops, last_layer_savings, training_flops
+from trsr_dist.planner.flops import forward_flops, training_flops
 from trsr_dist.planner.memory import BYTES, StepSettings, ZeroSetting, forward_bytes, rank_memory
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.rows import PackedRow, pack_row
@@ -171,9 +171,8 @@ def scoring(trial: Trial) -> Way:
     def step() -> None:
         model(RowInputs(row, torch.device("cpu")), "pair").sum().item()
 
-    work = row_work(row)
-    saved = last_layer_savings(trial.shape, work, row.num_separate_tokens)
-    return Way(trial.name, step, 1.0, forward_flops(trial.shape, work, trial.num_lora) - saved)
+    flops = forward_flops(trial.shape, row_work(row), trial.num_lora, answer_pairs=row.num_separate_tokens)
+    return Way(trial.name, step, 1.0, flops)
 
 
 def scoring_bytes(trial: Trial) -> int:

@@ -25,11 +25,11 @@ def main() -> None:
     """Print the forecast."""
     args, config = parse_config(build_parser())
     from trsr_dist.log import show
-    from trsr_dist.planner.job import STAGES, Request, plan_stages
+    from trsr_dist.planner.job import STAGES, cluster_of, plan_stages
     from trsr_dist.planner.text import in_json, in_words
 
     describe = in_json if args.json else in_words
-    cluster = Request.of(args).cluster
+    cluster = cluster_of(args)
     show(describe(plan_stages(config, args.stage or STAGES, cluster.hardware.precision), cluster))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,12 +13,13 @@ from tests.shards.world import make_builder, make_sample, make_split, write_spli
 from tests.spawn import run_script
 from tests.summarize.world import run_here, tree_hash, write_config, write_histories
 from tests.tokenizers import byte_level
+from trsr_dist.cli import cluster_options
 from trsr_dist.config import load_config
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import ConfigError, RunError
 from trsr_dist.planner.cost import Cluster
 from trsr_dist.planner.hardware import Hardware, hardware, recognize
-from trsr_dist.planner.job import Request, plan_stages
+from trsr_dist.planner.job import cluster_of, plan_stages
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.planner.stages import (
     LAYER_SECONDS,
@@ -171,9 +173,13 @@ def test_a_summary_is_counted_at_its_longest(config: Path) -> None:
     assert 200 < found[300] - found[100] < 4 * 200, "a byte-level tokenizer takes up to four tokens for one of a word's"
 
 
+def asked_for(*options: str) -> Cluster:
+    return cluster_of(cluster_options(ArgumentParser()).parse_args(options))
+
+
 def test_the_whole_plan_in_words_and_numbers(config: Path) -> None:
     stages = planned(config, "evaluate", "summarize", "train")
-    asked = Request("a100-80gb", num_nodes=3, devices_per_node=2, price_per_hour=2.0).cluster
+    asked = asked_for("--hardware", "a100-80gb", "--nodes", "3", "--devices-per-node", "2", "--price", "2.0")
     before = sorted(config.parent.rglob("*"))
     words, numbers = in_words(stages, asked), json.loads(in_json(stages, asked))
     assert sorted(config.parent.rglob("*")) == before
@@ -188,7 +194,7 @@ def test_the_whole_plan_in_words_and_numbers(config: Path) -> None:
 
 
 def test_this_machine_is_measured_and_its_cores_take_float32(config: Path) -> None:
-    found = Request("here", devices_per_node=2).cluster
+    found = asked_for("--hardware", "here", "--devices-per-node", "2")
     assert 1e9 < found.hardware.flops_per_second < 1e15 and found.hardware.memory_bytes > 1e8
     assert found.utilization == found.hardware.utilization
     if found.hardware.precision == "float32":

@@ -88,6 +88,7 @@ def test_forward_flops_by_hand() -> None:
     assert forward_flops(SHAPE, WORK, 696) == 2 * 4116 * 100 + attention + 2 * 10 * 10
     assert forward_flops(SHAPE, WORK, full_head=True) == 2 * 3420 * 100 + attention + 2 * 10 * 5000
     saved = last_layer_savings(SHAPE, WORK, 90)
+    assert forward_flops(SHAPE, WORK, answer_pairs=90) == forward_flops(SHAPE, WORK) - saved
     assert (saved, type(saved)) == (2 * (1140 - 240) * 95 + 4 * 4 * 6 * 610, int)
 
 

@@ -45,8 +45,12 @@ class Recommender(nn.Module):
             last = causal.model.layers[-1]
             last.forward = partial(_answer_states, last, last.forward)
             self.attend = build_backend(backend)
-        # Here and not when they are first needed: under ZeRO-3 this is a collective of all ranks.
-        self._answer_rows = _rows_of(causal.lm_head, answer_ids)
+        # The frozen head's rows of yes and no, float32, (2, hidden_size); None where it is quantized or adapted. Here
+        # and not when they are first needed: under ZeRO-3 this is a collective of all ranks.
+        self._answer_rows = None
+        if type(causal.lm_head) is nn.Linear:
+            with gathered(causal.lm_head.weight):
+                self._answer_rows = causal.lm_head.weight[list(answer_ids)].detach().float()
 
     @property
     def device(self) -> torch.device:
@@ -115,14 +119,6 @@ class Recommender(nn.Module):
         out = self.causal(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=ends.unique())
         kept = torch.searchsorted(ends.unique(), ends)
         return out.logits[torch.arange(len(ids), device=ids.device), kept]
-
-
-def _rows_of(head: nn.Module, answer_ids: tuple[int, int]) -> torch.Tensor | None:
-    """The frozen head's rows of yes and no, float32, (2, hidden_size); None where it is quantized or adapted."""
-    if type(head) is not nn.Linear:
-        return None
-    with gathered(head.weight):
-        return head.weight[list(answer_ids)].detach().float()
 
 
 def gathered(weight: nn.Parameter) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from trsr_dist.errors import ConfigError, RunError
 from trsr_dist.evaluate.passes import drawn_protocols, plan_passes
 from trsr_dist.log import show
 from trsr_dist.planner import text
-from trsr_dist.planner.cost import RESTART_SECONDS, SAVE_SECONDS, Cluster
+from trsr_dist.planner.cost import Cluster
 from trsr_dist.planner.hardware import hardware
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.planner.stages import (
@@ -50,46 +49,27 @@ WORD_BYTES = 6
 """An English word with its blank: the extractive engine's limit counts words."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """For which cluster to plan."""
+def cluster_of(args: argparse.Namespace) -> Cluster:
+    """From the options of ``cluster_options``.
 
-    hardware: str = "h100"
-    num_nodes: int = 1
-    devices_per_node: int = 8
-    utilization: float | None = None
-    """None: what is usual on that hardware."""
-    price_per_hour: float = 0.0
-    save_seconds: float = SAVE_SECONDS
-    restart_seconds: float = RESTART_SECONDS
+    Raises:
+        ConfigError: the hardware is unknown, or there can be no such cluster.
+    """
+    if args.hardware == HERE:
+        from trsr_dist.planner.here import this_machine
 
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Request:
-        """From the options of ``cluster_options``."""
-        pauses = (args.save_seconds, args.restart_seconds)
-        return cls(args.hardware, args.nodes, args.devices_per_node, args.mfu, args.price, *pauses)
-
-    @property
-    def cluster(self) -> Cluster:
-        """
-        Raises:
-            ConfigError: the hardware is unknown.
-        """
-        if self.hardware == HERE:
-            from trsr_dist.planner.here import this_machine
-
-            device = this_machine(self.devices_per_node)
-        else:
-            device = hardware(self.hardware)
-        utilization = device.utilization if self.utilization is None else self.utilization
-        pauses = (self.save_seconds, self.restart_seconds)
-        return Cluster(device, self.num_nodes, self.devices_per_node, utilization, self.price_per_hour, *pauses)
+        device = this_machine(args.devices_per_node)
+    else:
+        device = hardware(args.hardware)
+    utilization = device.utilization if args.mfu is None else args.mfu
+    pauses = (args.save_seconds, args.restart_seconds)
+    return Cluster(device, args.nodes, args.devices_per_node, utilization, args.price, *pauses)
 
 
-def dry_run(config: Config, request: Request, stage: str) -> int:
+def dry_run(config: Config, args: argparse.Namespace, stage: str) -> int:
     """Print config and forecast of one stage, from the first process of all."""
     if detect_ranks().is_main and array_task()[0] == 0:
-        cluster = request.cluster
+        cluster = cluster_of(args)
         planned = plan_stages(config, [stage], cluster.hardware.precision)
         show(dump_config(config) + "# plan\n" + text.in_words(planned, cluster))
     return 0

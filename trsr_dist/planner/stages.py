@@ -9,7 +9,7 @@ from typing import Any
 from trsr_dist.errors import ConfigError
 from trsr_dist.evaluate.passes import split_parts
 from trsr_dist.planner.cost import Cluster, Cost, Generation, generation_cost, scoring_cost, training_cost
-from trsr_dist.planner.flops import Workload, forward_flops, last_layer_savings, training_flops
+from trsr_dist.planner.flops import Workload, forward_flops, training_flops
 from trsr_dist.planner.memory import (
     BYTES,
     RankMemory,
@@ -233,7 +233,7 @@ def forecast_scoring(
     shape: ModelShape, work: SplitWork, settings: ScoringSettings, cluster: Cluster
 ) -> ScoringForecast:
     """Ranking a split's users in every pass (model, control, base and the like)."""
-    flops = forward_flops(shape, work.shared) - last_layer_savings(shape, work.shared, work.separate.tokens)
+    flops = forward_flops(shape, work.shared, answer_pairs=work.separate.tokens)
     if not settings.shares_prefix:
         flops = forward_flops(shape, work.separate)
     num_passes = len(settings.passes)
