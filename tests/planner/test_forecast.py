@@ -20,6 +20,7 @@ from trsr_dist.errors import ConfigError, RunError
 from trsr_dist.planner.cost import Cluster
 from trsr_dist.planner.hardware import Hardware, hardware, recognize
 from trsr_dist.planner.job import cluster_of, plan_stages
+from trsr_dist.planner.memory import StepSettings
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.planner.stages import (
     LAYER_SECONDS,
@@ -37,7 +38,8 @@ from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.plan import PackingSettings, TrainPlan
 
 LLAMA_70B = ModelShape(8192, 80, 64, 8, 128, 28672, 32000)
-SETTINGS = TrainingSettings(2, 0, 16, 8192, 8, ("q_proj", "v_proj"), "bfloat16", True, False, False)
+STEP = StepSettings(8192, "bfloat16", True, ("q_proj", "v_proj"), answers_only=True, dropout=False)
+SETTINGS = TrainingSettings(2, 0, 16, 8, full_head=False, shares_prefix=True, step=STEP)
 
 
 @pytest.mark.parametrize("measured", [False, True])
@@ -281,7 +283,8 @@ def test_prompts_of_summaries_are_those_that_the_job_sends(config: Path) -> None
 def test_a_quantized_base_cannot_be_divided(tmp_path: Path) -> None:
     make_split(tmp_path / "train")
     work = split_work(shard_lengths(tmp_path / "train", make_builder(), url=""), 2000, 1, 0)
-    found = forecast_training(LLAMA_70B, work, replace(SETTINGS, quantization="4bit"), cluster(1), chosen="")
+    settings = replace(SETTINGS, step=replace(STEP, quantization="4bit"))
+    found = forecast_training(LLAMA_70B, work, settings, cluster(1), chosen="")
     assert list(found.memory) == ["zero1", "zero2"] and found.recommended == "zero1"
     assert 2 * LLAMA_70B.num_parameters / 4 < found.memory["zero1"].weights < 2 * LLAMA_70B.num_parameters / 3
 

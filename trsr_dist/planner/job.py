@@ -19,6 +19,7 @@ from trsr_dist.log import show
 from trsr_dist.planner import text
 from trsr_dist.planner.cost import Cluster
 from trsr_dist.planner.hardware import hardware
+from trsr_dist.planner.memory import StepSettings
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.planner.stages import (
     PlannedStage,
@@ -215,19 +216,23 @@ def train_stage(config: Config, inputs: Inputs) -> PlannedStage:
     """The training."""
     inputs.require("train")
     train, lora = config.train, config.lora
+    full_head = train.loss == "full_text"
     settings = TrainingSettings(
         num_epochs=train.num_epochs,
         max_steps=train.max_steps,
         rows_per_step=train.rows_per_step,
-        row_tokens=train.row_tokens,
         lora_r=lora.r,
-        target_modules=lora.target_modules,
-        precision=inputs.precision,
-        recompute=train.activation_checkpointing,
-        full_head=train.loss == "full_text",
-        dropout=lora.dropout > 0,
-        quantization=config.model.quantization,
+        full_head=full_head,
         shares_prefix=inputs.shares_prefix,
+        step=StepSettings(
+            row_tokens=train.row_tokens,
+            precision=inputs.precision,
+            recompute=train.activation_checkpointing,
+            target_modules=lora.target_modules,
+            answers_only=inputs.shares_prefix and not full_head,
+            dropout=lora.dropout > 0,
+            quantization=config.model.quantization,
+        ),
     )
     shape, chosen = inputs.shape, Path(train.deepspeed_config).stem
     work = split_work(inputs.lengths("train"), train.row_tokens, train.negatives_per_positive, config.run.seed)

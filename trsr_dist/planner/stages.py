@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trsr_dist.errors import ConfigError
@@ -122,24 +122,12 @@ class TrainingSettings:
     max_steps: int
     """0: by epochs."""
     rows_per_step: int
-    row_tokens: int
     lora_r: int
-    target_modules: tuple[str, ...] | str
-    precision: str
-    recompute: bool
     full_head: bool
     """The loss needs logits of all tokens."""
-    dropout: bool
-    """On the inputs of the LoRA layers."""
-    quantization: str = "none"
-    """Of the base."""
-    shares_prefix: bool = True
+    shares_prefix: bool
     """False: every prompt runs as a separate sequence."""
-
-    @property
-    def answers_only(self) -> bool:
-        """The last layer runs at the answers alone."""
-        return self.shares_prefix and not self.full_head
+    step: StepSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,30 +156,21 @@ def forecast_training(
     Raises:
         ModelError: a target of LoRA is not in the model.
     """
-    lora = shape.num_lora_parameters(settings.lora_r, settings.target_modules)
+    step = settings.step
+    lora = shape.num_lora_parameters(settings.lora_r, step.target_modules)
     epoch_steps = -(-work.num_rows // settings.rows_per_step)
     num_steps = settings.max_steps or max(1, round(settings.num_epochs * epoch_steps))
     done = work.shared if settings.shares_prefix else work.separate
-    answer_pairs = work.separate.tokens if settings.answers_only else None
-    flops = training_flops(shape, done, lora, settings.full_head, settings.recompute, answer_pairs)
+    answer_pairs = work.separate.tokens if step.answers_only else None
+    flops = training_flops(shape, done, lora, settings.full_head, step.recompute, answer_pairs)
     size = cluster.world_size
-    stages = {
-        name: zero for name, zero in ZERO_SETTINGS.items() if settings.quantization == "none" or zero.stage < DIVIDED
-    }
+    stages = {name: zero for name, zero in ZERO_SETTINGS.items() if step.quantization == "none" or zero.stage < DIVIDED}
     copies = 1.0 if settings.shares_prefix else work.separate.tokens / work.shared.tokens
-    step = StepSettings(
-        row_tokens=round(settings.row_tokens * copies),
-        precision=settings.precision,
-        recompute=settings.recompute,
-        target_modules=settings.target_modules,
-        answers_only=settings.answers_only,
-        dropout=settings.dropout,
-        quantization=settings.quantization,
-    )
+    step = replace(step, row_tokens=round(step.row_tokens * copies))
     memory = {name: rank_memory(shape, lora, step, zero, size) for name, zero in stages.items()}
     rows_per_rank = -(-settings.rows_per_step // size)
     sent = {
-        name: bytes_sent_per_step(shape, lora, size, zero.stage, rows_per_rank, settings.precision)
+        name: bytes_sent_per_step(shape, lora, size, zero.stage, rows_per_rank, step.precision)
         for name, zero in stages.items()
     }
     device = cluster.hardware
