@@ -9,7 +9,10 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -381,6 +384,53 @@ def test_a_phase_is_late_after_the_limit_and_by_far_longer_than_any_before(
     assert not is_late(DATA, 5) and not is_late(DATA, 40) and is_late(DATA, 125)
     assert not is_late(DATA, 3000, 3000), "the whole machine stood still"
     heartbeat.stop()
+
+
+@pytest.mark.parametrize("stall", ["write", "clock", "read", "errors"])
+def test_a_disk_that_stalls_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stall: str) -> None:
+    """Every call of the watch may be the one that waits; the other rank writes again a little later."""
+    clock, exits, hang = [1000.0], [], 40.0
+    monkeypatch.setattr(lifecycle.time, "monotonic", lambda: clock[0])
+    first, second = (Heartbeat(tmp_path, Ranks(rank=rank, world_size=2), hang) for rank in (0, 1))
+    monkeypatch.setattr(lifecycle.faulthandler, "dump_traceback_later", lambda *args, **more: None)
+    monkeypatch.setattr(lifecycle.os, "_exit", lambda code: exits.append((code, clock[0])))
+    waiting = {}
+
+    def slow(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wait(*args: Any, **more: Any) -> Any:
+            clock[0] += waiting.pop(name, 0.0)
+            if waiting.get("errors", 0.0) > clock[0]:
+                raise OSError("stale")
+            return call(*args, **more)
+
+        return wait
+
+    def write(path: Path, value: object, durable: bool) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(value))
+        os.utime(path, (clock[0], clock[0]))
+
+    monkeypatch.setattr(lifecycle, "write_json", slow("write", write))
+    monkeypatch.setattr(lifecycle, "server_time_ns", slow("clock", lambda folder: int(clock[0] * 1e9)))
+    monkeypatch.setattr(lifecycle, "read_heartbeats", slow("read", read_heartbeats))
+
+    def watch(*heartbeats: Heartbeat, seconds: float) -> None:
+        until = clock[0] + seconds
+        while clock[0] < until:
+            for heartbeat in heartbeats:
+                heartbeat.at(1, ROW)
+                with suppress(OSError):
+                    heartbeat._watch()
+            clock[0] += 5
+
+    watch(first, second, seconds=60)
+    waiting[stall] = clock[0] + 100 if stall == "errors" else 100.0
+    watch(first, seconds=110)  # the other rank's call takes 10 seconds longer
+    watch(first, second, seconds=60)
+    assert exits == []
+    since = clock[0]
+    watch(first, seconds=60)
+    assert exits[0][0] == lifecycle.EXIT_STUCK and exits[0][1] - since <= hang + 10
 
 
 def test_a_torn_heartbeat_hides_no_other(tmp_path: Path) -> None:
