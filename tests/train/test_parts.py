@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,12 +23,16 @@ from tests.disks import closed_to_others
 from tests.kills import killed_at_every_change
 from tests.model.world import make_row
 from tests.train.jobs import wait_until
+from trsr_dist.config import Config
 from trsr_dist.config.files import read_zero_config
+from trsr_dist.config.sections import DataSection
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import CheckpointError, ConfigError, RunError
+from trsr_dist.metric_log import MetricLog, read_metrics
 from trsr_dist.train import lifecycle
 from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState, read_checkpoint
 from trsr_dist.train.engine import complete_zero_config, zero_setting
+from trsr_dist.train.job import _provenance
 from trsr_dist.train.lifecycle import (
     DATA,
     METRICS,
@@ -45,6 +50,7 @@ from trsr_dist.train.lifecycle import (
 )
 from trsr_dist.train.losses import listwise_sum, pairwise_sum
 from trsr_dist.train.meter import Sums, count_pairs, scalars
+from trsr_dist.train.monitor import Monitor, Progress
 from trsr_dist.train.step import learning_rate
 
 ROOT = Path(__file__).parents[2]
@@ -119,6 +125,19 @@ class TestZeroConfig:
         path = tmp_path / "ds.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": 2} | values}))
         with pytest.raises(ConfigError, match=rf"zero_optimization.{next(iter(values))} is .*leave it out"):
+            read_zero_config(path)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}},
+            {"zero_optimization": {"stage": 2, "compute_grad_norm": False}},
+        ],
+    )
+    def test_what_breaks_a_training_later_is_refused(self, tmp_path: Path, settings: dict) -> None:
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps(settings))
+        with pytest.raises(ConfigError, match=r"ds\.json: .*(grad_accum_dtype|compute_grad_norm).*remove it here"):
             read_zero_config(path)
 
     @pytest.mark.parametrize("text", ["{", "{}", '{"zero_optimization": {"stage": 4}}'])
@@ -450,6 +469,25 @@ def test_sums_add_up_whatever_the_split() -> None:
     two.add(two)
     assert one == two
     assert scalars(one, 2.0, 6e9, 12e9)["train/mfu"] == pytest.approx(0.25)
+
+
+def test_steps_since_the_last_line_are_shown_at_the_end(tmp_path: Path) -> None:
+    monitor = Monitor(MetricLog(tmp_path, "train"), 100, 0, 10, lambda sums: 0.0, 0.0)
+    for step in range(1, 14):
+        monitor.add(Progress(step, 0, 1e-4, 1.0, 0.5, True), Sums(loss=float(step), weight=1.0, tokens=7.0))
+    monitor.close({}, {})
+    rows = [(row["step"], row["train/loss"], row["train/tokens_per_second"]) for row in read_metrics(tmp_path)]
+    assert rows == [(10, 5.5, 14.0), (13, 12.0, 14.0)]
+
+
+def test_a_checkpoint_names_the_shards_it_was_trained_on(tmp_path: Path) -> None:
+    """Whatever has been put in their place meanwhile."""
+    builder = SimpleNamespace(settings={}, answer_ids=(1, 2))
+    model = SimpleNamespace(name="base", builder=builder, precision="float32", zero=SimpleNamespace(stage=1))
+    prepared = SimpleNamespace(model=model, initial=None, stream=SimpleNamespace(teacher=None))
+    prepared.fingerprint, prepared.num_steps = "0123", 9
+    describe = _provenance(Config(data=DataSection(format="demo")), prepared, None)
+    assert describe(TrainerState(1, 1, {"shards": "4567"}))["shards"] == {"train": "4567"}
 
 
 def test_pairs_are_those_of_the_mask() -> None:

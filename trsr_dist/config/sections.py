@@ -209,7 +209,7 @@ class ModelSection(Section):
     """Run model code from the hub. Off unless you have read that code."""
     attention: Literal["auto", "flash_attn", "torch", "flex", "cpu", "dense"] = "auto"
     """Back end of the shared-prefix attention."""
-    quantization: Literal["none", "4bit", "8bit"] = "none"
+    quantization: Annotated[Literal["none", "4bit", "8bit"], OnResume.REFUSED] = "none"
     """Load the frozen base through bitsandbytes (extra: quantization)."""
 
 
@@ -232,7 +232,7 @@ class TrainSection(Section):
     loss: Annotated[Literal["answer", "full_text", "pairwise", "listwise", "distill"], OnResume.SAID] = "answer"
     """answer: cross-entropy of the answer token; full_text: of all tokens, as the paper's code; pairwise and listwise:
     over a user's candidates; distill: listwise, and the order and distances that train.teacher gives the candidates."""
-    teacher: FilePath = ""
+    teacher: Annotated[FilePath, OnResume.SAID] = ""
     """distill: the model whose scores tools/score_shards.py has put beside the train shards; the folder given there."""
     teacher_weight: Annotated[float, OnResume.SAID] = Field(0.5, ge=0, le=1)
     """distill: share of the divergence from the teacher; the rest is the listwise loss."""
@@ -269,7 +269,7 @@ class TrainSection(Section):
     """Rows in one optimizer step over all ranks: row_tokens * rows_per_step is the global batch in tokens."""
     deepspeed_config: FilePath = "ds_configs/zero1.json"
     """ZeRO stage, buckets and offload. Batch, precision, clipping and schedule stay in this file."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Annotated[Literal["auto", "float32", "bfloat16"], OnResume.SAID] = "auto"
     """auto: bfloat16 on a GPU that has it, float32 on CPU."""
     activation_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""

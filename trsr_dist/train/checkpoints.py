@@ -146,7 +146,7 @@ class CheckpointFolder:
             if read.keys() != tensors.keys() or not all(torch.equal(read[name], tensors[name]) for name in read):
                 raise CheckpointError(f"{target}: read back, it is not what was written; check the disk")
         self.point("latest", folder)
-        self._remove_old()
+        self._remove_old(folder)
         return folder
 
     def mark_best(self, step: int) -> None:
@@ -154,6 +154,15 @@ class CheckpointFolder:
         folder = self._folder(step)
         if folder.is_dir():
             self.point("best", folder)
+
+    def resume_at(self, checkpoint: Checkpoint) -> None:
+        """Have ``latest`` and ``best`` say what this checkpoint does: a kill may have come before they were written, or
+        newer ones are damaged."""
+        self.point("latest", checkpoint.folder)
+        self.mark_best(checkpoint.state.best_step)
+        folders = self._folders()
+        if self._best() in {folder.name for folder in folders[folders.index(checkpoint.folder) + 1 :]}:
+            (self.root / "best").unlink()
 
     def point(self, name: str, folder: Path) -> None:
         """Make ``latest`` or ``best`` name a checkpoint."""
@@ -165,6 +174,7 @@ class CheckpointFolder:
 
         Raises:
             CheckpointError: there are checkpoints, and none of them can be read.
+            RunError: the disk refuses to read one.
         """
         folders = self._folders()[::-1]
         for folder in folders:
@@ -202,10 +212,16 @@ class CheckpointFolder:
     def _folder(self, step: int) -> Path:
         return self.root / f"step-{step:06d}"
 
-    def _remove_old(self) -> None:
-        best = self.root / "best"
-        kept = best.read_text(encoding="utf-8").strip() if best.is_file() else ""
-        for folder in self._folders()[: -self._keep]:
+    def _best(self) -> str:
+        """Name of the best checkpoint's folder; empty where none is marked."""
+        path = self.root / "best"
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+    def _remove_old(self, saved: Path) -> None:
+        """Also those of later steps: the training has fallen back to one before them, since they are damaged."""
+        folders, kept = self._folders(), self._best()
+        end = folders.index(saved) + 1
+        for folder in (*folders[:end][: -self._keep], *folders[end:]):
             if folder.name != kept:
                 remove_folder(folder)
 
@@ -220,7 +236,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: incomplete, damaged, or with tensors that are empty or not finite.
-        RunError: a file may not be read.
+        RunError: the disk refuses to read a file, which may be whole.
     """
     try:
         files = read_manifest(folder, CheckpointManifest)["files"]
@@ -233,10 +249,10 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         tensors |= load_file(folder / OPTIMIZER)
         state = read_json(folder / STATE, TrainerState)
         provenance, digest = read_json(folder / PROVENANCE), sha256_of(folder / MANIFEST)
-    except PermissionError as error:
-        raise explain(error, folder) from None  # going on from an older one would throw work away
-    except (DataError, KeyError, TypeError, OSError, SafetensorError) as error:
+    except (DataError, KeyError, TypeError, FileNotFoundError, NotADirectoryError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint ({error})") from None
+    except OSError as error:
+        raise explain(error, folder) from None  # going on from an older one would throw work away
     for name, tensor in tensors.items():
         if not tensor.numel() or not torch.isfinite(tensor).all():
             raise CheckpointError(f"{folder}: {name} is empty or not finite")
