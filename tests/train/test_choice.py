@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from trsr_dist.errors import CheckpointError, RunError
 from trsr_dist.files import read_json, sha256_of, write_json
+from trsr_dist.model import artifacts
 from trsr_dist.train import checkpoints
 from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState, read_checkpoint
 
@@ -193,7 +194,7 @@ class TestFolders:
                 raise OSError(number, os.strerror(number), str(name))
             return sha256_of(name)
 
-        monkeypatch.setattr(checkpoints, "sha256_of", read)
+        monkeypatch.setattr(artifacts, "sha256_of", read)
         with pytest.raises(RunError, match=rf"{path}: {os.strerror(number)}; "):
             folder.newest()
         path.unlink()

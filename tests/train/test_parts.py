@@ -9,7 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -279,6 +279,14 @@ class TestCheckpoints:
 
 
 class TestStopping:
+    @pytest.fixture(autouse=True)
+    def handlers(self) -> Iterator[None]:
+        """Signals have their usual meaning again after each test."""
+        before = {number: signal.getsignal(number) for number in lifecycle.SIGNALS}
+        yield
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     def test_time_for_a_step_and_a_save_is_kept(self) -> None:
         walltime = Walltime(time.time() + 100)
         walltime.saw("step", 10)
@@ -291,7 +299,6 @@ class TestStopping:
     def test_time_for_a_validation_is_kept(self, tmp_path: Path) -> None:
         walltime = Walltime(time.time() + 100)
         signals = StopSignals()
-        signals.restore()
         reasons = StopReasons(tmp_path, signals, walltime, is_main=True)
         assert reasons.allow_validation(at_start=False)
         walltime.saw("validation", 80)
@@ -301,28 +308,22 @@ class TestStopping:
 
     def test_signals_are_remembered(self, tmp_path: Path) -> None:
         signals = StopSignals()
-        try:
-            reasons = StopReasons(tmp_path, signals, Walltime(None), is_main=True)
-            assert reasons.reason() == ""
-            signal.raise_signal(signal.SIGUSR1)
-            assert reasons.reason() == "signal SIGUSR1"
-        finally:
-            signals.restore()
+        reasons = StopReasons(tmp_path, signals, Walltime(None), is_main=True)
+        assert reasons.reason() == ""
+        signal.raise_signal(signal.SIGUSR1)
+        assert reasons.reason() == "signal SIGUSR1"
 
     def test_only_a_later_event_ends_the_process_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock, exits = [100.0], []
         monkeypatch.setattr(lifecycle.time, "monotonic", lambda: clock[0])
         monkeypatch.setattr(lifecycle.os, "_exit", exits.append)
         signals = StopSignals()
-        try:
-            signal.raise_signal(signal.SIGUSR1)
-            signal.raise_signal(signal.SIGTERM)
-            assert (signals.received, exits) == ("SIGUSR1", [])
-            clock[0] += 30
-            signal.raise_signal(signal.SIGTERM)
-            assert exits == [128 + signal.SIGTERM]
-        finally:
-            signals.restore()
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+        assert (signals.received, exits) == ("SIGUSR1", [])
+        clock[0] += 30
+        signal.raise_signal(signal.SIGTERM)
+        assert exits == [128 + signal.SIGTERM]
 
     @pytest.mark.parametrize("is_starting", [True, False])
     def test_a_rank_that_is_left_alone_before_its_first_step_leaves(self, tmp_path: Path, is_starting: bool) -> None:
@@ -350,7 +351,6 @@ class TestStopping:
 
     def test_only_rank_zero_looks_for_the_file(self, tmp_path: Path) -> None:
         signals = StopSignals()
-        signals.restore()
         (tmp_path / "STOP").touch()
         found = [StopReasons(tmp_path, signals, Walltime(None), is_main).reason() for is_main in (True, False)]
         assert "STOP" in found[0]

@@ -30,7 +30,7 @@ from trsr_dist.files import (
 )
 from trsr_dist.log import get_logger
 from trsr_dist.model.adapters import adapter_name, parameter_name
-from trsr_dist.model.artifacts import POINTERS, PROVENANCE, CheckpointManifest, write_tensors
+from trsr_dist.model.artifacts import POINTERS, PROVENANCE, CheckpointManifest, changed_file, write_tensors
 from trsr_dist.run import MANIFEST, read_manifest
 
 WEIGHTS = f"adapter/{ADAPTER_WEIGHTS}"
@@ -160,8 +160,7 @@ class CheckpointFolder:
         newer ones are damaged."""
         self.point("latest", checkpoint.folder)
         self.mark_best(checkpoint.state.best_step)
-        folders = self._folders()
-        if self._best() in {folder.name for folder in folders[folders.index(checkpoint.folder) + 1 :]}:
+        if self._best() in {folder.name for folder in self._later(checkpoint.folder)}:
             (self.root / "best").unlink()
 
     def point(self, name: str, folder: Path) -> None:
@@ -218,17 +217,24 @@ class CheckpointFolder:
         return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
     def _remove_old(self, saved: Path) -> None:
-        """Also those of later steps: the training has fallen back to one before them, since they are damaged."""
-        folders, kept = self._folders(), self._best()
-        end = folders.index(saved) + 1
-        for folder in (*folders[:end][: -self._keep], *folders[end:]):
+        later, kept = self._later(saved), self._best()
+        old = [folder for folder in self._folders() if folder not in later][: -self._keep]
+        for folder in (*old, *later):
             if folder.name != kept:
                 remove_folder(folder)
 
+    def _later(self, folder: Path) -> list[Path]:
+        """Those of later steps: a training that goes on from this one has found them damaged."""
+        return [other for other in self._folders() if _step_of(other) > _step_of(folder)]
+
     def _folders(self) -> list[Path]:
         """By their step, which may have more digits than the names are padded to."""
-        steps = {path: int(found[1]) for path in self.root.glob("step-*") if (found := NAME.match(path.name))}
-        return sorted(filter(Path.is_dir, steps), key=steps.__getitem__)
+        named = (path for path in self.root.glob("step-*") if NAME.match(path.name))
+        return sorted(filter(Path.is_dir, named), key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -239,11 +245,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         RunError: the disk refuses to read a file, which may be whole.
     """
     try:
-        files = read_manifest(folder, CheckpointManifest)["files"]
-        for name, recorded in files.items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != recorded["size"] or sha256_of(path) != recorded["sha256"]:
-                raise CheckpointError(f"{path}: missing, truncated or changed since it was written")
+        if path := changed_file(folder, read_manifest(folder, CheckpointManifest)["files"]):
+            raise CheckpointError(f"{path}: missing, truncated or changed since it was written")
         adapter = load_file(folder / WEIGHTS)
         tensors = {f"weight/{parameter_name(name)}": tensor for name, tensor in adapter.items()}
         tensors |= load_file(folder / OPTIMIZER)

@@ -30,6 +30,7 @@ from trsr_dist.train.lifecycle import (
     follow_launcher,
     walltime_of,
 )
+from trsr_dist.train.losses import LossSettings
 from trsr_dist.train.model import build_model, flops_counter, peak_flops
 from trsr_dist.train.monitor import Monitor
 from trsr_dist.train.prepare import Prepared, prepare
@@ -151,11 +152,9 @@ def build_trainer(
         flops_counter(prepared.model.config, engine, train.loss == "full_text"),
         peak_flops(ranks.world_size),
     )
-    answer_ids, seed = prepared.model.builder.answer_ids, config.run.seed
-    runner = StepRunner(
-        engine, train.loss, answer_ids, train.row_tokens, seed, control.heartbeat,
-        train.teacher_weight, train.teacher_temperature,
-    )  # fmt: skip
+    answer_ids = prepared.model.builder.answer_ids
+    loss = LossSettings(train.loss, answer_ids, train.row_tokens, train.teacher_weight, train.teacher_temperature)
+    runner = StepRunner(engine, loss, config.run.seed, control.heartbeat)
     return Trainer(
         engine, prepared.stream, runner, _loop_settings(config, prepared), saving, prepared.validator, state, monitor,
         control,

@@ -302,11 +302,6 @@ class StopSignals:
         elif time.monotonic() - self._since > ONE_EVENT_SECONDS:
             os._exit(128 + number)
 
-    def restore(self) -> None:
-        """Give the signals back their usual meaning."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
-
 
 class Walltime:
     """Whether another step, or a validation, and a save still fit.
