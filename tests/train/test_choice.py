@@ -181,6 +181,19 @@ class TestFolders:
         assert [path.name for path in folder._folders()] == ["step-000100", "step-000110", "step-000120"]
         assert (tmp_path / "latest").read_text() == "step-000120\n"
 
+    def test_a_run_that_is_lost_while_it_publishes_removes_no_later_step(self, tmp_path: Path) -> None:
+        calls = []
+
+        def fence() -> None:
+            calls.append(1)
+            if len(calls) > 1:
+                raise RunError("lost")
+
+        save(CheckpointFolder(tmp_path, 2), 9)
+        with pytest.raises(RunError, match="lost"):
+            save(CheckpointFolder(tmp_path, 2, fence), 3)
+        assert (tmp_path / "step-000009").is_dir()
+
     @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EMFILE])
     def test_a_disk_that_refuses_for_a_moment_throws_no_work_away(
         self, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch

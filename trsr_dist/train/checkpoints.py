@@ -218,6 +218,8 @@ class CheckpointFolder:
 
     def _remove_old(self, saved: Path) -> None:
         later, kept = self._later(saved), self._best()
+        if later and self.fence is not None:
+            self.fence()  # they may be those of a start that has taken this one's place
         old = [folder for folder in self._folders() if folder not in later][: -self._keep]
         for folder in (*old, *later):
             if folder.name != kept:
