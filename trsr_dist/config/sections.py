@@ -269,8 +269,8 @@ class TrainSection(Section):
     """Rows in one optimizer step over all ranks: row_tokens * rows_per_step is the global batch in tokens. No training
     may have more ranks than this: choose it for the largest cluster that the run will see."""
     deepspeed_config: FilePath = "ds_configs/zero1.json"
-    """ZeRO stage, buckets and offload. Batch, precision, clipping, optimizer and schedule are settings of this page, and
-    errors in that file."""
+    """ZeRO stage, buckets and offload only. Batch, precision, clipping, optimizer and schedule are settings of the run:
+    an error in that file."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """auto: bfloat16 on a GPU that has it, float32 on CPU."""
     activation_checkpointing: bool = True
