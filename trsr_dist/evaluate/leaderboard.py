@@ -30,7 +30,6 @@ PAUSE = 10
 """A step that took this many times the median was an interruption."""
 NOT_SETTINGS = ("run.dir", "run.tensorboard", "run.trackers", "data.path", "evaluate.split")
 MODEL = "model.name_or_path"
-PACE = "tokens_per_second"
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,8 +129,10 @@ def _costs(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any], split:
     """What the rows of metrics.jsonl say of the evaluated model's training, if it is this run's, and of its date."""
     step = results["provenance"].get("train", {}).get("step") or 0
     own = step if results["trained_on_these_shards"] else 0
-    trained = [row for row in rows if row["stage"] == "train" and row["step"] <= own and f"train/{PACE}" in row]
-    users, tokens = (sum(row[f"train/{name}"] for row in trained) for name in ("users_per_second", PACE))
+    trained = [
+        row for row in rows if row["stage"] == "train" and row["step"] <= own and "train/users_per_second" in row
+    ]
+    users, tokens = (sum(row[f"train/{name}_per_second"] for row in trained) for name in ("users", "tokens"))
     evaluated = [row["time"] for row in rows if row["stage"] == "evaluate" and f"{split}/auc" in row]
     return {
         "date": datetime.fromtimestamp(max(evaluated), UTC).date().isoformat() if evaluated else "",
@@ -142,8 +143,7 @@ def _costs(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any], split:
 
 
 def _entry(candidates: str, found: Mapping[str, Any], common: Mapping[str, Any]) -> Entry:
-    metric = common["metric"]
-    differences = {rival: values[metric] for rival, values in found["differences"].items()}
+    metric, differences = common["metric"], found["differences"]
     intervals = {**found["baseline_confidence"], "model": found["confidence"]}
     return Entry(
         **common,
@@ -153,7 +153,7 @@ def _entry(candidates: str, found: Mapping[str, Any], common: Mapping[str, Any])
         systems={**found["baselines"], "model": found["metrics"]},
         intervals={name: values[metric] for name, values in intervals.items() if metric in values},
         gain=found["personalization_gain"].get(metric, {}),
-        against={rival: differences[rival] for rival in RIVALS if rival in differences},
+        against={rival: differences[rival][metric] for rival in RIVALS if rival in differences},
     )
 
 
