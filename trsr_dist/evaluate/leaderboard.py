@@ -128,7 +128,7 @@ def read_entries(source: Path, shared: Config, split: str) -> list[Entry]:
 def _costs(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any], split: str) -> dict[str, Any]:
     """What the rows of metrics.jsonl say of the evaluated model's training, if it is this run's, and of its date."""
     step = results["provenance"].get("train", {}).get("step") or 0
-    own = step if results["trained_on_these_shards"] else 0
+    own = step if results.get("trained_on_these_shards") else 0
     trained = [
         row for row in rows if row["stage"] == "train" and row["step"] <= own and "train/users_per_second" in row
     ]
