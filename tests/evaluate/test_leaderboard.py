@@ -124,9 +124,14 @@ def test_the_command_writes_both_files(run: Path, folder: Path, tmp_path: Path) 
     assert [entry["run"] for entry in runs] == ["one", "two"]
     shutil.rmtree(other)
     options = ["--config", tmp_path / "shared.yaml", "--output"]
-    done = run_script("tools/leaderboard.py", output.with_suffix(".json"), folder, *options, tmp_path / "again")
+    before, notes = output.with_suffix(".json").read_text(), "# Mine\n\nWhat it says."
+    output.with_suffix(".md").write_text(table.replace("# Results", notes))
+    done = run_script("tools/leaderboard.py", output.with_suffix(".json"), folder, *options, output)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "again.json").read_text() == output.with_suffix(".json").read_text()
+    assert output.with_suffix(".json").read_text() == before
+    command, again = "Written by `python tools/leaderboard.py ", output.with_suffix(".md").read_text()
+    assert again.startswith(f"{notes}\n\n{command}") and again.count(command) == 1
+    assert again.partition("\n## ")[2] == table.partition("\n## ")[2]
     done = run_script("tools/leaderboard.py", folder / "evaluation/test.json", *options, tmp_path / "x")
     assert done.returncode == 1 and "evaluation/test.json: runs: field required" in done.stderr
 

@@ -28,6 +28,8 @@ OF_A_RUN = ("model", "no_summary", "no_recent", "control")
 """Systems that are the run's own model; the others may be the same in several runs."""
 PAUSE = 10
 """A step that took this many times the median was an interruption."""
+WRITTEN = "Written by `"
+"""Begins the line between a page's notes and its tables."""
 NOT_SETTINGS = ("run.dir", "run.tensorboard", "run.trackers", "data.path", "evaluate.split")
 MODEL = "model.name_or_path"
 
@@ -249,8 +251,10 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write_leaderboard(entries: list[Entry], head: str, output: Path) -> None:
-    """``output``.md and ``output``.json."""
+def write_leaderboard(entries: list[Entry], command: str, output: Path) -> None:
+    """``output``.json and ``output``.md; what the latter says above the line of its command is kept."""
+    page = Path(f"{output}.md")
+    notes = page.read_text(encoding="utf-8").partition(WRITTEN)[0].strip() if page.is_file() else "# Results"
     write_json(f"{output}.json", asdict(Leaderboard(entries)))
-    with atomic_file(f"{output}.md") as stream:
-        stream.write(markdown(entries, head))
+    with atomic_file(page) as stream:
+        stream.write(markdown(entries, f"{notes}\n\n{WRITTEN}{command}`."))
