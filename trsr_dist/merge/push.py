@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+from trsr_dist.bases import ORIGIN
 from trsr_dist.errors import ModelError, RunError
 from trsr_dist.files import read_json
 from trsr_dist.log import get_logger, show
@@ -19,8 +20,6 @@ from trsr_dist.model.artifacts import PROVENANCE
 from trsr_dist.run import MANIFEST, read_manifest
 
 CARD = "README.md"
-ORIGIN = "MODEL.json"
-"""Beside a fetched base: the hub id it was made from."""
 
 log = get_logger("push")
 
