@@ -25,19 +25,8 @@ def main() -> None:
     from trsr_dist.merge.inputs import MergeOptions
     from trsr_dist.merge.job import merge
 
-    options = MergeOptions(
-        base=args.base,
-        adapter_only=args.adapter_only,
-        head=args.head,
-        dtype=args.dtype,
-        max_shard_bytes=args.max_shard_size,
-        verify=args.verify,
-        tolerance=args.tolerance,
-        force=args.force,
-        update=args.update,
-        dry_run=args.dry_run,
-    )
-    merge(args.checkpoint, args.output, options)
+    options = vars(args)
+    merge(options.pop("checkpoint"), options.pop("output"), MergeOptions(**options))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -52,7 +41,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adapter-only", action="store_true", help="write just the PEFT adapter")
     add("--head", choices=["causal", "classifier"], default="causal", help="classifier: one logit, the log-odds of yes")
     add("--dtype", choices=["base", "float32", "bfloat16", "float16"], default="base", help="of the merged weights")
-    add("--max-shard-size", type=size, metavar="SIZE", help="such as 5GB or 512MiB; default: the base's files")
+    add(
+        "--max-shard-size",
+        dest="max_shard_bytes",
+        type=size,
+        metavar="SIZE",
+        help="such as 5GB or 512MiB; default: the base's files",
+    )
     verify = ["auto", "scores", "weights", "none"]
     add("--verify", choices=verify, default="auto", help="auto: scores as memory allows")
     add("--tolerance", type=float, metavar="X", help="largest log-odds difference; default 1e-4 in float32, else 0.1")

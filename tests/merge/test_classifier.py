@@ -285,7 +285,7 @@ def test_another_head_is_another_setting(checkpoint: Path, tmp_path: Path) -> No
     assert (output / "config.json").stat().st_ino == number, "merged already"
     with pytest.raises(RunError, match="made with setting head='classifier'"):
         merge(checkpoint, output, causal)
-    with pytest.raises(TrsrError, match="leave out one of the two"):
+    with pytest.raises(TrsrError, match="leave it out, or --head"):
         merge(checkpoint, tmp_path / "adapter", MergeOptions(head="classifier", adapter_only=True))
 
 

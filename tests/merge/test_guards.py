@@ -164,7 +164,7 @@ def test_another_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
     provenance["answer_ids"] = [5, 6]
     write_json(checkpoint / "provenance.json", provenance)
     seal(checkpoint)
-    refuses(checkpoint, tmp_path / "merged", "another tokenizer")
+    refuses(checkpoint, tmp_path / "merged", "the tokenizer files are not those of the training")
 
 
 def test_base_without_a_tokenizer(base: Path, checkpoint: Path, tmp_path: Path) -> None:
@@ -248,8 +248,52 @@ def test_rerun_does_nothing_and_force_redoes(checkpoint: Path, tmp_path: Path) -
     before = (output / "config.json").stat()
     merge(checkpoint, output, update)
     assert (output / "config.json").stat().st_ino == before.st_ino, "nothing has changed since"
-    merge(output, tmp_path / "again", WEIGHTS_ONLY)
+    merge(output, tmp_path / "again", MergeOptions())
     assert not (tmp_path / "again").exists()
+
+
+def verification(output: Path) -> dict:
+    return read_json(output / "provenance.json")["merge"]["verification"]
+
+
+def test_a_merge_that_was_not_checked_as_asked_is_not_current(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    merge(checkpoint, output, MergeOptions(verify="none"))
+    for verify, lacking in (("auto", "weights"), ("weights", "weights"), ("scores", "scores")):
+        refuses(checkpoint, output, f"its {lacking} were not compared", MergeOptions(verify=verify))
+    merge(checkpoint, output, MergeOptions(verify="weights", update=True))
+    merge(checkpoint, output, MergeOptions())
+    assert verification(output).keys() == {"weights"}
+    merge(checkpoint, output, MergeOptions(verify="scores", update=True))
+    assert verification(output)["scores"]["num_prompts"] == 36
+    number = (output / "config.json").stat().st_ino
+    for verify in ("none", "weights", "auto", "scores"):
+        merge(checkpoint, output, MergeOptions(verify=verify, tolerance=1.0))
+    assert (output / "config.json").stat().st_ino == number
+    refuses(checkpoint, output, "allowed is --tolerance -1", MergeOptions(tolerance=-1.0))
+
+
+@pytest.mark.parametrize(
+    ("option", "flag"),
+    [
+        ({"head": "classifier"}, "--head"),
+        ({"dtype": "float32"}, "--dtype"),
+        ({"max_shard_bytes": 10**6}, "--max-shard-size"),
+        ({"verify": "scores"}, "--verify"),
+        ({"tolerance": 0.5}, "--tolerance"),
+    ],
+)
+def test_options_of_merged_weights_where_none_are_written(
+    option: dict, flag: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    only = MergeOptions(adapter_only=True, **option)
+    refuses(checkpoint, tmp_path / "adapter", f"--adapter-only writes no merged weights; leave it out, or {flag}", only)
+    (tmp_path / "merged").mkdir()
+    write_json(tmp_path / "merged" / "config.json", {})
+    write_json(tmp_path / "merged" / "provenance.json", {"merge": {"source": "checkpoint step-000007"}})
+    message = f"holds no adapter, so that {flag} cannot be followed; name with --checkpoint what it was made from "
+    refuses(tmp_path / "merged", tmp_path / "more", message + "(checkpoint step-000007)", MergeOptions(**option))
+    refuses(tmp_path / "merged", tmp_path / "more", "--adapter-only cannot be", MergeOptions(adapter_only=True))
 
 
 def test_failed_redo_keeps_the_old_output(base: Path, checkpoint: Path, tmp_path: Path) -> None:

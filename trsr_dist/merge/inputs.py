@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 
 from trsr_dist.bases import BaseName
+from trsr_dist.config.sections import PromptSection
 from trsr_dist.errors import ModelError, RunError, TrsrError
-from trsr_dist.files import read_json
 from trsr_dist.log import get_logger
 from trsr_dist.merge.changes import find_changes
 from trsr_dist.merge.classifier import check_head, config_values, padding_token
@@ -19,15 +19,24 @@ from trsr_dist.merge.plan import MergePlan, classifier_plan, make_plan
 from trsr_dist.merge.source import Source
 from trsr_dist.model.adapters import Adapter, attach
 from trsr_dist.model.artifacts import check_same_base
+from trsr_dist.model.loading import check_answers
 from trsr_dist.pretrained import BaseSource, declared_config, is_tied, load_config, load_tokenizer, read_structure
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.run import MANIFEST
+from trsr_dist.run import MANIFEST, read_manifest
 from trsr_dist.weights import folder_entries
 
 logger = get_logger("merge")
 STAGE = "merge"
 SPARE_BYTES = 2**26
 """Room for everything beside the weights."""
+OF_WEIGHTS = {
+    "head": "--head",
+    "dtype": "--dtype",
+    "max_shard_bytes": "--max-shard-size",
+    "verify": "--verify",
+    "tolerance": "--tolerance",
+}
+"""Options that mean nothing where no merged weights are written."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -52,6 +61,12 @@ class MergeOptions:
     update: bool = False
     """Make it again if its checkpoint or settings have changed since."""
     dry_run: bool = False
+
+    @property
+    def of_weights(self) -> str:
+        """Those of ``OF_WEIGHTS`` that are given, as on the command line."""
+        given = [flag for name, flag in OF_WEIGHTS.items() if getattr(self, name) != getattr(MergeOptions(), name)]
+        return ", ".join(given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +141,15 @@ def check_output(output: Path, inputs: list[Path], force: bool) -> None:
             raise RunError(f"{output}: is or holds the input {path}; choose another --output")
     if output.exists() and not output.is_dir():
         raise RunError(f"{output}: a file; choose another --output")
-    if force and output.is_dir() and any(output.iterdir()):
-        manifest = output / MANIFEST
-        if not manifest.is_file() or read_json(manifest).get("stage") != STAGE:
-            raise RunError(
-                f"{output}: holds files that are no earlier merge, and only such a one is replaced. Empty it first"
-            )
+    if force and output.is_dir() and any(output.iterdir()) and not is_merge(output):
+        raise RunError(
+            f"{output}: holds files that are no earlier merge, and only such a one is replaced. Empty it first"
+        )
+
+
+def is_merge(folder: Path) -> bool:
+    """Whether a folder is a finished output of this stage."""
+    return (folder / MANIFEST).is_file() and read_manifest(folder).get("stage") == STAGE
 
 
 def check_space(output: Path, num_bytes: int) -> None:
@@ -150,7 +168,8 @@ def check_space(output: Path, num_bytes: int) -> None:
 
 
 def resolve_prompt(folder: Path, own: bool, num_embeddings: int, provenance: dict[str, Any]) -> PromptBuilder | None:
-    """The prompt builder of the training, checked against this tokenizer; None where answers cannot be resolved.
+    """The prompt builder of the training, checked against this tokenizer. Where none is recorded, that of the default
+    settings, with which every command ranks then; None where their answers are no single tokens.
 
     Args:
         folder: holds the tokenizer.
@@ -166,15 +185,11 @@ def resolve_prompt(folder: Path, own: bool, num_embeddings: int, provenance: dic
         if not own:
             raise ModelError(f"{message}: the tokenizer of another model; restore the right one")
         logger.warning(f"{message}; a text with such an id will fail")
-    if "prompt" not in provenance:
+    if not provenance.get("prompt"):
         try:
-            return PromptBuilder(tokenizer)
+            return PromptBuilder(tokenizer, **PromptSection().model_dump())
         except TrsrError:
             return None
     builder = PromptBuilder(tokenizer, **provenance["prompt"])
-    if list(builder.answer_ids) != list(provenance["answer_ids"]):
-        raise ModelError(
-            f"{folder}: answers {builder.answers} are tokens {list(builder.answer_ids)}, in training "
-            f"{list(provenance['answer_ids'])}: another tokenizer; restore the base's"
-        )
+    check_answers(str(folder), builder, provenance)
     return builder
