@@ -41,13 +41,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--adapter-only", action="store_true", help="write just the PEFT adapter")
     add("--head", choices=["causal", "classifier"], default="causal", help="classifier: one logit, the log-odds of yes")
     add("--dtype", choices=["base", "float32", "bfloat16", "float16"], default="base", help="of the merged weights")
-    add(
-        "--max-shard-size",
-        dest="max_shard_bytes",
-        type=size,
-        metavar="SIZE",
-        help="such as 5GB or 512MiB; default: the base's files",
-    )
+    add("--max-shard-size", type=size, metavar="SIZE", help="such as 5GB or 512MiB; default: the base's files")
     verify = ["auto", "scores", "weights", "none"]
     add("--verify", choices=verify, default="auto", help="auto: scores as memory allows")
     add("--tolerance", type=float, metavar="X", help="largest log-odds difference; default 1e-4 in float32, else 0.1")

@@ -34,6 +34,12 @@ def checkpoint(base: Path, tmp_path: Path) -> Path:
     return make_checkpoint(base, tmp_path / "checkpoints" / "step-000007")
 
 
+@pytest.fixture
+def adapter(checkpoint: Path, tmp_path: Path) -> Path:
+    """By itself, so that no fingerprint of its base is known."""
+    return Path(shutil.copytree(checkpoint / "adapter", tmp_path / "adapter"))
+
+
 def edit_tensors(checkpoint: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(checkpoint / ADAPTER)
     edit(tensors)
@@ -167,40 +173,40 @@ def test_another_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
     refuses(checkpoint, tmp_path / "merged", "the tokenizer files are not those of the training")
 
 
-def test_base_without_a_tokenizer(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_base_without_a_tokenizer(base: Path, adapter: Path, tmp_path: Path) -> None:
     for path in base.glob("*token*"):
         path.unlink()
-    refuses(checkpoint / "adapter", tmp_path / "merged", "its tokenizer cannot be read")
+    refuses(adapter, tmp_path / "merged", "its tokenizer cannot be read")
 
 
-def test_bases_that_cannot_be_streamed(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_bases_that_cannot_be_streamed(base: Path, adapter: Path, tmp_path: Path) -> None:
     config = read_json(base / "config.json")
     write_json(base / "config.json", config | {"quantization_config": {"quant_method": "awq"}})
-    refuses(checkpoint / "adapter", tmp_path / "merged", "unquantized original")
+    refuses(adapter, tmp_path / "merged", "unquantized original")
     write_json(base / "config.json", config | {"model_type": "unheard_of", "auto_map": {"AutoConfig": "x.Y"}})
-    refuses(checkpoint / "adapter", tmp_path / "merged", "custom code")
+    refuses(adapter, tmp_path / "merged", "custom code")
     write_json(base / "config.json", config | {"vocab_size": 7})
-    refuses(checkpoint / "adapter", tmp_path / "merged", "config.json says (7, 32)")
+    refuses(adapter, tmp_path / "merged", "config.json says (7, 32)")
     write_json(base / "config.json", config)
     sorted(base.glob("*.safetensors"))[0].unlink()
-    refuses(checkpoint / "adapter", tmp_path / "merged", "missing")
+    refuses(adapter, tmp_path / "merged", "missing")
     for path in base.glob("model*"):
         path.unlink()
     (base / "pytorch_model.bin").write_bytes(b"")
-    refuses(checkpoint / "adapter", tmp_path / "merged", "safetensors")
+    refuses(adapter, tmp_path / "merged", "safetensors")
 
 
 def test_base_that_is_nowhere(checkpoint: Path, tmp_path: Path) -> None:
     refuses(checkpoint, tmp_path / "merged", "with --base", MergeOptions(base=str(tmp_path / "nowhere" / "at all")))
 
 
-def test_truncated_files(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_truncated_files(base: Path, checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "cut")
     os.truncate(tmp_path / "cut" / ADAPTER, 1000)
     refuses(tmp_path / "cut", tmp_path / "merged", "truncated or changed")
     shard = sorted(base.glob("*.safetensors"))[0]
     os.truncate(shard, shard.stat().st_size - 8)
-    refuses(checkpoint / "adapter", tmp_path / "merged", "truncated")
+    refuses(adapter, tmp_path / "merged", "truncated")
 
 
 def test_unfinished_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
@@ -278,7 +284,7 @@ def test_a_merge_that_was_not_checked_as_asked_is_not_current(checkpoint: Path, 
     [
         ({"head": "classifier"}, "--head"),
         ({"dtype": "float32"}, "--dtype"),
-        ({"max_shard_bytes": 10**6}, "--max-shard-size"),
+        ({"max_shard_size": 10**6}, "--max-shard-size"),
         ({"verify": "scores"}, "--verify"),
         ({"tolerance": 0.5}, "--tolerance"),
     ],

@@ -1,5 +1,6 @@
 """The written folder: laid out as servers expect, loaded by nothing but transformers."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -59,13 +60,16 @@ def test_other_files_and_model_card(base: Path, checkpoint: Path, tmp_path: Path
 
 def test_an_adapter_without_a_recorded_prompt_is_ranked_as_its_merge(checkpoint: Path, tmp_path: Path) -> None:
     """Each command's own settings hold for both; a classifier's answers are fixed, by the default settings."""
+    copy = Path(shutil.copytree(checkpoint / "adapter", tmp_path / "copy"))
     for head in ("causal", "classifier"):
-        merge(checkpoint / "adapter", tmp_path / head, MergeOptions(head=head, verify="weights"))
+        merge(copy, tmp_path / head, MergeOptions(head=head, verify="weights"))
     settings = PromptSection(recent_items=3).model_dump()
-    adapter, merged = (open_prompts(str(path), settings) for path in (checkpoint / "adapter", tmp_path / "causal"))
+    adapter, merged = (open_prompts(str(path), settings) for path in (copy, tmp_path / "causal"))
     assert merged.builder.settings == adapter.builder.settings
     assert not {"prompt", "answer_ids"} & merged.provenance.keys()
     assert read_json(tmp_path / "classifier" / "provenance.json")["prompt"] == DEFAULTS | {"style": "chat"}
+    merge(checkpoint / "adapter", tmp_path / "inside", WEIGHTS_ONLY)
+    assert read_json(tmp_path / "inside" / "provenance.json")["merge"]["source"] == "checkpoint step-000007"
 
 
 def test_scores_are_compared_on_the_runs_own_users(checkpoint: Path, tmp_path: Path) -> None:
@@ -100,7 +104,7 @@ def test_dtype_converts_every_tensor_and_the_config(dtype: str, checkpoint: Path
 
 
 def test_max_shard_size(checkpoint: Path, tmp_path: Path) -> None:
-    merge(checkpoint, tmp_path / "merged", MergeOptions(verify="weights", max_shard_bytes=20_000))
+    merge(checkpoint, tmp_path / "merged", MergeOptions(verify="weights", max_shard_size=20_000))
     merge(checkpoint, tmp_path / "plain", WEIGHTS_ONLY)
     files = sorted((tmp_path / "merged").glob("*.safetensors"))
     index = read_json(tmp_path / "merged" / "model.safetensors.index.json")

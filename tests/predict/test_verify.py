@@ -15,6 +15,7 @@ from tests.spawn import run_script
 from tests.summarize.server import serving
 from tests.tokenizers import GEMMA_TEMPLATE, sentencepiece
 from trsr_dist.errors import ConfigError
+from trsr_dist.files import write_json
 from trsr_dist.merge.scores import built_in_samples
 from trsr_dist.predict.diagnosis import Local
 from trsr_dist.predict.server import ScoreServer, ServerSettings
@@ -163,7 +164,8 @@ def test_users_come_from_the_run_beside_the_model_or_are_built_in(tmp_path: Path
     samples, origin = find_samples(str(tmp_path / "merged"), None, 2, "news")
     assert len(samples) == 2 and origin == "built-in prompts"
     step, shards = tmp_path / "checkpoints" / "step-000007", tmp_path / "shards" / "test"
-    (step / "adapter").mkdir(parents=True)
+    for name in ("adapter/adapter_config.json", "provenance.json"):
+        write_json(step / name, {})
     (step.parent / "latest").write_text(step.name)
     write_split_manifest(shards, [write_shard(shards / "test-000000.tar", built_in_samples("news")[:3])], {}, {})
     for model in ("", "merged", "checkpoints", "checkpoints/latest", "checkpoints/step-000007/adapter", step):

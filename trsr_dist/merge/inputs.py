@@ -29,13 +29,7 @@ logger = get_logger("merge")
 STAGE = "merge"
 SPARE_BYTES = 2**26
 """Room for everything beside the weights."""
-OF_WEIGHTS = {
-    "head": "--head",
-    "dtype": "--dtype",
-    "max_shard_bytes": "--max-shard-size",
-    "verify": "--verify",
-    "tolerance": "--tolerance",
-}
+OF_WEIGHTS = ("head", "dtype", "max_shard_size", "verify", "tolerance")
 """Options that mean nothing where no merged weights are written."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -50,8 +44,8 @@ class MergeOptions:
     head: Literal["causal", "classifier"] = "causal"
     """classifier: one label, whose logit is the log-odds of yes."""
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
-    max_shard_bytes: int | None = None
-    """None: the base's files."""
+    max_shard_size: int | None = None
+    """Bytes of a file; None: the base's files."""
     verify: Literal["auto", "scores", "weights", "none"] = "auto"
     """auto: scores where memory allows, else weights."""
     tolerance: float | None = None
@@ -65,8 +59,8 @@ class MergeOptions:
     @property
     def of_weights(self) -> str:
         """Those of ``OF_WEIGHTS`` that are given, as on the command line."""
-        given = [flag for name, flag in OF_WEIGHTS.items() if getattr(self, name) != getattr(MergeOptions(), name)]
-        return ", ".join(given)
+        given = (name for name in OF_WEIGHTS if getattr(self, name) != getattr(MergeOptions(), name))
+        return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +106,7 @@ def prepare(
     dtype = DTYPES.get(options.dtype)
     keep_tied = bool(adapter.config.ensure_weight_tying)
     unties = is_tied(declared) and not is_tied(config)
-    plan = make_plan(by_file, changes, tied, keep_tied, dtype, options.max_shard_bytes, unties)
+    plan = make_plan(by_file, changes, tied, keep_tied, dtype, options.max_shard_size, unties)
     vocabulary = config.get_text_config().vocab_size
     builder = resolve_prompt(source.tokenizer or base, source.tokenizer is None, vocabulary, source.provenance)
     values, padding = {}, ""
@@ -141,15 +135,12 @@ def check_output(output: Path, inputs: list[Path], force: bool) -> None:
             raise RunError(f"{output}: is or holds the input {path}; choose another --output")
     if output.exists() and not output.is_dir():
         raise RunError(f"{output}: a file; choose another --output")
-    if force and output.is_dir() and any(output.iterdir()) and not is_merge(output):
-        raise RunError(
-            f"{output}: holds files that are no earlier merge, and only such a one is replaced. Empty it first"
-        )
-
-
-def is_merge(folder: Path) -> bool:
-    """Whether a folder is a finished output of this stage."""
-    return (folder / MANIFEST).is_file() and read_manifest(folder).get("stage") == STAGE
+    if force and output.is_dir() and any(output.iterdir()):
+        manifest = read_manifest(output) if (output / MANIFEST).is_file() else {}
+        if manifest.get("stage") != STAGE:
+            raise RunError(
+                f"{output}: holds files that are no earlier merge, and only such a one is replaced. Empty it first"
+            )
 
 
 def check_space(output: Path, num_bytes: int) -> None:

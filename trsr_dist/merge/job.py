@@ -47,8 +47,8 @@ def merge(checkpoint: Path, output: Path, options: MergeOptions) -> None:
         if asked := options.of_weights or options.adapter_only * "--adapter-only":
             made_from = source.provenance["merge"].get("source", "its checkpoint")
             raise ConfigError(
-                f"{source.folder}: a merged model, which holds no adapter, so that {asked} cannot be followed; name with "
-                f"--checkpoint what it was made from ({made_from})"
+                f"{source.folder}: a merged model, which holds no adapter, so that {asked} cannot be followed; name "
+                f"with --checkpoint what it was made from ({made_from})"
             )
         logger.info(f"{source.folder}: already a merged model; nothing to do")
         return
@@ -59,9 +59,9 @@ def merge(checkpoint: Path, output: Path, options: MergeOptions) -> None:
     check_output(output, [source.folder, base], options.force or options.update)
     if options.dry_run:
         prepared = prepare(source, adapter, base_name, base, fingerprint, options)
-        logger.info(f"would write {_num_bytes(prepared, options) / 1e9:.3f} GB of weights to {output}")
+        logger.info(f"would write {_num_bytes(prepared, options) / 1e6:,.1f} MB of weights to {output}")
         return
-    settings = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_bytes, "only": options.adapter_only}
+    settings = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_size, "only": options.adapter_only}
     settings |= {"head": options.head} if options.head != "causal" else {}  # merges of before have no such key
     hashes = {"adapter": adapter_hash(adapter), "base": fingerprint}
     with writing(output), folder_lock(output) as lock:

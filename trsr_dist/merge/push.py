@@ -16,9 +16,8 @@ from trsr_dist.errors import ModelError, RunError
 from trsr_dist.files import read_json
 from trsr_dist.log import get_logger, show
 from trsr_dist.merge.card import FILL_IN, is_evaluation_of, keep_answers, model_card
-from trsr_dist.merge.inputs import is_merge
-from trsr_dist.model.artifacts import PROVENANCE
-from trsr_dist.run import read_manifest
+from trsr_dist.model.artifacts import PROVENANCE, read_provenance
+from trsr_dist.run import MANIFEST, read_manifest
 
 CARD = "README.md"
 ORIGIN = "MODEL.json"
@@ -106,7 +105,7 @@ def complete_files(folder: Path) -> dict[str, int]:
     Raises:
         ModelError: it is no finished merge, or a file is missing or of another size.
     """
-    if not is_merge(folder):
+    if not (folder / MANIFEST).is_file() or "merge" not in read_provenance(folder):
         raise ModelError(
             f"{folder}: no folder of tools/merge_lora.py; merge the checkpoint first, with --adapter-only for the "
             "adapter alone"

@@ -116,8 +116,7 @@ def find_samples(model: str, shards: Path | None, num_users: int, domain: str) -
     """
     if shards is None:
         folder = follow(Path(model)).resolve()
-        run = run_of(folder) or run_of(folder.parent) or folder.parent  # of a checkpoint, its adapter, RUN/merged
-        return users_to_compare(run, num_users, domain)
+        return users_to_compare(run_of(folder) or folder.parent, num_users, domain)
     if not (shards / MANIFEST).is_file():
         raise ConfigError(f"--shards {shards}: holds no {MANIFEST}; name a split, such as RUN/shards/test")
     return read_users(shards, num_users), str(shards)
