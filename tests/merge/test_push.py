@@ -13,7 +13,7 @@ from tests.merge.hub import COMMIT, Hub, running_hub
 from tests.merge.models import make_base, make_checkpoint
 from trsr_dist.errors import ModelError, RunError
 from trsr_dist.files import read_json, write_json
-from trsr_dist.merge.card import is_evaluation_of
+from trsr_dist.merge.card import find_evaluation, is_evaluation_of
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
 from trsr_dist.merge.push import PushOptions, push
@@ -138,6 +138,16 @@ def test_an_evaluation_of_another_model(change: dict, merges: bool, hub: Hub, me
     with pytest.raises(RunError, match="an evaluation of RUN/merged, another model than"):
         push_to(hub, merged, evaluation=tmp_path / "other.json")
     assert hub.files == {}
+
+
+def test_the_runs_own_evaluation_is_found(merged: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """That of test, else that of valid: the same when it is merged and when it is pushed."""
+    provenance = read_json(merged / "provenance.json")
+    assert find_evaluation(merged.parent, provenance)["split"] == "test"
+    write_json(tmp_path / "evaluation" / "test.json", results(provenance | {"train": {"step": 1}}))
+    assert find_evaluation(tmp_path, provenance) is None and "is of another model and is left out" in caplog.text
+    write_json(tmp_path / "evaluation" / "valid.json", results(provenance) | {"split": "valid"})
+    assert find_evaluation(tmp_path, provenance)["split"] == "valid"
 
 
 def test_evaluations_of_models_of_which_nothing_is_recorded() -> None:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from trsr_dist.files import read_json
+from trsr_dist.log import get_logger
 from trsr_dist.records import has_scale
+from trsr_dist.run import RunFolder
 
 FILL_IN = "_To be filled in._"
 TRAINING = ("shards", "train", "config", "init_adapter", "teacher")
 """What a provenance.json records of the training."""
 OPEN_POINTS = ("Licence (the base's terms apply)", "Data: origin, consent, licence", "Intended use and users")
+
+log = get_logger("merge")
 
 
 def model_card(provenance: dict[str, Any], metrics: dict[str, Any] | None) -> str:
@@ -94,6 +100,16 @@ def is_evaluation_of(results: dict[str, Any], provenance: dict[str, Any]) -> boo
     if not (ours["adapter"] and theirs["adapter"]):
         ours["adapter"] = theirs["adapter"] = ours["train"]
     return bool(ours["adapter"]) and ours == theirs
+
+
+def find_evaluation(run: Path, provenance: dict[str, Any]) -> dict[str, Any] | None:
+    """Results of this model in a run folder, those of the test split before those of the validation split."""
+    paths = (RunFolder(run).evaluation / f"{split}.json" for split in ("test", "valid"))
+    for path in filter(Path.is_file, paths):
+        if is_evaluation_of(results := read_json(path), provenance):
+            return results
+        log.warning("%s is of another model and is left out of the card", path)
+    return None
 
 
 def _training(provenance: dict[str, Any]) -> list[str]:

@@ -34,8 +34,6 @@ REFUSED = {
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
 }
-
-
 SET_BY_FEW = ("rank_pattern", "alpha_pattern", "fan_in_fan_out", "ensure_weight_tying")
 """Further settings that change what is merged; told of where they are set."""
 

@@ -13,7 +13,7 @@ from trsr_dist.files import atomic_folder, read_json, write_json, writing
 from trsr_dist.hashing import digest
 from trsr_dist.locks import FolderLock, folder_lock
 from trsr_dist.log import get_logger
-from trsr_dist.merge.card import is_evaluation_of, model_card
+from trsr_dist.merge.card import find_evaluation, model_card
 from trsr_dist.merge.changes import adapter_facts, adapter_hash, write_adapter
 from trsr_dist.merge.classifier import write_padding
 from trsr_dist.merge.inputs import DTYPES, STAGE, Inputs, MergeOptions, check_output, check_space, prepare
@@ -128,11 +128,8 @@ def _write(
     lock: FolderLock,
 ) -> None:
     check_space(output, _num_bytes(inputs, options))
-    provenance, metrics, run = make_provenance(inputs, options, hashes["adapter"]), None, inputs.source.run
-    if run is not None:  # its own evaluation, the test split before the validation split
-        paths = (run / "evaluation" / f"{split}.json" for split in ("test", "valid"))
-        found = (read_json(path) for path in paths if path.is_file())
-        metrics = next((results for results in found if is_evaluation_of(results, provenance)), None)
+    provenance, run = make_provenance(inputs, options, hashes["adapter"]), inputs.source.run
+    metrics = find_evaluation(run, provenance) if run is not None else None
     with atomic_folder(output, lock.check) as folder:
         if options.adapter_only:
             write_adapter(inputs.adapter, folder, inputs.base_name.name_or_path)

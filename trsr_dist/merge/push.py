@@ -15,7 +15,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from trsr_dist.errors import ModelError, RunError
 from trsr_dist.files import read_json
 from trsr_dist.log import get_logger, show
-from trsr_dist.merge.card import FILL_IN, is_evaluation_of, keep_answers, model_card
+from trsr_dist.merge.card import FILL_IN, find_evaluation, is_evaluation_of, keep_answers, model_card
 from trsr_dist.model.artifacts import PROVENANCE, read_provenance
 from trsr_dist.run import MANIFEST, read_manifest
 
@@ -39,7 +39,7 @@ class PushOptions:
     repository: str
     """``owner/name`` on the hub."""
     evaluation: Path | None = None
-    """``test.json`` of an evaluation of this model; None: that of its run folder, where there is one."""
+    """Results of an evaluation of this model; None: those of its run folder, where there are any."""
     base_model: str = ""
     """The base's hub id, where the folder knows only a path."""
     public: bool = False
@@ -156,20 +156,16 @@ def without_paths(value: Any) -> Any:
 
 
 def evaluation_of(folder: Path, given: Path | None) -> dict[str, Any] | None:
-    """Results for the card.
+    """Results for the card: as given, or those of the run around the folder.
 
     Raises:
-        RunError: the file is missing, or of another model.
+        RunError: the given file is missing, or of another model.
     """
-    path = given or folder.parent / "evaluation" / "test.json"
-    if not path.is_file():
-        if given is not None:
-            raise RunError(f"{path}: no such file; tools/evaluate.py writes evaluation/test.json")
-        return None
-    results = read_json(path)
-    if is_evaluation_of(results, read_json(folder / PROVENANCE)):
-        return results
-    if given is not None:
-        raise RunError(f"{path}: an evaluation of {results['model']}, another model than {folder}; evaluate this one")
-    log.warning("%s is of another model and is left out of the card", path)
-    return None
+    provenance = read_json(folder / PROVENANCE)
+    if given is None:
+        return find_evaluation(folder.parent, provenance)
+    if not given.is_file():
+        raise RunError(f"{given}: no such file; tools/evaluate.py writes evaluation/test.json")
+    if not is_evaluation_of(results := read_json(given), provenance):
+        raise RunError(f"{given}: an evaluation of {results['model']}, another model than {folder}; evaluate this one")
+    return results
