@@ -2,7 +2,7 @@
 # It can start with `source slurm/site.sh` and change a few lines. Empty means that Slurm's own default holds.
 # shellcheck shell=bash disable=SC2034
 
-# Read by sbatch itself (`source slurm/site.sh` before a plain sbatch; slurm/pipeline.sh does so).
+# Read by sbatch itself: slurm/pipeline.sh sources this file; do so yourself before a plain sbatch.
 #export SBATCH_ACCOUNT=my-project
 #export SBATCH_PARTITION=gpu
 #export SBATCH_QOS=normal
@@ -40,13 +40,13 @@ TRSR_SCRATCH=${TRSR_SCRATCH:-${TMPDIR:-/tmp}}
 # A job that has restarted this often without new work on the disk is given up.
 TRSR_IDLE_RESTARTS=${TRSR_IDLE_RESTARTS:-3}
 
-# A task without a sign of life for so long is gone, and its job requeued. Longer than NFS keeps a file's time (60).
+# A task without a sign of life for this many seconds is gone, and its job requeued. Must exceed NFS attribute caching (60).
 TRSR_TASK_SECONDS=${TRSR_TASK_SECONDS:-90}
 
 # 0: no preflight.
 TRSR_PREFLIGHT=${TRSR_PREFLIGHT:-1}
 
-# So long do the ranks of a preflight wait for each other.
+# Seconds the preflight ranks wait for each other.
 TRSR_PREFLIGHT_SECONDS=${TRSR_PREFLIGHT_SECONDS:-60}
 
 # 1: a node that fails the preflight is excluded when its job is requeued (needs spare nodes).

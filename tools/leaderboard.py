@@ -1,8 +1,9 @@
 """Put the evaluations of several runs into one table: OUTPUT.md and OUTPUT.json.
 
-Runs with the same candidate lists share a table. Beside each stand what its settings change in the shared config, the
-control, the paired differences to BM25 and SASRec, and what it cost. An earlier table's rows are kept by naming its
-.json among the runs.
+Runs with the same candidate lists, users and metrics share a table. Beside each stand what the settings of its training
+and evaluation change in the shared config, the control, the paired differences to BM25 and SASRec, and what it cost. An
+earlier table's rows are kept by naming its .json first: of rows of one run in one table the last stays. What OUTPUT.md
+says above the line of its command is kept.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 
 from trsr_dist.cli import path, run_command
 from trsr_dist.config import load_config
-from trsr_dist.evaluate.leaderboard import read_entries, write_leaderboard
+from trsr_dist.evaluate.leaderboard import gather_entries, write_leaderboard
 
 EXAMPLE = "python tools/leaderboard.py runs/real-* --config configs/smollm2.yaml --output docs/real_results"
 
@@ -26,18 +27,15 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", type=path, required=True, metavar="FILE", help="the shared config")
     parser.add_argument("--output", type=path, required=True, metavar="NAME", help="without suffix")
     parser.add_argument("--split", default="test", choices=("valid", "test"))
-    parser.add_argument("--note", type=path, metavar="FILE", help="text that stands above the tables")
     return parser
 
 
 def main() -> None:
     """Read the runs, write the table."""
     args = build_parser().parse_args()
-    shared = load_config(args.config)
-    entries = [entry for run in args.runs for entry in read_entries(run, shared, args.split)]
+    entries = gather_entries(args.runs, load_config(args.config), args.split)
     command = f"python tools/leaderboard.py {shlex.join(sys.argv[1:])}"
-    note = args.note.read_text(encoding="utf-8").strip() if args.note else "# Results"
-    write_leaderboard(entries, f"{note}\n\nWritten by `{command}`.", args.output)
+    write_leaderboard(entries, command, args.output)
 
 
 if __name__ == "__main__":

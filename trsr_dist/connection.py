@@ -26,7 +26,9 @@ HANGING = 3.0
 """Times the limit of a try: connecting and waiting for a free connection have separate limits."""
 LEAST_QUERY_CHARACTERS = 4
 """Shorter values of an address's query are no secrets."""
-PER_REQUEST = re.compile("context|too long", re.IGNORECASE)
+COMMON_WORD = re.compile(r"[a-z]{1,7}|\d{1,7}", re.IGNORECASE)
+"""A server that wants no secret gets a key such as local or EMPTY: in a text that is a word."""
+PER_REQUEST = re.compile("context|too long|at least 1,", re.IGNORECASE)
 """Refused for its length: another prompt may fit, though the words name options too."""
 MALFORMED = (
     ValueError, TypeError, LookupError, AttributeError, RecursionError, openai.APIResponseValidationError
@@ -88,10 +90,10 @@ class Connection:
         self.address = parts.public
         queries = [value for value in parts.query.values() if len(value) >= LEAST_QUERY_CHARACTERS]
         values = [key, parts.password, f"{parts.user}:{parts.password}" if parts.password else "", *queries]
-        self.secrets = Secrets(values)
-        """Struck from everything that the server says."""
+        self.secrets = Secrets(value for value in values if not COMMON_WORD.fullmatch(value))
+        """Struck from texts, too."""
         self.private = Secrets([*values, parts.user])
-        """Struck from messages; in texts the user's name may be a common word."""
+        """Struck from messages; in texts a user's name may be a common word."""
         self.limits = Limits(timeout_seconds)
         headers = {"Accept-Encoding": "identity"}
         if parts.user or parts.password:  # they take the key's place, as in any HTTP client

@@ -28,6 +28,7 @@ MOVED = "old"
 TEMPORARY = "tmp"
 PARTIAL = "partial"
 STALE_READS = 5
+"""Times that NFS may name a file which another client has replaced."""
 MAX_LINE_BYTES = 1 << 26
 MAX_TEXT_BYTES = 1 << 28
 """Of a file that is read whole: configs, manifests, JSON."""

@@ -15,10 +15,10 @@ from typing import Any
 
 from trsr_dist.environment import detect_ranks
 from trsr_dist.errors import DataError
+from trsr_dist.files import STALE_READS
 from trsr_dist.json_text import parse_json
 from trsr_dist.processes import has_ended, process_start, server_time_ns
 
-STALE_READS = 5
 MAX_SIGN_BYTES = 2**20
 
 

@@ -50,6 +50,7 @@ class MetricLog:
         trackers: get the same (``trackers.open_metrics``).
         purge_step: this stage's rows at and above this step are superseded (a resumed run): removed, as torn ones are.
         fence: raises where this process may no longer write (``locks.FolderLock.check``).
+        redone: rows of the step before ``purge_step`` with names that begin so are superseded, too; None: none are.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class MetricLog:
         trackers: Sequence[Sink] = (),
         purge_step: int | None = None,
         fence: Callable[[], None] | None = None,
+        redone: str | None = None,
     ) -> None:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._stage = stage
@@ -67,6 +69,9 @@ class MetricLog:
         if purge_step is not None and path.exists():
             rows = _whole_rows(path.read_text(encoding="utf-8", errors="replace").splitlines())
             kept = [row for row in rows if row["stage"] != stage or row["step"] < purge_step]
+            if redone is not None:
+                again = (stage, purge_step - 1)
+                kept = [row for row in kept if (row["stage"], row["step"]) != again or not _has(row, redone)]
             with atomic_file(path) as stream:
                 stream.writelines(json.dumps(row) + "\n" for row in kept)
         self._rows = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
@@ -96,6 +101,10 @@ class MetricLog:
         self._rows.close()
         for tracker in self._trackers:
             tracker.close(settings or {}, final or {})
+
+
+def _has(row: Mapping[str, Any], start: str) -> bool:
+    return any(name.startswith(start) for name in row)
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:

@@ -281,7 +281,12 @@ class Background:
 
 
 def open_metrics(
-    config: Config, root: Path, stage: str, purge_step: int | None = None, fence: Callable[[], None] | None = None
+    config: Config,
+    root: Path,
+    stage: str,
+    purge_step: int | None = None,
+    fence: Callable[[], None] | None = None,
+    redone: str | None = None,
 ) -> MetricLog:
     """The log of a stage's metrics, with the trackers of ``run.trackers``.
 
@@ -291,8 +296,9 @@ def open_metrics(
         stage: its name.
         purge_step: see ``MetricLog``.
         fence: the same.
+        redone: the same.
     """
     settings = parse_json(strike_addresses(json.dumps(flat_settings(config))))
     tracked = TrackedStage(root, stage, settings, purge_step)
     names = [name for name in config.run.trackers if name != "tensorboard" or config.run.tensorboard]
-    return MetricLog(root, stage, [Background(n, TRACKERS[n], tracked) for n in names], purge_step, fence)
+    return MetricLog(root, stage, [Background(n, TRACKERS[n], tracked) for n in names], purge_step, fence, redone)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic import BaseModel
@@ -23,8 +23,10 @@ both: `python launch/train.py --config configs/mind.yaml train.learning_rate=2e-
 keys, wrong types and settings that contradict each other are refused before anything is read. `python tools/setting.py
 --config FILE` prints the merged config, and every stage keeps the one it ran with in `RUN/config/`.
 
-**fixed**: a training that goes on from a checkpoint refuses another value. **noted**: it goes on under the new value
-and says so. All others may change at any time. This page is written by `python -m tests.core.settings_page`.
+**fixed**: a training that resumes from a checkpoint refuses another value; so it does with other shards (`data`,
+`summarize`), another `prompt` and another base. **noted**: it resumes with the new value and logs a warning. The other
+settings of a training may change at any restart. A finished stage is not redone for other settings: it reports the
+difference and wants `--force`. This page is written by `python -m tests.core.settings_page`.
 """
 TITLES = {
     "run": "the run's folder and seed",
@@ -41,6 +43,10 @@ TITLES = {
 SIGNS = {Ge: ("ge", "≥"), Gt: ("gt", ">"), Le: ("le", "≤"), Lt: ("lt", "<"), MinLen: ("min_length", "at least")}
 EXPECTED = {"≥ 0", "≥ 1", "at least 1 values"}
 ON_RESUME = {OnResume.REFUSED: "fixed", OnResume.SAID: "noted"}
+HELD_BY_STREAM = {"run.seed"} | {
+    f"train.{key}" for key in ("negatives_per_positive", "pool", "row_tokens", "rows_per_step")
+}
+"""Fixed too: ``trsr_dist.shards.steps.StreamState`` compares what the rows depend on."""
 
 
 def page() -> str:
@@ -52,15 +58,23 @@ def page() -> str:
 def section_text(name: str, section: type[BaseModel]) -> str:
     rows = [row(f"{name}.{key}", field) for key, field in section.model_fields.items()]
     return "\n".join(
-        [f"## `{name}`: {TITLES[name]}", "", "| setting | default | meaning |", "|---|---|---|", *rows, ""]
+        [f"## `{name}`: {TITLES[name]}", "", "| setting | default | values | meaning |", "|---|---|---|---|", *rows, ""]
     )
 
 
 def row(key: str, field: FieldInfo) -> str:
     marks = [f"**{ON_RESUME[mark]}**." for mark in field.metadata if isinstance(mark, OnResume)]
+    marks += ["**fixed**."] if key in HELD_BY_STREAM else []
     limits = [limit(mark) for mark in field.metadata if type(mark) in SIGNS and limit(mark) not in EXPECTED]
-    meaning = " ".join([" ".join(field.description.split()), *([f"({', '.join(limits)})"] if limits else []), *marks])
-    return f"| `{key}` | {default(field.default)} | {cell(meaning)} |"
+    values = ", ".join([*(f"`{choice}`" for choice in choices(field.annotation)), *limits])
+    return f"| `{key}` | {default(field.default)} | {values} | {cell(' '.join([*field.description.split(), *marks]))} |"
+
+
+def choices(annotation: Any) -> tuple[str, ...]:
+    """The values that a setting, or each element of it, may have; none where they are not enumerated."""
+    if get_origin(annotation) is tuple:
+        return choices(get_args(annotation)[0])
+    return get_args(annotation) if get_origin(annotation) is Literal else ()
 
 
 def limit(mark: Any) -> str:

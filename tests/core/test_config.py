@@ -291,13 +291,11 @@ FREE_ON_RESUME = {
     "negatives_per_positive",  # the stream's state holds it
     "pool_size",  # the shards' manifest does
     "pool",  # the stream's state, through the plan
-    "teacher",  # the stream's state names its scores
     "num_epochs",  # through the number of steps, which is compared
     "max_steps",
     "row_tokens",  # the stream's state
     "rows_per_step",
     "deepspeed_config",
-    "precision",
     "activation_checkpointing",
     "num_workers",
     "shards_url",

@@ -34,6 +34,18 @@ def test_a_resumed_stage_takes_out_what_it_makes_again(tmp_path: Path) -> None:
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(rows) == 11
 
 
+def test_a_validation_that_is_made_again_leaves_one_row(tmp_path: Path) -> None:
+    metrics = MetricLog(tmp_path, "train")
+    for step in (2, 4):
+        for name in ("train/loss", "valid/auc"):
+            metrics.write(step, {name: 0.5})
+    metrics.close()
+    for redone, rows in ((None, 4), ("valid/", 3)):
+        MetricLog(tmp_path, "train", purge_step=5, redone=redone).close()
+        assert len(found := list(read_metrics(tmp_path))) == rows
+    assert [row["step"] for row in found if "valid/auc" in row] == [2]
+
+
 def test_a_process_that_was_cut_off_writes_nothing_more(tmp_path: Path) -> None:
     lost = []
 

@@ -4,7 +4,7 @@ import csv
 import gzip
 import json
 from collections.abc import Callable
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +185,10 @@ BAD: dict[str, tuple[str, Callable[[Path], object], list[str], str]] = {
         ".csv", lambda raw: lines_end(raw / "interactions.csv", "u9,N1,soon\n"), [COLUMNS],
         r"interactions\.csv:146: time 'soon', expected Unix seconds or ISO 8601",
     ),
+    "a quotation mark over two rows": (
+        ".tsv", lambda raw: lines_end(raw / "items.tsv", 'N60\t"Heroes\tc0\nN61\tVillains"\tc1\n'), [COLUMNS],
+        r"items\.tsv:62: a quotation mark that opens here closes in line 63, .*remove or double the mark",
+    ),
     "a list as text": (
         ".csv", lambda raw: None, [COLUMNS.replace("item: sku", "history: sku, target: sku")],
         r"interactions\.csv:2: sku is 'N\d+', expected a list of ids",
@@ -221,3 +225,46 @@ def test_columns_are_of_formats_that_have_them(tmp_path: Path) -> None:
         prepare(make_config(tmp_path, "mind", "data.columns={user: u}"))
     with pytest.raises(ConfigError, match=r"data\.columns='usr': Input should be 'user', 'item'"):
         load_config("configs/jsonl.yaml", ["data.columns={usr: u}"])
+
+
+def test_columns_that_pandas_writes_are_no_texts_and_its_types_are_read(tmp_path: Path) -> None:
+    """Row numbers without or with a name of pandas' own, bytes, dates and times to the nanosecond."""
+    raw = raw_folder(tmp_path)
+    odd = {"": range(NUM_ITEMS), "Unnamed: 0": range(NUM_ITEMS), "__index_level_0__": range(NUM_ITEMS)}
+    items = pa.table({
+        **odd,
+        "sku": [f"N{i}" for i in range(NUM_ITEMS)],
+        "title": pa.array([f"Thing {i}".encode() for i in range(NUM_ITEMS)]),
+        "day": pa.array([date(2024, 1, 1 + i % 20) for i in range(NUM_ITEMS)]),
+    })  # fmt: skip
+    pq.write_table(items, raw / "items.parquet")
+    log = pa.Table.from_pylist(LOG)
+    times = pa.array([row["bought_at"] * 10**9 + 1 for row in LOG], pa.timestamp("ns"))
+    pq.write_table(log.set_column(2, "bought_at", times), raw / "interactions.parquet")
+    store = run(tmp_path, "table", COLUMNS)
+    assert store.catalogue.text(3) == "title: Thing 3; day: 2024-01-04"
+    _, row = users_of(store)["u7"]
+    assert [store.catalogue.id(item) for item in row.history] == clicks(7)[:-1]
+
+
+@pytest.mark.parametrize("kind", ["date", "day", "number", "text"])
+def test_dates_are_times(tmp_path: Path, kind: str) -> None:
+    """As Arrow's type in columns and beside a row that is not as usual, and as 20240131120000."""
+    raw = write_tables(tmp_path, ".parquet")
+    places = [day for _ in range(USERS) for day in range(len(clicks(0)))][::-1]
+    days = [datetime(2024, 1, 1 + place, 12, tzinfo=UTC) for place in places]
+    log = pa.table({"customer": [row["customer"] for row in LOG], "sku": [row["sku"] for row in LOG]})
+    compact = [f"{day:%Y%m%d%H%M%S}" for day in days]
+    column = {"number": pa.array(map(int, compact)), "text": pa.array(compact)}.get(kind, pa.array(days, pa.date32()))
+    if kind == "day":  # an id with a blank among them: the rows are read one by one
+        log = log.set_column(1, "sku", pa.array([f"{row['sku']} " for row in LOG]))
+    pq.write_table(log.append_column("bought_at", column), raw / "interactions.parquet")
+    _, row = users_of(run(tmp_path, "table", COLUMNS))["u7"]
+    hour = 0 if kind in ("date", "day") else 12
+    assert row.time == datetime(2024, 1, len(clicks(0)), hour, tzinfo=UTC).timestamp()
+
+
+def test_settings_of_other_formats_are_refused(tmp_path: Path) -> None:
+    for setting in ("data.locale=UK", "data.behaviors_file=b.tsv", "data.sessions_file=s.csv"):
+        with pytest.raises(ConfigError, match=rf"{setting.partition('=')[0]} is for data\.format=.*, not for table"):
+            prepare(make_config(tmp_path, "table", setting))

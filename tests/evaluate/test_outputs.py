@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,10 @@ from tests.kills import killed_at_every_change
 from trsr_dist.config import load_config
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import DataError
-from trsr_dist.evaluate import job
+from trsr_dist.evaluate import job, report
+from trsr_dist.evaluate.evaluation import Evaluation
 from trsr_dist.evaluate.job import evaluate
+from trsr_dist.evaluate.reduce import Reduced
 from trsr_dist.evaluate.report import publish
 from trsr_dist.shards.reader import ShardSet
 
@@ -147,16 +150,33 @@ def test_colleagues_may_read_all_outputs(run: Path, alone: Path) -> None:
     assert len(files) > 40 and closed_to_others(files) == []
 
 
+def published(run: Path, alone: Path, output: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Evaluation, Reduced]:
+    """What an evaluation in a copy of the folder publishes; here it does not."""
+    found: list[tuple[Evaluation, Reduced]] = []
+    shutil.copytree(alone, output)
+    (output / "test" / "manifest.json").unlink()
+    monkeypatch.setattr(job, "publish", lambda *arguments: found.append(arguments))
+    evaluate(load_config(run / "config.yaml"), "RUN/merged", output=str(output))
+    return found[0]
+
+
+def test_curves_are_those_of_the_models_own_training(
+    run: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, reduced = published(run, alone, tmp_path / "out", monkeypatch)
+    rows = [{"stage": "train", "step": step, "train/loss": 1.0} for step in (1, 2)]
+    monkeypatch.setattr(report, "read_metrics", lambda root: iter(rows))
+    for trained, num_figures in ((True, 5), (False, 4), (None, 4)):
+        publish(found, replace(reduced, results=reduced.results | {"trained_on_these_shards": trained}))
+        assert found.report.read_text().count("<svg") == num_figures
+
+
 def test_killed_at_every_change_of_what_is_published(
     run: Path, alone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Until the manifest is there again, which comes last, it counts as unfinished and is published again."""
-    output, published = tmp_path / "out", []
-    shutil.copytree(alone, output)
-    (output / "test" / "manifest.json").unlink()
-    monkeypatch.setattr(job, "publish", lambda *arguments: published.append(arguments))
-    evaluate(load_config(run / "config.yaml"), "RUN/merged", output=str(output))
-    (arguments,) = published
+    output = tmp_path / "out"
+    arguments = published(run, alone, output, monkeypatch)
     publish(*arguments)
     files = [output / name for name in ("test.json", "test/manifest.json", "report.html", "config/evaluate.yaml")]
     contents = [path.read_bytes() for path in files]

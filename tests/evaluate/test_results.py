@@ -17,6 +17,7 @@ from trsr_dist.evaluate.results import (
     build_results,
     length_slice,
     slice_table,
+    system_results,
 )
 from trsr_dist.evaluate.table import gain_line, metric_table
 
@@ -81,11 +82,28 @@ def test_equal_input_gives_equal_bytes_and_no_samples_no_intervals() -> None:
     assert "corrected" not in bare["calibration"]
 
 
+def test_numbers_do_not_depend_on_which_systems_there_are_nor_on_their_order() -> None:
+    labels, scores = scores_of(120)
+    scores["popularity"] = [np.random.default_rng(user).integers(9, size=21) for user in range(120)]
+    found = []
+    for names in (list(scores), [*scores][::-1], ["control", "random", "popularity"]):
+        outcomes = Outcomes(OutcomeTable(SETTINGS.top_k))
+        outcomes.add({"model": scores["model"]} | {name: scores[name] for name in names}, labels)
+        found.append(system_results(outcomes.systems(), SETTINGS))
+        outcomes = Outcomes(OutcomeTable(SETTINGS.top_k))
+        outcomes.add({name: scores[name] for name in names[::-1]} | {"model": scores["control"]}, labels)
+        found.append(system_results(outcomes.systems(), SETTINGS))
+    assert found[0] == found[2] == found[4] and found[1] == found[3] == found[5]
+    assert all(found[0][key] == found[1][key] for key in ("baselines", "baseline_confidence")), "whatever the model"
+
+
 def test_slices_need_more_than_30_users_and_stand_in_order() -> None:
     kinds = ["6-10"] * 31 + ["over 50"] * 31 + ["11-15"] * 31 + ["1-5"] * 30
     table, labels = OutcomeTable(()), [np.array([1, 0])] * 124
     best, worst = table.add([np.array([1.0, 0.0])] * 124, labels), table.add([np.array([0.0, 1.0])] * 124, labels)
     facts = facts_of([{}, *({"history length": kind, "trimmed": "no"} for kind in kinds)])
+    odd = facts_of([{"category": "\u2460" if user % 2 else "\u00b2"} for user in range(124)])
+    assert [value for _, value, _ in odd.slices()] == ["\u00b2", "\u2460"], "digits that are no numbers"
     systems = RankedSystems(table, {"model": best, "control": worst}, 248)
     rows = slice_table(facts, systems, ResultSettings((), 10, 0, None))
     found = [(row["slice"], row["value"], row["num_users"]) for row in rows]

@@ -94,8 +94,12 @@ def small_grid(monkeypatch: pytest.MonkeyPatch) -> list[SequentialSettings]:
     return grid
 
 
-def test_trained_models_are_kept_by_histories_settings_and_seed(
-    run: Path, tmp_path: Path, small_grid: list[SequentialSettings], capsys: pytest.CaptureFixture
+def test_trained_models_are_kept_by_histories_settings_seed_and_code(
+    run: Path,
+    tmp_path: Path,
+    small_grid: list[SequentialSettings],
+    capsys: pytest.CaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     setup_logging()
     store = HistoryStore(run / "histories")
@@ -116,6 +120,10 @@ def test_trained_models_are_kept_by_histories_settings_and_seed(
     build_rankers(store, ["gru4rec"], 1, tmp_path)
     assert times.items() < {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}.items()
     assert len(list(tmp_path.iterdir())) == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(baselines, "VERSION", 0)
+        build_rankers(store, ["gru4rec"], 0, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 6
     for path in times:
         path.write_bytes(b"no model")
     with pytest.raises(DataError, match=r"gru4rec-.*.safetensors: not a gru4rec of these histories .*; remove it"):

@@ -136,6 +136,8 @@ def test_a_mined_pool_is_drawn_from_and_bound_to_scores_and_settings(scored: Pat
     shards, scores = ShardSet(run / "shards" / "train"), scores_of(run)
     lengths = measure_lengths(shards, open_prompts(str(run / "merged"), config.prompt.model_dump()).builder)
     settings = PackingSettings(2048, 2, 2, 0)
+    for part in scores.glob("part-*"):
+        part.unlink()  # the table is enough
     with pytest.raises(RunError, match="not complete; run tools/mine_negatives.py"):
         open_pool(shards, 2)
     assert mine_negatives(config, "RUN/merged", 3, 0.95) == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.shards.world import make_split
+from tests.shards.world import make_builder, make_split
 from trsr_dist.processes import process_start
+from trsr_dist.shards.measure import Measuring, Share, measure_lengths
 
 ROOT = Path(__file__).parents[2]
 TRAINING = """
@@ -45,3 +48,25 @@ def test_no_worker_is_left_behind(tmp_path: Path, end: str) -> None:
     training.wait()
     while any(process_start(worker) for worker in workers):
         time.sleep(0.05)
+
+
+def test_signals_to_the_job_step_do_not_end_the_measuring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers have inherited the training's handlers."""
+    measure, numbers = Measuring.measure, (signal.SIGTERM, signal.SIGUSR1)
+
+    def signalled(self: Measuring, number: int, first: tuple[int, ...]) -> None:
+        for name in numbers:
+            os.kill(os.getpid(), name)
+        measure(self, number, first)
+
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(128 + number)
+
+    monkeypatch.setattr(Measuring, "measure", signalled)
+    before = [signal.signal(number, leave) for number in numbers]
+    try:
+        lengths = measure_lengths(make_split(tmp_path / "train"), make_builder(), Share(num_workers=2))
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+    assert lengths.facts.num_samples == 200

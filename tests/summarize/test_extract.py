@@ -60,3 +60,13 @@ def test_fields_of_products() -> None:
 def test_any_text_gives_some_summary(text: str) -> None:
     assert extract(SummaryPrompt("", (), (text,)), 10)
     assert extract(SummaryPrompt("", (text,), ()), 10)
+
+
+def test_terms_that_end_as_a_count_does_are_read_back_as_they_are() -> None:
+    """Heat (1995), seen once, is no Heat that was seen 1995 times; a word that ends in "words:" opens no list."""
+    items = tuple(f"genre: drama; title: {title}" for title in ("Heat (1995)", "Alien (1979)", "Alien (1979)"))
+    once = extract(SummaryPrompt("", (), items), 50)
+    assert once == "drama/Alien (1979) (2), drama/Heat (1995) (1)"
+    assert extract(SummaryPrompt("", (once, once), ()), 50) == "drama/Alien (1979) (4), drama/Heat (1995) (2)"
+    topic = extract(SummaryPrompt("", (), ("kind: Passwords: why; title: Tech",)), 50)
+    assert extract(SummaryPrompt("", (topic,), ()), 50) == topic == "Passwords: why/Tech"

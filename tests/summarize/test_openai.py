@@ -324,8 +324,42 @@ def test_an_outage_blames_no_request(status: int) -> None:
     def out_of_order(handler: Handler, body: dict, tries: int) -> None:
         handler.reply({"error": {"message": "not now"}}, status, {"Retry-After": "0.01"})
 
-    with serving(out_of_order) as server, pytest.raises(EngineError, match=f"{status}.*start the server and run"):
-        ask(engine(server, max_retries=1), 1)
+    remedy = "lower summarize.max_in_flight or raise summarize.max_retries" if status == 429 else "start the server"
+    with serving(out_of_order) as server:
+        with pytest.raises(EngineError, match=f"{status}.*{remedy} and run"):
+            ask(engine(server, max_retries=1), 1)
+        with pytest.raises(EngineError, match=f"{status}.*{remedy} and run"):  # in counting tokens, too
+            engine(server, max_retries=1)._fit(SummaryPrompt("say", (), ("long " * 200,)))
+
+
+def test_a_prompt_that_leaves_no_room_changes_no_later_request() -> None:
+    """vLLM names max_tokens in what it says of a prompt that is too long."""
+
+    def answer(handler: Handler, body: dict, tries: int) -> None:
+        if "of 0" in prompt_of(body):
+            words = "max_tokens must be at least 1, got -45. (parameter=max_tokens, value=-45)"
+            handler.reply({"error": {"message": words, "param": "max_tokens"}}, 400)
+        else:
+            good(handler, body, tries)
+
+    with serving(answer) as server:
+        client = OpenAIEngine(server.address, "small", "plain", {}, 400, 1, 10.0, 1)
+        for number in range(3):
+            client.submit(Request(str(number), SummaryPrompt(f"say of {number}"), 20))
+        done = sorted((client.poll() + client.poll() + client.poll()), key=lambda completion: completion.key)
+        client.close()
+        assert ["max_tokens" in body for _, body, _ in server.requests] == [True] * len(server.requests)
+    assert "at least 1" in done[0].error and not (done[1].error or done[2].error)
+
+
+def test_a_base_model_wants_another_protocol() -> None:
+    words = "default chat template is no longer allowed, so you must provide a chat template"
+
+    def answer(handler: Handler, body: dict, tries: int) -> None:
+        handler.reply({"error": {"message": words}}, 400)
+
+    with serving(answer) as server, pytest.raises(EngineError, match=r"set summarize\.prompt_style=plain"):
+        ask(engine(server), 1)
 
 
 LONG = {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": "x" * 3000}}

@@ -249,6 +249,10 @@ class TestRetries:
             "summarize.chat_template_kwargs"
         )
 
+    def test_any_text_is_better_than_none(self, tmp_path: Path) -> None:
+        result, _, _ = self.run(tmp_path, Completion("", ""), Completion("", FAULTY, cut=True))
+        assert result.failure is None and result.records[0]["text"] == FAULTY.strip()
+
     def test_an_empty_text_is_not_kept(self, tmp_path: Path) -> None:
         self.run(tmp_path, Completion("", ""), Completion("", ""))
         result, _, log = self.run(tmp_path, Completion("", "Likes tea."), Completion("", ""))

@@ -11,7 +11,7 @@ import pytest
 from tests.summarize.server import Answer, Handler, good, prompt_of, serving
 from tests.summarize.world import run_here, write_config, write_histories
 from trsr_dist.config import load_config
-from trsr_dist.connection import Address
+from trsr_dist.connection import Address, Connection
 from trsr_dist.errors import ConfigError, TrsrError
 from trsr_dist.printable import Secrets, printable
 from trsr_dist.status import describe_run
@@ -130,3 +130,11 @@ def test_short_secrets_are_struck_as_words_only() -> None:
     assert Secrets(["PW", ""]).strike("PW, PWD, xPW and 'PW'") == "***, PWD, xPW and '***'"
     assert Secrets([""]).strike("as it is") == "as it is"
     assert printable("see http://a:b@host/v1?key=1 now") == "see http://***@host/v1?*** now"
+
+
+def test_a_key_that_is_a_common_word_is_one_in_texts() -> None:
+    """Of a server that wants no key; in messages it is struck all the same."""
+    found = Connection("http://host:8000/v1", "local", 1.0, 0, "x")
+    assert found.secrets.strike("reads local news") == "reads local news"
+    assert found.private.strike("wrong key local") == "wrong key ***"
+    assert Connection("http://host:8000/v1", "l0cal", 1.0, 0, "x").secrets.strike("an l0cal key") == "an *** key"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import asdict
 from logging import WARNING
 from pathlib import Path
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 
 from trsr_dist.errors import CheckpointError, RunError
 from trsr_dist.files import read_json, sha256_of, write_json
+from trsr_dist.model import artifacts
 from trsr_dist.train import checkpoints
 from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState, read_checkpoint
 
@@ -104,8 +107,9 @@ class TestFolders:
         assert read_json(path / "adapter" / "adapter_config.json") == {"r": 4}
 
     def test_the_layout_is_a_contract(self, tmp_path: Path) -> None:
+        assert save(CheckpointFolder(tmp_path, 2), 1).name == "step-000001"
         path = save(CheckpointFolder(tmp_path, 2), 1_234_567)
-        assert path.name == "step-1234567" and save(CheckpointFolder(tmp_path, 2), 1).name == "step-000001"
+        assert path.name == "step-1234567"
         names = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "optimizer.safetensors"]
         names += ["provenance.json", "state.json"]
         assert list(read_json(path / "manifest.json")["files"]) == names
@@ -158,6 +162,56 @@ class TestFolders:
         assert [path.name for path in tmp_path.iterdir()] == ["step-notes"]
         assert folder.newest() is None
         folder.clear()
+
+    @pytest.mark.parametrize("best", [100, 300])
+    def test_after_a_fall_back_the_pointers_and_what_is_kept_are_of_what_is_whole(
+        self, tmp_path: Path, best: int
+    ) -> None:
+        folder = CheckpointFolder(tmp_path, 3)
+        for step in (100, 200, 300):
+            save(folder, step)
+        folder.mark_best(best)
+        for step in (200, 300):
+            (tmp_path / f"step-{step:06d}" / "optimizer.safetensors").write_bytes(b"x")
+        folder.resume_at(folder.newest())
+        assert (tmp_path / "latest").read_text() == "step-000100\n"
+        assert (tmp_path / "best").is_file() == (best == 100), "a best step of the lost ones is none"
+        for step in (110, 120):
+            assert save(folder, step) == folder.newest().folder
+        assert [path.name for path in folder._folders()] == ["step-000100", "step-000110", "step-000120"]
+        assert (tmp_path / "latest").read_text() == "step-000120\n"
+
+    def test_a_run_that_is_lost_while_it_publishes_removes_no_later_step(self, tmp_path: Path) -> None:
+        calls = []
+
+        def fence() -> None:
+            calls.append(1)
+            if len(calls) > 1:
+                raise RunError("lost")
+
+        save(CheckpointFolder(tmp_path, 2), 9)
+        with pytest.raises(RunError, match="lost"):
+            save(CheckpointFolder(tmp_path, 2, fence), 3)
+        assert (tmp_path / "step-000009").is_dir()
+
+    @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EACCES, errno.EMFILE])
+    def test_a_disk_that_refuses_for_a_moment_throws_no_work_away(
+        self, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        folder = CheckpointFolder(tmp_path, 2)
+        save(folder, 1)
+        path = save(folder, 2) / "optimizer.safetensors"
+
+        def read(name: Path) -> str:
+            if name == path:
+                raise OSError(number, os.strerror(number), str(name))
+            return sha256_of(name)
+
+        monkeypatch.setattr(artifacts, "sha256_of", read)
+        with pytest.raises(RunError, match=rf"{path}: {os.strerror(number)}; "):
+            folder.newest()
+        path.unlink()
+        assert folder.newest().state.step == 1
 
     def test_a_lost_run_clears_nothing(self, tmp_path: Path) -> None:
         def fence() -> None:

@@ -18,7 +18,7 @@ from tests.train.test_run import train_all
 from tests.train.world import link_run, losses_of, make_config, make_run
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import ConfigError
-from trsr_dist.files import read_json
+from trsr_dist.files import read_json, sha256_of
 from trsr_dist.model.artifacts import model_identity
 from trsr_dist.pretrained import BaseSource, load_tokenizer
 from trsr_dist.prompts.builder import PromptBuilder
@@ -103,9 +103,7 @@ def test_every_answer_of_a_row_has_its_own_score(source: Path, tmp_path: Path, n
     assert seen == 2 * 3 * len(shards)
 
 
-def test_ranks_stages_and_resumption_change_no_loss_and_another_teacher_is_refused(
-    source: Path, tmp_path: Path
-) -> None:
+def test_ranks_stages_and_resumption_change_no_loss_and_another_teacher_is_said(source: Path, tmp_path: Path) -> None:
     two = prepare(tmp_path / "two", source, stage=3)
     assert run_ranks(train_all, 2, [two]) == [[""], [""]]
     one, resumed = prepare(tmp_path / "one", source, 1), prepare(tmp_path / "resumed", source, 2, start=two)
@@ -113,13 +111,18 @@ def test_ranks_stages_and_resumption_change_no_loss_and_another_teacher_is_refus
     write_scores(other, seed=2)
     unknown = prepare(tmp_path / "unknown", source, 1)
     shutil.rmtree(next((unknown / "shards" / "train").glob("scores-*")))
-    found, refused, missing = run_ranks(train_all, 1, [one, resumed, other, unknown])[0][1:]
-    assert not found
+    scores = [sha256_of(next((run / "shards" / "train").glob("scores-*/table.npy")))[:12] for run in (two, other)]
+    found, taken, missing = run_ranks(train_all, 1, [one, resumed, other, unknown])[0][1:]
+    assert not found and not taken
     expected = losses_of(two)
     assert len(expected) == NUM_STEPS and losses_of(one) == pytest.approx(expected, abs=1e-5)
     late = {step: loss for step, loss in expected.items() if step > SAVED_STEP}
     assert losses_of(resumed) == pytest.approx(late, abs=1e-5)
-    assert "the checkpoint's stream has teacher='" in refused
+    assert losses_of(other) != pytest.approx(late, abs=1e-5)
+    taught = [
+        read_json(run / "checkpoints" / f"step-{NUM_STEPS:06d}" / "state.json")["settings"] for run in (two, other)
+    ]
+    assert [settings["train.teacher"] for settings in taught] == scores
     assert "not complete; run tools/score_shards.py with this config and --model RUN/base" in missing
     provenance = read_json(two / "checkpoints" / f"step-{NUM_STEPS:06d}" / "provenance.json")
     assert provenance["teacher"]["settings"] == {"seed": 1} and provenance["train"]["loss"] == "distill"

@@ -25,7 +25,7 @@ from trsr_dist.train import elastic
 from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState, read_checkpoint
 from trsr_dist.train.elastic import Saving, adam_step, check_names, gather_state, restore_state, start_from
 from trsr_dist.train.engine import Engine, complete_zero_config
-from trsr_dist.train.losses import row_loss
+from trsr_dist.train.losses import LossSettings, row_loss
 
 ROW = pack_row([make_user("a", 9, (3, 2)), make_user("b", 7, (4,))])
 KINDS = ("weight", "exp_avg", "exp_avg_sq")
@@ -49,7 +49,8 @@ def make_engine(stage: int, precision: str = "float32") -> Engine:
 def train(engine: Engine, *rates: float) -> dict[str, torch.Tensor]:
     """A step at each learning rate; the state after them."""
     for rate in rates:
-        engine.backward(row_loss(engine.wrapped, RowInputs(ROW, CPU), "answer", ANSWERS, 100).total / ROW.num_answers)
+        loss = row_loss(engine.wrapped, RowInputs(ROW, CPU), LossSettings("answer", ANSWERS, 100))
+        engine.backward(loss.total / ROW.num_answers)
         engine.step(rate)
     return gather_state(engine)
 

@@ -16,7 +16,7 @@ from tests.model.world import ANSWERS, CPU, make_model, make_user, model_config,
 from trsr_dist.model.inputs import RowInputs, separate_prompts
 from trsr_dist.records import RANKING_LOSSES
 from trsr_dist.rows import PackedRow, pack_row
-from trsr_dist.train.losses import RowLoss, distill_sum, listwise_sum, pairwise_sum, row_loss
+from trsr_dist.train.losses import LossSettings, RowLoss, distill_sum, listwise_sum, pairwise_sum, row_loss
 from trsr_dist.train.meter import Sums, count_pairs, scalars
 from trsr_dist.train.step import learning_rate
 
@@ -164,7 +164,7 @@ class TestRowLoss:
     """The losses of a real model's row equal those of its prompts one by one."""
 
     def run(self, base: nn.Module, row: PackedRow, loss: str) -> RowLoss:
-        return row_loss(recommender(base, "dense"), RowInputs(row, CPU), loss, ANSWERS, 100, 0.6, 2.0)
+        return row_loss(recommender(base, "dense"), RowInputs(row, CPU), LossSettings(loss, ANSWERS, 100, 0.6, 2.0))
 
     def test_answer(self, base: nn.Module, row: PackedRow, logits: list[torch.Tensor]) -> None:
         found = self.run(base, row, "answer")

@@ -9,7 +9,11 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,12 +23,16 @@ from tests.disks import closed_to_others
 from tests.kills import killed_at_every_change
 from tests.model.world import make_row
 from tests.train.jobs import wait_until
+from trsr_dist.config import Config
 from trsr_dist.config.files import read_zero_config
+from trsr_dist.config.sections import DataSection
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import CheckpointError, ConfigError, RunError
+from trsr_dist.metric_log import MetricLog, read_metrics
 from trsr_dist.train import lifecycle
 from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState, read_checkpoint
 from trsr_dist.train.engine import complete_zero_config, zero_setting
+from trsr_dist.train.job import _provenance
 from trsr_dist.train.lifecycle import (
     DATA,
     METRICS,
@@ -42,6 +50,7 @@ from trsr_dist.train.lifecycle import (
 )
 from trsr_dist.train.losses import listwise_sum, pairwise_sum
 from trsr_dist.train.meter import Sums, count_pairs, scalars
+from trsr_dist.train.monitor import Monitor, Progress
 from trsr_dist.train.step import learning_rate
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +125,19 @@ class TestZeroConfig:
         path = tmp_path / "ds.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": 2} | values}))
         with pytest.raises(ConfigError, match=rf"zero_optimization.{next(iter(values))} is .*leave it out"):
+            read_zero_config(path)
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}},
+            {"zero_optimization": {"stage": 2, "compute_grad_norm": False}},
+        ],
+    )
+    def test_what_breaks_a_training_later_is_refused(self, tmp_path: Path, settings: dict) -> None:
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps(settings))
+        with pytest.raises(ConfigError, match=r"ds\.json: .*(grad_accum_dtype|compute_grad_norm).*remove it here"):
             read_zero_config(path)
 
     @pytest.mark.parametrize("text", ["{", "{}", '{"zero_optimization": {"stage": 4}}'])
@@ -257,6 +279,14 @@ class TestCheckpoints:
 
 
 class TestStopping:
+    @pytest.fixture(autouse=True)
+    def handlers(self) -> Iterator[None]:
+        """Signals have their usual meaning again after each test."""
+        before = {number: signal.getsignal(number) for number in lifecycle.SIGNALS}
+        yield
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
     def test_time_for_a_step_and_a_save_is_kept(self) -> None:
         walltime = Walltime(time.time() + 100)
         walltime.saw("step", 10)
@@ -269,7 +299,6 @@ class TestStopping:
     def test_time_for_a_validation_is_kept(self, tmp_path: Path) -> None:
         walltime = Walltime(time.time() + 100)
         signals = StopSignals()
-        signals.restore()
         reasons = StopReasons(tmp_path, signals, walltime, is_main=True)
         assert reasons.allow_validation(at_start=False)
         walltime.saw("validation", 80)
@@ -279,28 +308,22 @@ class TestStopping:
 
     def test_signals_are_remembered(self, tmp_path: Path) -> None:
         signals = StopSignals()
-        try:
-            reasons = StopReasons(tmp_path, signals, Walltime(None), is_main=True)
-            assert reasons.reason() == ""
-            signal.raise_signal(signal.SIGUSR1)
-            assert reasons.reason() == "signal SIGUSR1"
-        finally:
-            signals.restore()
+        reasons = StopReasons(tmp_path, signals, Walltime(None), is_main=True)
+        assert reasons.reason() == ""
+        signal.raise_signal(signal.SIGUSR1)
+        assert reasons.reason() == "signal SIGUSR1"
 
     def test_only_a_later_event_ends_the_process_at_once(self, monkeypatch: pytest.MonkeyPatch) -> None:
         clock, exits = [100.0], []
         monkeypatch.setattr(lifecycle.time, "monotonic", lambda: clock[0])
         monkeypatch.setattr(lifecycle.os, "_exit", exits.append)
         signals = StopSignals()
-        try:
-            signal.raise_signal(signal.SIGUSR1)
-            signal.raise_signal(signal.SIGTERM)
-            assert (signals.received, exits) == ("SIGUSR1", [])
-            clock[0] += 30
-            signal.raise_signal(signal.SIGTERM)
-            assert exits == [128 + signal.SIGTERM]
-        finally:
-            signals.restore()
+        signal.raise_signal(signal.SIGUSR1)
+        signal.raise_signal(signal.SIGTERM)
+        assert (signals.received, exits) == ("SIGUSR1", [])
+        clock[0] += 30
+        signal.raise_signal(signal.SIGTERM)
+        assert exits == [128 + signal.SIGTERM]
 
     @pytest.mark.parametrize("is_starting", [True, False])
     def test_a_rank_that_is_left_alone_before_its_first_step_leaves(self, tmp_path: Path, is_starting: bool) -> None:
@@ -328,7 +351,6 @@ class TestStopping:
 
     def test_only_rank_zero_looks_for_the_file(self, tmp_path: Path) -> None:
         signals = StopSignals()
-        signals.restore()
         (tmp_path / "STOP").touch()
         found = [StopReasons(tmp_path, signals, Walltime(None), is_main).reason() for is_main in (True, False)]
         assert "STOP" in found[0]
@@ -383,6 +405,53 @@ def test_a_phase_is_late_after_the_limit_and_by_far_longer_than_any_before(
     heartbeat.stop()
 
 
+@pytest.mark.parametrize("stall", ["write", "clock", "read", "errors"])
+def test_a_disk_that_stalls_ends_no_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stall: str) -> None:
+    """Every call of the watch may be the one that waits; the other rank writes again a little later."""
+    clock, exits, hang = [1000.0], [], 40.0
+    monkeypatch.setattr(lifecycle.time, "monotonic", lambda: clock[0])
+    first, second = (Heartbeat(tmp_path, Ranks(rank=rank, world_size=2), hang) for rank in (0, 1))
+    monkeypatch.setattr(lifecycle.faulthandler, "dump_traceback_later", lambda *args, **more: None)
+    monkeypatch.setattr(lifecycle.os, "_exit", lambda code: exits.append((code, clock[0])))
+    waiting = {}
+
+    def slow(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def wait(*args: Any, **more: Any) -> Any:
+            clock[0] += waiting.pop(name, 0.0)
+            if waiting.get("errors", 0.0) > clock[0]:
+                raise OSError("stale")
+            return call(*args, **more)
+
+        return wait
+
+    def write(path: Path, value: object, durable: bool) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(value))
+        os.utime(path, (clock[0], clock[0]))
+
+    monkeypatch.setattr(lifecycle, "write_json", slow("write", write))
+    monkeypatch.setattr(lifecycle, "server_time_ns", slow("clock", lambda folder: int(clock[0] * 1e9)))
+    monkeypatch.setattr(lifecycle, "read_heartbeats", slow("read", read_heartbeats))
+
+    def watch(*heartbeats: Heartbeat, seconds: float) -> None:
+        until = clock[0] + seconds
+        while clock[0] < until:
+            for heartbeat in heartbeats:
+                heartbeat.at(1, ROW)
+                with suppress(OSError):
+                    heartbeat._watch()
+            clock[0] += 5
+
+    watch(first, second, seconds=60)
+    waiting[stall] = clock[0] + 100 if stall == "errors" else 100.0
+    watch(first, seconds=110)  # the other rank's call takes 10 seconds longer
+    watch(first, second, seconds=60)
+    assert exits == []
+    since = clock[0]
+    watch(first, seconds=60)
+    assert exits[0][0] == lifecycle.EXIT_STUCK and exits[0][1] - since <= hang + 10
+
+
 def test_a_torn_heartbeat_hides_no_other(tmp_path: Path) -> None:
     heartbeat = Heartbeat(tmp_path, Ranks(host="here"), 100)
     heartbeat.start()
@@ -400,6 +469,25 @@ def test_sums_add_up_whatever_the_split() -> None:
     two.add(two)
     assert one == two
     assert scalars(one, 2.0, 6e9, 12e9)["train/mfu"] == pytest.approx(0.25)
+
+
+def test_steps_since_the_last_line_are_shown_at_the_end(tmp_path: Path) -> None:
+    monitor = Monitor(MetricLog(tmp_path, "train"), 100, 0, 10, lambda sums: 0.0, 0.0)
+    for step in range(1, 14):
+        monitor.add(Progress(step, 0, 1e-4, 1.0, 0.5, True), Sums(loss=float(step), weight=1.0, tokens=7.0))
+    monitor.close({}, {})
+    rows = [(row["step"], row["train/loss"], row["train/tokens_per_second"]) for row in read_metrics(tmp_path)]
+    assert rows == [(10, 5.5, 14.0), (13, 12.0, 14.0)]
+
+
+def test_a_checkpoint_names_the_shards_it_was_trained_on(tmp_path: Path) -> None:
+    """Whatever has been put in their place meanwhile."""
+    builder = SimpleNamespace(settings={}, answer_ids=(1, 2))
+    model = SimpleNamespace(name="base", builder=builder, precision="float32", zero=SimpleNamespace(stage=1))
+    prepared = SimpleNamespace(model=model, initial=None, stream=SimpleNamespace(teacher=None))
+    prepared.fingerprint, prepared.num_steps = "0123", 9
+    describe = _provenance(Config(data=DataSection(format="demo")), prepared, None)
+    assert describe(TrainerState(1, 1, {"shards": "4567"}))["shards"] == {"train": "4567"}
 
 
 def test_pairs_are_those_of_the_mask() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.spawn import run_ranks
 from tests.train.world import FEW_STEPS, make_run, start
+from tests.train.world import start as train_here
 from trsr_dist.errors import CheckpointError
 
 
@@ -37,14 +40,23 @@ def other_weights(run: Path) -> Iterator[None]:
 
 def start_many_times(rank: int, world_size: int, run: Path) -> dict[str, Any]:
     longer = {"train": {"max_steps": FEW_STEPS + 1}}
-    found = {"first": start(run), "again": start(run)}
+    found = {"first": start(run)}
+    latest, best = run / "checkpoints" / "latest", run / "checkpoints" / "best"
+    latest.unlink()  # as if killed before it was written
+    best.write_text("step-000009\n")
+    found["again"] = start(run)
+    found["pointers"] = (latest.read_text(), best.unlink())
+    found["other precision"] = start(run, train={"precision": "bfloat16"})
+    found["any precision"] = start(run, train={"precision": "auto"})
     found["other rate"] = start(run, train={"learning_rate": 1e-6})
     found["fewer steps"] = start(run, train={"max_steps": 1})
     found["rate on record"] = yaml.safe_load((run / "config" / "train.yaml").read_text())["train"]["learning_rate"]
     with other_weights(run):
         found["other base"] = start(run, **longer)
     found["other alpha"] = start(run, lora={"alpha": 80}, **longer)
+    found["quantized"] = start(run, model={"quantization": "8bit"}, **longer)
     found["other targets"] = start(run, lora={"target_modules": ["q_proj"]}, **longer)
+    found["other rows"] = start(run, train={"row_tokens": 800})
     found["force with a typo"] = start(run, True, model={"name_or_path": "/no/such"})
     found["more tokens than positions"] = start(run, True, prompt={"max_tokens": 9999}, train={"row_tokens": 9999})
     found["kept"] = checkpoints(run)
@@ -65,7 +77,9 @@ def found(run: Path) -> dict[str, Any]:
 
 
 def test_a_finished_training_with_other_settings_is_not_taken_for_this_one(found: dict) -> None:
-    assert (found["first"], found["again"]) == ("0", "0")
+    assert (found["first"], found["again"], found["any precision"]) == ("0", "0", "0")
+    assert found["pointers"][0] == "step-000002\n"
+    assert "train.precision='float32', now 'bfloat16'" in found["other precision"]
     assert found["other rate"].startswith("RunError")
     assert "train.learning_rate=0.005, now 1e-06; use another run.dir, --force" in found["other rate"]
     assert "steps=2, now 1" in found["fewer steps"]
@@ -77,6 +91,8 @@ def test_a_checkpoint_keeps_its_base_and_its_adapter(found: dict, run: Path) -> 
     assert "trained on base" in found["other base"] and "name or restore that base" in found["other base"]
     assert "lora.alpha=8.0, now 80.0" in found["other alpha"]
     assert "lora.target_modules=" in found["other targets"]
+    assert "model.quantization='none', now '8bit'" in found["quantized"]
+    assert re.match(rf"CheckpointError: {run}/checkpoints/step-\d+: .* train.row_tokens: set", found["other rows"])
     assert found["same targets"] == "0", "their order says nothing"
 
 
@@ -93,28 +109,38 @@ def test_force_removes_nothing_before_all_is_checked(found: dict) -> None:
 
 
 def read_unequally(rank: int, world_size: int, root: Path) -> list[str]:
-    """One rank meets a disk that fails once, then another folder than the others."""
-    from trsr_dist.train import start
+    """One rank meets a disk that fails once, then another folder than the others, then another base."""
+    from trsr_dist.train import prepare, start
     from trsr_dist.train.checkpoints import Checkpoint, CheckpointFolder, read_checkpoint
 
     def fail(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: Stale file handle")
 
+    def refuse(folder: Path) -> Checkpoint:
+        raise PermissionError(13, "Permission denied", str(folder))
+
     def differ(folder: Path) -> Checkpoint:
         return replace(read_checkpoint(folder), digest="0123")
 
     errors = []
-    for read in (fail, differ, read_checkpoint):
+    for read in (fail, refuse, differ, read_checkpoint):
         start.read_checkpoint = read if rank else read_checkpoint
         try:
             errors.append(start.newest_for_all(CheckpointFolder(root, 3)).folder.name)
         except CheckpointError as error:
             errors.append(str(error))
-    return errors
+    fingerprint = prepare.base_fingerprint
+    prepare.base_fingerprint = lambda folder: "0123" if rank else fingerprint(folder)
+    return [*errors, train_here(root.parent)]
 
 
-def test_no_rank_goes_on_from_a_different_checkpoint(found: dict, run: Path) -> None:
-    for failed, differed, name in run_ranks(read_unequally, 2, run / "checkpoints"):
-        assert "rank 1 cannot read" in failed and "Stale file handle" in failed
-        assert "rank 1 finds step 1, manifest 0123, rank 0 step 1, manifest " in differed
+def test_no_rank_goes_on_from_a_different_checkpoint_or_base(found: dict, run: Path) -> None:
+    host = os.uname().nodename
+    for failed, refused, differed, name, base in run_ranks(read_unequally, 2, run / "checkpoints"):
+        assert f"rank 1 on {host} cannot read" in failed and "Stale file handle" in failed
+        assert f"rank 1 on {host} cannot read" in refused and "Permission denied" in refused
+        assert re.search(rf"rank 1 on {host} finds step 1, manifest 0123, rank 0 on {host} step 1, manifest ", differed)
         assert name == "step-000001"
+        assert re.match(
+            rf"ModelError: the base .*/base: rank 1 on {host} finds fingerprint 0123\.\.\., rank 0 on", base
+        )

@@ -21,7 +21,7 @@ from trsr_dist.rows import PackedRow, pack_row
 from trsr_dist.shards.steps import Step, StreamState
 from trsr_dist.train import step as step_module
 from trsr_dist.train.lifecycle import Heartbeat
-from trsr_dist.train.losses import row_loss
+from trsr_dist.train.losses import LossSettings, row_loss
 from trsr_dist.train.meter import Sums
 from trsr_dist.train.step import StepRunner
 
@@ -63,7 +63,7 @@ def step_of(rows: list[PackedRow], numbers: tuple[int, ...] = (), number: int = 
 
 
 def runner(folder: Path, engine: PlainEngine, loss: str = "answer", seed: int = 0) -> StepRunner:
-    return StepRunner(engine, loss, ANSWERS, 100, seed, Heartbeat(folder, Ranks(), 100))
+    return StepRunner(engine, LossSettings(loss, ANSWERS, 100), seed, Heartbeat(folder, Ranks(), 100))
 
 
 def dropped_loss(folder: Path, seed: int = 0, number: int = 0, step: int = 3) -> float:
@@ -92,7 +92,7 @@ def test_the_seed_of_a_mask_is_a_hash_of_seed_step_and_row(tmp_path: Path) -> No
 
 def test_the_heartbeat_says_what_is_done(tmp_path: Path) -> None:
     heartbeat = Heartbeat(tmp_path, Ranks(), 100)
-    found = StepRunner(PlainEngine(), "answer", ANSWERS, 100, 0, heartbeat)
+    found = StepRunner(PlainEngine(), LossSettings("answer", ANSWERS, 100), 0, heartbeat)
     sums, _ = found.backward(step_of(ROWS))
     assert heartbeat._phase[:2] == (3, "row of 15 tokens")
     found.reduce(step_of(ROWS), sums, must_stop=False)
@@ -116,10 +116,10 @@ def test_gradients_are_those_of_the_mean_over_the_step(tmp_path: Path, loss: str
     engine, plain = PlainEngine(), PlainEngine()
     found = runner(tmp_path, engine, loss)
     sums, bad = found.backward(step_of([*ROWS, EMPTY]))
-    assert (engine.num_backward, bad, sums.bad_rows, sums.num_ranks) == (3, (), 0.0, 1.0)
+    assert (engine.num_backward, bad, sums.num_ranks) == (3, (), 1.0)
     assert (sums.answers, sums.users, sums.places) == (5.0, 3.0, 300.0)
     assert sums.scored == (0.0 if loss == "full_text" else 5.0)
-    total = sum(row_loss(plain.wrapped, RowInputs(row, CPU), loss, ANSWERS, 100).total for row in ROWS)
+    total = sum(row_loss(plain.wrapped, RowInputs(row, CPU), LossSettings(loss, ANSWERS, 100)).total for row in ROWS)
     (total / weight).backward()
     assert sums.loss == pytest.approx(total.item(), rel=1e-6)
     assert relative(engine.gradients(), plain.gradients()) < 1e-5
@@ -142,12 +142,12 @@ def test_a_loss_that_is_not_finite_spoils_the_gradients_and_names_the_users(tmp_
     own = sorted(set(ROWS[0].token_ids.tolist()) - set(ROWS[1].token_ids.tolist()))
     engine.wrapped.causal.model.embed_tokens.weight.data[own] = float("nan")
     sums, bad = runner(tmp_path, engine).backward(step_of(ROWS))
-    assert bad == ("a", "b") and sums.bad_rows == 1.0
+    assert bad == ("a", "b")
     assert sums.loss != sums.loss and sums.scored == 2.0
     assert engine.gradients().isnan().all()
     engine.wrapped.causal.model.embed_tokens.weight.data[:] = float("nan")
-    sums, bad = runner(tmp_path, engine).backward(step_of(ROWS))
-    assert bad == ("a", "b", "c") and sums.bad_rows == 1.0
+    _, bad = runner(tmp_path, engine).backward(step_of(ROWS))
+    assert bad == ("a", "b", "c")
 
 
 def test_an_infinite_loss_of_one_row_is_no_zero_gradient(tmp_path: Path) -> None:

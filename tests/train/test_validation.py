@@ -118,6 +118,7 @@ def start_unluckily(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     """Trainings that are stopped before, within and right after a validation, each started until it ends."""
     from trsr_dist.train import validation
     from trsr_dist.train.job import train
+    from trsr_dist.train.monitor import Monitor
 
     def start(run: Path) -> int:
         try:
@@ -125,8 +126,17 @@ def start_unluckily(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
         except (KeyboardInterrupt, ModelError):
             return -9
 
-    short, broken, unmarked = (folder / name for name in ("short", "broken", "unmarked"))
+    short, broken, unmarked, doubled = (folder / name for name in ("short", "broken", "unmarked", "doubled"))
     found: dict[str, Any] = {"short": [start(short) for _ in range(6)]}
+
+    def show_and_die(monitor: Monitor, *shown: Any) -> None:
+        evaluated(monitor, *shown)
+        _interrupt()
+
+    evaluated, Monitor.evaluated = Monitor.evaluated, show_and_die
+    found["doubled"] = [start(doubled)]
+    Monitor.evaluated = evaluated
+    found["doubled"] += [start(doubled)]
 
     run, mark_best, values = validation.Validator.run, CheckpointFolder.mark_best, iter([0.5, 0.9, 0.6, 0.6])
     validation.Validator.run = _interrupt
@@ -152,6 +162,7 @@ def unlucky(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pat
     few = {"evaluate_users": 3}
     prepare(folder / "short", source, 2, **few, max_steps=4, evaluate_every_steps=2, walltime_seconds=0.1)
     prepare(folder / "broken", source, 2, **few, max_steps=EVERY, save_every_steps=100)
+    prepare(folder / "doubled", source, 2, **few, max_steps=EVERY)
     prepare(folder / "unmarked", source, 2, **few, keep_checkpoints=2)
     return folder, run_ranks(start_unluckily, 1, folder)[0]
 
@@ -166,6 +177,12 @@ def test_a_kill_in_the_validation_costs_no_step(unlucky: tuple) -> None:
     folder, codes = unlucky
     assert codes["broken"] == [-9, EVERY, 0], "the step was saved before"
     assert sorted(validations(folder / "broken")) == [EVERY]
+
+
+def test_a_validation_that_was_shown_and_not_saved_is_shown_once(unlucky: tuple) -> None:
+    folder, codes = unlucky
+    assert codes["doubled"] == [-9, 0]
+    assert [row["step"] for row in read_metrics(folder / "doubled") if "valid/auc" in row] == [EVERY]
 
 
 def test_a_kill_before_the_mark_loses_no_best_checkpoint(unlucky: tuple) -> None:

@@ -77,6 +77,16 @@ def read_zero_config(path: str | Path, key: str = "train.deepspeed_config") -> d
     for name in settings:
         if name in OWNED:
             raise ConfigError(f"{path}: {name!r} has its owner in the run's config: set {OWNED[name]}, remove it here")
+    if "data_types" in settings:
+        raise ConfigError(
+            f"{path}: 'data_types' (grad_accum_dtype) would sum gradients in another precision than train.precision, "
+            "in an optimizer of DeepSpeed that no checkpoint is made for; remove it here"
+        )
+    if settings.get("zero_optimization", {}).get("compute_grad_norm", True) is not True:
+        raise ConfigError(
+            f"{path}: zero_optimization.compute_grad_norm is not true, but each step shows the norm of its gradients; "
+            "remove it here"
+        )
     for name, value in settings.get("zero_optimization", {}).items():
         if value is None or value == "auto" or (name in OFFLOADS and not isinstance(value, dict)):
             expected = 'an object such as {"device": "cpu"}' if name in OFFLOADS else "a value"

@@ -29,8 +29,8 @@ class RunSection(Section):
     seed: int = Field(0, ge=0)
     """Fixes data order, negatives, splits of ties, dropout and sampling."""
     trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
-    """Get scalars, figures, settings and final metrics of summarize, train and evaluate, beside metrics.jsonl. All but
-    the first are extras; keys and addresses come from WANDB_API_KEY, MLFLOW_TRACKING_URI and the like."""
+    """Where scalars, figures, settings and final metrics of summarize, train and evaluate go, beside metrics.jsonl. All
+    but the first are extras; keys and addresses come from WANDB_API_KEY, MLFLOW_TRACKING_URI and the like."""
     tensorboard: bool = True
     """False leaves tensorboard out of run.trackers."""
 
@@ -69,7 +69,7 @@ class DataSection(Section):
     """Amazon-M2: keep only this locale (the paper: UK); empty keeps all, with negatives of the target's locale."""
     time_format: str = ""
     """table, jsonl, recbole, amazon_reviews: form of times that are text, as Python's strptime reads it
-    ('%d.%m.%Y %H:%M'; UTC where no %z stands in it); empty: numbers, ISO 8601, and what C, mail and Goodreads write."""
+    ('%d.%m.%Y %H:%M'; UTC without %z); empty: numbers, ISO 8601, and the formats of ctime, RFC 2822 and Goodreads."""
     item_fields: tuple[str, ...] = ()
     """Fields that make an item's text, in order; empty: the format's default (MIND: category, subcategory, title)."""
     target: Literal["last", "impression"] = "last"
@@ -85,7 +85,7 @@ class DataSection(Section):
     unknown_items: Literal["fail", "skip"] = "fail"
     """An id in a history that the catalogue lacks: an error, or removed and counted."""
     duplicate_items: Literal["fail", "first"] = "fail"
-    """An id that stands in the item file with several texts: an error, or the first text counts and the
+    """An id with several texts in the item file: an error, or the first text counts and the
     others are counted."""
     empty_items: Literal["fail", "skip"] = "fail"
     """An item without text: an error, or removed (with its clicks) and counted."""
@@ -105,7 +105,7 @@ class DataSection(Section):
     """Draw negatives only among items that someone had consumed or was shown before the target's time."""
     train_targets: int = Field(1, ge=1)
     """Train users' latest items that are positives, where data.min_history items remain before them: more to learn from
-    few users, at the price of suffixes alone. Valid and test users keep their own target."""
+    few users, which costs only extra suffix tokens. Valid and test users keep their own target."""
     split: tuple[int, int, int] = (10, 1, 1)
     """Shares of train, valid and test users, from a hash of the user key."""
     split_by: Literal["user", "time"] = "user"
@@ -209,13 +209,13 @@ class ModelSection(Section):
     """Run model code from the hub. Off unless you have read that code."""
     attention: Literal["auto", "flash_attn", "torch", "flex", "cpu", "dense"] = "auto"
     """Back end of the shared-prefix attention."""
-    quantization: Literal["none", "4bit", "8bit"] = "none"
+    quantization: Annotated[Literal["none", "4bit", "8bit"], OnResume.REFUSED] = "none"
     """Load the frozen base through bitsandbytes (extra: quantization)."""
 
 
 class LoraSection(Section):
     r: Annotated[int, OnResume.REFUSED] = Field(8, ge=1)
-    """Rank: higher raises accuracy and memory."""
+    """Rank: higher trains more weights and needs more memory; what it does for accuracy was not compared."""
     alpha: Annotated[float, OnResume.REFUSED] = Field(16, gt=0)
     """Scale: the update is alpha / r * BA."""
     dropout: Annotated[float, OnResume.SAID] = Field(0.05, ge=0, lt=1)
@@ -232,7 +232,7 @@ class TrainSection(Section):
     loss: Annotated[Literal["answer", "full_text", "pairwise", "listwise", "distill"], OnResume.SAID] = "answer"
     """answer: cross-entropy of the answer token; full_text: of all tokens, as the paper's code; pairwise and listwise:
     over a user's candidates; distill: listwise, and the order and distances that train.teacher gives the candidates."""
-    teacher: FilePath = ""
+    teacher: Annotated[FilePath, OnResume.SAID] = ""
     """distill: the model whose scores tools/score_shards.py has put beside the train shards; the folder given there."""
     teacher_weight: Annotated[float, OnResume.SAID] = Field(0.5, ge=0, le=1)
     """distill: share of the divergence from the teacher; the rest is the listwise loss."""
@@ -266,10 +266,12 @@ class TrainSection(Section):
     row_tokens: int = Field(4096, ge=64)
     """Length of one packed row, in tokens. Memory grows with it."""
     rows_per_step: int = Field(8, ge=1)
-    """Rows in one optimizer step over all ranks: row_tokens * rows_per_step is the global batch in tokens."""
+    """Rows in one optimizer step over all ranks: row_tokens * rows_per_step is the global batch in tokens. No training
+    may have more ranks than this: choose it for the largest cluster that the run will see."""
     deepspeed_config: FilePath = "ds_configs/zero1.json"
-    """ZeRO stage, buckets and offload. Batch, precision, clipping and schedule stay in this file."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """ZeRO stage, buckets and offload only. Batch, precision, clipping, optimizer and schedule are settings of the run:
+    an error in that file."""
+    precision: Annotated[Literal["auto", "float32", "bfloat16"], OnResume.SAID] = "auto"
     """auto: bfloat16 on a GPU that has it, float32 on CPU."""
     activation_checkpointing: bool = True
     """Recompute activations in the backward pass: less memory, about a third more time."""
@@ -330,10 +332,10 @@ class EvaluateSection(Section):
         ...,
     ] = ("popularity", "base", "control")
     """Ranked beside the model. From train users' clicks: popularity, recency (latest clicks), gru4rec and sasrec
-    (trained here on one core, once for each seed: minutes for thousands of users, hours for a million); bm25:
-    words of the history against the candidate's; base: the model before fine-tuning; no_summary, no_recent: without
-    that part of the prompt; each of the last three costs as much as the model itself. Always there: control (with
-    another user's summary and recent items) and random (its exact expectation)."""
+    (trained here on one core, four times over a small grid, and kept for each seed: minutes for thousands of users,
+    hours for a million); bm25: words of the history against the candidate's; base: the model before fine-tuning;
+    no_summary, no_recent: without that part of the prompt; each of the last three costs as much as the model itself.
+    Always there: control (with another user's summary and recent items) and random (its exact expectation)."""
     bootstrap_samples: int = Field(1000, ge=0)
     """Resamples of the users for the 95% confidence intervals; 0: none."""
     max_users: int = Field(0, ge=0)

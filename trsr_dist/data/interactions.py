@@ -139,9 +139,7 @@ def _encoded(column: pa.Array) -> pa.DictionaryArray:
     if pa.types.is_dictionary(column.type):
         column = column.dictionary_decode()
     kind = column.type
-    if column.null_count or not (
-        pa.types.is_integer(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    ):
+    if column.null_count or not (pa.types.is_integer(kind) or _is_text(kind)):
         raise ValueError
     found = column.dictionary_encode()
     ids = found.dictionary.cast(pa.large_string())
@@ -176,8 +174,8 @@ def _seconds(column: pa.Array, time_format: str, counts: Counts) -> np.ndarray:
     kind = column.type
     if column.null_count:
         raise ValueError
-    if pa.types.is_timestamp(kind) and kind.unit != "ns":
-        values = column.cast(pa.timestamp("us", kind.tz)).cast(pa.int64()).to_numpy() / PARTS_OF_A_SECOND
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        values = column.cast(pa.timestamp("us")).cast(pa.int64()).to_numpy() / PARTS_OF_A_SECOND
         if not ((values >= FIRST_SECOND) & (values < LAST_SECOND)).all():
             raise ValueError
     elif pa.types.is_floating(kind):

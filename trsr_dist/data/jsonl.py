@@ -12,6 +12,7 @@ serves category-hard negatives. Blanks around ids do not count. Columns may have
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -22,7 +23,7 @@ import pyarrow as pa
 
 from trsr_dist.data.interactions import BLOCK_BYTES, BLOCK_ROWS, Interactions, as_id, json_columns
 from trsr_dist.data.source import UNIT_ROWS, Counts, LineReader, RawItem, in_units, listed, shown
-from trsr_dist.data.tables import is_parquet, is_table, parquet_batches, parquet_units, plain_row, table_rows
+from trsr_dist.data.tables import is_parquet, is_table, parquet_batches, parquet_units, table_rows
 from trsr_dist.data.times import unix_seconds
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64
@@ -32,6 +33,8 @@ from trsr_dist.records import UserLog
 
 INTERACTION, USER = ("user", "item", "time"), ("user", "history", "target")
 """What a row of the one or the other kind has."""
+PANDAS_INDEX = re.compile(r"|Unnamed: \d+|__index_level_\d+__")
+"""Names of columns that hold the row numbers of a table of pandas."""
 OWN_NAMES = "name yours with data.columns, such as data.columns={user: customer}"
 CONVERT_LITERALS = (
     "python -c 'import ast, json, sys; [print(json.dumps(ast.literal_eval(row))) for row in sys.stdin]' < OLD > NEW"
@@ -107,9 +110,8 @@ class JsonlReader:
         id_name, category_name = self._column("id"), self._column("category")
         for record, place in self._records(self.item_file):
             item = _id(record, id_name, place)
-            chosen = self.chosen_fields or self.default_fields
             try:
-                names = (name for name in chosen or record if name != id_name and name in record)
+                names = (name for name in self._fields(record) if name != id_name and name in record)
                 fields = {name: _text(record[name], name, place) for name in names}
                 category = ""
                 with suppress(DataError):  # no text: it may be a field that nobody chose
@@ -117,6 +119,10 @@ class JsonlReader:
                 yield RawItem(item, fields, place.row, category)
             except RecursionError:
                 raise DataError(f"{place}: a list lies too deep within lists; repair the row") from None
+
+    def _fields(self, record: dict[str, Any]) -> Iterable[str]:
+        chosen = self.chosen_fields or self.default_fields
+        return chosen or (name for name in record if not PANDAS_INDEX.fullmatch(name))
 
     def units(self) -> Iterator[tuple[int, Iterable[UserLog | Interactions]]]:
         peek = replace(self, lines=replace(self.lines, counts=Counts()))
@@ -212,11 +218,11 @@ class JsonlReader:
 
     def _parquet_blocks(self, batches: Iterable[tuple[int, pa.Table]]) -> Iterator[Block]:
         for row, columns in batches:
-            yield columns, row, self._plain_rows(columns, row)
-
-    def _plain_rows(self, columns: pa.Table, row: int) -> Iterator[Row]:
-        for number, record in enumerate(columns.to_pylist(), row):
-            yield plain_row(record), Place(self.log_file, number)
+            yield (
+                columns,
+                row,
+                ((record, Place(self.log_file, at)) for at, record in enumerate(columns.to_pylist(), row)),
+            )
 
     def _interaction(
         self, record: dict[str, Any], place: Place, user_name: str, item_name: str, time_name: str

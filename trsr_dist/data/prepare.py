@@ -34,6 +34,12 @@ from trsr_dist.log import get_logger, setup_logging, show
 from trsr_dist.run import SPLITS, RunFolder, is_finished, read_manifest, write_manifest
 from trsr_dist.stores import facts_of, is_address, names_in, parts_of
 
+SETTINGS_OF = (
+    (("mind",), ("behaviors_file",)),
+    (("amazon_m2",), ("sessions_file", "locale")),
+    (tuple(LAYOUTS), ("time_format", "columns", "interactions_file")),
+)
+"""Formats, and settings that only these have."""
 NEWER = ("columns", "interactions_file", "candidates_file")
 HISTORIES = "histories"
 """Lease of those who change what stands beside the pieces."""
@@ -340,10 +346,12 @@ def check_data_settings(config: Config) -> None:
             "data.candidates=impressions needs data.target=impression: what was shown with the last click is not in "
             "MIND's files"
         )
-    if data.format not in LAYOUTS:
-        for name in ("time_format", "columns", "interactions_file"):
-            if getattr(data, name):
-                raise ConfigError(f"data.{name} is for data.format={', '.join(LAYOUTS)}; {data.format} has one form")
+    for formats, names in SETTINGS_OF:
+        for name in names if data.format not in formats else ():
+            if getattr(data, name) != DataSection.model_fields[name].default:
+                raise ConfigError(
+                    f"data.{name} is for data.format={', '.join(formats)}, not for {data.format}; remove it"
+                )
     try:
         if data.time_format:
             datetime.strptime(datetime(2001, 2, 3, 16, 5, 6).strftime(data.time_format), data.time_format)

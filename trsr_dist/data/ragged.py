@@ -58,11 +58,6 @@ class Ragged:
         """One list."""
         return self.values[self.ends[place] : self.ends[place + 1]].tolist()
 
-    def part(self, start: int, stop: int) -> Ragged:
-        """The lists from ``start`` up to ``stop``."""
-        ends = self.ends[start : stop + 1]
-        return Ragged(self.values[ends[0] : ends[-1]], ends - ends[0])
-
     def parted(self) -> tuple[Ragged, Ragged]:
         """Each list, none of which is empty, without its last value, and that value."""
         is_last = np.zeros(len(self.values), bool)

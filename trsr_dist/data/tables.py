@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterator, Sequence
-from datetime import UTC, datetime
 from glob import glob
 from pathlib import Path
 from typing import Any
@@ -83,6 +82,7 @@ def csv_rows(path: Path, lines: LineReader, required: tuple[str, ...], **dialect
         DataError: the header lacks a required column or names one twice, or a row is damaged.
     """
     csv.field_size_limit(MAX_FIELD_CHARACTERS)
+    is_tabbed = dialect.get("delimiter") == "\t"
     records = csv.reader((line for _, line in lines.read(path)), strict=True, **dialect)
     try:
         header = tuple(next(records, ()))
@@ -96,6 +96,11 @@ def csv_rows(path: Path, lines: LineReader, required: tuple[str, ...], **dialect
         row = records.line_num + 1
         for cells in records:
             if cells:
+                if is_tabbed and records.line_num > row:
+                    raise DataError(
+                        f"{path}:{row}: a quotation mark that opens here closes in line {records.line_num}, and no row "
+                        "of tabbed values goes over lines; remove or double the mark, or save the table as Parquet"
+                    )
                 check_columns(path, row, len(cells), header)
                 yield row, dict(zip(header, cells, strict=True))
             row = records.line_num + 1
@@ -108,13 +113,15 @@ def csv_rows(path: Path, lines: LineReader, required: tuple[str, ...], **dialect
 
 def _parquet_rows(path: Path) -> Iterator[TableRow]:
     for row, batch in parquet_batches(path, ROWS_AT_A_TIME):
-        yield from enumerate(map(plain_row, batch.to_pylist()), row)
+        yield from enumerate(batch.to_pylist(), row)
 
 
 def parquet_batches(
     path: Path, num_rows: int, names: Sequence[str] | None = None, groups: Sequence[int] | None = None, row: int = 1
 ) -> Iterator[tuple[int, pa.Table]]:
     """Up to ``num_rows`` rows at a time, and the number of the first, from 1; columns in the order of ``names``.
+
+    Bytes come as text; times to the microsecond, since Python has no finer ones.
 
     Args:
         path: of the file.
@@ -130,7 +137,7 @@ def parquet_batches(
         try:
             for batch in pq.ParquetFile(stream).iter_batches(num_rows, row_groups=groups, columns=names):
                 found = pa.Table.from_batches([batch])
-                yield row, found.select(names) if names else found
+                yield row, _plain(found.select(names) if names else found)
                 row += len(batch)
         except (pa.ArrowException, OSError) as error:
             raise DataError(
@@ -150,13 +157,13 @@ def parquet_units(path: Path, num_rows: int) -> list[tuple[int, list[int]]]:
     ]
 
 
-def plain_row(cells: dict[str, Any]) -> dict[str, Any]:
-    """A row of Parquet, its times as Unix seconds."""
-    return {name: _plain(value) for name, value in cells.items()}
-
-
-def _plain(value: Any) -> Any:  # noqa: ANN401 (any Arrow value)
-    """Times as Unix seconds; those without a zone are UTC."""
-    if isinstance(value, datetime):
-        return (value if value.tzinfo else value.replace(tzinfo=UTC)).timestamp()
-    return value
+def _plain(table: pa.Table) -> pa.Table:
+    for place, field in enumerate(table.schema):
+        kind = field.type
+        if pa.types.is_binary(kind) or pa.types.is_large_binary(kind):
+            table = table.set_column(place, field.name, table.column(place).cast(pa.large_string()))
+        elif pa.types.is_timestamp(kind) and kind.unit == "ns":
+            table = table.set_column(
+                place, field.name, table.column(place).cast(pa.timestamp("us", kind.tz), safe=False)
+            )
+    return table

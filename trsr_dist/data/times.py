@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from contextlib import suppress
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ NUMBER = re.compile(r"-?[0-9]{9,19}(?:\.[0-9]*)?")
 UNITS = ((1e11, 1e0, ""), (1e14, 1e3, "milliseconds"), (1e17, 1e6, "microseconds"), (2.0**62, 1e9, "nanoseconds"))
 """Numbers below the first value are in the unit: seconds until the year 5138, milliseconds from 1973 on, and so on."""
 MOST_SECONDS = UNITS[0][0]
+COMPACT_DATES, COMPACT_FORM = (1.9e13, 2.1e13), "%Y%m%d%H%M%S"
+"""20240131120000 is a date of our time; as milliseconds it would be one of the year 2611."""
 FORMATS = (
     "%a %b %d %H:%M:%S %z %Y",
     "%a %b %d %H:%M:%S %Z %Y",
@@ -29,7 +31,7 @@ def unix_seconds(value: Any, time_format: str, counts: Counter[str]) -> float:  
     """Seconds of a time as people write it; each value has its own unit.
 
     Args:
-        value: number or text.
+        value: number, text or, of a table, date or time; those without a zone are UTC.
         time_format: of text, for ``strptime``; empty: ISO 8601 and ``FORMATS``.
         counts: how many values were not in seconds.
 
@@ -39,13 +41,16 @@ def unix_seconds(value: Any, time_format: str, counts: Counter[str]) -> float:  
     if isinstance(value, str):
         text = value.strip()
         if time_format or not NUMBER.fullmatch(text):
-            time = datetime.strptime(text, time_format) if time_format else _parsed_time(text)
-            return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+            return _seconds_of(datetime.strptime(text, time_format) if time_format else _parsed_time(text))
         value = float(text)
+    if isinstance(value, date):
+        return _seconds_of(value if isinstance(value, datetime) else datetime(value.year, value.month, value.day))
     if isinstance(value, bool) or value is None:
         raise TypeError
     if -MOST_SECONDS < value < MOST_SECONDS:
         return float(value)
+    if COMPACT_DATES[0] <= value < COMPACT_DATES[1]:
+        return _seconds_of(datetime.strptime(str(int(value)), COMPACT_FORM))
     for limit, per_second, name in UNITS:
         if abs(value) < limit:
             counts[f"times_in_{name}"] += 1
@@ -64,7 +69,7 @@ def all_seconds(values: np.ndarray, counts: Counter[str]) -> np.ndarray:
         float64, shape (num_values,).
 
     Raises:
-        ValueError: one is no time; nothing was counted.
+        ValueError: one is no time, or a compact date; nothing was counted.
     """
     seconds, is_open = values.astype(np.float64), np.ones(len(values), bool)
     found = {}
@@ -75,10 +80,14 @@ def all_seconds(values: np.ndarray, counts: Counter[str]) -> np.ndarray:
         if name and here.any():
             found[f"times_in_{name}"] = int(here.sum())
             seconds[here] /= per_second
-    if is_open.any():
+    if is_open.any() or ((values >= COMPACT_DATES[0]) & (values < COMPACT_DATES[1])).any():
         raise ValueError
     counts.update(found)
     return seconds
+
+
+def _seconds_of(time: datetime) -> float:
+    return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
 def _parsed_time(text: str) -> datetime:

@@ -25,6 +25,7 @@ from trsr_dist.evaluate.metrics import OutcomeTable, average
 from trsr_dist.evaluate.sequential import (
     GRID,
     MODELS,
+    VERSION,
     SequentialRanker,
     SequentialSettings,
     Trained,
@@ -202,12 +203,12 @@ def tuned(data: TrainingData, name: str, folder: Path) -> tuple[SequentialRanker
 
 
 def trained(data: TrainingData, name: str, settings: SequentialSettings, folder: Path) -> Trained:
-    """A model of these histories, seed and settings: the one that is kept, or one trained here.
+    """A model of these histories, seed, settings and code: the one that is kept, or one trained here.
 
     Raises:
         DataError: the kept one is damaged.
     """
-    key = digest([data.store.manifest_hash, data.seed, asdict(settings)])
+    key = digest([VERSION, data.store.manifest_hash, data.seed, asdict(settings)])
     path = folder / f"{name}-{key[:16]}.safetensors"
     if path.is_file():
         return read_trained(path, name, data.num_items, settings)

@@ -5,7 +5,8 @@ Rows of one table share their candidate lists, so they can be compared; everythi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import pairwise
@@ -19,6 +20,7 @@ from trsr_dist.evaluate.table import SYSTEMS, column_title
 from trsr_dist.files import atomic_file, read_json, write_json
 from trsr_dist.metric_log import read_metrics
 from trsr_dist.records import headline
+from trsr_dist.run import MANIFEST, read_manifest
 
 RIVALS = ("bm25", "sasrec")
 """What users would take instead."""
@@ -26,7 +28,9 @@ OF_A_RUN = ("model", "no_summary", "no_recent", "control")
 """Systems that are the run's own model; the others may be the same in several runs."""
 PAUSE = 10
 """A step that took this many times the median was an interruption."""
-NOT_SETTINGS = ("run.dir", "run.tensorboard", "run.trackers", "data.path")
+WRITTEN = "Written by `"
+"""Begins the line between a page's notes and its tables."""
+NOT_SETTINGS = ("run.dir", "run.tensorboard", "run.trackers", "data.path", "evaluate.split")
 MODEL = "model.name_or_path"
 
 
@@ -45,7 +49,7 @@ class Entry:
     date: str
     """Of the evaluation, ISO 8601."""
     settings: dict[str, Any]
-    """Those that differ from the shared config's."""
+    """Those of training and evaluation that differ from the shared config's."""
     systems: dict[str, dict[str, float]]
     """Metrics by system; ``model`` is the fine-tuned one."""
     intervals: dict[str, list[float]]
@@ -59,6 +63,13 @@ class Entry:
     train_hours: float
     """From the first logged step to the last, interruptions left out."""
     num_steps: int
+    """Of the evaluated model."""
+
+    @property
+    def table(self) -> tuple[object, ...]:
+        """Equal for entries that can be compared: the same lists of the same users, the same metrics."""
+        lists = self.data, self.split, self.candidates, self.candidate_hash, self.num_users
+        return *lists, *self.systems["model"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +77,20 @@ class Leaderboard:
     """The JSON file of a table."""
 
     runs: list[Entry]
+
+
+def gather_entries(sources: Sequence[Path], shared: Config, split: str) -> list[Entry]:
+    """The entries of all sources, see ``read_entries``; in each table the last one of a run's name.
+
+    Raises:
+        DataError: two runs have the same name, or as ``read_entries``.
+        ConfigError: as ``read_entries``.
+    """
+    names = Counter(source.name for source in sources if source.suffix != ".json")
+    if doubled := [name for name, count in names.items() if count > 1]:
+        raise DataError(f"{doubled[0]}: the name of two runs, whose rows could not be told apart; rename one folder")
+    entries = [entry for source in sources for entry in read_entries(source, shared, split)]
+    return list({(entry.run, entry.table): entry for entry in entries}.values())
 
 
 def read_entries(source: Path, shared: Config, split: str) -> list[Entry]:
@@ -77,47 +102,60 @@ def read_entries(source: Path, shared: Config, split: str) -> list[Entry]:
         split: whose results.
 
     Raises:
-        DataError: the run has no results, or the file is not a table's.
+        DataError: the run has no finished results, or the file is not a table's.
         ConfigError: the config it was evaluated with is gone or unreadable.
     """
     if source.suffix == ".json":
         return read_json(source, Leaderboard).runs
-    path = source / "evaluation" / f"{split}.json"
-    if not path.is_file():
-        raise DataError(f"{path}: not there; run tools/evaluate.py on this run first")
-    results, rows = read_json(path), list(read_metrics(source))
+    path, folder = source / "evaluation" / f"{split}.json", source / "evaluation" / split
+    if not (path.is_file() and (folder / MANIFEST).is_file()):
+        raise DataError(f"{path}: not there, or not finished; run tools/evaluate.py on this run first")
+    results, evaluate = read_json(path), read_manifest(folder)["settings"]
     config = load_config(source / "config" / "evaluate.yaml")
-    changed = changed_settings(config, shared)
+    # Since then the run may have been trained further, and another split evaluated with other settings.
+    sections = config.model_dump(mode="json")
+    sections |= results["provenance"].get("config", {}) | {"evaluate": sections["evaluate"] | evaluate}
+    common = {
+        "run": source.name,
+        "data": config.data.format,
+        "split": split,
+        "metric": headline(evaluate["top_k"]),
+        "settings": changed_settings(sections, shared),
+        **_costs(list(read_metrics(source)), results, split),
+    }
     lists = {results["candidates"]: results, **results["protocols"]}
-    return [_entry(source.name, split, name, found, config, changed, rows) for name, found in lists.items()]
+    return [_entry(name, found, common) for name, found in lists.items()]
 
 
-def _entry(
-    run: str, split: str, candidates: str, found: Any, config: Config, changed: dict[str, Any], rows: list[Any]
-) -> Entry:
-    trained = [row for row in rows if row["stage"] == "train" and "train/tokens_per_second" in row]
-    evaluated = [row["time"] for row in rows if row["stage"] == "evaluate"]
-    metric = headline(config.evaluate.top_k)
-    differences = {rival: values[metric] for rival, values in found["differences"].items()}
-    intervals = {**found["baseline_confidence"], "model": found["confidence"]}
+def _costs(rows: Sequence[Mapping[str, Any]], results: Mapping[str, Any], split: str) -> dict[str, Any]:
+    """What the rows of metrics.jsonl say of the evaluated model's training, if it is this run's, and of its date."""
+    step = results["provenance"].get("train", {}).get("step") or 0
+    own = step if results.get("trained_on_these_shards") else 0
+    trained = [
+        row for row in rows if row["stage"] == "train" and row["step"] <= own and "train/users_per_second" in row
+    ]
     users, tokens = (sum(row[f"train/{name}_per_second"] for row in trained) for name in ("users", "tokens"))
+    evaluated = [row["time"] for row in rows if row["stage"] == "evaluate" and f"{split}/auc" in row]
+    return {
+        "date": datetime.fromtimestamp(max(evaluated), UTC).date().isoformat() if evaluated else "",
+        "tokens_per_user": tokens / users if users else 0.0,
+        "train_hours": sum(_working_seconds([row["time"] for row in trained])) / 3600,
+        "num_steps": step,
+    }
+
+
+def _entry(candidates: str, found: Mapping[str, Any], common: Mapping[str, Any]) -> Entry:
+    metric, differences = common["metric"], found["differences"]
+    intervals = {**found["baseline_confidence"], "model": found["confidence"]}
     return Entry(
-        run=run,
-        data=config.data.format,
-        split=split,
+        **common,
         candidates=candidates,
         candidate_hash=found["candidate_hash"],
         num_users=found["num_users"],
-        metric=metric,
-        date=datetime.fromtimestamp(max(evaluated), UTC).date().isoformat() if evaluated else "",
-        settings=changed,
         systems={**found["baselines"], "model": found["metrics"]},
         intervals={name: values[metric] for name, values in intervals.items() if metric in values},
         gain=found["personalization_gain"].get(metric, {}),
-        against={rival: differences[rival] for rival in RIVALS if rival in differences},
-        tokens_per_user=tokens / users if users else 0.0,
-        train_hours=sum(_working_seconds([row["time"] for row in trained])) / 3600,
-        num_steps=max((row["step"] for row in trained), default=0),
+        against={rival: differences[rival][metric] for rival in RIVALS if rival in differences},
     )
 
 
@@ -128,22 +166,25 @@ def _working_seconds(times: Sequence[float]) -> Iterator[float]:
     return (gap for gap in gaps if gap <= PAUSE * usual)
 
 
-def changed_settings(config: Config, shared: Config) -> dict[str, Any]:
-    """Settings as ``section.key`` that differ; of a model its name alone, wherever its folder lies."""
-    found, before = _flat(config), _flat(shared)
-    return {key: value for key, value in found.items() if before[key] != value and key not in NOT_SETTINGS}
-
-
-def _flat(config: Config) -> dict[str, Any]:
-    found = flat_settings(config)
-    return found | {MODEL: Path(found[MODEL]).name.lower()}
+def changed_settings(sections: Mapping[str, Mapping[str, Any]], shared: Config) -> dict[str, Any]:
+    """Settings as ``section.key`` that differ; of a model its name alone, wherever its folder lies. What the sections
+    do not hold, being older than the key, counts as equal."""
+    changed = {}
+    for key, before in flat_settings(shared).items():
+        section, _, name = key.partition(".")
+        value = sections[section].get(name, before)
+        if key == MODEL:
+            value, before = (Path(folder).name.lower() for folder in (value, before))
+        if value != before and key not in NOT_SETTINGS:
+            changed[key] = value
+    return changed
 
 
 def markdown(entries: Sequence[Entry], head: str) -> str:
-    """One section a data set and kind of candidate lists."""
-    groups: dict[tuple[str, str, str], list[Entry]] = {}
+    """One section for the entries that can be compared."""
+    groups: dict[tuple[object, ...], list[Entry]] = {}
     for entry in entries:
-        groups.setdefault((entry.data, entry.candidates, entry.candidate_hash), []).append(entry)
+        groups.setdefault(entry.table, []).append(entry)
     return "\n".join([head, *(line for group in groups.values() for line in _section(group))])
 
 
@@ -176,9 +217,12 @@ def _systems_table(group: Sequence[Entry]) -> list[str]:
 def _shared_systems(group: Sequence[Entry], shown: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
     """Names and cells of systems that are not a run's own; where runs differ in one, a row for each."""
     for name in (name for name in SYSTEMS if name not in OF_A_RUN):
-        rows = {tuple(_metrics(entry, name, shown)): entry.run for entry in reversed(group) if name in entry.systems}
-        for cells, run in reversed(rows.items()):
-            yield SYSTEMS[name] if len(rows) == 1 else f"{SYSTEMS[name]} ({run})", list(cells)
+        rows: dict[tuple[str, ...], tuple[str, str]] = {}
+        for entry in (entry for entry in group if name in entry.systems):
+            *values, interval = _metrics(entry, name, shown)
+            rows.setdefault(tuple(values), (entry.run, interval))  # that of other resamples is no other result
+        for values, (run, interval) in rows.items():
+            yield SYSTEMS[name] if len(rows) == 1 else f"{SYSTEMS[name]} ({run})", [*values, interval]
 
 
 def _metrics(entry: Entry, system: str, shown: Sequence[str]) -> list[str]:
@@ -187,23 +231,30 @@ def _metrics(entry: Entry, system: str, shown: Sequence[str]) -> list[str]:
 
 
 def _judgement(entry: Entry) -> list[str]:
-    rivals, control = [entry.against.get(rival) for rival in RIVALS], entry.systems.get("control")
+    control = entry.systems.get("control")
     return [
         f"{control[entry.metric]:.4f}" if control else "",
-        "{mean:+.4f} ({low:+.3f} to {high:+.3f}; {p_value:.4f})".format(**entry.gain) if entry.gain else "",
-        *("{mean:+.4f} ({p_value:.4f})".format(**found) if found else "" for found in rivals),
+        _difference(entry.gain, " ({low:+.3f} to {high:+.3f}; {p_value:.4f})"),
+        *(_difference(entry.against.get(rival, {}), " ({p_value:.4f})") for rival in RIVALS),
         f"{entry.tokens_per_user:.0f}",
         f"{entry.num_steps} steps, {entry.train_hours:.2f} h",
         entry.date,
     ]
 
 
+def _difference(found: Mapping[str, float], certainty: str) -> str:
+    """Without resamples the mean alone."""
+    return ("{mean:+.4f}" + certainty * ("p_value" in found)).format(**found) if found else ""
+
+
 def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write_leaderboard(entries: list[Entry], head: str, output: Path) -> None:
-    """``output``.md and ``output``.json."""
+def write_leaderboard(entries: list[Entry], command: str, output: Path) -> None:
+    """``output``.json and ``output``.md; what the latter says above the line of its command is kept."""
+    page = Path(f"{output}.md")
+    notes = page.read_text(encoding="utf-8").partition(WRITTEN)[0].strip() if page.is_file() else "# Results"
     write_json(f"{output}.json", asdict(Leaderboard(entries)))
-    with atomic_file(f"{output}.md") as stream:
-        stream.write(markdown(entries, head))
+    with atomic_file(page) as stream:
+        stream.write(markdown(entries, f"{notes}\n\n{WRITTEN}{command}`."))

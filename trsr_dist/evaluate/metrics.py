@@ -179,20 +179,21 @@ class OutcomeTable:
         return numbers
 
     def counted(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The metrics of some users' outcomes, each outcome once, and how many users have it.
+        """The different metrics of some users' outcomes, and how many users have them.
 
         Returns:
-            float64, shape (num_different, num_metrics), and int64, shape (num_different,).
+            float64, shape (num_different, num_metrics), and int64, shape (num_different,). Rows are sorted, so that
+            what is drawn from them does not depend on how the outcomes are numbered.
         """
         used, counts = np.unique(numbers, return_counts=True)
-        return self.rows[used], counts
+        return _sorted_rows(self.rows[used], counts)
 
     def paired(self, one: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Differences ``one - other`` of the metrics of the same users under two systems; shapes as of ``counted``."""
         size = len(self._rows)
         used, counts = np.unique(one.astype(np.int64) * size + other, return_counts=True)
         rows = self.rows
-        return rows[used // size] - rows[used % size], counts
+        return _sorted_rows(rows[used // size] - rows[used % size], counts)
 
     def recall_curve(self, numbers: np.ndarray, length: int) -> np.ndarray:
         """Mean over users of the share of positives within K places, for K from 1 to ``length``."""
@@ -216,6 +217,12 @@ class OutcomeTable:
             self._rows.append(user_metrics(scores, labels, self._top_k))
             self._tie_rates.append(tie_rate(scores, labels))
         return self._numbers[key]
+
+
+def _sorted_rows(rows: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Equal rows become one."""
+    rows, places = np.unique(rows, axis=0, return_inverse=True)
+    return rows, np.bincount(places.ravel(), weights=counts).astype(np.int64)
 
 
 def outcome_of(scores: np.ndarray, labels: np.ndarray) -> Key:

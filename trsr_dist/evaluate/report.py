@@ -37,9 +37,9 @@ def publish(job: Evaluation, reduced: Reduced) -> None:
     (job.folder / MANIFEST).unlink(missing_ok=True)
     results, top_k = reduced.results, job.config.evaluate.top_k
     metric = headline(top_k)
-    training = list(read_metrics(job.run.root))
+    training = list(read_metrics(job.run.root)) if results["trained_on_these_shards"] else []
     figures = build_figures(results, reduced.systems, reduced.model, training, metric)
-    train_auc = list(training_values(training, "train/auc").values()) if results["trained_on_these_shards"] else []
+    train_auc = list(training_values(training, "train/auc").values())
     config = dump_config(job.config)
     write_json(job.results, results)
     shards = job.run.split(job.split)

@@ -105,7 +105,7 @@ class UserFacts:
 
 def _slice_order(kind: str, value: str) -> tuple[str, int, str]:
     lead = value.removeprefix("over ").split("-")[0]
-    return kind, int(lead) + value.startswith("over") if lead.isdigit() else 0, value
+    return kind, int(lead) + value.startswith("over") if lead.isdecimal() else 0, value
 
 
 def length_slice(num_items: int) -> str:

@@ -37,7 +37,7 @@ def bootstrap_interval(values: np.ndarray, counts: np.ndarray, num_samples: int,
         values: different rows, float64, shape (num_rows, num_metrics).
         counts: users of each row, int64, shape (num_rows,).
         num_samples: resamples.
-        seed: equal seeds give equal intervals.
+        seed: equal seeds give equal intervals, of rows in the same order (``OutcomeTable.counted``).
 
     Returns:
         float64, shape (num_metrics, 2): lower and upper bound at 95%.

@@ -15,7 +15,6 @@ again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from trsr_dist.errors import ConfigError
 from trsr_dist.evaluate.evaluation import Evaluation, trained_on_these_shards
 from trsr_dist.evaluate.passes import ScoringPass, split_parts
 from trsr_dist.evaluate.score import WAIT_SECONDS, claim_folder, clear_folder, complete, open_models, score_everything
-from trsr_dist.evaluate.score_files import ScoreFolder, UserScores, expected_of
+from trsr_dist.evaluate.score_files import ScoreFolder, expected_of
 from trsr_dist.evaluate.users import SplitUsers
 from trsr_dist.files import atomic_folder, writing
 from trsr_dist.locks import Claim, folder_lock
@@ -113,24 +112,15 @@ def plan_scoring(config: Config, model: str) -> list[tuple[TrainScoring, ShardSe
     return planned
 
 
-def scored_users(shards: ShardSet, folder: ScoreFolder) -> Iterator[UserScores]:
-    """The scores of all samples, in order.
-
-    Raises:
-        DataError: they do not cover the shards exactly.
-    """
-    folder.check_names(len(shards))
-    for number, part in enumerate(split_parts(len(shards))):
-        yield from folder.read(number, [expected_of(shards.read(index)) for index in part])
-
-
 def _publish(job: TrainScoring, shards: ShardSet, folder: ScoreFolder, trained_here: bool | None) -> None:
     missing = folder.missing(len(shards))
     if missing and array_task()[1] > 1:
         log.info("left to other tasks: %d parts; the last task to finish completes the scores", len(missing))
         return
     if not (job.folder / MANIFEST).is_file():
-        rows = [user.scores for user in scored_users(shards, folder)]
+        folder.check_names(len(shards))
+        parts = ([expected_of(shards.read(index)) for index in part] for part in split_parts(len(shards)))
+        rows = [user.scores for number, part in enumerate(parts) for user in folder.read(number, part)]
         write_table(
             job.folder, rows, shards.manifest_hash, "score", folder.recorded(), trained_on_these_shards=trained_here
         )
@@ -171,8 +161,11 @@ def mine_negatives(
         if is_finished(folder, settings, {"shards": shards.manifest_hash}, force):
             show(f"{folder}: already mined with these settings; nothing to do (--force redoes it)")
             return 0
-        users = scored_users(shards, ScoreFolder(job.folder))
-        chosen = [choose_hard(user.scores, user.labels > 0, num_negatives, margin) for user in users]
+        positives = (np.array(shards.outline(index).labels) > 0 for index in range(len(shards)))
+        chosen = [
+            choose_hard(row[: len(is_positive)], is_positive, num_negatives, margin)
+            for row, is_positive in zip(scores.values, positives, strict=True)
+        ]
         num_filled = sum(filled for _, filled in chosen)
         with atomic_folder(folder, lock.check) as new:
             write_table(

@@ -106,14 +106,18 @@ def check_checkpoint(folder: Path) -> None:
     if not (folder / MANIFEST).is_file():
         raise CheckpointError(f"{folder}: no {MANIFEST}: it was not written to its end; choose an earlier checkpoint")
     files = read_manifest(folder, CheckpointManifest)["files"]
+    needed = {name: facts for name, facts in files.items() if name.startswith("adapter/") or name == PROVENANCE}
+    if path := changed_file(folder, needed):
+        raise CheckpointError(f"{path}: missing, truncated or changed since it was written; choose another checkpoint")
+
+
+def changed_file(folder: Path, files: dict[str, FileFacts]) -> Path | None:
+    """The first of a checkpoint's files that is not the recorded one, or is not there."""
     for name, recorded in files.items():
-        if not name.startswith("adapter/") and name != PROVENANCE:
-            continue
         path = folder / name
         if not path.is_file() or path.stat().st_size != recorded["size"] or sha256_of(path) != recorded["sha256"]:
-            raise CheckpointError(
-                f"{path}: missing, truncated or changed since it was written; choose another checkpoint"
-            )
+            return path
+    return None
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

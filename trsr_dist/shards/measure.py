@@ -187,8 +187,19 @@ def _measure_shards(measuring: Measuring, numbers: list[int], num_workers: int) 
 _worker: list = []
 
 
-def _start_worker(measuring: Measuring, first: tuple[int, ...]) -> None:
+def prepare_worker() -> None:
+    """Call first in a worker process. Slurm signals every process of a job step; what to do is decided by the process
+    that has started the workers alone.
+
+    A worker whose parent was killed would wait for ever for a reader of its pipe.
+    """
     die_with_parent(signal.SIGKILL)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _start_worker(measuring: Measuring, first: tuple[int, ...]) -> None:
+    prepare_worker()
     _worker[:] = [replace(measuring, shards=measuring.shards.opened_again()), first]
 
 

@@ -27,6 +27,17 @@ class Unit:
 
 POSITION = ("epoch", "window", "row", "step")
 """Fields of a stream's state that say where it stands; all others must stay equal when a training goes on."""
+MADE_OF = {
+    "shards": "the train split, which data.* and summarize.* decide: restore it",
+    "prompt": "prompt.* and the base's tokenizer (model.name_or_path): take them as they were",
+    "plan": "train.pool, the negatives that tools/mine_negatives.py left in it, the samples left out under "
+    "train.data_errors, or this package's version: take them as they were",
+    "row_tokens": "train.row_tokens: set it so again",
+    "rows_per_step": "train.rows_per_step: set it so again",
+    "negatives_per_positive": "train.negatives_per_positive: set it so again",
+    "seed": "run.seed: set it so again",
+}
+"""What decides each of these other fields, and the remedy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +60,6 @@ class StreamState:
     rows_per_step: int
     negatives_per_positive: int
     seed: int
-    teacher: str = ""
-    """Hash of the teacher's scores; empty: none are read."""
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -62,7 +71,8 @@ class StreamState:
             CheckpointError: the fields are not these.
         """
         try:
-            return cls(**value)
+            # Checkpoints of before hold the teacher's hash, which changes no rows.
+            return cls(**{name: found for name, found in value.items() if name != "teacher"})
         except TypeError as error:
             raise CheckpointError(
                 f"the checkpoint's stream was saved by another version of this package ({error}); go on with that "
@@ -79,8 +89,8 @@ class StreamState:
             saved, now = getattr(self, name), getattr(start, name)
             if saved != now:
                 raise CheckpointError(
-                    f"the checkpoint's stream has {name}={saved!r}, this run {now!r}; go on with the former, or start "
-                    "a new run"
+                    f"the checkpoint's stream has {name}={saved!r}, this run {now!r}: its rows would be others. "
+                    f"That comes from {MADE_OF[name]}, use another run.dir, or --force to train from the start"
                 )
 
 

@@ -9,7 +9,6 @@ equally many steps with equally many rows. Worker processes hold no state: they 
 from __future__ import annotations
 
 import atexit
-import signal
 from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,13 +17,12 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from torch.utils.data import DataLoader
 
-from trsr_dist.environment import die_with_parent
 from trsr_dist.errors import DataError, RunError
 from trsr_dist.log import get_logger
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import PackedRow, pack_row
-from trsr_dist.shards.measure import ALONE, Share, measure_lengths
+from trsr_dist.shards.measure import ALONE, Share, measure_lengths, prepare_worker
 from trsr_dist.shards.plan import PackingSettings, TrainPlan, epoch_facts, step_specs
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.steps import Step, StepSpec, StreamState, Unit
@@ -71,11 +69,8 @@ class TrainStream:
         lengths = measure_lengths(shards, builder, share, tolerate=max_data_errors is not None)
         self.plan = TrainPlan(lengths, settings, pool)
         self.teacher = teacher
-        taught_by = "" if teacher is None else teacher.sha256
-        start = StreamState(
-            0, 0, 0, 0, shards.manifest_hash, builder.fingerprint, self.plan.identity, **asdict(settings),
-            teacher=taught_by,
-        )  # fmt: skip
+        rules = self.plan.identity
+        start = StreamState(0, 0, 0, 0, shards.manifest_hash, builder.fingerprint, rules, **asdict(settings))
         if state is not None:
             state.check(start)
         self._state = state or start
@@ -191,7 +186,7 @@ def load_steps(reader: StepReader, specs: Iterator[StepSpec], num_workers: int) 
         sampler=specs,
         num_workers=num_workers,
         collate_fn=lambda step: step,
-        worker_init_fn=_prepare_worker,
+        worker_init_fn=lambda worker: prepare_worker(),
         multiprocessing_context="fork",
     )
     steps = iter(loader)
@@ -211,13 +206,3 @@ def _in_own_words(steps: Iterator[Step]) -> Iterator[Step]:
         yield from steps
     except RunError as error:
         raise RunError(str(error).rpartition(f"{RunError.__name__}: ")[2].strip()) from None
-
-
-def _prepare_worker(worker: int) -> None:
-    """Slurm signals every process of a job step; what to do is decided by the training process alone.
-
-    A worker whose training process was killed would wait for ever for a reader of its pipe.
-    """
-    die_with_parent(signal.SIGKILL)
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
-        signal.signal(number, signal.SIG_IGN)

@@ -26,7 +26,7 @@ from trsr_dist.words import (
     split_words,
 )
 
-EXTRACT_VERSION = 2
+EXTRACT_VERSION = 3
 """Raised whenever the texts change; part of their keys."""
 SHORT_WORDS = 3
 """A field's value of up to this many words is a topic, a longer one is free text."""
@@ -41,6 +41,7 @@ TOPIC_SHARE = 0.75
 """Share of the words that topics may take while there are free-text words to show."""
 WORDS_MARK = "words:"
 _FIELD = re.compile(rf"(?:^|; )([\w{MARKS} ]{{1,30}}): ")
+_WORDS = re.compile(f"(?:^|; ){WORDS_MARK} ")
 _TERM = re.compile(r"(?P<term>.+?)(?: \((?P<count>\d+)\))?$")
 _WORD = re.compile(rf"[^\W\d_][\w{MARKS}'-]+")
 _PART = re.compile(
@@ -85,8 +86,7 @@ def extract(prompt: SummaryPrompt, max_words: int) -> str:
     """The summary of a prompt's parts, in at most ``max_words`` words (or one term, where that is longer)."""
     terms = Terms()
     for summary in prompt.previous:  # of our own; in any other, all is one list of topics
-        topics, _, words = summary.partition(WORDS_MARK)
-        for counter, part in ((terms.topics, topics), (terms.words, words)):
+        for counter, part in zip((terms.topics, terms.words), _WORDS.split(summary, maxsplit=1), strict=False):
             for term in reversed([term for term in part.strip(" ;").split(", ") if term]):
                 match = _TERM.match(term)
                 terms.add(counter, match["term"], int(match["count"] or 1))
@@ -178,7 +178,9 @@ def _within(terms: Iterable[str], counts: Mapping[str, int], max_words: int) -> 
 
 
 def _counted(term: str, counts: Mapping[str, int]) -> str:
-    return f"{term} ({counts[term]})" if counts[term] > 1 else term
+    """A term that ends as a count does (Heat (1995)) shows its count even if that is 1: it is read back."""
+    is_shown = counts[term] > 1 or _TERM.match(term)["count"]
+    return f"{term} ({counts[term]})" if is_shown else term
 
 
 class ExtractiveEngine:

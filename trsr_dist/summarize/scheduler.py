@@ -219,7 +219,7 @@ class Scheduler:
             self._pending[old.key] = _Pending(request, pending.prompt, pending.waiting, record)
             self.engine.submit(request)
             return
-        if pending.first is not None and len(pending.first["flags"]) <= len(record["flags"]):
+        if pending.first is not None and _faults(pending.first) <= _faults(record):
             record = pending.first
         if "empty" in record["flags"]:
             reason = "the engine wrote no text, and none when sampled"
@@ -285,3 +285,8 @@ class Scheduler:
     def _finish(self, result: Result) -> None:
         self.num_users -= 1
         self._finished.append(result)
+
+
+def _faults(record: dict[str, Any]) -> tuple[bool, int]:
+    """No text is worse than any other fault."""
+    return "empty" in record["flags"], len(record["flags"])

@@ -30,7 +30,7 @@ from trsr_dist.files import (
 )
 from trsr_dist.log import get_logger
 from trsr_dist.model.adapters import adapter_name, parameter_name
-from trsr_dist.model.artifacts import POINTERS, PROVENANCE, CheckpointManifest, write_tensors
+from trsr_dist.model.artifacts import POINTERS, PROVENANCE, CheckpointManifest, changed_file, write_tensors
 from trsr_dist.run import MANIFEST, read_manifest
 
 WEIGHTS = f"adapter/{ADAPTER_WEIGHTS}"
@@ -146,7 +146,7 @@ class CheckpointFolder:
             if read.keys() != tensors.keys() or not all(torch.equal(read[name], tensors[name]) for name in read):
                 raise CheckpointError(f"{target}: read back, it is not what was written; check the disk")
         self.point("latest", folder)
-        self._remove_old()
+        self._remove_old(folder)
         return folder
 
     def mark_best(self, step: int) -> None:
@@ -154,6 +154,14 @@ class CheckpointFolder:
         folder = self._folder(step)
         if folder.is_dir():
             self.point("best", folder)
+
+    def resume_at(self, checkpoint: Checkpoint) -> None:
+        """Have ``latest`` and ``best`` say what this checkpoint does: a kill may have come before they were written, or
+        newer ones are damaged."""
+        self.point("latest", checkpoint.folder)
+        self.mark_best(checkpoint.state.best_step)
+        if self._best() in {folder.name for folder in self._later(checkpoint.folder)}:
+            (self.root / "best").unlink()
 
     def point(self, name: str, folder: Path) -> None:
         """Make ``latest`` or ``best`` name a checkpoint."""
@@ -165,6 +173,7 @@ class CheckpointFolder:
 
         Raises:
             CheckpointError: there are checkpoints, and none of them can be read.
+            RunError: the disk refuses to read one.
         """
         folders = self._folders()[::-1]
         for folder in folders:
@@ -202,17 +211,32 @@ class CheckpointFolder:
     def _folder(self, step: int) -> Path:
         return self.root / f"step-{step:06d}"
 
-    def _remove_old(self) -> None:
-        best = self.root / "best"
-        kept = best.read_text(encoding="utf-8").strip() if best.is_file() else ""
-        for folder in self._folders()[: -self._keep]:
+    def _best(self) -> str:
+        """Name of the best checkpoint's folder; empty where none is marked."""
+        path = self.root / "best"
+        return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+    def _remove_old(self, saved: Path) -> None:
+        later, kept = self._later(saved), self._best()
+        if later and self.fence is not None:
+            self.fence()  # they may be those of a start that has taken this one's place
+        old = [folder for folder in self._folders() if folder not in later][: -self._keep]
+        for folder in (*old, *later):
             if folder.name != kept:
                 remove_folder(folder)
 
+    def _later(self, folder: Path) -> list[Path]:
+        """Those of later steps: a training that goes on from this one has found them damaged."""
+        return [other for other in self._folders() if _step_of(other) > _step_of(folder)]
+
     def _folders(self) -> list[Path]:
         """By their step, which may have more digits than the names are padded to."""
-        steps = {path: int(found[1]) for path in self.root.glob("step-*") if (found := NAME.match(path.name))}
-        return sorted(filter(Path.is_dir, steps), key=steps.__getitem__)
+        named = (path for path in self.root.glob("step-*") if NAME.match(path.name))
+        return sorted(filter(Path.is_dir, named), key=_step_of)
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.partition("-")[2])
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:
@@ -220,23 +244,20 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
     Raises:
         CheckpointError: incomplete, damaged, or with tensors that are empty or not finite.
-        RunError: a file may not be read.
+        RunError: the disk refuses to read a file, which may be whole.
     """
     try:
-        files = read_manifest(folder, CheckpointManifest)["files"]
-        for name, recorded in files.items():
-            path = folder / name
-            if not path.is_file() or path.stat().st_size != recorded["size"] or sha256_of(path) != recorded["sha256"]:
-                raise CheckpointError(f"{path}: missing, truncated or changed since it was written")
+        if path := changed_file(folder, read_manifest(folder, CheckpointManifest)["files"]):
+            raise CheckpointError(f"{path}: missing, truncated or changed since it was written")
         adapter = load_file(folder / WEIGHTS)
         tensors = {f"weight/{parameter_name(name)}": tensor for name, tensor in adapter.items()}
         tensors |= load_file(folder / OPTIMIZER)
         state = read_json(folder / STATE, TrainerState)
         provenance, digest = read_json(folder / PROVENANCE), sha256_of(folder / MANIFEST)
-    except PermissionError as error:
-        raise explain(error, folder) from None  # going on from an older one would throw work away
-    except (DataError, KeyError, TypeError, OSError, SafetensorError) as error:
+    except (DataError, KeyError, TypeError, FileNotFoundError, NotADirectoryError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: not a whole checkpoint ({error})") from None
+    except OSError as error:
+        raise explain(error, folder) from None  # going on from an older one would throw work away
     for name, tensor in tensors.items():
         if not tensor.numel() or not torch.isfinite(tensor).all():
             raise CheckpointError(f"{folder}: {name} is empty or not finite")

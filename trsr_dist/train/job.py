@@ -30,6 +30,7 @@ from trsr_dist.train.lifecycle import (
     follow_launcher,
     walltime_of,
 )
+from trsr_dist.train.losses import LossSettings
 from trsr_dist.train.model import build_model, flops_counter, peak_flops
 from trsr_dist.train.monitor import Monitor
 from trsr_dist.train.prepare import Prepared, prepare
@@ -79,20 +80,22 @@ def _train(
     checkpoints = CheckpointFolder(run.checkpoints, config.train.keep_checkpoints, lock.check if lock else None)
     distributed.on_rank_zero(lambda: checkpoints.tidy(lock.lease.former if lock else ""))
     checkpoint = None if force else newest_for_all(checkpoints)
+    distributed.on_rank_zero(lambda: checkpoint and checkpoints.resume_at(checkpoint))
     prepared = prepare(config, run, ranks, checkpoint)
-    settings, marks = resume_settings(config, prepared.num_steps)
+    settings, marks = resume_settings(config, prepared.decided)
     state = first_state(config, run, prepared, checkpoint, settings)
     if checkpoint is not None:
         check_base(checkpoint, prepared.model.name, prepared.fingerprint)
+        is_auto = config.train.precision == "auto"  # on another machine it may be another one
         is_validated = prepared.validator is None or not state.awaits_validation
         if is_validated and state.is_over(prepared.num_steps, config.train.early_stopping_patience):
-            check_finished(checkpoint, settings)
+            check_finished(checkpoint, settings, leave_out="train.precision" if is_auto else "")
             distributed.on_rank_zero(lambda: run.write_config("train", dump_config(config), only_missing=True))
             log.info("%s: finished; nothing to do (--force redoes it)", checkpoint.folder)
             return Ending(True, "")
         check_settings(checkpoint, settings, marks)
     trainer = build_trainer(config, run, ranks, prepared, checkpoints, checkpoint, state, control)
-    distributed.on_rank_zero(lambda: _begin(config, run, checkpoints, state.best_step, force))
+    distributed.on_rank_zero(lambda: _begin(config, run, checkpoints, force))
     ending = trainer.run()
     _say_ending(ending, trainer.state.step, prepared.num_steps)
     return ending
@@ -136,10 +139,11 @@ def build_trainer(
     model, adapter = build_model(config, ranks, prepared.model)
     engine = Engine(model, prepared.model.zero_config, train.weight_decay, train.adam_betas)
     _restore(engine, prepared, checkpoint)
-    saving = Saving(engine, checkpoints, adapter, _provenance(config, run, prepared, checkpoint))
+    saving = Saving(engine, checkpoints, adapter, _provenance(config, prepared, checkpoint))
     metrics = None
     if ranks.is_main:
-        metrics = open_metrics(config, run.root, "train", state.step + 1, checkpoints.fence)
+        redone = "valid/" if state.awaits_validation else None
+        metrics = open_metrics(config, run.root, "train", state.step + 1, checkpoints.fence, redone)
     monitor = Monitor(
         metrics,
         prepared.num_steps,
@@ -148,11 +152,9 @@ def build_trainer(
         flops_counter(prepared.model.config, engine, train.loss == "full_text"),
         peak_flops(ranks.world_size),
     )
-    answer_ids, seed = prepared.model.builder.answer_ids, config.run.seed
-    runner = StepRunner(
-        engine, train.loss, answer_ids, train.row_tokens, seed, control.heartbeat,
-        train.teacher_weight, train.teacher_temperature,
-    )  # fmt: skip
+    answer_ids = prepared.model.builder.answer_ids
+    loss = LossSettings(train.loss, answer_ids, train.row_tokens, train.teacher_weight, train.teacher_temperature)
+    runner = StepRunner(engine, loss, config.run.seed, control.heartbeat)
     return Trainer(
         engine, prepared.stream, runner, _loop_settings(config, prepared), saving, prepared.validator, state, monitor,
         control,
@@ -185,7 +187,7 @@ def _loop_settings(config: Config, prepared: Prepared) -> LoopSettings:
 
 
 def _provenance(
-    config: Config, run: RunFolder, prepared: Prepared, checkpoint: Checkpoint | None
+    config: Config, prepared: Prepared, checkpoint: Checkpoint | None
 ) -> Callable[[TrainerState], dict[str, Any]]:
     """From a state to what a later stage must know of its checkpoint; kept with it and with the merged model."""
     train, initial = config.train, prepared.initial
@@ -204,7 +206,7 @@ def _provenance(
             "prompt": prepared.model.builder.settings,
             "answer_ids": list(prepared.model.builder.answer_ids),
             "domain": config.domain,
-            "shards": {"train": manifest_hash(run.split("train"))},
+            "shards": {"train": state.stream["shards"]},
             **teacher,
             "train": {
                 "step": state.step,
@@ -223,13 +225,11 @@ def _provenance(
     return describe
 
 
-def _begin(config: Config, run: RunFolder, checkpoints: CheckpointFolder, best_step: int, force: bool) -> None:
+def _begin(config: Config, run: RunFolder, checkpoints: CheckpointFolder, force: bool) -> None:
     """Only now, when all is checked and loaded, is anything of an earlier training replaced."""
     if force:
         checkpoints.clear()
     run.write_config("train", dump_config(config))
-    if best_step:
-        checkpoints.mark_best(best_step)  # a kill may have come between the checkpoint and its mark
 
 
 def _say_ending(ending: Ending, step: int, num_steps: int) -> None:

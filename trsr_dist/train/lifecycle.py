@@ -7,6 +7,7 @@ is named and the training ended long before a collective's time limit.
 from __future__ import annotations
 
 import faulthandler
+import math
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ from trsr_dist.environment import Ranks, die_with_parent, slurm_end_time
 from trsr_dist.errors import DataError, RunError
 from trsr_dist.files import read_json, write_json
 from trsr_dist.liveness import Beat, Owner, read_sign, reader_time
+from trsr_dist.processes import server_time_ns
 
 LAUNCHER = b"deepspeed.launcher.launch"
 POLL_SECONDS = 1.0
@@ -128,7 +130,8 @@ class Heartbeat:
         self._phase = self._seen = Phase(0, START, 0, time.monotonic())
         self._longest: dict[str, float] = {}
         self._idle_seconds = 0.0
-        self._looked = time.monotonic()
+        self._looked = self._judged = time.monotonic()
+        self._calm_since = math.inf
         self._beat: Beat | None = None
 
     def is_starting(self) -> bool:
@@ -172,8 +175,15 @@ class Heartbeat:
             self._end_if_stuck()
 
     def _end_if_stuck(self) -> None:
+        # Asked before the files are read: a disk that stalls in between must not age them.
+        now = server_time_ns(self._folder) / 1e9
         beats = read_heartbeats(self._folder)
-        stuck = stuck_ranks(beats, reader_time(self._folder), self._hang_seconds)
+        before, self._judged = self._judged, time.monotonic()
+        if self._judged - before > self._hang_seconds / 2:
+            self._calm_since = math.inf  # what kept this rank from looking may have kept others from writing
+            return
+        self._calm_since = min(self._calm_since, now)
+        stuck = stuck_ranks(beats, now, self._hang_seconds, self._calm_since)
         if not stuck:
             return
         text = describe_ranks(self._folder)
@@ -213,15 +223,18 @@ class Heartbeat:
         write_json(self._path, value, durable=False)
 
 
-def stuck_ranks(beats: list[dict[str, Any]], now: float, hang_seconds: float) -> list[dict[str, Any]]:
+def stuck_ranks(
+    beats: list[dict[str, Any]], now: float, hang_seconds: float, since: float = 0.0
+) -> list[dict[str, Any]]:
     """Who keeps a training from going on; empty where it goes on.
 
     Args:
         beats: of ``read_heartbeats``.
         now: Unix seconds by the file server's clock.
         hang_seconds: a rank without a sign of life for so long is gone.
+        since: by that clock; silence before it does not count.
     """
-    if silent := [beat for beat in beats if now - beat["time"] > hang_seconds]:
+    if silent := [beat for beat in beats if now - max(beat["time"], since) > hang_seconds]:
         return silent
     late = [beat for beat in beats if beat["is_late"]]
     if alone := [beat for beat in late if beat["phase"] in INDEPENDENT]:
@@ -288,11 +301,6 @@ class StopSignals:
             self.received, self._since = signal.Signals(number).name, time.monotonic()
         elif time.monotonic() - self._since > ONE_EVENT_SECONDS:
             os._exit(128 + number)
-
-    def restore(self) -> None:
-        """Give the signals back their usual meaning."""
-        for number in SIGNALS:
-            signal.signal(number, signal.SIG_DFL)
 
 
 class Walltime:

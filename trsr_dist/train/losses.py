@@ -21,6 +21,22 @@ WANTS: dict[str, Want] = {
 
 
 @dataclass(frozen=True, slots=True)
+class LossSettings:
+    """What a row's loss is made of, beside the row."""
+
+    name: str
+    """``train.loss``."""
+    answer_ids: tuple[int, int]
+    """Tokens of yes and no."""
+    row_tokens: int
+    """What a row of this run can hold."""
+    teacher_weight: float = 0.0
+    """Of ``distill_sum``."""
+    temperature: float = 1.0
+    """Of ``distill_sum``."""
+
+
+@dataclass(frozen=True, slots=True)
 class RowLoss:
     """A row's loss and what is watched beside it."""
 
@@ -30,33 +46,21 @@ class RowLoss:
     """float32, shape (num_answers,), without a gradient; None where the loss does not compute them."""
 
 
-def row_loss(
-    model: torch.nn.Module,
-    inputs: RowInputs,
-    loss: str,
-    answer_ids: tuple[int, int],
-    row_tokens: int,
-    teacher_weight: float = 0.0,
-    temperature: float = 1.0,
-) -> RowLoss:
+def row_loss(model: torch.nn.Module, inputs: RowInputs, settings: LossSettings) -> RowLoss:
     """Run the model on a row and sum its loss.
 
     Args:
         model: a ``Recommender``, or DeepSpeed's engine around it.
         inputs: the row.
-        loss: ``train.loss``.
-        answer_ids: tokens of yes and no.
-        row_tokens: what a row of this run can hold.
-        teacher_weight: of ``distill_sum``.
-        temperature: of ``distill_sum``.
+        settings: of the loss.
     """
-    want = WANTS[loss]
+    loss, want = settings.name, WANTS[settings.name]
     if want == "text":
-        targets = text_targets(inputs.row, answer_ids, inputs.device, row_tokens)
+        targets = text_targets(inputs.row, settings.answer_ids, inputs.device, settings.row_tokens)
         return RowLoss(model(inputs, want, targets), None)
     output = model(inputs, want)
     if want == "logits":
-        yes, no = answer_ids
+        yes, no = settings.answer_ids
         targets = torch.where(inputs.labels > 0, yes, no)
         logits = output.float()
         log_odds = (logits[:, yes] - logits[:, no]).detach()
@@ -64,7 +68,7 @@ def row_loss(
     log_odds = output[:, 0] - output[:, 1]
     labels, group = inputs.labels, inputs.group
     if loss == "distill":
-        total = distill_sum(log_odds, inputs.teacher, labels, group, teacher_weight, temperature)
+        total = distill_sum(log_odds, inputs.teacher, labels, group, settings.teacher_weight, settings.temperature)
     else:
         total = (pairwise_sum if loss == "pairwise" else listwise_sum)(log_odds, labels, group)
     return RowLoss(total, log_odds.detach())

@@ -37,8 +37,6 @@ class Sums:
     wait_seconds: float = 0.0
     """For data, summed over ranks."""
     num_ranks: float = 0.0
-    bad_rows: float = 0.0
-    """Rows whose loss is not finite."""
     stops: float = 0.0
     """Ranks that have a reason to stop."""
 

@@ -57,6 +57,7 @@ class Monitor:
         self._flops = flops
         self._peak_flops = peak_flops
         self._start_interval()
+        self._made: Progress | None = None
         self._last: dict[str, float] = {}
         self._bar = progress(total=num_steps, description="train", unit="step", lines=False) if metrics else None
         if self._bar is not None:
@@ -71,6 +72,7 @@ class Monitor:
         self._skipped += not made.is_applied
         self._seconds += made.seconds
         self._steps += 1
+        self._made = made
         self._bar.update(1)
         if made.step % self._every == 0 or made.step == self._num_steps:
             self._write(made)
@@ -86,9 +88,12 @@ class Monitor:
             self._metrics.write(step, {f"valid/{name}": value for name, value in metrics.items()})
 
     def close(self, settings: dict[str, Any], final: dict[str, float]) -> None:
-        """Write the hyperparameters beside the final metrics; without any, beside the last line's loss and AUC."""
+        """Write what no line has shown yet, and the hyperparameters beside the final metrics; without any, beside the
+        last line's loss and AUC."""
         if self._metrics is None:
             return
+        if self._steps:
+            self._write(self._made)
         self._bar.close()
         self._metrics.close(settings, final or self._last)
 

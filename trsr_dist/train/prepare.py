@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from trsr_dist.config import Config
-from trsr_dist.distributed import on_rank_zero
 from trsr_dist.environment import Ranks
-from trsr_dist.errors import ConfigError
+from trsr_dist.errors import CheckpointError, ConfigError, ModelError
 from trsr_dist.log import get_logger
 from trsr_dist.model.artifacts import base_fingerprint, follow, model_identity
 from trsr_dist.prompts.builder import PromptBuilder
@@ -23,7 +23,7 @@ from trsr_dist.shards.stream import TrainStream
 from trsr_dist.shards.tables import MINED, CandidateTable, open_table, scores_folder
 from trsr_dist.train.checkpoints import Checkpoint
 from trsr_dist.train.model import ModelSetup, set_up_model
-from trsr_dist.train.start import InitialAdapter, read_initial
+from trsr_dist.train.start import InitialAdapter, read_by_all, read_initial
 from trsr_dist.train.validation import Validator
 
 log = get_logger("train")
@@ -35,7 +35,7 @@ class Prepared:
 
     model: ModelSetup
     fingerprint: str
-    """Of the base, on rank 0's node."""
+    """Of the base, the same on all nodes."""
     initial: InitialAdapter | None
     """None where the adapter is a fresh one, or the checkpoint's."""
     stream: TrainStream
@@ -43,13 +43,19 @@ class Prepared:
     """None where the run never ranks the validation users."""
     num_steps: int
 
+    @property
+    def decided(self) -> dict[str, Any]:
+        """What losses depend on and the config does not say; the teacher by its scores."""
+        teacher = "" if self.stream.teacher is None else self.stream.teacher.sha256[:12]
+        return {"steps": self.num_steps, "train.precision": self.model.precision, "train.teacher": teacher}
+
 
 def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint | None) -> Prepared:
     """Check config, model folder, shards and checkpoint against each other; plan the steps. All ranks call it.
 
     Raises:
         ConfigError: settings that contradict each other or the data.
-        ModelError: the base or its tokenizer cannot be read.
+        ModelError: the base or its tokenizer cannot be read, or is another one on some node.
         DataError: the shards are missing or damaged.
         CheckpointError: the checkpoint belongs to other data or settings.
     """
@@ -63,7 +69,13 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
     validator = open_validator(config, run, ranks, model.builder)
     stream = open_stream(config, run, ranks, model.builder, checkpoint)
     check_loss(train.loss, model.backend, stream, train.row_tokens)
-    fingerprint = on_rank_zero(lambda: base_fingerprint(model.source.name_or_path))
+    fingerprint = read_by_all(
+        lambda: base_fingerprint(model.source.name_or_path),
+        lambda found: f"fingerprint {found[:12]}...",
+        f"the base {model.name}",
+        "give all nodes the same files: pin model.revision, or name a folder on storage that they share",
+        ModelError,
+    )
     initial = None
     if train.init_adapter and checkpoint is None:
         initial = read_initial(run.resolve(train.init_adapter), config.lora.model_dump(), model.source, fingerprint)
@@ -80,19 +92,26 @@ def packing_settings(config: Config) -> PackingSettings:
 def open_stream(
     config: Config, run: RunFolder, ranks: Ranks, builder: PromptBuilder, checkpoint: Checkpoint | None
 ) -> TrainStream:
-    """The train split's stream, from where the checkpoint stands."""
+    """The train split's stream, from where the checkpoint stands.
+
+    Raises:
+        CheckpointError: the checkpoint belongs to other data or settings.
+    """
     train = config.train
     shards = ShardSet(run.split("train"), open_cache(train.cache_dir, train.cache_gb), url=train.shards_url)
-    return TrainStream(
-        shards,
-        builder,
-        packing_settings(config),
-        Share(ranks.rank, ranks.world_size, train.num_workers),
-        train.max_data_errors if train.data_errors == "skip" else None,
-        None if checkpoint is None else StreamState.from_dict(checkpoint.state.stream),
-        open_teacher(config, run, shards) if train.loss == "distill" else None,
-        open_pool(shards, train.negatives_per_positive) if train.pool == "mined" else None,
-    )
+    try:
+        return TrainStream(
+            shards,
+            builder,
+            packing_settings(config),
+            Share(ranks.rank, ranks.world_size, train.num_workers),
+            train.max_data_errors if train.data_errors == "skip" else None,
+            None if checkpoint is None else StreamState.from_dict(checkpoint.state.stream),
+            open_teacher(config, run, shards) if train.loss == "distill" else None,
+            open_pool(shards, train.negatives_per_positive) if train.pool == "mined" else None,
+        )
+    except CheckpointError as error:
+        raise CheckpointError(f"{checkpoint.folder}: {error}") from None
 
 
 def open_pool(shards: ShardSet, negatives_per_positive: int) -> CandidateTable:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import LoraConfig
@@ -13,7 +14,8 @@ from trsr_dist.bases import ADAPTER_CONFIG, adapter_file
 from trsr_dist.config import Config
 from trsr_dist.config.kinds import OnResume, marked_settings
 from trsr_dist.distributed import gather_objects, on_rank_zero
-from trsr_dist.errors import CheckpointError, ConfigError, ModelError, RunError
+from trsr_dist.environment import detect_ranks
+from trsr_dist.errors import CheckpointError, ConfigError, ModelError, RunError, TrsrError
 from trsr_dist.files import sha256_of
 from trsr_dist.log import get_logger
 from trsr_dist.model.adapters import attach, parameter_name, read_adapter
@@ -32,6 +34,7 @@ OWNED = {"r": "r", "lora_alpha": "alpha", "use_rslora": "use_rslora"}
 UNKNOWN = ("use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "modules_to_save")
 """Kinds of adapter that are not trained here."""
 
+T = TypeVar("T")
 log = get_logger("train")
 
 
@@ -49,34 +52,58 @@ def newest_for_all(checkpoints: CheckpointFolder) -> Checkpoint | None:
     folder = on_rank_zero(choose)
     if folder is None:
         return None
+    return read_by_all(
+        lambda: read_checkpoint(folder),
+        lambda found: f"step {found.state.step}, manifest {found.digest}",
+        f"{folder}, which rank 0 has chosen",
+        "run.dir must lie on storage that all nodes share",
+        CheckpointError,
+    )
+
+
+def read_by_all(read: Callable[[], T], content: Callable[[T], str], what: str, remedy: str, kind: type[TrsrError]) -> T:
+    """What every rank reads for itself, where all must find the same. All ranks call it.
+
+    Args:
+        read: on this rank.
+        content: tells by a few words whether two ranks have found the same.
+        what: is read.
+        remedy: where ranks find different ones.
+        kind: of the error.
+
+    Raises:
+        TrsrError: of this kind: a rank cannot read it, or finds another one than rank 0; all ranks raise it.
+    """
     found, error = None, ""
     try:
-        found = read_checkpoint(folder)
-    except CheckpointError as problem:
+        found = read()
+    except (TrsrError, OSError) as problem:
         error = str(problem)
-    everywhere = gather_objects((error, "" if found is None else f"step {found.state.step}, manifest {found.digest}"))
-    for rank, (error, content) in enumerate(everywhere):
+    everywhere = gather_objects((detect_ranks().host, error, "" if error else content(found)))
+    for rank, (host, error, told) in enumerate(everywhere):
         if error:
-            raise CheckpointError(f"rank {rank} cannot read the checkpoint that rank 0 has chosen: {error}")
-        if content != everywhere[0][1]:
-            raise CheckpointError(
-                f"{folder}: rank {rank} finds {content}, rank 0 {everywhere[0][1]}; run.dir must lie on storage that "
-                "all nodes share"
-            )
+            raise kind(f"rank {rank} on {host} cannot read {what}: {error}")
+        if told != everywhere[0][2]:
+            first, _, expected = everywhere[0]
+            raise kind(f"{what}: rank {rank} on {host} finds {told}, rank 0 on {first} {expected}; {remedy}")
     return found
 
 
-def resume_settings(config: Config, num_steps: int) -> tuple[dict[str, Any], dict[str, OnResume]]:
-    """What the losses depend on beside data and model: values to record, and what a change of each means."""
+def resume_settings(config: Config, decided: dict[str, Any]) -> tuple[dict[str, Any], dict[str, OnResume]]:
+    """What the losses depend on beside data and model: values to record, and what a change of each means.
+
+    Args:
+        config: of the run.
+        decided: values that stand in no config (``Prepared.decided``).
+    """
     settings: dict[str, Any] = {}
     marks: dict[str, OnResume] = {}
-    for name, section in (("train", config.train), ("lora", config.lora)):
+    for name, section in (("train", config.train), ("model", config.model), ("lora", config.lora)):
         values = section.model_dump(mode="json")
         found = {f"{name}.{key}": mark for key, mark in marked_settings(section).items()}
         settings |= {key: values[key.partition(".")[2]] for key in found}
         marks |= found
-        if name == "train":
-            settings["steps"] = num_steps
+    settings |= decided
     if isinstance(settings["lora.target_modules"], list):
         settings["lora.target_modules"].sort()  # the order says nothing
     return settings, marks
@@ -117,13 +144,18 @@ def check_settings(checkpoint: Checkpoint, settings: dict[str, Any], marks: dict
         log.warning("%s was %r up to step %d, now it is %r", key, before, checkpoint.state.step, now)
 
 
-def check_finished(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
+def check_finished(checkpoint: Checkpoint, settings: dict[str, Any], leave_out: str = "") -> None:
     """A finished training that is left alone must be the one that was asked for.
+
+    Args:
+        checkpoint: its last one.
+        settings: of this run.
+        leave_out: a setting that nobody asked for.
 
     Raises:
         RunError: names the first setting that differs.
     """
-    for key, before, now in _changes(checkpoint, settings):
+    for key, before, now in _changes(checkpoint, {key: now for key, now in settings.items() if key != leave_out}):
         raise RunError(
             f"{checkpoint.folder}: this finished training was made with {key}={before!r}, now {now!r}; use another "
             "run.dir, --force to train from the start, or a larger train.max_steps or train.num_epochs to go on"

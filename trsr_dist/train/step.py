@@ -16,7 +16,7 @@ from trsr_dist.rows import PackedRow, filler_row
 from trsr_dist.shards.steps import Step
 from trsr_dist.train.engine import Engine
 from trsr_dist.train.lifecycle import ROW, SUMS, Heartbeat
-from trsr_dist.train.losses import RowLoss, row_loss
+from trsr_dist.train.losses import LossSettings, RowLoss, row_loss
 from trsr_dist.train.meter import Sums
 
 
@@ -40,34 +40,17 @@ class StepRunner:
 
     Args:
         engine: whose model runs.
-        loss: ``train.loss``.
-        answer_ids: tokens of yes and no.
-        row_tokens: what a row can hold.
+        loss: of its rows.
         seed: of dropout masks.
         heartbeat: of this rank.
-        teacher_weight: ``train.teacher_weight``.
-        temperature: ``train.teacher_temperature``.
     """
 
-    def __init__(
-        self,
-        engine: Engine,
-        loss: str,
-        answer_ids: tuple[int, int],
-        row_tokens: int,
-        seed: int,
-        heartbeat: Heartbeat,
-        teacher_weight: float = 0.0,
-        temperature: float = 1.0,
-    ) -> None:
+    def __init__(self, engine: Engine, loss: LossSettings, seed: int, heartbeat: Heartbeat) -> None:
         self._engine = engine
         self._loss = loss
-        self._answer_ids = answer_ids
-        self._row_tokens = row_tokens
         self._seed = seed
         self._heartbeat = heartbeat
-        self._teaching = (teacher_weight, temperature)
-        self._filler = filler_row(answer_ids)
+        self._filler = filler_row(loss.answer_ids)
 
     def backward(self, step: Step) -> tuple[Sums, tuple[str, ...]]:
         """Forward and backward of this rank's rows; returns its own sums and the users of rows with a bad loss."""
@@ -76,7 +59,7 @@ class StepRunner:
         for row, number in zip(step.rows, step.numbers, strict=True):
             self._heartbeat.at(step.state.step, f"{ROW} of {row.num_tokens} tokens")
             results.append(self._run_row(row, step.state.step, number, self.weight(step)))
-            sums.add_row(row, self._row_tokens)
+            sums.add_row(row, self._loss.row_tokens)
         # Read back after the last row: until then the GPU need not wait for this process.
         bad: list[str] = []
         for row, result in zip(step.rows, results, strict=True):
@@ -87,7 +70,6 @@ class StepRunner:
                     bad += row.users
                 elif result.log_odds is not None:
                     sums.add_scores(result.log_odds.cpu(), torch.from_numpy(row.labels), torch.from_numpy(row.group))
-        sums.bad_rows = float(bool(bad))
         return sums, tuple(bad)
 
     def reduce(self, step: Step, sums: Sums, must_stop: bool) -> Sums:
@@ -100,7 +82,7 @@ class StepRunner:
 
     def weight(self, step: Step) -> int:
         """What the step's loss is divided by: users or answers over all ranks."""
-        return step.num_users if self._loss in RANKING_LOSSES else step.num_answers
+        return step.num_users if self._loss.name in RANKING_LOSSES else step.num_answers
 
     def _run_row(self, row: PackedRow, step: int, number: int, weight: int) -> RowLoss:
         """Returns the row's loss without its graph."""
@@ -108,9 +90,7 @@ class StepRunner:
         torch.manual_seed(hash64(self._seed, step, number) % 2**63)
         inputs = RowInputs(row if row.num_answers else self._filler, self._engine.device)
         try:
-            result = row_loss(
-                self._engine.wrapped, inputs, self._loss, self._answer_ids, self._row_tokens, *self._teaching
-            )
+            result = row_loss(self._engine.wrapped, inputs, self._loss)
             share = result.total / weight if row.num_answers else result.total * 0.0
             # A loss that is not finite must spoil the gradients too, so that all ranks skip the step.
             self._engine.backward(share * torch.where(torch.isfinite(share), 1.0, float("nan")))

@@ -7,6 +7,7 @@ reply that is no valid or no whole answer, is retried here.
 from __future__ import annotations
 
 import queue
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -36,6 +37,8 @@ NUM_STOPS = 4
 """The most that the protocol allows."""
 FATAL = (openai.AuthenticationError, openai.PermissionDeniedError, openai.NotFoundError)
 """Wrong key, address or model: no request can succeed."""
+NO_TEMPLATE = re.compile("provide a chat template|chat_template is not set", re.IGNORECASE)
+"""What vLLM and transformers say of a base model: no request of the chat protocol can succeed."""
 UNKNOWN_FIELD = (openai.BadRequestError, openai.UnprocessableEntityError)
 INSTEAD = {"max_tokens": "max_completion_tokens", "chat_template_kwargs": "", "seed": "", "stop": ""}
 """What is sent where a server refuses an option; empty: nothing."""
@@ -209,6 +212,8 @@ class OpenAIEngine:
         remedy = "start the server"
         if isinstance(error, openai.APITimeoutError):
             remedy = "lower summarize.max_in_flight or raise summarize.timeout_seconds"
+        elif isinstance(error, openai.RateLimitError):
+            remedy = "lower summarize.max_in_flight or raise summarize.max_retries"
         return self._gone(self._say(error), f"{remedy} and run the stage again")
 
     def _server_answers(self) -> bool:
@@ -256,6 +261,8 @@ class OpenAIEngine:
             EngineError: there is nothing else, so that no request can succeed: a setting is wrong.
             openai.APIStatusError: no option was refused but the request.
         """
+        if NO_TEMPLATE.search(str(error)):
+            raise self._gone(self._say(error), "set summarize.prompt_style=plain")
         if not option:
             raise error
         if option not in INSTEAD:
@@ -278,7 +285,10 @@ class OpenAIEngine:
                 reply = self._connection.post("/tokenize", body)
             except openai.APIConnectionError as error:
                 raise self._lost(error) from None
-            except (openai.APIStatusError, *MALFORMED):
+            except openai.APIStatusError as error:
+                if error.status_code in UNAVAILABLE:
+                    raise self._lost(error) from None
+            except MALFORMED:
                 pass
             match reply:
                 case {"count": int(count)} if count > 0:
