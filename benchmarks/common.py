@@ -1,4 +1,4 @@
-"""What the benchmark suites share: a row of the result, a timer, a table."""
+"""What the benchmark suites share: a row of the result, a timer, the work of a user's prompts, a table."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+from trsr_dist.planner.flops import Workload, triangle
 
 LIBRARIES = ("torch", "peft", "safetensors.torch", "transformers.models.llama.modeling_llama")
 HEADER = ("suite", "case", "measure", "value", "unit", "spread", "bound", "share", "note")
@@ -76,6 +78,18 @@ def timed() -> Iterator[Timer]:
     wall, cpu = time.perf_counter(), _cpu_seconds()
     yield timer
     timer.wall, timer.cpu = time.perf_counter() - wall, _cpu_seconds() - cpu
+
+
+def shared_workload(prefix: int, suffixes: Sequence[int]) -> Workload:
+    """One user with the prefix computed once: each suffix attends to the prefix and to itself."""
+    pairs = triangle(prefix) + sum(prefix * suffix + triangle(suffix) for suffix in suffixes)
+    return Workload(prefix + sum(suffixes), pairs, len(suffixes), 1)
+
+
+def separate_workload(prefix: int, suffixes: Sequence[int]) -> Workload:
+    """The same prompts as sequences of their own."""
+    lengths = [prefix + suffix for suffix in suffixes]
+    return Workload(sum(lengths), sum(map(triangle, lengths)), len(suffixes), 1)
 
 
 def as_json(row: Row) -> dict[str, Any]:

@@ -62,11 +62,15 @@ def tokenizing(name: str, tokenizer: Any, titles: Sequence[str], stream: Random,
             for user in users:
                 builder.build(user)
         ours.append(timer.cpu / num_users)
-        texts = [_texts(builder, user) for user in users[:WHOLE_USERS]]
+        texts = [
+            builder.render(user.instruction, user.summary, user.recent, item.text)
+            for user in users[:WHOLE_USERS]
+            for item in user.candidates
+        ]
         with timed() as timer:
-            for text in (text for user in texts for text in user):
+            for text in texts:
                 tokenizer(text, add_special_tokens=builder.style == "plain")
-        whole.append(timer.cpu / len(texts))
+        whole.append(timer.cpu / len(users[:WHOLE_USERS]))
     case = f"{name}, {NUM_CANDIDATES} candidates, prefix {prefix:.0f}, suffixes {suffix:.0f}"
     return [
         Row("data", case, f"the first {num_users} users", num_users / first.cpu, "users/CPU-s"),
@@ -126,10 +130,6 @@ def make_user(
     candidates = tuple(Candidate(str(number), text, int(number == 0)) for number, text in enumerate(items))
     recent = tuple(stream.sample(titles, NUM_RECENT))
     return Sample("user", recommend_instruction("news"), " ".join(words), recent, candidates)
-
-
-def _texts(builder: PromptBuilder, user: Sample) -> list[str]:
-    return [builder.render(user.instruction, user.summary, user.recent, item.text) for item in user.candidates]
 
 
 def _tokenizers() -> Iterator[tuple[str, Any]]:

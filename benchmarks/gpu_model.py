@@ -16,20 +16,15 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.common import Row, rate_row, ratio_row
+from benchmarks.common import Row, rate_row, ratio_row, separate_workload, shared_workload
 from benchmarks.ways import ANSWERS, INSTRUCTION, LORA_RANK, TARGETS, make_user, row_work, suffix_lengths
+from trsr_dist.config.sections import LoraSection
 from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.attention.backends import choose_backend
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender, enable_recomputation
-from trsr_dist.planner.flops import (
-    forward_flops,
-    last_layer_savings,
-    separate_workload,
-    shared_workload,
-    training_flops,
-)
-from trsr_dist.planner.memory import KeptActivations, ZeroSetting, rank_memory
+from trsr_dist.planner.flops import forward_flops, training_flops
+from trsr_dist.planner.memory import StepSettings, ZeroSetting, rank_memory
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import pack_row
@@ -120,7 +115,7 @@ class Bench:
         with setting.device:
             causal = AutoModelForCausalLM.from_config(setting.config, dtype=setting.dtype)
         causal.requires_grad_(False)
-        add_lora(causal, LORA_RANK, 16, 0.0, TARGETS, False, 0)
+        add_lora(causal, 0, **LoraSection(r=LORA_RANK, dropout=0.0, target_modules=TARGETS).model_dump())
         head_dim = setting.config.hidden_size // setting.config.num_attention_heads
         self.backend = choose_backend("auto", setting.device, setting.dtype, head_dim)
         self.model = Recommender(causal, ANSWERS, self.backend).train()
@@ -134,10 +129,11 @@ class Bench:
         users = self._users(count)
         if recompute:
             enable_recomputation(self.model.causal)
-        step = self._shared_step(users)
-        self._reset_peak()
+        step, on_gpu = self._shared_step(users), self._setting.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         times = times_of(step, self._setting.device)
-        peak = self._peak_bytes()
+        peak = torch.cuda.max_memory_allocated() if on_gpu else 0
         if recompute:
             disable = getattr(self.model.causal, "activation_checkpointing_disable", None)
             (disable or self.model.causal.gradient_checkpointing_disable)()
@@ -146,9 +142,9 @@ class Bench:
     def alternatives(self, count: int) -> list[Row]:
         """The same users as separate sequences: tightly padded one by one, and packed through the same kernels."""
         users = self._users(count)
-        alone = self._alone(users[0], 0)
+        alone = users[0].choose([0])
         fitting = max(1, self._setting.row_tokens // (len(alone.prefix) + SUFFIX))
-        packed = [self._alone(users[0], number % count) for number in range(fitting)]
+        packed = [users[0].choose([number % count]) for number in range(fitting)]
         steps = (self._shared_step(users), self._shared_step([alone], "head"), self._separate_step(packed))
         ours, one, together = times_in_turns(steps, self._setting.device)
         case, bound = f"train 1+{count - 1}", self._counted(users[0])
@@ -168,9 +164,7 @@ class Bench:
         self.model.eval()
         times = times_of(lambda: self.model(RowInputs(row, self._setting.device), "pair"), self._setting.device)
         self.model.train()
-        work = row_work(row)
-        saved = last_layer_savings(self.shape, work, row.num_separate_tokens)
-        flops = forward_flops(self.shape, work, self.num_lora) - saved
+        flops = forward_flops(self.shape, row_work(row), self.num_lora, answer_pairs=row.num_separate_tokens)
         bound, case = len(users) * self._rate / flops, f"score 1+{count - 1}"
         return [
             rate_row("gpu", case, "users a second", len(users), times, "1/s", bound),
@@ -215,9 +209,6 @@ class Bench:
             make_user(name, self._setting.prefix, suffix_lengths(name, SUFFIX, count), INSTRUCTION) for name in names
         ]
 
-    def _alone(self, user: TokenizedUser, number: int) -> TokenizedUser:
-        return user.choose([number])
-
     def _shared_step(self, users: list[TokenizedUser], whole: Whole = "nothing") -> Callable[[], object]:
         """Forward and backward of one row; the last layer or the output head too at all positions where asked."""
         row = pack_row(users)
@@ -236,15 +227,16 @@ class Bench:
 
     def _separate_step(self, prompts: list[TokenizedUser]) -> Callable[[], object]:
         """One row whose users share nothing, for each begins with another token."""
-        distinct = [_with_first_token(prompt, 100 + number) for number, prompt in enumerate(prompts)]
-        return self._shared_step(distinct)
+        return self._shared_step(
+            [replace(prompt, prefix=(100 + number, *prompt.prefix[1:])) for number, prompt in enumerate(prompts)]
+        )
 
     def _rows(self, users: list[TokenizedUser], times: list[float], peak: int, case: str, recompute: bool) -> list[Row]:
         """The bound of the users is that of the matrix rate: its share is the MFU."""
         row = pack_row(users)
         flops = training_flops(self.shape, row_work(row), self.num_lora, answer_pairs=row.num_separate_tokens)
-        kept = KeptActivations(recompute)
-        predicted = rank_memory(self.shape, self.num_lora, row.num_tokens, 1, ZeroSetting(0), "bfloat16", kept)
+        settings = StepSettings(row.num_tokens, "bfloat16", recompute, TARGETS, answers_only=True, dropout=False)
+        predicted = rank_memory(self.shape, self.num_lora, settings, ZeroSetting(0), world_size=1)
         users_bound = len(users) * self._rate / flops
         tokens = rate_row("gpu", case, "tokens a second", row.num_tokens, times, "1/s")
         rows = [
@@ -262,13 +254,6 @@ class Bench:
         works = separate_workload(len(user.prefix), lengths), shared_workload(len(user.prefix), lengths)
         separate, shared = (training_flops(self.shape, work, self.num_lora) for work in works)
         return separate / shared
-
-    def _reset_peak(self) -> None:
-        if self._setting.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-
-    def _peak_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated() if self._setting.device.type == "cuda" else 0
 
 
 def times_of(step: Callable[[], object], device: torch.device) -> list[float]:
@@ -294,7 +279,3 @@ def times_in_turns(steps: Sequence[Callable[[], object]], device: torch.device) 
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def _with_first_token(user: TokenizedUser, token: int) -> TokenizedUser:
-    return TokenizedUser(user.user, (token, *user.prefix[1:]), user.suffixes, user.labels, user.items)

@@ -28,11 +28,12 @@ from benchmarks.ways import (
     row_work,
     suffix_lengths,
 )
+from trsr_dist.config.sections import LoraSection
 from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
-from trsr_dist.planner.flops import forward_flops, last_layer_savings, training_flops
-from trsr_dist.planner.memory import BYTES, KeptActivations, ZeroSetting, forward_bytes, rank_memory
+from trsr_dist.planner.flops import forward_flops, training_flops
+from trsr_dist.planner.memory import BYTES, StepSettings, ZeroSetting, forward_bytes, rank_memory
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.rows import PackedRow, pack_row
 
@@ -157,8 +158,8 @@ def training(trial: Trial) -> Way:
 
 def training_bytes(trial: Trial) -> int:
     """Weights, adapter, gradients and activations; there is no optimizer in the trial."""
-    kept = KeptActivations(recompute=False, target_modules=TARGETS)
-    memory = rank_memory(trial.shape, trial.num_lora, trial.row().num_tokens, 1, ZeroSetting(0), PRECISION, kept)
+    step = StepSettings(trial.row().num_tokens, PRECISION, False, TARGETS, answers_only=True, dropout=False)
+    memory = rank_memory(trial.shape, trial.num_lora, step, ZeroSetting(0), world_size=1)
     return memory.device - memory.optimizer
 
 
@@ -170,9 +171,8 @@ def scoring(trial: Trial) -> Way:
     def step() -> None:
         model(RowInputs(row, torch.device("cpu")), "pair").sum().item()
 
-    work = row_work(row)
-    saved = last_layer_savings(trial.shape, work, row.num_separate_tokens)
-    return Way(trial.name, step, 1.0, forward_flops(trial.shape, work, trial.num_lora) - saved)
+    flops = forward_flops(trial.shape, row_work(row), trial.num_lora, answer_pairs=row.num_separate_tokens)
+    return Way(trial.name, step, 1.0, flops)
 
 
 def scoring_bytes(trial: Trial) -> int:
@@ -185,7 +185,7 @@ def make_model(trial: Trial) -> Recommender:
     """In float32, with LoRA layers."""
     torch.set_num_threads(1)
     causal = AutoModelForCausalLM.from_config(LlamaConfig(**trial.sizes, max_position_embeddings=4096))
-    add_lora(causal, LORA_RANK, 16, 0.0, TARGETS, False, 0)
+    add_lora(causal, 0, **LoraSection(r=LORA_RANK, dropout=0.0, target_modules=TARGETS).model_dump())
     return Recommender(causal, ANSWERS, "cpu")
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.common import Row
+from benchmarks.common import Row, separate_workload, shared_workload
 from benchmarks.ways import (
     ANSWERS,
     INSTRUCTION,
@@ -40,7 +40,7 @@ from benchmarks.ways import (
 )
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
-from trsr_dist.planner.flops import forward_flops, last_layer_savings, separate_workload, shared_workload
+from trsr_dist.planner.flops import forward_flops
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import PackedRow, pack_row
@@ -168,8 +168,7 @@ class Bench:
 
     def _row_flops(self, row: PackedRow) -> int:
         """Counted operations: shared parts once, the last layer at the answers alone."""
-        work = row_work(row)
-        return forward_flops(self.shape, work) - last_layer_savings(self.shape, work, row.num_separate_tokens)
+        return forward_flops(self.shape, row_work(row), answer_pairs=row.num_separate_tokens)
 
     def _separate(self, name: str, step: Step, user: TokenizedUser, full_head: bool) -> Way:
         """A way that runs some of the prompts, counted and timed for all of them."""

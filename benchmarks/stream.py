@@ -15,10 +15,10 @@ import webdataset as wds
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.common import Row, Timer, rate_row, ratio_row, timed
+from benchmarks.common import Row, Timer, rate_row, ratio_row, shared_workload, timed
 from trsr_dist.files import sync_path
 from trsr_dist.hashing import random_stream
-from trsr_dist.planner.flops import Workload, shared_workload, training_flops
+from trsr_dist.planner.flops import Workload, training_flops
 from trsr_dist.planner.hardware import hardware
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.prompts.builder import PromptBuilder

@@ -48,15 +48,11 @@ def run_suites(
     started = time.monotonic()
     for name in chosen(asked):
         began = time.monotonic()
-        rows = load_suite(name)(scale or (ALL_SCALE if asked == ALL else 1.0), **options.get(name, {}))
+        run = importlib.import_module(f"benchmarks.{name}").run
+        rows = run(scale or (ALL_SCALE if asked == ALL else 1.0), **options.get(name, {}))
         print(show(rows), end="\n\n", flush=True)
         now = time.monotonic()
         print(f"{name}: {now - began:.0f} s, {now - started:.0f} s in all", file=sys.stderr, flush=True)
-
-
-def load_suite(name: str) -> Callable[..., list[Row]]:
-    """The ``run`` of a suite; its first argument multiplies the suite's sizes."""
-    return importlib.import_module(f"benchmarks.{name}").run
 
 
 def chosen(asked: str) -> tuple[str, ...]:

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.common import Row
+from benchmarks.common import Row, separate_workload
 from benchmarks.mixes import AMAZON, MIND, Mix
 from benchmarks.ways import (
     ANSWERS,
@@ -48,7 +48,7 @@ from benchmarks.ways import (
 )
 from trsr_dist.model.inputs import RowInputs, text_targets
 from trsr_dist.model.recommender import Recommender
-from trsr_dist.planner.flops import Workload, separate_workload, training_flops
+from trsr_dist.planner.flops import Workload, training_flops
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import PackedRow, pack_row

@@ -15,8 +15,8 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, PreTrainedModel
 
-from benchmarks.common import Row, rate_row, ratio_row, timed
-from trsr_dist.planner.flops import Workload, shared_workload, triangle
+from benchmarks.common import Row, rate_row, ratio_row, shared_workload, timed
+from trsr_dist.planner.flops import Workload, triangle
 from trsr_dist.planner.shape import ATTENTION_MODULES
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import PackedRow

@@ -12,7 +12,7 @@ from trsr_dist.environment import prepare_process
 
 prepare_process()  # before torch is imported
 
-from trsr_dist.cli import EXIT_ERROR, path, run_command  # noqa: E402
+from trsr_dist.cli import EXIT_ERROR, command_parser, path, run_command  # noqa: E402
 from trsr_dist.environment import detect_ranks  # noqa: E402
 from trsr_dist.log import get_logger, setup_logging  # noqa: E402
 from trsr_dist.preflight import PreflightOptions, check_all, report_faults  # noqa: E402
@@ -38,9 +38,7 @@ def main() -> int:
 
 def build_parser() -> argparse.ArgumentParser:
     """No config is read: the job's script passes what it knows."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--run", required=True, type=path, metavar="DIR", help="the run folder")
     add("--reports", required=True, type=path, metavar="DIR", help="new folder in which the ranks of this start meet")

@@ -20,9 +20,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     args, config = parse_config(build_parser())
     if args.dry_run:
-        from trsr_dist.planner.job import Request, dry_run
+        from trsr_dist.planner.job import dry_run
 
-        return dry_run(config, Request.of(args), "summarize")
+        return dry_run(config, args, "summarize")
     from trsr_dist.summarize.job import summarize
 
     return summarize(config, force=args.force)

@@ -21,9 +21,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     args, config = parse_config(build_parser())
     if args.dry_run:
-        from trsr_dist.planner.job import Request, dry_run
+        from trsr_dist.planner.job import dry_run
 
-        return dry_run(config, Request.of(args), "train")
+        return dry_run(config, args, "train")
     from trsr_dist.train.job import train
 
     return train(config, force=args.force)

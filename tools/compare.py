@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 
-from trsr_dist.cli import path, run_command
+from trsr_dist.cli import command_parser, path, run_command
 from trsr_dist.evaluate.compare import compare
 from trsr_dist.log import show
 
@@ -15,9 +15,7 @@ EXAMPLE = "python tools/compare.py runs/one/evaluation runs/two/evaluation"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLE)
     parser.add_argument("a", type=path, metavar="A")
     parser.add_argument("b", type=path, metavar="B")
     parser.add_argument("--split", default="test", choices=("valid", "test"))

@@ -32,9 +32,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> int:
     args, config = parse_config(build_parser())
     if args.dry_run:
-        from trsr_dist.planner.job import Request, dry_run
+        from trsr_dist.planner.job import dry_run
 
-        return dry_run(config, Request.of(args), "evaluate")
+        return dry_run(config, args, "evaluate")
     if not args.model:
         from trsr_dist.evaluate.job import evaluate_baselines
 

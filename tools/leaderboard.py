@@ -12,7 +12,7 @@ import argparse
 import shlex
 import sys
 
-from trsr_dist.cli import path, run_command
+from trsr_dist.cli import command_parser, path, run_command
 from trsr_dist.config import load_config
 from trsr_dist.evaluate.leaderboard import gather_entries, write_leaderboard
 
@@ -20,9 +20,7 @@ EXAMPLE = "python tools/leaderboard.py runs/real-* --config configs/smollm2.yaml
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLE)
     parser.add_argument("runs", type=path, nargs="+", metavar="RUN", help="evaluated runs, or the .json of a table")
     parser.add_argument("--config", type=path, required=True, metavar="FILE", help="the shared config")
     parser.add_argument("--output", type=path, required=True, metavar="NAME", help="without suffix")

@@ -12,7 +12,7 @@ from trsr_dist.environment import expand_home, prepare_process
 
 prepare_process()  # before torch is imported
 
-from trsr_dist.cli import path, run_command  # noqa: E402
+from trsr_dist.cli import command_parser, path, run_command  # noqa: E402
 from trsr_dist.log import setup_logging  # noqa: E402
 
 EXAMPLE = "python tools/merge_lora.py --checkpoint runs/quickstart/checkpoints/latest --output runs/quickstart/merged"
@@ -31,9 +31,7 @@ def main() -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; no config is read, the checkpoint holds all that is needed."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--checkpoint", required=True, type=path, metavar="DIR", help="what to merge")
     add("--output", required=True, type=path, metavar="DIR", help="new folder; appears whole or not at all")

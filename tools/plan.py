@@ -10,10 +10,10 @@ import argparse
 
 from trsr_dist.cli import cluster_options, config_parser, parse_config, run_command
 
-STAGES = ("summarize", "train", "evaluate")
-
 
 def build_parser() -> argparse.ArgumentParser:
+    from trsr_dist.planner.job import STAGES
+
     example = "python tools/plan.py --config configs/mind.yaml --hardware h100 --nodes 4 --price 2.5"
     parser = cluster_options(config_parser(__doc__, example))
     parser.add_argument("--stage", action="append", choices=STAGES, help="may stand several times (default: all)")
@@ -25,11 +25,11 @@ def main() -> None:
     """Print the forecast."""
     args, config = parse_config(build_parser())
     from trsr_dist.log import show
-    from trsr_dist.planner.job import Request, plan_stages
+    from trsr_dist.planner.job import STAGES, cluster_of, plan_stages
     from trsr_dist.planner.text import in_json, in_words
 
     describe = in_json if args.json else in_words
-    cluster = Request.of(args).cluster
+    cluster = cluster_of(args)
     show(describe(plan_stages(config, args.stage or STAGES, cluster.hardware.precision), cluster))
 
 

@@ -15,7 +15,7 @@ prepare_process()
 import argparse  # noqa: E402
 from typing import get_args  # noqa: E402
 
-from trsr_dist.cli import path, run_command, server_options, server_settings  # noqa: E402
+from trsr_dist.cli import command_parser, model_options, path, run_command, server_options, server_settings  # noqa: E402
 from trsr_dist.config.sections import EvaluateSection, ModelSection  # noqa: E402
 from trsr_dist.files import writing  # noqa: E402
 from trsr_dist.log import setup_logging, show  # noqa: E402
@@ -45,20 +45,15 @@ def main() -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--model", required=True, type=expand_home, metavar="DIR", help="merged folder, checkpoint or adapter")
     add("--input", required=True, type=path, metavar="FILE", help="JSON lines")
     add("--output", required=True, type=path, metavar="FILE", help="JSON lines; appears whole")
     add("--skip-bad-lines", action="store_true", help="leave bad lines out and name them; else they stop the command")
-    add("--device", default="auto", help="cpu, cuda:1, ...; default: a GPU where there is one")
-    add("--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights")
     add("--attention", default="auto", choices=ATTENTION, help="back end, see model.attention")
     add("--row-tokens", type=int, default=8192, metavar="N", help="length of a packed row; memory grows with it")
-    add("--trust-remote-code", action="store_true", help="run model code from the hub")
-    return server_options(parser)
+    return server_options(model_options(parser))
 
 
 def parse_arguments() -> argparse.Namespace:

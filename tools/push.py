@@ -12,7 +12,7 @@ from trsr_dist.environment import prepare_process
 
 prepare_process()
 
-from trsr_dist.cli import path, run_command  # noqa: E402
+from trsr_dist.cli import command_parser, path, run_command  # noqa: E402
 from trsr_dist.log import setup_logging  # noqa: E402
 
 EXAMPLE = "python tools/push.py --model runs/mind/merged --repo me/mind-ranker --dry-run"
@@ -31,9 +31,7 @@ def main() -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line; the folder holds all else."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--model", required=True, type=path, metavar="DIR", help="what to push")
     add("--repo", required=True, metavar="OWNER/NAME", help="repository on the hub; made where it is missing")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from trsr_dist.cli import path, run_command
+from trsr_dist.cli import command_parser, path, run_command
 from trsr_dist.log import show
 from trsr_dist.status import describe_run
 
@@ -12,9 +12,7 @@ EXAMPLE = "python tools/status.py runs/mind\n  watch -n 10 python tools/status.p
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLE)
     parser.add_argument("run", type=path, metavar="RUN", help="the run folder (run.dir)")
     return parser
 

@@ -12,7 +12,15 @@ prepare_process()
 
 import argparse  # noqa: E402
 
-from trsr_dist.cli import path, positive, run_command, server_options, server_settings  # noqa: E402
+from trsr_dist.cli import (  # noqa: E402
+    command_parser,
+    model_options,
+    path,
+    positive,
+    run_command,
+    server_options,
+    server_settings,
+)
 from trsr_dist.files import write_json  # noqa: E402
 from trsr_dist.log import setup_logging, show  # noqa: E402
 
@@ -42,9 +50,7 @@ def main() -> int:
 def build_parser() -> argparse.ArgumentParser:
     from trsr_dist.predict.verify import ROUTES
 
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=f"example:\n  {EXAMPLE}", formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--model", required=True, type=expand_home, metavar="DIR", help="merged folder, checkpoint or adapter")
     add("--shards", type=path, metavar="DIR", help="of a split; default: the run's valid or test users, else built-in")
@@ -53,10 +59,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--routes", nargs="+", choices=tuple(ROUTES), default=list(ROUTES), metavar="ROUTE", help=f"{routes}")
     add("--tolerance", type=float, metavar="X", help="of log-odds; default: 0.001 in float32, 0.25 in 16 bits")
     add("--json", type=path, metavar="FILE", help="write the figures there too")
-    add("--device", default="auto", help="of the model here: cpu, cuda:1, ...; default: a GPU where there is one")
-    add("--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights here")
-    add("--trust-remote-code", action="store_true", help="run model code from the hub")
-    return server_options(parser, required=True)
+    return server_options(model_options(parser), required=True)
 
 
 if __name__ == "__main__":

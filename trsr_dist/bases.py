@@ -16,6 +16,8 @@ CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 ADAPTER_PICKLE = "adapter_model.bin"
+ORIGIN = "MODEL.json"
+"""Beside a fetched base: the hub id it was made from."""
 BASE_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "*.tiktoken", "LICENSE*", "NOTICE*"]
 CODE_FILES = ["*.py"]
 SECOND_COPIES = ["consolidated*", "original/*"]

@@ -21,14 +21,17 @@ EXIT_REQUEUE = 75
 """EX_TEMPFAIL: the work was checkpointed and asks to be run again."""
 
 
+def command_parser(description: str, example: str, allow_abbrev: bool = True) -> argparse.ArgumentParser:
+    """Parser of a command, whose help ends with an example."""
+    epilog, form = f"example:\n  {example}", argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        description=description, epilog=epilog, formatter_class=form, allow_abbrev=allow_abbrev
+    )
+
+
 def config_parser(description: str, example: str) -> argparse.ArgumentParser:
     """Parser of a command that reads a run's config."""
-    parser = argparse.ArgumentParser(
-        description=description,
-        epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,  # job scripts look for --force
-    )
+    parser = command_parser(description, example, allow_abbrev=False)  # job scripts look for --force
     parser.add_argument("--config", required=True, type=path, metavar="FILE", help="YAML file, see configs/")
     parser.add_argument("--dry-run", action="store_true", help="print the merged config and the plan; touch nothing")
     parser.add_argument("--force", action="store_true", help="redo a finished stage")
@@ -54,6 +57,15 @@ def cluster_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     pause, restart = "pause of a checkpoint (default: %(default)s)", "failure to next step (default: %(default)s)"
     add("--save-seconds", type=float, default=SAVE_SECONDS, metavar="S", help=pause)
     add("--restart-seconds", type=float, default=RESTART_SECONDS, metavar="S", help=restart)
+    return parser
+
+
+def model_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add where and how a model is run by this process."""
+    add = parser.add_argument
+    add("--device", default="auto", help="of the model here: cpu, cuda:1, ...; default: a GPU where there is one")
+    add("--precision", default="auto", choices=("auto", "float32", "bfloat16"), help="of the weights here")
+    add("--trust-remote-code", action="store_true", help="run model code from the hub")
     return parser
 
 

@@ -43,7 +43,7 @@ def hash64(*keys: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
-def hash64_bytes(keys: Iterable[str], *, before: Sequence[object] = (), after: Sequence[object] = ()) -> bytes:
+def hash64_bytes(keys: Iterable[str], before: Sequence[object], after: Sequence[object]) -> bytes:
     """``hash64(*before, key, *after)`` of many keys: eight bytes each, the highest first."""
     new = hashlib.blake2b
     head = "".join(f"{value}{SEPARATOR}" for value in before)

@@ -24,6 +24,7 @@ from trsr_dist.files import read_json, write_json
 from trsr_dist.log import get_logger
 
 PACKAGES = ("torch", "deepspeed", "transformers", "peft", "webdataset", "pyarrow", "safetensors", "numpy")
+DRIVER = Path("/proc/driver/nvidia")
 MUST_AGREE = ("code", "packages", "gpus", "driver")
 MEGABYTES, ROUNDS = 16, 3
 """Of the all-reduce that is timed."""
@@ -89,7 +90,7 @@ def inspect_node(ranks: Ranks, run: Path, scratch: Path, free_gb: float) -> Node
         free_gb: space that both need, in GB.
     """
     scratch.mkdir(parents=True, exist_ok=True)
-    devices, version = Path("/proc/driver/nvidia/gpus"), Path("/proc/driver/nvidia/version")
+    devices, version, given = DRIVER / "gpus", DRIVER / "version", slurm_gpus()
     gpus = len(list(devices.iterdir())) if devices.is_dir() else 0
     driver = version.read_text().splitlines()[0].strip() if version.is_file() else ""
     free = {"run folder": shutil.disk_usage(run).free / 1e9, "scratch": shutil.disk_usage(scratch).free / 1e9}
@@ -101,7 +102,8 @@ def inspect_node(ranks: Ranks, run: Path, scratch: Path, free_gb: float) -> Node
         host=node_name(),
         code=code_hash(Path(__file__).parent),
         packages=", ".join(f"{name} {_version(name)}" for name in PACKAGES),
-        gpus=gpus_of_the_job(gpus, slurm_gpus()),
+        # Of nodes with unequal numbers of GPUs a job may have equal parts; a lost GPU still shows.
+        gpus=gpus if given is None else min(gpus, given),
         driver=driver,
         run_free_gb=free["run folder"],
         scratch_free_gb=free["scratch"],
@@ -115,11 +117,6 @@ def code_hash(folder: Path) -> str:
     for path in sorted(folder.rglob("*.py")):
         found.update(path.relative_to(folder).as_posix().encode() + b"\0" + path.read_bytes())
     return found.hexdigest()[:16]
-
-
-def gpus_of_the_job(seen: int, given: int | None) -> int:
-    """Of nodes with unequal numbers of GPUs a job may have equal parts; a lost GPU still shows."""
-    return seen if given is None else min(seen, given)
 
 
 def publish(folder: Path, rank: int, value: dict[str, Any]) -> None:

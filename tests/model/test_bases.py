@@ -25,7 +25,7 @@ from trsr_dist.files import read_json, write_json
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
 from trsr_dist.model.loading import find_base
-from trsr_dist.planner.job import model_shape
+from trsr_dist.planner.job import Inputs
 from trsr_dist.predict import Ranker
 from trsr_dist.pretrained import BaseSource, load_config, load_tokenizer
 from trsr_dist.run import RunFolder
@@ -50,10 +50,13 @@ def place(sound: Path, tmp_path: Path) -> Path:
     return tmp_path / "place"
 
 
+def config_of(base: Path) -> Config:
+    return Config.model_validate({"data": {"format": "demo"}, "model": {"name_or_path": str(base)}})
+
+
 def train(base: Path) -> None:
     """What a training does before it looks at its data."""
-    config = Config.model_validate({"data": {"format": "demo"}, "model": {"name_or_path": str(base)}})
-    source, _ = base_source(config, RunFolder(base.parent), Ranks(0, 1, 0, 1))
+    source, _ = base_source(config_of(base), RunFolder(base.parent), Ranks(0, 1, 0, 1))
     load_tokenizer(source), load_config(source)
 
 
@@ -66,7 +69,7 @@ def commands(place: Path) -> dict[str, Callable[[], Any]]:
         "predict an adapter": lambda: Ranker.open(str(adapter), device="cpu"),
         "evaluate the base": lambda: Ranker.open(str(find_base(str(adapter), no_base, place, "")), device="cpu"),
         "merge": lambda: merge(adapter, place / "merged", MergeOptions(verify="weights", dry_run=True)),
-        "plan": lambda: model_shape(str(base)),
+        "plan": lambda: Inputs(config_of(base), "float32").shape,
         "summarize": lambda: TransformersEngine.load(*summarizer),
     }
 

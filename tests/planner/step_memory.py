@@ -5,11 +5,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from benchmarks.common import peak_bytes
 from benchmarks.ways import ANSWERS, make_user
+from trsr_dist.config.sections import LoraSection
 from trsr_dist.environment import return_large_blocks
 from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
-from trsr_dist.planner.memory import KeptActivations, activation_bytes
+from trsr_dist.planner.memory import StepSettings, activation_bytes
 from trsr_dist.planner.shape import ATTENTION_MODULES, ModelShape
 from trsr_dist.rows import pack_row
 
@@ -33,13 +34,14 @@ def step(model: Recommender, num_users: int) -> int:
 def main() -> None:
     return_large_blocks()
     causal = AutoModelForCausalLM.from_config(CONFIG)
-    add_lora(causal, 4, 16, 0.0, ATTENTION_MODULES, False, 0)
+    add_lora(causal, 0, **LoraSection(r=4, dropout=0.0).model_dump())
     model = Recommender(causal, ANSWERS, "cpu").train()
     step(model, 1)  # loads the libraries' kernels
     before = peak_bytes()
     num_tokens = step(model, 20)
-    shape, kept = ModelShape.from_config(CONFIG.to_dict()), KeptActivations(recompute=False)
-    print(peak_bytes() - before, activation_bytes(shape, num_tokens, 4, kept))
+    settings = StepSettings(num_tokens, "float32", False, ATTENTION_MODULES, answers_only=True, dropout=False)
+    planned = activation_bytes(ModelShape.from_config(CONFIG.to_dict()), settings, frozen_inputs=False)
+    print(peak_bytes() - before, planned)
 
 
 if __name__ == "__main__":

@@ -109,7 +109,9 @@ SIX = Cluster(Hardware("small", 1000.0, 100, 50.0, 20.0, 10.0), 2, 3, 0.5, 2.0)
 
 def test_costs_by_hand() -> None:
     assert fields(training_cost(SIX, 1e6, 4, 9, 30)) == fields_of(2 / 9 * 2000 + 4 * 30 / 10, 2000)
-    assert fields(training_cost(SIX.of_nodes(1), 1e6, 4, 9, 30))[0] == pytest.approx(3 / 9 * 2000 + 4 * 30 / 20)
+    assert fields(training_cost(replace(SIX, num_nodes=1), 1e6, 4, 9, 30))[0] == pytest.approx(
+        3 / 9 * 2000 + 4 * 30 / 20
+    )
     assert fields(scoring_cost(SIX, 1e6, 13)) == fields_of(3 / 13 * 2000, 2000)
     assert scoring_cost(SIX, 1e6, 0) == Cost(0.0, 0.0, 0.0, 1.0)
 
@@ -172,7 +174,7 @@ def test_impossible_clusters_are_refused(changed: dict[str, float], message: str
     with pytest.raises(ConfigError, match=message):
         replace(SIX, **changed)
     edge = replace(SIX, utilization=1.0, num_nodes=1, devices_per_node=1, price_per_hour=0.0)
-    assert (edge.world_size, edge.flops_per_second, edge.link_bytes_per_second) == (1, 1000.0, 20.0)
+    assert (edge.world_size, edge.flops_per_second) == (1, 1000.0)
     assert Cluster(SIX.hardware, 1, 1, 0.5).price_per_hour == 0
 
 

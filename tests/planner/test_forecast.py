@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,15 +13,18 @@ from tests.shards.world import make_builder, make_sample, make_split, write_spli
 from tests.spawn import run_script
 from tests.summarize.world import run_here, tree_hash, write_config, write_histories
 from tests.tokenizers import byte_level
+from trsr_dist.cli import cluster_options
 from trsr_dist.config import load_config
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import ConfigError, RunError
 from trsr_dist.planner.cost import Cluster
 from trsr_dist.planner.hardware import Hardware, hardware, recognize
-from trsr_dist.planner.job import Request, plan_stages
+from trsr_dist.planner.job import cluster_of, plan_stages
+from trsr_dist.planner.memory import StepSettings
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.planner.stages import (
     LAYER_SECONDS,
+    PlannedStage,
     ScoringSettings,
     TrainingForecast,
     TrainingSettings,
@@ -34,7 +38,8 @@ from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.plan import PackingSettings, TrainPlan
 
 LLAMA_70B = ModelShape(8192, 80, 64, 8, 128, 28672, 32000)
-SETTINGS = TrainingSettings(2, 0, 16, 8192, 8, ("q_proj", "v_proj"), "bfloat16", True, False, False)
+STEP = StepSettings(8192, "bfloat16", True, ("q_proj", "v_proj"), answers_only=True, dropout=False)
+SETTINGS = TrainingSettings(2, 0, 16, 8, full_head=False, shares_prefix=True, step=STEP)
 
 
 @pytest.mark.parametrize("measured", [False, True])
@@ -43,7 +48,7 @@ def test_work_is_that_of_the_planned_rows(tmp_path: Path, measured: bool) -> Non
     settings = PackingSettings(row_tokens=2000, rows_per_step=4, negatives_per_positive=2, seed=0)
     if measured:
         measure_lengths(shards, builder)
-    work = split_work(shard_lengths(tmp_path / "train", builder), 2000, 2, 0)
+    work = split_work(shard_lengths(tmp_path / "train", builder, url=""), 2000, 2, 0)
     assert work.source == ("measured" if measured else "sampled")
     plan = TrainPlan(measure_lengths(shards, builder), settings)
     facts = plan.facts(0)
@@ -56,7 +61,7 @@ def test_work_is_that_of_the_planned_rows(tmp_path: Path, measured: bool) -> Non
 def test_separate_tokens_are_those_of_the_rows(tmp_path: Path) -> None:
     builder = make_builder()
     shards = write_split(tmp_path / "test", [make_sample(i) for i in range(40)], [40], "test")
-    work = split_work(shard_lengths(tmp_path / "test", builder), 4000, None, 0)
+    work = split_work(shard_lengths(tmp_path / "test", builder, url=""), 4000, None, 0)
     users = [builder.build(shards.read(index)) for index in range(40)]
     expected = sum(len(user.prefix) * len(user.suffixes) + sum(map(len, user.suffixes)) for user in users)
     assert work.separate.tokens == expected
@@ -68,8 +73,8 @@ def cluster(num_nodes: int) -> Cluster:
 
 def test_a_model_of_70_billion_needs_its_weights_divided(tmp_path: Path) -> None:
     make_split(tmp_path / "train")
-    work = split_work(shard_lengths(tmp_path / "train", make_builder()), 2000, 1, 0)
-    found = forecast_training(LLAMA_70B, work, SETTINGS, cluster(2))
+    work = split_work(shard_lengths(tmp_path / "train", make_builder(), url=""), 2000, 1, 0)
+    found = forecast_training(LLAMA_70B, work, SETTINGS, cluster(2), chosen="")
     assert found.recommended == "zero3"
     assert found.memory["zero2"].weights == LLAMA_70B.num_parameters * 2
     assert found.memory["zero3"].weights < LLAMA_70B.num_parameters * 2 / 8
@@ -79,7 +84,7 @@ def test_a_model_of_70_billion_needs_its_weights_divided(tmp_path: Path) -> None
 
 def test_more_devices_than_rows_bring_nothing(tmp_path: Path) -> None:
     make_split(tmp_path / "train")
-    work = split_work(shard_lengths(tmp_path / "train", make_builder()), 2000, 1, 0)
+    work = split_work(shard_lengths(tmp_path / "train", make_builder(), url=""), 2000, 1, 0)
     times = [forecast_training(LLAMA_70B, work, SETTINGS, cluster(nodes), "zero2").cost.seconds for nodes in (1, 2, 4)]
     assert times[0] > 1.5 * times[1]
     assert times[2] >= times[1]
@@ -139,17 +144,21 @@ def config(tmp_path: Path) -> Path:
     )
 
 
+def planned(config: Path, *names: str, overrides: tuple[str, ...] = ()) -> list[PlannedStage]:
+    return plan_stages(load_config(config, overrides), names, "bfloat16")
+
+
 @pytest.mark.parametrize("scheme", ["none", "raw"])
 def test_histories_alone_are_enough(config: Path, scheme: str) -> None:
     """Before anything is paid: where no engine is asked the prompts are those of the shards, to the token."""
     overrides = (f"summarize.scheme={scheme}", "summarize.max_new_tokens=25")
-    (stage,) = plan_stages(load_config(config, overrides), ["summarize"])
+    (stage,) = planned(config, "summarize", overrides=overrides)
     found = stage.on(cluster(1))
     assert (found.work.num_prompts, found.work.new_tokens, found.cost) == (0, 0, None)
     assert "no model" in in_words([stage], cluster(1))
-    before = [stage.on(cluster(1)) for stage in plan_stages(load_config(config, overrides), ["train", "evaluate"])]
+    before = [stage.on(cluster(1)) for stage in planned(config, "train", "evaluate", overrides=overrides)]
     run_here(config, *overrides)
-    after = [stage.on(cluster(1)) for stage in plan_stages(load_config(config, overrides), ["train", "evaluate"])]
+    after = [stage.on(cluster(1)) for stage in planned(config, "train", "evaluate", overrides=overrides)]
     assert [found.work.source for found in (*before, *after)] == ["histories"] * 2 + ["sampled"] * 2
     for early, late in zip(before, after, strict=True):
         assert early.work.shared.users > 0
@@ -160,15 +169,19 @@ def test_histories_alone_are_enough(config: Path, scheme: str) -> None:
 def test_a_summary_is_counted_at_its_longest(config: Path) -> None:
     found = {}
     for limit in (100, 300):
-        (stage,) = plan_stages(load_config(config, (f"summarize.max_new_tokens={limit}",)), ["evaluate"])
+        (stage,) = planned(config, "evaluate", overrides=(f"summarize.max_new_tokens={limit}",))
         work = stage.on(cluster(1)).work
         found[limit] = work.separate.tokens / work.separate.answers
     assert 200 < found[300] - found[100] < 4 * 200, "a byte-level tokenizer takes up to four tokens for one of a word's"
 
 
+def asked_for(*options: str) -> Cluster:
+    return cluster_of(cluster_options(ArgumentParser()).parse_args(options))
+
+
 def test_the_whole_plan_in_words_and_numbers(config: Path) -> None:
-    stages = plan_stages(load_config(config), ["evaluate", "summarize", "train"])
-    asked = Request("a100-80gb", num_nodes=3, devices_per_node=2, price_per_hour=2.0).cluster
+    stages = planned(config, "evaluate", "summarize", "train")
+    asked = asked_for("--hardware", "a100-80gb", "--nodes", "3", "--devices-per-node", "2", "--price", "2.0")
     before = sorted(config.parent.rglob("*"))
     words, numbers = in_words(stages, asked), json.loads(in_json(stages, asked))
     assert sorted(config.parent.rglob("*")) == before
@@ -183,7 +196,7 @@ def test_the_whole_plan_in_words_and_numbers(config: Path) -> None:
 
 
 def test_this_machine_is_measured_and_its_cores_take_float32(config: Path) -> None:
-    found = Request("here", devices_per_node=2).cluster
+    found = asked_for("--hardware", "here", "--devices-per-node", "2")
     assert 1e9 < found.hardware.flops_per_second < 1e15 and found.hardware.memory_bytes > 1e8
     assert found.utilization == found.hardware.utilization
     if found.hardware.precision == "float32":
@@ -198,7 +211,7 @@ def test_this_machine_is_measured_and_its_cores_take_float32(config: Path) -> No
 def test_cores_are_told_of_their_own_memory(config: Path) -> None:
     cores = Cluster(Hardware("CPU core", 1e11, 10**10, 1e10, 1e9, process_bytes=6 * 10**8, is_cpu=True), 1, 2, 0.5)
     for on, libraries in ((cores, "0.6 GB for Python and"), (cluster(1), "2.1 GB for CUDA and")):
-        stages = plan_stages(load_config(config), ["train", "evaluate"])
+        stages = planned(config, "train", "evaluate")
         words = in_words(stages, on)
         assert libraries in words and libraries.replace(" GB", "").removesuffix(" and") in words
         assert ("keeps freed memory" in words) == on.hardware.is_cpu
@@ -216,15 +229,15 @@ def test_a_dry_run_is_the_stages_plan(config: Path, script: str, stage: str) -> 
 
 def test_what_is_missing_is_named(config: Path) -> None:
     with pytest.raises(ConfigError, match="'merge': expected one of summarize, train, evaluate"):
-        plan_stages(load_config(config), ["merge"])
-    elsewhere = load_config(config, (f"run.dir={config.parent / 'nowhere'}",))
+        planned(config, "merge")
+    elsewhere = (f"run.dir={config.parent / 'nowhere'}",)
     for stage in ("summarize", "train"):
         with pytest.raises(RunError, match="nowhere/histories"):
-            plan_stages(elsewhere, [stage])
+            planned(config, stage, overrides=elsewhere)
     with pytest.raises(ConfigError, match=r"train: 16 devices \(2 x 8\) would share train\.rows_per_step=8; raise it"):
-        in_words(plan_stages(load_config(config), ["train"]), cluster(2))
+        in_words(planned(config, "train"), cluster(2))
     with pytest.raises(ConfigError, match=r"model\.name_or_path is empty"):
-        plan_stages(load_config(config, ("model.name_or_path=",)), ["train"])
+        planned(config, "train", overrides=("model.name_or_path=",))
 
 
 def test_a_model_that_cannot_share_prefixes_pays_for_separate_sequences(config: Path) -> None:
@@ -232,7 +245,7 @@ def test_a_model_that_cannot_share_prefixes_pays_for_separate_sequences(config: 
         path = config.parent / "model" / "config.json"
         sizes = json.loads(path.read_text()) | {"model_type": "mistral", "sliding_window": window}
         path.write_text(json.dumps(sizes))
-        (stage,) = plan_stages(load_config(config), ["train"])
+        (stage,) = planned(config, "train")
         return stage.on(cluster(1)), "\n".join(stage.words(stage.on(cluster(1)), cluster(1)))
 
     (shared, plain), (separate, told) = training(None), training(64)
@@ -269,15 +282,16 @@ def test_prompts_of_summaries_are_those_that_the_job_sends(config: Path) -> None
 
 def test_a_quantized_base_cannot_be_divided(tmp_path: Path) -> None:
     make_split(tmp_path / "train")
-    work = split_work(shard_lengths(tmp_path / "train", make_builder()), 2000, 1, 0)
-    found = forecast_training(LLAMA_70B, work, replace(SETTINGS, quantization="4bit"), cluster(1))
+    work = split_work(shard_lengths(tmp_path / "train", make_builder(), url=""), 2000, 1, 0)
+    settings = replace(SETTINGS, step=replace(STEP, quantization="4bit"))
+    found = forecast_training(LLAMA_70B, work, settings, cluster(1), chosen="")
     assert list(found.memory) == ["zero1", "zero2"] and found.recommended == "zero1"
     assert 2 * LLAMA_70B.num_parameters / 4 < found.memory["zero1"].weights < 2 * LLAMA_70B.num_parameters / 3
 
 
 def test_scoring_is_divided_by_parts_and_passes(tmp_path: Path) -> None:
     write_split(tmp_path / "test", [make_sample(i) for i in range(130)], [130], "test")
-    work = split_work(shard_lengths(tmp_path / "test", make_builder()), 4000, None, 0)
+    work = split_work(shard_lengths(tmp_path / "test", make_builder(), url=""), 4000, None, 0)
     settings = ScoringSettings(("model", "control"), 4000, "bfloat16")
     one, two = (forecast_scoring(LLAMA_70B, work, settings, replace(cluster(1), devices_per_node=n)) for n in (1, 4))
     assert one.num_parts == 6

@@ -6,19 +6,13 @@ from dataclasses import replace
 
 import pytest
 
+from benchmarks.common import separate_workload, shared_workload
 from trsr_dist.errors import ConfigError, ModelError
-from trsr_dist.planner.flops import (
-    Workload,
-    forward_flops,
-    last_layer_savings,
-    separate_workload,
-    shared_workload,
-    training_flops,
-)
+from trsr_dist.planner.flops import Workload, forward_flops, last_layer_savings, training_flops
 from trsr_dist.planner.hardware import CATALOGUE, CPU_PROCESS_BYTES, Hardware, hardware, recognize
 from trsr_dist.planner.memory import (
-    KeptActivations,
     RankMemory,
+    StepSettings,
     ZeroSetting,
     activation_bytes,
     bytes_sent_per_step,
@@ -41,6 +35,7 @@ CONFIG = {
     "intermediate_size": 14,
     "vocab_size": 50,
 }
+STEP = StepSettings(7, "bfloat16", True, ATTENTION_MODULES, answers_only=True, dropout=False)
 WORK = Workload(tokens=100, pairs=700, answers=5, users=2)
 GB = 10**9
 
@@ -93,6 +88,7 @@ def test_forward_flops_by_hand() -> None:
     assert forward_flops(SHAPE, WORK, 696) == 2 * 4116 * 100 + attention + 2 * 10 * 10
     assert forward_flops(SHAPE, WORK, full_head=True) == 2 * 3420 * 100 + attention + 2 * 10 * 5000
     saved = last_layer_savings(SHAPE, WORK, 90)
+    assert forward_flops(SHAPE, WORK, answer_pairs=90) == forward_flops(SHAPE, WORK) - saved
     assert (saved, type(saved)) == (2 * (1140 - 240) * 95 + 4 * 4 * 6 * 610, int)
 
 
@@ -160,24 +156,26 @@ def test_forward_and_cache_by_hand() -> None:
 def test_what_a_layer_keeps_by_hand(targets: tuple[str, ...] | str, inputs: int, widths: int) -> None:
     for size in (2, 4):
         without = 8 * 10 + size * (2 * (4 + 2) * 6 + 3 * 14)
-        assert layer_bytes_per_token(SHAPE, size, targets) == without + size * inputs
-        assert layer_bytes_per_token(SHAPE, size, targets, dropout=True) == without + (size + 1) * widths
-        assert layer_bytes_per_token(SHAPE, size, targets, frozen_inputs=True) == without + size * 34
-        both = layer_bytes_per_token(SHAPE, size, targets, dropout=True, frozen_inputs=True)
+        assert layer_bytes_per_token(SHAPE, size, targets, False, False) == without + size * inputs
+        assert layer_bytes_per_token(SHAPE, size, targets, True, False) == without + (size + 1) * widths
+        assert layer_bytes_per_token(SHAPE, size, targets, False, True) == without + size * 34
+        both = layer_bytes_per_token(SHAPE, size, targets, True, True)
         assert both == without + size * 34 + (size + 1) * widths
 
 
 def test_activations_by_hand() -> None:
     layer, last, gradients, inputs = 7 * 328, 7 * (4 * 10 + 2 * (10 + 24)), 7 * 2 * 2 * 24, 3 * 7 * 10 * 2
-    for kept, expected in (
-        (KeptActivations(), inputs + layer + gradients + last),
-        (KeptActivations(answers_only=False), inputs + layer + gradients),
-        (KeptActivations(recompute=False), 2 * layer + last + gradients),
-        (KeptActivations(recompute=False, answers_only=False), 3 * layer + gradients),
-        (KeptActivations(False, ("q_proj", "o_proj"), True, True), 2 * 7 * (308 + 3 * 34) + last + gradients),
+    everything = replace(STEP, recompute=False)
+    dropped = replace(everything, target_modules=("q_proj", "o_proj"), dropout=True)
+    for step, expected in (
+        (STEP, inputs + layer + gradients + last),
+        (replace(STEP, answers_only=False), inputs + layer + gradients),
+        (everything, 2 * layer + last + gradients),
+        (replace(everything, answers_only=False), 3 * layer + gradients),
+        (dropped, 2 * 7 * (308 + 3 * 34) + last + gradients),
     ):
-        assert activation_bytes(SHAPE, 7, 2, kept) == expected
-    assert KeptActivations() == KeptActivations(True, ATTENTION_MODULES, True, False)
+        assert activation_bytes(SHAPE, step, frozen_inputs=False) == expected
+    assert STEP.quantization == "none"
 
 
 WHOLE = RankMemory(8980, adapter=2002, gradients=2002, optimizer=12012, activations=4144)
@@ -203,18 +201,18 @@ FROZEN_INPUTS = {"activations": 4144 + 7 * 2 * (10 + 14)}
     ],
 )
 def test_memory_of_a_rank_by_hand(zero: ZeroSetting, changes: dict[str, int]) -> None:
-    found = rank_memory(SHAPE, 1001, 7, 8, zero)
+    found = rank_memory(SHAPE, 1001, STEP, zero, 8)
     assert found == replace(WHOLE, **changes)
     assert found.device == found.weights + found.adapter + found.gradients + found.optimizer + found.activations
 
 
 def test_memory_of_other_numbers() -> None:
-    wide = rank_memory(SHAPE, 1001, 7, 8, ZeroSetting(1), "float32")
+    wide = rank_memory(SHAPE, 1001, replace(STEP, precision="float32"), ZeroSetting(1), 8)
     activations = 3 * 7 * 10 * 4 + 7 * (80 + 4 * 124) + 7 * 4 * 2 * 24 + 7 * (40 + 4 * 34)
     assert wide == RankMemory(17960, 4004, 4004, 1501, activations)
-    four_bits = rank_memory(SHAPE, 1001, 7, 8, ZeroSetting(2), quantization="4bit")
+    four_bits = rank_memory(SHAPE, 1001, replace(STEP, quantization="4bit"), ZeroSetting(2), 8)
     assert four_bits.weights == weight_bytes(SHAPE, "bfloat16", "4bit")
-    all_kept = rank_memory(SHAPE, 1001, 7, 8, ZeroSetting(1), kept=KeptActivations(recompute=False))
+    all_kept = rank_memory(SHAPE, 1001, replace(STEP, recompute=False), ZeroSetting(1), 8)
     assert all_kept == replace(WHOLE, optimizer=1501, activations=6020)
 
 
@@ -231,13 +229,16 @@ def test_the_first_that_fits() -> None:
 
 
 def test_bytes_sent_by_hand() -> None:
-    assert bytes_sent_per_step(SHAPE, 1001, 4, 2) == 2 * 1001 * 2 * 3 / 4
-    assert bytes_sent_per_step(SHAPE, 1001, 4, 2, precision="float32") == 2 * 1001 * 4 * 3 / 4
-    assert bytes_sent_per_step(SHAPE, 1001, 4, 3) == (2 * 1001 + 2 * 4490) * 2 * 3 / 4
-    assert bytes_sent_per_step(SHAPE, 1001, 4, 3, rows_per_rank=3) == (2 * 1001 + 2 * 3 * 4490) * 2 * 3 / 4
-    assert bytes_sent_per_step(SHAPE, 1001, 3, 1) == 2669, "rounded"
-    assert bytes_sent_per_step(SHAPE, 1001, 2, 1) == 2 * 1001
-    assert bytes_sent_per_step(SHAPE, 1001, 1, 3) == 0
+    def sent(world_size: int, stage: int, rows_per_rank: int = 1, precision: str = "bfloat16") -> int:
+        return bytes_sent_per_step(SHAPE, 1001, world_size, stage, rows_per_rank, precision)
+
+    assert sent(4, 2) == 2 * 1001 * 2 * 3 / 4
+    assert sent(4, 2, precision="float32") == 2 * 1001 * 4 * 3 / 4
+    assert sent(4, 3) == (2 * 1001 + 2 * 4490) * 2 * 3 / 4
+    assert sent(4, 3, rows_per_rank=3) == (2 * 1001 + 2 * 3 * 4490) * 2 * 3 / 4
+    assert sent(3, 1) == 2669, "rounded"
+    assert sent(2, 1) == 2 * 1001
+    assert sent(1, 3) == 0
 
 
 def test_the_catalogue_is_that_of_the_data_sheets() -> None:

@@ -15,13 +15,14 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from benchmarks.ways import ANSWERS, make_user
+from trsr_dist.config.sections import LoraSection
 from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.loading import load_base
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.planner.hardware import CPU_PROCESS_BYTES
 from trsr_dist.planner.memory import (
-    KeptActivations,
+    StepSettings,
     ZeroSetting,
     forward_bytes,
     key_value_bytes,
@@ -46,7 +47,7 @@ CONFIG = LlamaConfig(
 def kept_bytes(targets: tuple[str, ...] | str, answers_only: bool, dropout: float) -> tuple[int, int]:
     """Bytes of the tensors that a forward pass keeps, parameters left out, and the row's tokens."""
     causal = AutoModelForCausalLM.from_config(CONFIG)
-    add_lora(causal, 4, 16, dropout, targets, False, 0)
+    add_lora(causal, 0, **LoraSection(r=4, dropout=dropout, target_modules=targets).model_dump())
     model = Recommender(causal, ANSWERS, "cpu").train()
     row = pack_row([make_user(f"user {number}", 90, (12, 9), 20) for number in range(4)])
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
@@ -80,8 +81,8 @@ def test_activations_are_those_that_autograd_keeps(
     found, num_tokens = kept_bytes(targets, answers_only, dropout)
     shape = ModelShape.from_config(CONFIG.to_dict())
     gradients = num_tokens * 4 * 2 * (shape.intermediate_size + shape.hidden_size)
-    kept = KeptActivations(False, targets, answers_only, dropout > 0)
-    planned = rank_memory(shape, 0, num_tokens, 1, ZeroSetting(stage), "float32", kept).activations - gradients
+    step = StepSettings(num_tokens, "float32", False, targets, answers_only, dropout > 0)
+    planned = rank_memory(shape, 0, step, ZeroSetting(stage), 1).activations - gradients
     assert planned == pytest.approx(found, rel=0.08)
 
 

@@ -1,5 +1,7 @@
 """The planner's counts against real models and against a count by brute force."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,21 +10,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, Qwen2Config, Qwen3Config
 from transformers.models.auto import AutoModelForCausalLM
 
+from benchmarks.common import separate_workload, shared_workload
 from tests.model.world import make_row
 from trsr_dist.errors import ConfigError, ModelError
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
-from trsr_dist.planner.flops import (
-    Workload,
-    forward_flops,
-    last_layer_savings,
-    separate_workload,
-    shared_workload,
-    training_flops,
-)
+from trsr_dist.planner.flops import Workload, forward_flops, last_layer_savings, training_flops
 from trsr_dist.planner.hardware import hardware
-from trsr_dist.planner.memory import ZeroSetting, bytes_sent_per_step, rank_memory, recommend
-from trsr_dist.planner.shape import ModelShape
+from trsr_dist.planner.memory import StepSettings, ZeroSetting, bytes_sent_per_step, rank_memory, recommend
+from trsr_dist.planner.shape import ATTENTION_MODULES, ModelShape
 
 SIZES = {
     "hidden_size": 64,
@@ -33,6 +29,7 @@ SIZES = {
     "vocab_size": 300,
     "head_dim": 16,
 }
+STEP = StepSettings(8, "bfloat16", True, ATTENTION_MODULES, answers_only=True, dropout=False)
 CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
@@ -126,10 +123,10 @@ def test_sharing_saves_more_with_more_candidates() -> None:
 def test_each_zero_stage_needs_less_memory_than_the_one_before() -> None:
     """On a short row: on a long one the inputs that stage 3 keeps weigh more than the weights of a small model."""
     shape = ModelShape.from_config(CONFIGS["llama"].to_dict())
-    devices = [rank_memory(shape, 10_000, 8, 8, ZeroSetting(stage)).device for stage in (0, 1, 2, 3)]
+    devices = [rank_memory(shape, 10_000, STEP, ZeroSetting(stage), 8).device for stage in (0, 1, 2, 3)]
     assert devices == sorted(devices, reverse=True)
     assert len(set(devices)) == 4
-    offloaded = rank_memory(shape, 10_000, 8, 8, ZeroSetting(2, offload_optimizer=True))
+    offloaded = rank_memory(shape, 10_000, STEP, ZeroSetting(2, offload_optimizer=True), 8)
     assert offloaded.host == 10_000 * 12 // 8
 
 
@@ -143,7 +140,8 @@ def test_the_recommendation_is_the_first_that_fits() -> None:
         "vocab_size": 128256,
     }
     shape = ModelShape.from_config(config)
-    choices = {f"zero{stage}": rank_memory(shape, 40_000_000, 4096, 16, ZeroSetting(stage)) for stage in (1, 2, 3)}
+    step = replace(STEP, row_tokens=4096)
+    choices = {f"zero{stage}": rank_memory(shape, 40_000_000, step, ZeroSetting(stage), 16) for stage in (1, 2, 3)}
     assert recommend(choices, 78 * 10**9) == "zero3"
     assert recommend(choices, 10 * 10**9) == ""
     assert recommend(choices, 400 * 10**9) == "zero1"
@@ -151,9 +149,9 @@ def test_the_recommendation_is_the_first_that_fits() -> None:
 
 def test_communication_by_stage() -> None:
     shape = ModelShape.from_config(CONFIGS["llama"].to_dict())
-    assert bytes_sent_per_step(shape, 1000, 1, 3) == 0
-    assert bytes_sent_per_step(shape, 1000, 2, 2) == 2000
-    assert bytes_sent_per_step(shape, 1000, 2, 3) == 2000 + 2 * shape.num_parameters
+    assert bytes_sent_per_step(shape, 1000, 1, 3, 1, "bfloat16") == 0
+    assert bytes_sent_per_step(shape, 1000, 2, 2, 1, "bfloat16") == 2000
+    assert bytes_sent_per_step(shape, 1000, 2, 3, 1, "bfloat16") == 2000 + 2 * shape.num_parameters
 
 
 def test_bad_input_is_named() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.lab import REPOSITORY, Lab
+from trsr_dist import preflight
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import RunError
 from trsr_dist.preflight import (
@@ -18,7 +19,6 @@ from trsr_dist.preflight import (
     code_hash,
     collect,
     find_faults,
-    gpus_of_the_job,
     inspect_node,
     publish,
     wait_for_folder,
@@ -54,8 +54,17 @@ def test_a_node_goes_by_slurms_name_for_it(monkeypatch: pytest.MonkeyPatch, tmp_
 
 
 @pytest.mark.parametrize(("seen", "given", "gpus"), [(8, None, 8), (8, 4, 4), (7, 8, 7)])
-def test_gpus_are_those_of_the_job(seen: int, given: int | None, gpus: int) -> None:
-    assert gpus_of_the_job(seen, given) == gpus
+def test_gpus_are_those_of_the_job(
+    seen: int, given: int | None, gpus: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for number in range(seen):
+        (tmp_path / "gpus" / str(number)).mkdir(parents=True)
+    (tmp_path / "version").write_text("driver 550\nits compiler\n")
+    monkeypatch.setattr(preflight, "DRIVER", tmp_path)
+    monkeypatch.setattr(preflight, "slurm_gpus", lambda: given)
+    report = inspect_node(Ranks(0, 8, 0, 8), tmp_path, tmp_path, 0)
+    assert (report.gpus, report.driver) == (gpus, "driver 550")
+    assert report.faults == (["8 tasks for 7 GPUs; start one task per GPU"] if seen == 7 else [])
 
 
 def test_code_hash_sees_every_source(tmp_path: Path) -> None:

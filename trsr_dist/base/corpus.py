@@ -68,7 +68,9 @@ class Corpus:
         draw = random_stream(self._seed, "base document", number)
         sample = self._any_sample(draw)
         if draw.random() < self._prompt_share:
-            return self._prompt(sample, draw)
+            other = sample if draw.random() < OWN_SHARE else self._any_sample(draw)
+            text = draw.choice(self._texts.history(other))
+            return PromptDocument(replace(sample, candidates=(Candidate("", text, 0),)), draw.randrange(2))
         history = self._texts.history(sample)
         latest = "\n".join(f"- {text}" for text in history[-LISTED_ITEMS:])
         return draw.choice((draw.choice(history), latest, f"{sample.summary}\n\n{latest}".strip()))
@@ -76,11 +78,6 @@ class Corpus:
     def documents(self, start: int, stop: int) -> Iterator[Document]:
         """Documents ``start`` to ``stop - 1``."""
         return map(self.document, range(start, stop))
-
-    def _prompt(self, sample: Sample, draw: random.Random) -> PromptDocument:
-        other = sample if draw.random() < OWN_SHARE else self._any_sample(draw)
-        text = draw.choice(self._texts.history(other))
-        return PromptDocument(replace(sample, candidates=(Candidate("", text, 0),)), draw.randrange(2))
 
     def _any_sample(self, draw: random.Random) -> Sample:
         return self._texts.sample(draw.randrange(len(self._texts)))

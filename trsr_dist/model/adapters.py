@@ -180,24 +180,25 @@ def _reason(error: Exception) -> str:
 
 def add_lora(
     model: nn.Module,
+    seed: int,
+    *,
     r: int,
     alpha: float,
     dropout: float,
     target_modules: Iterable[str] | str,
     use_rslora: bool,
-    seed: int,
-    init: str = "kaiming",
+    init: str,
 ) -> LoraConfig:
     """Put LoRA layers (arXiv 2106.09685) into ``model``; only they are trainable then.
 
     Args:
         model: a causal language model, changed in place.
+        seed: of A's initial values, equal on all ranks.
         r: rank.
         alpha: the update is ``alpha / r * BA``.
         dropout: on the adapter's input while training.
         target_modules: names of linear modules, or ``all-linear``.
         use_rslora: scale by ``alpha / sqrt(r)``.
-        seed: of A's initial values, equal on all ranks.
         init: kaiming or gaussian, A's distribution.
 
     Raises:

@@ -40,10 +40,17 @@ class Recommender(nn.Module):
         if backend is not None:
             register()
             causal.set_attn_implementation(NAME)
-            answer_at_last_layer(causal.model)
+            # With answers_only the last layer returns the answers' states alone. Exact: of the other tokens only its
+            # keys and values are read. Everything after these runs on one position a prompt.
+            last = causal.model.layers[-1]
+            last.forward = partial(_answer_states, last, last.forward)
             self.attend = build_backend(backend)
-        # Here and not when they are first needed: under ZeRO-3 this is a collective of all ranks.
-        self._answer_rows = _rows_of(causal.lm_head, answer_ids)
+        # The frozen head's rows of yes and no, float32, (2, hidden_size); None where it is quantized or adapted. Here
+        # and not when they are first needed: under ZeRO-3 this is a collective of all ranks.
+        self._answer_rows = None
+        if type(causal.lm_head) is nn.Linear:
+            with gathered(causal.lm_head.weight):
+                self._answer_rows = causal.lm_head.weight[list(answer_ids)].detach().float()
 
     @property
     def device(self) -> torch.device:
@@ -114,14 +121,6 @@ class Recommender(nn.Module):
         return out.logits[torch.arange(len(ids), device=ids.device), kept]
 
 
-def _rows_of(head: nn.Module, answer_ids: tuple[int, int]) -> torch.Tensor | None:
-    """The frozen head's rows of yes and no, float32, (2, hidden_size); None where it is quantized or adapted."""
-    if type(head) is not nn.Linear:
-        return None
-    with gathered(head.weight):
-        return head.weight[list(answer_ids)].detach().float()
-
-
 def gathered(weight: nn.Parameter) -> Any:
     """Within this context a parameter is whole, also under ZeRO-3."""
     if not hasattr(weight, "ds_id"):
@@ -156,16 +155,6 @@ def enable_recomputation(model: nn.Module) -> None:
     # transformers also makes the embeddings' output require gradients, for reentrant autograd. Without that, no
     # gradient is computed below the first adapter.
     model.disable_input_require_grads()
-
-
-def answer_at_last_layer(decoder: nn.Module) -> None:
-    """Make the last layer of a decoder (Llama's layout) return the answers' states when asked with ``answers_only``.
-
-    Elsewhere only its keys and values are needed. Exact: nothing reads the last layer's other outputs. Everything after
-    the keys and values runs on one position a prompt.
-    """
-    layer = decoder.layers[-1]
-    layer.forward = partial(_answer_states, layer, layer.forward)
 
 
 def _answer_states(

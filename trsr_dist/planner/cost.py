@@ -54,15 +54,6 @@ class Cluster:
         """Of one device, as far as it is used."""
         return self.hardware.flops_per_second * self.utilization
 
-    @property
-    def link_bytes_per_second(self) -> float:
-        """The slower of the links that a ring over all devices crosses."""
-        return self.hardware.network_bytes_per_second if self.num_nodes > 1 else self.hardware.node_bytes_per_second
-
-    def of_nodes(self, num_nodes: int) -> Cluster:
-        """The same with more or fewer nodes."""
-        return replace(self, num_nodes=num_nodes)
-
 
 @dataclass(frozen=True, slots=True)
 class Cost:
@@ -96,8 +87,10 @@ def training_cost(cluster: Cluster, flops: float, num_steps: int, rows_per_step:
     Scaling stops paying where the ranks reach the rows of a step, or where the links take as long as the products.
     Collectives are counted as not overlapped, so the result is an upper bound of their part.
     """
-    compute = flops / cluster.flops_per_second
-    links = num_steps * bytes_per_step / cluster.link_bytes_per_second
+    compute, device = flops / cluster.flops_per_second, cluster.hardware
+    # The slower of the links that a ring over all devices crosses.
+    link = device.network_bytes_per_second if cluster.num_nodes > 1 else device.node_bytes_per_second
+    links = num_steps * bytes_per_step / link
     return _cost(cluster, _slowest(rows_per_step, cluster.world_size) * compute + links, compute)
 
 
@@ -190,7 +183,7 @@ def sweep(cluster: Cluster, stages: Mapping[str, ScaledStage]) -> list[ScalePoin
     """
     points: list[ScalePoint] = []
     for doubling in range(LAST_DOUBLING):
-        points.append(_scale_point(cluster.of_nodes(2**doubling), stages))
+        points.append(_scale_point(replace(cluster, num_nodes=2**doubling), stages))
         if points[-1].num_nodes > cluster.num_nodes:
             fewer, more = points[-2:]
             if not any(_is_worth_it(fewer.costs[stage], more.costs[stage]) for stage in stages):

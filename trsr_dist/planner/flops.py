@@ -1,9 +1,8 @@
-"""Work of LoRA training and scoring: tokens and attended pairs of prompts, with the prefix shared and without, and the
-floating point operations on them; one multiply-add counts as two."""
+"""Work of LoRA training and scoring: tokens and attended pairs of prompts, and the floating point operations on them;
+one multiply-add counts as two."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from trsr_dist.planner.shape import ModelShape
@@ -34,24 +33,18 @@ class Workload:
         return Workload(*(round(count * factor) for count in counts))
 
 
-def shared_workload(prefix: int, suffixes: Sequence[int]) -> Workload:
-    """One user with the prefix computed once: each suffix attends to the prefix and to itself."""
-    pairs = triangle(prefix) + sum(prefix * suffix + triangle(suffix) for suffix in suffixes)
-    return Workload(prefix + sum(suffixes), pairs, len(suffixes), 1)
-
-
-def separate_workload(prefix: int, suffixes: Sequence[int]) -> Workload:
-    """The same prompts as sequences of their own."""
-    lengths = [prefix + suffix for suffix in suffixes]
-    return Workload(sum(lengths), sum(map(triangle, lengths)), len(suffixes), 1)
-
-
 def triangle(length: int) -> int:
     """Pairs of one causal sequence."""
     return length * (length + 1) // 2
 
 
-def forward_flops(shape: ModelShape, work: Workload, num_lora_parameters: int = 0, full_head: bool = False) -> int:
+def forward_flops(
+    shape: ModelShape,
+    work: Workload,
+    num_lora_parameters: int = 0,
+    full_head: bool = False,
+    answer_pairs: int | None = None,
+) -> int:
     """One forward pass: ``2 N`` a token in the linear modules, ``4 d`` a pair in attention (scores and values).
 
     Args:
@@ -59,22 +52,19 @@ def forward_flops(shape: ModelShape, work: Workload, num_lora_parameters: int = 
         work: tokens, pairs and answers of the pass.
         num_lora_parameters: of an adapter that is not merged.
         full_head: multiply the output head at every token (reference practice), not two of its rows at the answers.
+        answer_pairs: query-key pairs of the answers alone: the sum of the prompts' lengths; where given, the last layer
+            runs at the answers alone.
     """
+    saved = 0 if answer_pairs is None else last_layer_savings(shape, work, answer_pairs)
     linear = 2 * (shape.num_linear_parameters + num_lora_parameters) * work.tokens
     attention = 4 * shape.num_layers * shape.num_heads * shape.head_dim * work.pairs
     outputs = work.tokens * shape.vocab_size if full_head else work.answers * 2
-    return linear + attention + 2 * shape.hidden_size * outputs
+    return linear + attention + 2 * shape.hidden_size * outputs - saved
 
 
 def last_layer_savings(shape: ModelShape, work: Workload, answer_pairs: int) -> int:
     """What a forward pass saves when its last layer runs at the answers alone: elsewhere only keys and values are
-    needed of it.
-
-    Args:
-        shape: the base model.
-        work: tokens, pairs and answers of the pass.
-        answer_pairs: query-key pairs of the answers alone: the sum of the prompts' lengths.
-    """
+    needed of it. Arguments as of ``forward_flops``."""
     keys_and_values = sum(rows * columns for rows, columns in (shape.linears["k_proj"], shape.linears["v_proj"]))
     others = shape.num_linear_parameters // shape.num_layers - keys_and_values
     return 2 * others * (work.tokens - work.answers) + 4 * shape.num_heads * shape.head_dim * (
@@ -101,12 +91,10 @@ def training_flops(
         num_lora_parameters: trained ones.
         full_head: the loss needs the logits of all tokens.
         recompute: with activation checkpointing.
-        answer_pairs: query-key pairs of the answers alone; where given, the last layer runs at the answers alone.
+        answer_pairs: as of ``forward_flops``.
     """
-    saved, last_pairs = 0, work.pairs
-    if answer_pairs is not None:
-        saved, last_pairs = last_layer_savings(shape, work, answer_pairs), answer_pairs
-    forward = forward_flops(shape, work, num_lora_parameters, full_head) - saved
+    forward = forward_flops(shape, work, num_lora_parameters, full_head, answer_pairs)
+    last_pairs = work.pairs if answer_pairs is None else answer_pairs
     trained = 2 * num_lora_parameters * work.tokens
     attention = 4 * shape.num_heads * shape.head_dim * ((shape.num_layers - 1) * work.pairs + last_pairs)
     backward = forward + trained + attention

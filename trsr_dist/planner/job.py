@@ -5,8 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +17,14 @@ from trsr_dist.errors import ConfigError, RunError
 from trsr_dist.evaluate.passes import drawn_protocols, plan_passes
 from trsr_dist.log import show
 from trsr_dist.planner import text
-from trsr_dist.planner.cost import RESTART_SECONDS, SAVE_SECONDS, Cluster
+from trsr_dist.planner.cost import Cluster
 from trsr_dist.planner.hardware import hardware
+from trsr_dist.planner.memory import StepSettings
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.planner.stages import (
     PlannedStage,
-    ScoringForecast,
     ScoringSettings,
     SummaryForecast,
-    TrainingForecast,
     TrainingSettings,
     forecast_scoring,
     forecast_summaries,
@@ -36,8 +34,8 @@ from trsr_dist.planner.work import (
     BYTES_PER_TOKEN,
     PromptLengths,
     SummarySettings,
-    filler,
     history_lengths,
+    placeholder_text,
     shard_lengths,
     split_work,
     summary_work,
@@ -48,57 +46,37 @@ from trsr_dist.summarize.plans import writer
 
 HERE = "here"
 """The name of the hardware that is measured."""
-STAGES = ("summarize", "train", "evaluate")
 WORD_BYTES = 6
 """An English word with its blank: the extractive engine's limit counts words."""
 
 
-@dataclass(frozen=True, slots=True)
-class Request:
-    """For which cluster to plan."""
+def cluster_of(args: argparse.Namespace) -> Cluster:
+    """From the options of ``cluster_options``.
 
-    hardware: str = "h100"
-    num_nodes: int = 1
-    devices_per_node: int = 8
-    utilization: float | None = None
-    """None: what is usual on that hardware."""
-    price_per_hour: float = 0.0
-    save_seconds: float = SAVE_SECONDS
-    restart_seconds: float = RESTART_SECONDS
+    Raises:
+        ConfigError: the hardware is unknown, or there can be no such cluster.
+    """
+    if args.hardware == HERE:
+        from trsr_dist.planner.here import this_machine
 
-    @classmethod
-    def of(cls, args: argparse.Namespace) -> Request:
-        """From the options of ``cluster_options``."""
-        pauses = (args.save_seconds, args.restart_seconds)
-        return cls(args.hardware, args.nodes, args.devices_per_node, args.mfu, args.price, *pauses)
-
-    @property
-    def cluster(self) -> Cluster:
-        """
-        Raises:
-            ConfigError: the hardware is unknown.
-        """
-        if self.hardware == HERE:
-            from trsr_dist.planner.here import this_machine
-
-            device = this_machine(self.devices_per_node)
-        else:
-            device = hardware(self.hardware)
-        utilization = device.utilization if self.utilization is None else self.utilization
-        pauses = (self.save_seconds, self.restart_seconds)
-        return Cluster(device, self.num_nodes, self.devices_per_node, utilization, self.price_per_hour, *pauses)
+        device = this_machine(args.devices_per_node)
+    else:
+        device = hardware(args.hardware)
+    utilization = device.utilization if args.mfu is None else args.mfu
+    pauses = (args.save_seconds, args.restart_seconds)
+    return Cluster(device, args.nodes, args.devices_per_node, utilization, args.price, *pauses)
 
 
-def dry_run(config: Config, request: Request, stage: str) -> int:
+def dry_run(config: Config, args: argparse.Namespace, stage: str) -> int:
     """Print config and forecast of one stage, from the first process of all."""
     if detect_ranks().is_main and array_task()[0] == 0:
-        cluster = request.cluster
+        cluster = cluster_of(args)
         planned = plan_stages(config, [stage], cluster.hardware.precision)
         show(dump_config(config) + "# plan\n" + text.in_words(planned, cluster))
     return 0
 
 
-def plan_stages(config: Config, names: Sequence[str], precision: str = "bfloat16") -> list[PlannedStage]:
+def plan_stages(config: Config, names: Sequence[str], precision: str) -> list[PlannedStage]:
     """The stages, in the order of ``STAGES``.
 
     Args:
@@ -115,8 +93,7 @@ def plan_stages(config: Config, names: Sequence[str], precision: str = "bfloat16
     if unknown:
         raise ConfigError(f"stage {unknown[0]!r}: expected one of {', '.join(STAGES)}")
     inputs = Inputs(config, precision)
-    makers = {"summarize": summarize_stage, "train": train_stage, "evaluate": evaluate_stage}
-    return [makers[name](config, inputs) for name in STAGES if name in names]
+    return [make(config, inputs) for name, make in STAGES.items() if name in names]
 
 
 class Inputs:
@@ -204,19 +181,7 @@ class Inputs:
         if settings.scheme in PROMPTLESS:
             return writer(settings.scheme)(history, self._config.prompt.recent_items, settings.max_new_tokens)
         unit = WORD_BYTES if settings.engine == "extractive" else BYTES_PER_TOKEN
-        return filler(history, round(settings.max_new_tokens * unit))
-
-
-def model_shape(name_or_path: str, revision: str = "", trust_remote_code: bool = False) -> ModelShape:
-    """Sizes of a local model or one of the hub, of which only its config is fetched.
-
-    Raises:
-        ModelError: there is no config, or it lacks a size.
-    """
-    from trsr_dist.pretrained import BaseSource, load_config
-
-    source = BaseSource(name_or_path, revision, trust_remote_code)
-    return ModelShape.from_config(load_config(source).to_dict())
+        return placeholder_text(history, round(settings.max_new_tokens * unit))
 
 
 def summarize_stage(config: Config, inputs: Inputs) -> PlannedStage:
@@ -236,41 +201,44 @@ def summarize_stage(config: Config, inputs: Inputs) -> PlannedStage:
     work = summary_work(inputs.store, settings)
     shape = None
     if s.asks_model:
-        shape = model_shape(inputs.run.resolve(s.model), s.revision, s.trust_remote_code)
+        from trsr_dist.pretrained import BaseSource, load_config
 
-    def forecast(cluster: Cluster) -> SummaryForecast:
-        return SummaryForecast(work) if shape is None else forecast_summaries(shape, work, settings, cluster)
-
-    return PlannedStage("summarize", forecast, lambda found, cluster: text.summary_lines(found, settings, cluster))
+        source = BaseSource(inputs.run.resolve(s.model), s.revision, s.trust_remote_code)
+        shape = ModelShape.from_config(load_config(source).to_dict())
+    return PlannedStage(
+        "summarize",
+        lambda cluster: forecast_summaries(shape, work, settings, cluster) if shape else SummaryForecast(work),
+        lambda found, cluster: text.summary_lines(found, settings, cluster),
+    )
 
 
 def train_stage(config: Config, inputs: Inputs) -> PlannedStage:
     """The training."""
     inputs.require("train")
     train, lora = config.train, config.lora
+    full_head = train.loss == "full_text"
     settings = TrainingSettings(
         num_epochs=train.num_epochs,
         max_steps=train.max_steps,
         rows_per_step=train.rows_per_step,
-        row_tokens=train.row_tokens,
         lora_r=lora.r,
-        target_modules=lora.target_modules,
-        precision=inputs.precision,
-        recompute=train.activation_checkpointing,
-        full_head=train.loss == "full_text",
-        dropout=lora.dropout > 0,
-        quantization=config.model.quantization,
+        full_head=full_head,
         shares_prefix=inputs.shares_prefix,
+        step=StepSettings(
+            row_tokens=train.row_tokens,
+            precision=inputs.precision,
+            recompute=train.activation_checkpointing,
+            target_modules=lora.target_modules,
+            answers_only=inputs.shares_prefix and not full_head,
+            dropout=lora.dropout > 0,
+            quantization=config.model.quantization,
+        ),
     )
     shape, chosen = inputs.shape, Path(train.deepspeed_config).stem
     work = split_work(inputs.lengths("train"), train.row_tokens, train.negatives_per_positive, config.run.seed)
-
-    def forecast(cluster: Cluster) -> TrainingForecast:
-        return forecast_training(shape, work, settings, cluster, chosen)
-
     return PlannedStage(
         "train",
-        forecast,
+        lambda cluster: forecast_training(shape, work, settings, cluster, chosen),
         lambda found, cluster: text.training_lines(shape, settings, found, cluster, chosen),
         train.rows_per_step,
         "train.rows_per_step",
@@ -290,8 +258,12 @@ def evaluate_stage(config: Config, inputs: Inputs) -> PlannedStage:
         shares_prefix=inputs.shares_prefix,
     )
     shape, work = inputs.shape, split_work(inputs.lengths(evaluate.split), evaluate.row_tokens, None, config.run.seed)
+    return PlannedStage(
+        "evaluate",
+        partial(forecast_scoring, shape, work, settings),
+        partial(text.scoring_lines, evaluate.split),
+    )
 
-    def forecast(cluster: Cluster) -> ScoringForecast:
-        return forecast_scoring(shape, work, settings, cluster)
 
-    return PlannedStage("evaluate", forecast, lambda found, cluster: text.scoring_lines(evaluate.split, found, cluster))
+STAGES = {"summarize": summarize_stage, "train": train_stage, "evaluate": evaluate_stage}
+"""How each is planned, in the order of a run."""

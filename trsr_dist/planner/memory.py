@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 
-from trsr_dist.planner.shape import ATTENTION_MODULES, ModelShape
+from trsr_dist.planner.shape import ModelShape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of a number."""
@@ -43,40 +43,37 @@ class ZeroSetting:
 
 
 @dataclass(frozen=True, slots=True)
-class KeptActivations:
-    """What the backward pass finds, and what it makes again."""
+class StepSettings:
+    """What the memory of a training step depends on, beside model, adapter and ranks."""
 
-    recompute: bool = True
+    row_tokens: int
+    precision: str
+    recompute: bool
     """With activation checkpointing."""
-    target_modules: Collection[str] | str = ATTENTION_MODULES
+    target_modules: Collection[str] | str
     """With LoRA layers: these need their inputs."""
-    answers_only: bool = True
+    answers_only: bool
     """The last layer runs at the answers, of which there are few, and keeps inputs, keys and values."""
-    dropout: bool = False
+    dropout: bool
     """On the inputs of the LoRA layers."""
+    quantization: str = "none"
+    """Of the base."""
 
 
 def rank_memory(
-    shape: ModelShape,
-    num_lora_parameters: int,
-    row_tokens: int,
-    world_size: int,
-    zero: ZeroSetting,
-    precision: str = "bfloat16",
-    kept: KeptActivations | None = None,
-    quantization: str = "none",
+    shape: ModelShape, num_lora_parameters: int, step: StepSettings, zero: ZeroSetting, world_size: int
 ) -> RankMemory:
-    """Bytes of one rank in one training step on a row of ``row_tokens`` tokens.
+    """Bytes of one rank in one training step on a row.
 
     Stage 1 divides the optimizer's state (float32 master copy and two moments), 2 also the gradients, 3 also the
     weights; at stage 3 the weights of two layers are whole at a time, and DeepSpeed's linear layers keep the inputs of
     frozen weights too. The base may be quantized below stage 3.
     """
-    size = BYTES[precision]
+    size = BYTES[step.precision]
     if zero.stage >= 3:
-        weights = divided_weights(shape, precision, world_size)
+        weights = divided_weights(shape, step.precision, world_size)
     else:
-        weights = weight_bytes(shape, precision, quantization)
+        weights = weight_bytes(shape, step.precision, step.quantization)
     gradients = num_lora_parameters * size // (world_size if zero.stage >= 2 else 1)
     optimizer = num_lora_parameters * 12 // (world_size if zero.stage >= 1 else 1)
     host = (optimizer if zero.offload_optimizer else 0) + (weights if zero.offload_parameters else 0)
@@ -85,7 +82,7 @@ def rank_memory(
         adapter=num_lora_parameters * size,
         gradients=gradients,
         optimizer=0 if zero.offload_optimizer else optimizer,
-        activations=activation_bytes(shape, row_tokens, size, kept or KeptActivations(), zero.stage >= 3),
+        activations=activation_bytes(shape, step, zero.stage >= 3),
         host=host,
     )
 
@@ -123,40 +120,29 @@ def key_value_bytes(shape: ModelShape, num_tokens: int, precision: str) -> int:
     return num_tokens * 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * BYTES[precision]
 
 
-def activation_bytes(
-    shape: ModelShape,
-    row_tokens: int,
-    size: int,
-    kept: KeptActivations,
-    frozen_inputs: bool = False,
-) -> int:
+def activation_bytes(shape: ModelShape, step: StepSettings, frozen_inputs: bool) -> int:
     """What the backward pass needs of a row, and what it makes in the layer where it is.
 
     With recomputation every layer keeps its input only, and one layer at a time the rest.
 
     Args:
         shape: the base model.
-        row_tokens: of the row.
-        size: bytes of a number.
-        kept: what is.
+        step: its row, and what of it is kept.
         frozen_inputs: linear layers without LoRA keep their inputs too (ZeRO-3).
     """
-    layer = row_tokens * layer_bytes_per_token(shape, size, kept.target_modules, kept.dropout, frozen_inputs)
+    row_tokens, size = step.row_tokens, BYTES[step.precision]
+    layer = row_tokens * layer_bytes_per_token(shape, size, step.target_modules, step.dropout, frozen_inputs)
     keys = 2 * shape.num_kv_heads * shape.head_dim
-    last = row_tokens * (4 * shape.hidden_size + size * (shape.hidden_size + keys)) if kept.answers_only else layer
+    last = row_tokens * (4 * shape.hidden_size + size * (shape.hidden_size + keys)) if step.answers_only else layer
     gradients = row_tokens * size * 2 * (shape.intermediate_size + shape.hidden_size)
-    if kept.recompute:
+    if step.recompute:
         inputs = shape.num_layers * row_tokens * shape.hidden_size * size
-        return inputs + layer + gradients + (last if kept.answers_only else 0)
+        return inputs + layer + gradients + (last if step.answers_only else 0)
     return (shape.num_layers - 1) * layer + last + gradients
 
 
 def layer_bytes_per_token(
-    shape: ModelShape,
-    size: int,
-    target_modules: Collection[str] | str,
-    dropout: bool = False,
-    frozen_inputs: bool = False,
+    shape: ModelShape, size: int, target_modules: Collection[str] | str, dropout: bool, frozen_inputs: bool
 ) -> int:
     """A layer keeps the inputs of its two norms in float32, queries, keys, values and the attention's output, three
     activations of the MLP, and the inputs of the modules with LoRA layers: with dropout each its own one, and a mask
@@ -185,8 +171,8 @@ def bytes_sent_per_step(
     num_lora_parameters: int,
     world_size: int,
     stage: int,
-    rows_per_rank: int = 1,
-    precision: str = "bfloat16",
+    rows_per_rank: int,
+    precision: str,
 ) -> int:
     """Ring collectives: an all-reduce sends ``2 (w-1)/w`` of its operand, an all-gather or reduce-scatter half of that.
 

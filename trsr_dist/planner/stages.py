@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trsr_dist.errors import ConfigError
 from trsr_dist.evaluate.passes import split_parts
 from trsr_dist.planner.cost import Cluster, Cost, Generation, generation_cost, scoring_cost, training_cost
-from trsr_dist.planner.flops import Workload, forward_flops, last_layer_savings, training_flops
+from trsr_dist.planner.flops import Workload, forward_flops, training_flops
 from trsr_dist.planner.memory import (
     BYTES,
-    KeptActivations,
     RankMemory,
+    StepSettings,
     ZeroSetting,
     bytes_sent_per_step,
     divided_weights,
@@ -90,14 +90,14 @@ def forecast_summaries(
     return SummaryForecast(work, weights, most, cost)
 
 
-def generation(shape: ModelShape, work: SummaryWork, num_in_flight: int, engine: str = "") -> Generation:
+def generation(shape: ModelShape, work: SummaryWork, num_in_flight: int, engine: str) -> Generation:
     """The work in operations and bytes. A new token reads its prompt and, on average, half of the answer.
 
     Args:
         shape: of the model.
         work: its prompts.
         num_in_flight: texts that are decoded at once.
-        engine: of ``summarize.engine``; without one the host's time counts for nothing.
+        engine: of ``summarize.engine``; empty: the host's time counts for nothing.
     """
     prompts = Workload(work.prompt_tokens, work.pairs, work.num_prompts, work.num_users)
     context = (work.prompt_tokens + work.new_tokens / 2) / max(1, work.num_prompts)
@@ -122,24 +122,12 @@ class TrainingSettings:
     max_steps: int
     """0: by epochs."""
     rows_per_step: int
-    row_tokens: int
     lora_r: int
-    target_modules: tuple[str, ...] | str
-    precision: str
-    recompute: bool
     full_head: bool
     """The loss needs logits of all tokens."""
-    dropout: bool
-    """On the inputs of the LoRA layers."""
-    quantization: str = "none"
-    """Of the base."""
-    shares_prefix: bool = True
+    shares_prefix: bool
     """False: every prompt runs as a separate sequence."""
-
-    @property
-    def answers_only(self) -> bool:
-        """The last layer runs at the answers alone."""
-        return self.shares_prefix and not self.full_head
+    step: StepSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,33 +149,28 @@ class TrainingForecast:
 
 
 def forecast_training(
-    shape: ModelShape, work: SplitWork, settings: TrainingSettings, cluster: Cluster, chosen: str = ""
+    shape: ModelShape, work: SplitWork, settings: TrainingSettings, cluster: Cluster, chosen: str
 ) -> TrainingForecast:
     """Plan with ``chosen``, a file of ds_configs/ without its ending; empty: with the recommended one.
 
     Raises:
         ModelError: a target of LoRA is not in the model.
     """
-    lora = shape.num_lora_parameters(settings.lora_r, settings.target_modules)
+    step = settings.step
+    lora = shape.num_lora_parameters(settings.lora_r, step.target_modules)
     epoch_steps = -(-work.num_rows // settings.rows_per_step)
     num_steps = settings.max_steps or max(1, round(settings.num_epochs * epoch_steps))
     done = work.shared if settings.shares_prefix else work.separate
-    answer_pairs = work.separate.tokens if settings.answers_only else None
-    flops = training_flops(shape, done, lora, settings.full_head, settings.recompute, answer_pairs)
+    answer_pairs = work.separate.tokens if step.answers_only else None
+    flops = training_flops(shape, done, lora, settings.full_head, step.recompute, answer_pairs)
     size = cluster.world_size
-    stages = {
-        name: zero for name, zero in ZERO_SETTINGS.items() if settings.quantization == "none" or zero.stage < DIVIDED
-    }
+    stages = {name: zero for name, zero in ZERO_SETTINGS.items() if step.quantization == "none" or zero.stage < DIVIDED}
     copies = 1.0 if settings.shares_prefix else work.separate.tokens / work.shared.tokens
-    row_tokens = round(settings.row_tokens * copies)
-    kept = KeptActivations(settings.recompute, settings.target_modules, settings.answers_only, settings.dropout)
-    memory = {
-        name: rank_memory(shape, lora, row_tokens, size, zero, settings.precision, kept, settings.quantization)
-        for name, zero in stages.items()
-    }
+    step = replace(step, row_tokens=round(step.row_tokens * copies))
+    memory = {name: rank_memory(shape, lora, step, zero, size) for name, zero in stages.items()}
     rows_per_rank = -(-settings.rows_per_step // size)
     sent = {
-        name: bytes_sent_per_step(shape, lora, size, zero.stage, rows_per_rank, settings.precision)
+        name: bytes_sent_per_step(shape, lora, size, zero.stage, rows_per_rank, step.precision)
         for name, zero in stages.items()
     }
     device = cluster.hardware
@@ -229,7 +212,7 @@ def forecast_scoring(
     shape: ModelShape, work: SplitWork, settings: ScoringSettings, cluster: Cluster
 ) -> ScoringForecast:
     """Ranking a split's users in every pass (model, control, base and the like)."""
-    flops = forward_flops(shape, work.shared) - last_layer_savings(shape, work.shared, work.separate.tokens)
+    flops = forward_flops(shape, work.shared, answer_pairs=work.separate.tokens)
     if not settings.shares_prefix:
         flops = forward_flops(shape, work.separate)
     num_passes = len(settings.passes)

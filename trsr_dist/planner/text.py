@@ -20,6 +20,7 @@ from trsr_dist.planner.cost import (
     pays_up_to,
     sweep,
 )
+from trsr_dist.planner.hardware import GB
 from trsr_dist.planner.memory import KEPT_BY_CPU
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.planner.stages import (
@@ -32,7 +33,6 @@ from trsr_dist.planner.stages import (
 )
 from trsr_dist.planner.work import SummarySettings
 
-GB = 1e9
 INDENT = " " * 11
 SOURCES = {
     "measured": "",
@@ -126,8 +126,8 @@ def training_lines(
     if not settings.shares_prefix:
         lines.append(f"{INDENT}this model's prompts run as separate sequences (docs/training.md)")
     lines += [
-        f"{INDENT}an epoch: {work.num_rows:,} rows of {settings.row_tokens:,}, {big(computed)} tokens, "
-        f"{big(found.flops_per_epoch)} FLOPs" + (" with recomputation" if settings.recompute else ""),
+        f"{INDENT}an epoch: {work.num_rows:,} rows of {settings.step.row_tokens:,}, {big(computed)} tokens, "
+        f"{big(found.flops_per_epoch)} FLOPs" + (" with recomputation" if settings.step.recompute else ""),
         f"{INDENT}{found.num_steps:,} steps of {settings.rows_per_step} rows in all",
         f"{INDENT}{cost_text(found.cost)}",
     ]

@@ -25,7 +25,7 @@ from trsr_dist.shards.reader import ShardSet
 from trsr_dist.summarize.plans import planner as scheme_of
 from trsr_dist.summarize.plans.graph import node_prompt
 
-LOOKED_AT = 8192
+SAMPLED_USERS = 8192
 """Samples whose measured lengths stand for all."""
 TOKENIZED = 200
 """Samples that are tokenized where no lengths were measured."""
@@ -67,13 +67,13 @@ class SplitWork:
     """``measured`` lengths of the shards, a sample of the shards' prompts, or of prompts made from ``histories``."""
 
 
-def shard_lengths(folder: Path, builder: PromptBuilder, url: str = "") -> PromptLengths:
+def shard_lengths(folder: Path, builder: PromptBuilder, url: str) -> PromptLengths:
     """Lengths of a split's shards.
 
     Args:
         folder: ``RUN/shards/{split}``.
         builder: writes the prompts.
-        url: of the tars, where they are in a store.
+        url: of the tars, where they are in a store; else empty.
 
     Raises:
         RunError: the split is not there.
@@ -83,7 +83,7 @@ def shard_lengths(folder: Path, builder: PromptBuilder, url: str = "") -> Prompt
     measured = lengths_folder(shards, builder)
     if (measured / SUMMARY).is_file():
         lengths = Lengths(shards, measured)
-        table = lengths.table([(0, min(len(shards), LOOKED_AT))])
+        table = lengths.table([(0, min(len(shards), SAMPLED_USERS))])
         keys = shards.keys(0, len(table.samples))
         return PromptLengths(table, keys, lengths.facts.head_tokens, len(shards), "measured")
     size = min(len(shards), TOKENIZED)
@@ -116,7 +116,7 @@ def history_lengths(
     return _tokenized(users, keys, store.num_users(split), "histories")
 
 
-def filler(history: Sequence[str], num_bytes: int) -> str:
+def placeholder_text(history: Sequence[str], num_bytes: int) -> str:
     """The beginning of a history, again and again, in place of a summary of this size in bytes."""
     text = " ".join(history)
     copies = -(-num_bytes // max(1, len(text.encode())))

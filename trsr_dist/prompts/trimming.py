@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
@@ -160,12 +159,11 @@ def _cap_part(prompt: SummaryPrompt, name: str, count: Callable[[SummaryPrompt],
     """The largest cap on the length of each text of a part with which the prompt fits; 0 where none does."""
     texts = getattr(prompt, name)
 
-    def largest(longest: int, cut: Callable[[str, int], str]) -> SummaryPrompt:
-        def capped(length: int) -> SummaryPrompt:
-            return replace(prompt, **{name: tuple(cut(text, length) for text in texts)})
+    def capped(cut: Callable[[str, int], str], length: int) -> SummaryPrompt:
+        return replace(prompt, **{name: tuple(cut(text, length) for text in texts)})
 
-        too_many = bisect_left(range(longest + 1), True, key=lambda length: count(capped(length)) > limit)
-        return capped(max(too_many - 1, 0))
+    def largest(longest: int, cut: Callable[[str, int], str]) -> SummaryPrompt:
+        return capped(cut, _largest(longest, lambda length: count(capped(cut, length)) <= limit))
 
     by_words = largest(max(map(count_words, texts), default=0), cut_words)
     if any(getattr(by_words, name)):

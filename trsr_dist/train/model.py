@@ -23,7 +23,7 @@ from trsr_dist.model.recommender import Recommender, enable_recomputation
 from trsr_dist.model.zero3 import check_equal_calls
 from trsr_dist.planner.flops import Workload, training_flops
 from trsr_dist.planner.hardware import CPU_PROCESS_BYTES, GB, recognize
-from trsr_dist.planner.memory import KEPT_BY_CPU, KeptActivations, ZeroSetting, rank_memory
+from trsr_dist.planner.memory import KEPT_BY_CPU, StepSettings, ZeroSetting, rank_memory
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.pretrained import BaseSource, load_config, load_tokenizer
 from trsr_dist.prompts.builder import PromptBuilder
@@ -113,16 +113,13 @@ def build_model(config: Config, ranks: Ranks, setup: ModelSetup) -> tuple[Recomm
     Returns:
         The model, and the content of its ``adapter_config.json``.
     """
-    lora = config.lora
     if device_of(ranks).type == "cpu":
         spare_memory(planned_bytes(config, setup, ranks.world_size), ranks.local_world_size)
     if setup.zero.stage == 3:
         base = load_base_divided(setup.source, setup.dtype, setup.zero_config)
     else:
         base = load_base(setup.source, setup.dtype, device_of(ranks), setup.config)
-    layers = add_lora(
-        base, lora.r, lora.alpha, lora.dropout, lora.target_modules, lora.use_rslora, config.run.seed, lora.init
-    )
+    layers = add_lora(base, config.run.seed, **config.lora.model_dump())
     if config.train.activation_checkpointing:
         enable_recomputation(base)
     model = Recommender(base, setup.builder.answer_ids, setup.backend)
@@ -137,10 +134,15 @@ def planned_bytes(config: Config, setup: ModelSetup, world_size: int) -> int:
         num_lora_parameters = shape.num_lora_parameters(lora.r, lora.target_modules)
     except TrsrError:
         return 0
-    kept = KeptActivations(
-        train.activation_checkpointing, lora.target_modules, train.loss != "full_text", lora.dropout > 0
+    step = StepSettings(
+        row_tokens=train.row_tokens,
+        precision=setup.precision,
+        recompute=train.activation_checkpointing,
+        target_modules=lora.target_modules,
+        answers_only=train.loss != "full_text",
+        dropout=lora.dropout > 0,
     )
-    planned = rank_memory(shape, num_lora_parameters, train.row_tokens, world_size, setup.zero, setup.precision, kept)
+    planned = rank_memory(shape, num_lora_parameters, step, setup.zero, world_size)
     return planned.device + planned.host
 
 

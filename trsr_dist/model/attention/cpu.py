@@ -101,12 +101,13 @@ class CpuKernel:
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        kernel = getattr(torch.ops.aten, NAME)
         out = torch.empty(q.shape, dtype=q.dtype)
         lse = torch.empty(q.shape[0], q.shape[1], 1)
         for batch in batches(call.query_lengths, call.key_lengths, call.causal):
             queries, keys, values = self._operands(batch, q, k, v)
             mask = batch.key_mask(q.dtype)
-            part, part_lse = _forward(queries, keys, values, 0.0, batch.causal, attn_mask=mask, scale=scale)
+            part, part_lse = kernel(queries, keys, values, 0.0, batch.causal, attn_mask=mask, scale=scale)
             batch.queries.scatter(self._unfold(batch, part, q.shape[1]), out)
             batch.queries.scatter(self._unfold(batch, part_lse.unsqueeze(-1), q.shape[1]), lse)
         return out, lse.squeeze(-1).t().contiguous()
@@ -114,6 +115,7 @@ class CpuKernel:
     def backward(
         self, grad: torch.Tensor, tensors: tuple[torch.Tensor, ...], call: Call, scale: float
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        kernel = getattr(torch.ops.aten, f"{NAME}_backward")
         q, k, v, out, lse = tensors
         dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
         lse = lse.t().unsqueeze(-1)
@@ -124,7 +126,7 @@ class CpuKernel:
             # The kernel reads the log-sum-exp with the strides that its forward pass writes.
             log_sums = fold[2].squeeze(-1).transpose(1, 2).contiguous().transpose(1, 2)
             mask = batch.key_mask(q.dtype)
-            parts = _backward(
+            parts = kernel(
                 upstream.contiguous(),
                 queries,
                 keys,
@@ -207,11 +209,3 @@ def _may_join(
 def _merge_heads(x: torch.Tensor, num_kv_heads: int) -> torch.Tensor:
     """Sum the gradients of repeated heads."""
     return x if x.shape[1] == num_kv_heads else x.unflatten(1, (num_kv_heads, -1)).sum(2)
-
-
-def _forward(*args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor]:
-    return getattr(torch.ops.aten, NAME)(*args, **kwargs)
-
-
-def _backward(*args: object, **kwargs: object) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return getattr(torch.ops.aten, f"{NAME}_backward")(*args, **kwargs)
