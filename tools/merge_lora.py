@@ -25,19 +25,8 @@ def main() -> None:
     from trsr_dist.merge.inputs import MergeOptions
     from trsr_dist.merge.job import merge
 
-    options = MergeOptions(
-        base=args.base,
-        adapter_only=args.adapter_only,
-        head=args.head,
-        dtype=args.dtype,
-        max_shard_bytes=args.max_shard_size,
-        verify=args.verify,
-        tolerance=args.tolerance,
-        force=args.force,
-        update=args.update,
-        dry_run=args.dry_run,
-    )
-    merge(args.checkpoint, args.output, options)
+    options = vars(args)
+    merge(options.pop("checkpoint"), options.pop("output"), MergeOptions(**options))
 
 
 def build_parser() -> argparse.ArgumentParser:

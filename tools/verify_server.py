@@ -53,7 +53,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = command_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--model", required=True, type=expand_home, metavar="DIR", help="merged folder, checkpoint or adapter")
-    add("--shards", type=path, metavar="DIR", help="of a split; default: the run's test or valid users, else built-in")
+    add("--shards", type=path, metavar="DIR", help="of a split; default: the run's valid or test users, else built-in")
     add("--num-users", type=positive, default=32, metavar="N", help="default: %(default)s")
     routes = "; ".join(f"{name}: {what}" for name, what in ROUTES.items())
     add("--routes", nargs="+", choices=tuple(ROUTES), default=list(ROUTES), metavar="ROUTE", help=f"{routes}")

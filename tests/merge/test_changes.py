@@ -180,6 +180,9 @@ class TestIdentity:
             "target_modules": ["q_proj", "v_proj"],
             "modules_to_save": ["lm_head", "norm"],
         }
+        set_by_few = {"rank_pattern": {"q": 1}, "alpha_pattern": {"q": 3}, "fan_in_fan_out": True}
+        assert set_by_few.items() < adapter_facts(adapter(**set_by_few)).items()
+        assert adapter_facts(adapter(target_modules=r".*\.q_proj"))["target_modules"] == r".*\.q_proj"
         bare = adapter_facts(adapter(target_modules=None))
         assert (bare["target_modules"], bare["modules_to_save"]) == ([], [])
 
@@ -187,9 +190,11 @@ class TestIdentity:
         first = adapter()
         last = {name: tensor.clone() for name, tensor in pair().items()}
         last[f"{Q}.lora_B.weight"][-1, -1] += 1e-6
+        patterns = [adapter(alpha_pattern={"q_proj": 4}), adapter(rank_pattern={"q_proj": 2}, r=3)]
+        whole = [adapter(fan_in_fan_out=True), adapter(ensure_weight_tying=True), *patterns]
         others = [adapter(last), adapter(pair("x")), adapter(lora_alpha=7), adapter(dict(reversed(pair().items())))]
-        hashes = [adapter_hash(other) for other in (first, *others)]
-        assert len(set(hashes)) == 4 and hashes[-1] == hashes[0], "the order of the tensors does not matter"
+        hashes = [adapter_hash(other) for other in (first, *whole, *others)]
+        assert len(set(hashes)) == 8 and hashes[-1] == hashes[0], "the order of the tensors does not matter"
         assert adapter_hash(adapter(pair() | {f"{Q}.lora_A.weight": DOWN.T.contiguous().T})) == hashes[0]
         assert hashes[0] == "69103adb5b5a86eaf205c51112662a728cb9c4e44fa6975e3c93318b258b83ba", "of an earlier version"
 

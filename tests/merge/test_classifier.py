@@ -1,5 +1,6 @@
 """Classifiers give the log-odds of the causal model: under transformers alone, whatever the padding and the head."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from tests.kills import check_stage
-from tests.merge.models import TARGETS, load, make_adapter, make_base, make_checkpoint, rename_tensors, tensors_of
+from tests.merge.models import TARGETS, load, make_adapter, make_base, make_checkpoint, rename_tensors, seal, tensors_of
 from tests.merge.test_ties import TYING, UNTYING
 from tests.spawn import run_script
 from tests.tokenizers import byte_level, with_end_token, word_level
@@ -261,17 +262,19 @@ def test_what_no_classifier_can_be_is_refused(make: Callable[[Path], Path], mess
 def test_answers_of_several_tokens_are_refused(checkpoint: Path, tmp_path: Path) -> None:
     provenance = read_json(checkpoint / "provenance.json")
     provenance["prompt"]["answers"] = ["I would say so", "no"]
-    write_json(checkpoint / "adapter" / "provenance.json", provenance)
+    write_json(checkpoint / "provenance.json", provenance)
+    seal(checkpoint)
     with pytest.raises(ModelError, match="I would say so.*are not two different single tokens"):
-        merge(checkpoint / "adapter", tmp_path / "classifier", CLASSIFIER)
+        merge(checkpoint, tmp_path / "classifier", CLASSIFIER)
 
 
 def test_a_classifier_is_no_language_model_for_other_commands(checkpoint: Path, tmp_path: Path) -> None:
     merge(checkpoint, tmp_path / "classifier", WEIGHTS_ONLY)
     with pytest.raises(ModelError, match="LlamaForSequenceClassification, a classifier.*name the checkpoint"):
         Ranker.open(str(tmp_path / "classifier"), "cpu", "float32")
+    copy = Path(shutil.copytree(checkpoint / "adapter", tmp_path / "copy"))
     with pytest.raises(TrsrError, match="a classifier"):
-        merge(checkpoint / "adapter", tmp_path / "again", MergeOptions(base=str(tmp_path / "classifier")))
+        merge(copy, tmp_path / "again", MergeOptions(base=str(tmp_path / "classifier")))
 
 
 def test_another_head_is_another_setting(checkpoint: Path, tmp_path: Path) -> None:
@@ -285,7 +288,7 @@ def test_another_head_is_another_setting(checkpoint: Path, tmp_path: Path) -> No
     assert (output / "config.json").stat().st_ino == number, "merged already"
     with pytest.raises(RunError, match="made with setting head='classifier'"):
         merge(checkpoint, output, causal)
-    with pytest.raises(TrsrError, match="leave out one of the two"):
+    with pytest.raises(TrsrError, match="leave it out, or --head"):
         merge(checkpoint, tmp_path / "adapter", MergeOptions(head="classifier", adapter_only=True))
 
 

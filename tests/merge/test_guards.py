@@ -34,6 +34,12 @@ def checkpoint(base: Path, tmp_path: Path) -> Path:
     return make_checkpoint(base, tmp_path / "checkpoints" / "step-000007")
 
 
+@pytest.fixture
+def adapter(checkpoint: Path, tmp_path: Path) -> Path:
+    """By itself, so that no fingerprint of its base is known."""
+    return Path(shutil.copytree(checkpoint / "adapter", tmp_path / "adapter"))
+
+
 def edit_tensors(checkpoint: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
     tensors = load_file(checkpoint / ADAPTER)
     edit(tensors)
@@ -164,43 +170,43 @@ def test_another_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
     provenance["answer_ids"] = [5, 6]
     write_json(checkpoint / "provenance.json", provenance)
     seal(checkpoint)
-    refuses(checkpoint, tmp_path / "merged", "another tokenizer")
+    refuses(checkpoint, tmp_path / "merged", "the tokenizer files are not those of the training")
 
 
-def test_base_without_a_tokenizer(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_base_without_a_tokenizer(base: Path, adapter: Path, tmp_path: Path) -> None:
     for path in base.glob("*token*"):
         path.unlink()
-    refuses(checkpoint / "adapter", tmp_path / "merged", "its tokenizer cannot be read")
+    refuses(adapter, tmp_path / "merged", "its tokenizer cannot be read")
 
 
-def test_bases_that_cannot_be_streamed(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_bases_that_cannot_be_streamed(base: Path, adapter: Path, tmp_path: Path) -> None:
     config = read_json(base / "config.json")
     write_json(base / "config.json", config | {"quantization_config": {"quant_method": "awq"}})
-    refuses(checkpoint / "adapter", tmp_path / "merged", "unquantized original")
+    refuses(adapter, tmp_path / "merged", "unquantized original")
     write_json(base / "config.json", config | {"model_type": "unheard_of", "auto_map": {"AutoConfig": "x.Y"}})
-    refuses(checkpoint / "adapter", tmp_path / "merged", "custom code")
+    refuses(adapter, tmp_path / "merged", "custom code")
     write_json(base / "config.json", config | {"vocab_size": 7})
-    refuses(checkpoint / "adapter", tmp_path / "merged", "config.json says (7, 32)")
+    refuses(adapter, tmp_path / "merged", "config.json says (7, 32)")
     write_json(base / "config.json", config)
     sorted(base.glob("*.safetensors"))[0].unlink()
-    refuses(checkpoint / "adapter", tmp_path / "merged", "missing")
+    refuses(adapter, tmp_path / "merged", "missing")
     for path in base.glob("model*"):
         path.unlink()
     (base / "pytorch_model.bin").write_bytes(b"")
-    refuses(checkpoint / "adapter", tmp_path / "merged", "safetensors")
+    refuses(adapter, tmp_path / "merged", "safetensors")
 
 
 def test_base_that_is_nowhere(checkpoint: Path, tmp_path: Path) -> None:
     refuses(checkpoint, tmp_path / "merged", "with --base", MergeOptions(base=str(tmp_path / "nowhere" / "at all")))
 
 
-def test_truncated_files(base: Path, checkpoint: Path, tmp_path: Path) -> None:
+def test_truncated_files(base: Path, checkpoint: Path, adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "cut")
     os.truncate(tmp_path / "cut" / ADAPTER, 1000)
     refuses(tmp_path / "cut", tmp_path / "merged", "truncated or changed")
     shard = sorted(base.glob("*.safetensors"))[0]
     os.truncate(shard, shard.stat().st_size - 8)
-    refuses(checkpoint / "adapter", tmp_path / "merged", "truncated")
+    refuses(adapter, tmp_path / "merged", "truncated")
 
 
 def test_unfinished_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
@@ -248,8 +254,52 @@ def test_rerun_does_nothing_and_force_redoes(checkpoint: Path, tmp_path: Path) -
     before = (output / "config.json").stat()
     merge(checkpoint, output, update)
     assert (output / "config.json").stat().st_ino == before.st_ino, "nothing has changed since"
-    merge(output, tmp_path / "again", WEIGHTS_ONLY)
+    merge(output, tmp_path / "again", MergeOptions())
     assert not (tmp_path / "again").exists()
+
+
+def verification(output: Path) -> dict:
+    return read_json(output / "provenance.json")["merge"]["verification"]
+
+
+def test_a_merge_that_was_not_checked_as_asked_is_not_current(checkpoint: Path, tmp_path: Path) -> None:
+    output = tmp_path / "merged"
+    merge(checkpoint, output, MergeOptions(verify="none"))
+    for verify, lacking in (("auto", "weights"), ("weights", "weights"), ("scores", "scores")):
+        refuses(checkpoint, output, f"its {lacking} were not compared", MergeOptions(verify=verify))
+    merge(checkpoint, output, MergeOptions(verify="weights", update=True))
+    merge(checkpoint, output, MergeOptions())
+    assert verification(output).keys() == {"weights"}
+    merge(checkpoint, output, MergeOptions(verify="scores", update=True))
+    assert verification(output)["scores"]["num_prompts"] == 36
+    number = (output / "config.json").stat().st_ino
+    for verify in ("none", "weights", "auto", "scores"):
+        merge(checkpoint, output, MergeOptions(verify=verify, tolerance=1.0))
+    assert (output / "config.json").stat().st_ino == number
+    refuses(checkpoint, output, "allowed is --tolerance -1", MergeOptions(tolerance=-1.0))
+
+
+@pytest.mark.parametrize(
+    ("option", "flag"),
+    [
+        ({"head": "classifier"}, "--head"),
+        ({"dtype": "float32"}, "--dtype"),
+        ({"max_shard_size": 10**6}, "--max-shard-size"),
+        ({"verify": "scores"}, "--verify"),
+        ({"tolerance": 0.5}, "--tolerance"),
+    ],
+)
+def test_options_of_merged_weights_where_none_are_written(
+    option: dict, flag: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    only = MergeOptions(adapter_only=True, **option)
+    refuses(checkpoint, tmp_path / "adapter", f"--adapter-only writes no merged weights; leave it out, or {flag}", only)
+    (tmp_path / "merged").mkdir()
+    write_json(tmp_path / "merged" / "config.json", {})
+    write_json(tmp_path / "merged" / "provenance.json", {"merge": {"source": "checkpoint step-000007"}})
+    message = f"holds no adapter, so that {flag} cannot be followed; name with --checkpoint what it was made from "
+    refuses(tmp_path / "merged", tmp_path / "more", message + "(checkpoint step-000007)", MergeOptions(**option))
+    refuses(tmp_path / "merged", tmp_path / "more", "--adapter-only cannot be", MergeOptions(adapter_only=True))
 
 
 def test_failed_redo_keeps_the_old_output(base: Path, checkpoint: Path, tmp_path: Path) -> None:

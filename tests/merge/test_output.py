@@ -1,5 +1,6 @@
 """The written folder: laid out as servers expect, loaded by nothing but transformers."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,15 +14,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config
 from tests.merge.models import load, make_adapter, make_base, make_checkpoint, tensors_of
 from tests.spawn import run_script
 from tests.tokenizers import byte_level
+from trsr_dist.config.sections import PromptSection
 from trsr_dist.files import read_json
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
 from trsr_dist.merge.scores import built_in_samples
+from trsr_dist.model.loading import open_prompts
 from trsr_dist.shards.manifest import write_split_manifest
 from trsr_dist.shards.writer import write_shard
 
 ROOT = Path(__file__).parents[2]
 WEIGHTS_ONLY = MergeOptions(verify="weights")
+DEFAULTS = PromptSection().model_dump(mode="json")
 
 
 @pytest.fixture
@@ -51,6 +55,21 @@ def test_other_files_and_model_card(base: Path, checkpoint: Path, tmp_path: Path
     provenance = read_json(output / "provenance.json")
     assert provenance["prompt"]["style"] == "chat" and len(provenance["answer_ids"]) == 2
     assert provenance["merge"]["verification"]["weights"]["num_changed"] == 8
+    assert "additional_chat_templates/tools.jinja" in read_json(output / "manifest.json")["files"]
+
+
+def test_an_adapter_without_a_recorded_prompt_is_ranked_as_its_merge(checkpoint: Path, tmp_path: Path) -> None:
+    """Each command's own settings hold for both; a classifier's answers are fixed, by the default settings."""
+    copy = Path(shutil.copytree(checkpoint / "adapter", tmp_path / "copy"))
+    for head in ("causal", "classifier"):
+        merge(copy, tmp_path / head, MergeOptions(head=head, verify="weights"))
+    settings = PromptSection(recent_items=3).model_dump()
+    adapter, merged = (open_prompts(str(path), settings) for path in (copy, tmp_path / "causal"))
+    assert merged.builder.settings == adapter.builder.settings
+    assert not {"prompt", "answer_ids"} & merged.provenance.keys()
+    assert read_json(tmp_path / "classifier" / "provenance.json")["prompt"] == DEFAULTS | {"style": "chat"}
+    merge(checkpoint / "adapter", tmp_path / "inside", WEIGHTS_ONLY)
+    assert read_json(tmp_path / "inside" / "provenance.json")["merge"]["source"] == "checkpoint step-000007"
 
 
 def test_scores_are_compared_on_the_runs_own_users(checkpoint: Path, tmp_path: Path) -> None:
@@ -85,7 +104,7 @@ def test_dtype_converts_every_tensor_and_the_config(dtype: str, checkpoint: Path
 
 
 def test_max_shard_size(checkpoint: Path, tmp_path: Path) -> None:
-    merge(checkpoint, tmp_path / "merged", MergeOptions(verify="weights", max_shard_bytes=20_000))
+    merge(checkpoint, tmp_path / "merged", MergeOptions(verify="weights", max_shard_size=20_000))
     merge(checkpoint, tmp_path / "plain", WEIGHTS_ONLY)
     files = sorted((tmp_path / "merged").glob("*.safetensors"))
     index = read_json(tmp_path / "merged" / "model.safetensors.index.json")
@@ -123,6 +142,8 @@ def test_command_line(checkpoint: Path, tmp_path: Path) -> None:
     common = "tools/merge_lora.py", "--checkpoint", checkpoint, "--output", merged
     dry = run_script(*common, "--dry-run")
     assert dry.returncode == 0 and "would write" in dry.stdout
+    only = run_script(*common, "--dry-run", "--adapter-only")
+    assert only.stdout.splitlines()[-1] != dry.stdout.splitlines()[-1], "the adapter's bytes, not the model's"
     assert sorted(tmp_path.rglob("*")) == before
     failed = run_script(*common, "--tolerance", "-1")
     assert failed.returncode == 1 and failed.stderr.startswith("error: scores of base + adapter")

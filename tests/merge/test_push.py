@@ -13,6 +13,7 @@ from tests.merge.hub import COMMIT, Hub, running_hub
 from tests.merge.models import make_base, make_checkpoint
 from trsr_dist.errors import ModelError, RunError
 from trsr_dist.files import read_json, write_json
+from trsr_dist.merge.card import find_evaluation, is_evaluation_of
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
 from trsr_dist.merge.push import PushOptions, push
@@ -75,6 +76,16 @@ def test_card(hub: Hub, merged: Path) -> None:
     assert "| bm25 | 0.3750 |" in card and "40 test users" in card
 
 
+def test_card_of_an_evaluation_without_intervals(hub: Hub, merged: Path, tmp_path: Path) -> None:
+    """``evaluate.bootstrap_samples: 0``."""
+    found = results(read_json(merged / "provenance.json"))
+    write_json(
+        tmp_path / "test.json", found | {"confidence": {}, "personalization_gain": {"recall@3": {"mean": -0.25}}}
+    )
+    push_to(hub, merged, evaluation=tmp_path / "test.json")
+    assert "| recall@3 | 0.5000 | 0.2500 | -0.2500 |" in hub.files["README.md"].decode()
+
+
 def test_no_path_of_this_machine_is_sent(hub: Hub, merged: Path) -> None:
     assert str(merged.parent) in (merged / "provenance.json").read_text()
     push_to(hub, merged)
@@ -100,12 +111,69 @@ def test_dry_run_sends_nothing(hub: Hub, merged: Path, capsys: pytest.CaptureFix
     assert hub.repositories == {} and hub.files == {}
 
 
-def test_an_evaluation_of_another_model(hub: Hub, merged: Path, tmp_path: Path) -> None:
-    other = results(read_json(merged / "provenance.json") | {"train": {"step": 1}})
-    write_json(tmp_path / "other.json", other)
+@pytest.mark.parametrize("merges", [True, False], ids=["merge", "checkpoint"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"train": {"step": 1}},
+        {"shards": {"train": "1" * 64}},
+        {"config": {"lora": {"r": 8}}},
+        {"init_adapter": {"folder": "x", "sha256": "1"}},
+        {"teacher": {"model": "x"}},
+        {"base": {"fingerprint": "1"}},
+        {"merge": {"adapter_hash": "1"}},
+        {},
+    ],
+    ids=str,
+)
+def test_an_evaluation_of_another_model(change: dict, merges: bool, hub: Hub, merged: Path, tmp_path: Path) -> None:
+    """Of a checkpoint the training has to tell, of a merged folder the adapter's hash does, too."""
+    other = read_json(merged / "provenance.json") | change
+    if not merges:
+        del other["merge"]
+    write_json(tmp_path / "other.json", results(other))
+    if not change or (not merges and "merge" in change):
+        push_to(hub, merged, evaluation=tmp_path / "other.json")
+        return
     with pytest.raises(RunError, match="an evaluation of RUN/merged, another model than"):
         push_to(hub, merged, evaluation=tmp_path / "other.json")
     assert hub.files == {}
+
+
+def test_the_runs_own_evaluation_is_found(merged: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """That of test, else that of valid: the same when it is merged and when it is pushed."""
+    provenance = read_json(merged / "provenance.json")
+    assert find_evaluation(merged.parent, provenance)["split"] == "test"
+    write_json(tmp_path / "evaluation" / "test.json", results(provenance | {"train": {"step": 1}}))
+    assert find_evaluation(tmp_path, provenance) is None and "is of another model and is left out" in caplog.text
+    write_json(tmp_path / "evaluation" / "valid.json", results(provenance) | {"split": "valid"})
+    assert find_evaluation(tmp_path, provenance)["split"] == "valid"
+
+
+def test_evaluations_of_models_of_which_nothing_is_recorded() -> None:
+    """Adapters from elsewhere on one base: only their hash tells them apart."""
+    base = {"base": {"fingerprint": "1"}}
+    one, other = (base | {"merge": {"adapter_hash": name}} for name in "ab")
+    assert is_evaluation_of(results(one), one) and not is_evaluation_of(results(one), other)
+    assert not is_evaluation_of(results(base), base) and not is_evaluation_of({}, base)
+
+
+def test_an_adapter_names_its_base_on_the_hub(hub: Hub, merged: Path, tmp_path: Path) -> None:
+    """Its templates go with it; every file that keeps the base's name has the hub's."""
+    run = tmp_path / "run"
+    checkpoint = make_checkpoint(make_base(run / "base"), run / "checkpoints" / "step-000007")
+    merge(checkpoint, run / "adapter", MergeOptions(adapter_only=True))
+    push_to(hub, run / "adapter")
+    assert json.loads(hub.files["adapter_config.json"])["base_model_name_or_path"] == BASE_ID
+    (run / "base" / "additional_chat_templates").mkdir()
+    (run / "base" / "additional_chat_templates" / "tools.jinja").write_text("x")
+    for name, key in (("config.json", "_name_or_path"), ("tokenizer_config.json", "name_or_path")):
+        write_json(run / "base" / name, read_json(run / "base" / name) | {key: str(run / "base")})
+    merge(checkpoint / "adapter", run / "merged", MergeOptions(verify="none"))
+    push_to(hub, run / "merged")
+    assert hub.files["additional_chat_templates/tools.jinja"] == b"x"
+    assert json.loads(hub.files["config.json"])["_name_or_path"] == BASE_ID
+    assert not [name for name, data in hub.files.items() if str(tmp_path).encode() in data]
 
 
 def test_a_hub_that_refuses(hub: Hub, merged: Path) -> None:
@@ -116,8 +184,9 @@ def test_a_hub_that_refuses(hub: Hub, merged: Path) -> None:
 
 
 def test_folders_that_are_no_merge(hub: Hub, merged: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="no folder of tools/merge_lora.py"):
-        push_to(hub, merged.parent / "base")
+    for other in ("base", "checkpoints/step-000007", "nowhere"):
+        with pytest.raises(ModelError, match="no folder of tools/merge_lora.py; merge the checkpoint first"):
+            push_to(hub, merged.parent / other)
     broken = tmp_path / "broken"
     broken.mkdir()
     for path in merged.iterdir():

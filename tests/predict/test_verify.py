@@ -14,10 +14,14 @@ from tests.predict.world import Served, load, make_folder
 from tests.spawn import run_script
 from tests.summarize.server import serving
 from tests.tokenizers import GEMMA_TEMPLATE, sentencepiece
+from trsr_dist.errors import ConfigError
+from trsr_dist.files import write_json
 from trsr_dist.merge.scores import built_in_samples
 from trsr_dist.predict.diagnosis import Local
 from trsr_dist.predict.server import ScoreServer, ServerSettings
 from trsr_dist.predict.verify import TOLERANCE, Verification, default_tolerance, find_samples, verify
+from trsr_dist.shards.manifest import write_split_manifest
+from trsr_dist.shards.writer import write_shard
 
 NUM_USERS = 3
 BOS = 1
@@ -159,6 +163,17 @@ def test_missing_log_probabilities(locals_: dict[str, Local], served: Served) ->
 def test_users_come_from_the_run_beside_the_model_or_are_built_in(tmp_path: Path, locals_: dict[str, Local]) -> None:
     samples, origin = find_samples(str(tmp_path / "merged"), None, 2, "news")
     assert len(samples) == 2 and origin == "built-in prompts"
+    step, shards = tmp_path / "checkpoints" / "step-000007", tmp_path / "shards" / "test"
+    for name in ("adapter/adapter_config.json", "provenance.json"):
+        write_json(step / name, {})
+    (step.parent / "latest").write_text(step.name)
+    write_split_manifest(shards, [write_shard(shards / "test-000000.tar", built_in_samples("news")[:3])], {}, {})
+    for model in ("", "merged", "checkpoints", "checkpoints/latest", "checkpoints/step-000007/adapter", step):
+        samples, origin = find_samples(str(tmp_path / model), None, 2, "news")
+        assert (len(samples), origin) == (2, "shards/test"), model
+    assert find_samples(str(tmp_path), shards, 9, "news") == (built_in_samples("news")[:3], str(shards))
+    with pytest.raises(ConfigError, match="holds no manifest.json; name a split"):
+        find_samples(str(tmp_path), tmp_path, 9, "news")
     assert default_tolerance(locals_["chat"]) == TOLERANCE
     halved = Local(locals_["chat"].prompts, torch.nn.Linear(2, 2, dtype=torch.bfloat16))
     assert default_tolerance(halved) == 0.25

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
+from trsr_dist.files import read_json
+from trsr_dist.log import get_logger
 from trsr_dist.records import has_scale
+from trsr_dist.run import RunFolder
 
 FILL_IN = "_To be filled in._"
+TRAINING = ("shards", "train", "config", "init_adapter", "teacher")
+"""What a provenance.json records of the training."""
 OPEN_POINTS = ("Licence (the base's terms apply)", "Data: origin, consent, licence", "Intended use and users")
+
+log = get_logger("merge")
 
 
 def model_card(provenance: dict[str, Any], metrics: dict[str, Any] | None) -> str:
@@ -80,10 +88,28 @@ def keep_answers(card: str, earlier: str) -> str:
 
 
 def is_evaluation_of(results: dict[str, Any], provenance: dict[str, Any]) -> bool:
-    """Whether an evaluation's results are of the training that a provenance.json tells of: its data and its step."""
-    other = results.get("provenance") or {}
-    same = all(provenance.get(key) == other.get(key) for key in ("shards", "train"))
-    return same and provenance["base"]["fingerprint"] == other.get("base", {}).get("fingerprint")
+    """Whether an evaluation's results are of the model that a provenance.json tells of: base, training and weights.
+
+    A checkpoint, and a merge of an earlier version, record no hash of the adapter: the training has to tell then.
+    """
+    ours, theirs = (
+        {key: one.get(key) for key in TRAINING}
+        | {"base": one.get("base", {}).get("fingerprint"), "adapter": one.get("merge", {}).get("adapter_hash")}
+        for one in (provenance, results.get("provenance") or {})
+    )
+    if not (ours["adapter"] and theirs["adapter"]):
+        ours["adapter"] = theirs["adapter"] = ours["train"]
+    return bool(ours["adapter"]) and ours == theirs
+
+
+def find_evaluation(run: Path, provenance: dict[str, Any]) -> dict[str, Any] | None:
+    """Results of this model in a run folder, those of the test split before those of the validation split."""
+    paths = (RunFolder(run).evaluation / f"{split}.json" for split in ("test", "valid"))
+    for path in filter(Path.is_file, paths):
+        if is_evaluation_of(results := read_json(path), provenance):
+            return results
+        log.warning("%s is of another model and is left out of the card", path)
+    return None
 
 
 def _training(provenance: dict[str, Any]) -> list[str]:
@@ -108,7 +134,7 @@ def _evaluation(metrics: dict[str, Any] | None, model: str) -> list[str]:
     users = f"{metrics['num_users']} {metrics['split']} users, {metrics['num_candidates']} candidates"
     control, gain = metrics["baselines"]["control"], metrics["personalization_gain"]
     rows = [
-        (name, _interval(value, metrics["confidence"].get(name)), f"{control[name]:.4f}", _gain(gain.get(name)))
+        (name, _interval(value, *metrics["confidence"].get(name, ())), f"{control[name]:.4f}", _gain(gain.get(name)))
         for name, value in metrics["metrics"].items()
     ]
     kept = [name for name in metrics["metrics"] if name.startswith(("recall", "ndcg"))]
@@ -122,14 +148,13 @@ def _evaluation(metrics: dict[str, Any] | None, model: str) -> list[str]:
     ]
 
 
-def _interval(value: float, bounds: Sequence[float] | None) -> str:
-    return f"{value:.4f}" if not bounds else f"{value:.4f} ({bounds[0]:.4f} to {bounds[1]:.4f})"
+def _interval(mean: float, low: float | None = None, high: float | None = None, form: str = ".4f", **_: float) -> str:
+    """The mean alone where there are no bounds (evaluate.bootstrap_samples=0)."""
+    return f"{mean:{form}}" if low is None else f"{mean:{form}} ({low:{form}} to {high:{form}})"
 
 
 def _gain(difference: dict[str, float] | None) -> str:
-    return (
-        "" if not difference else f"{difference['mean']:+.4f} ({difference['low']:+.4f} to {difference['high']:+.4f})"
-    )
+    return _interval(**difference, form="+.4f") if difference else ""
 
 
 def _limits(provenance: dict[str, Any]) -> list[str]:

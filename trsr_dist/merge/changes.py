@@ -34,6 +34,8 @@ REFUSED = {
     "velora_config": "VeLoRA",
     "monteclora_config": "MonteCLoRA",
 }
+SET_BY_FEW = ("rank_pattern", "alpha_pattern", "fan_in_fan_out", "ensure_weight_tying")
+"""Further settings that change what is merged; told of where they are set."""
 
 
 @dataclass(slots=True)
@@ -160,15 +162,17 @@ def _add_update(adapter: Adapter, changes: dict[str, Change], module: str, parts
 
 
 def adapter_facts(adapter: Adapter) -> dict[str, Any]:
-    """What the provenance and the model card say of the adapter."""
+    """All settings that change what is merged: for the provenance, the model card and the hash."""
     config = adapter.config
+    targets = config.target_modules or []
     return {
         "r": config.r,
         "alpha": config.lora_alpha,
         "use_rslora": config.use_rslora,
         "use_dora": config.use_dora,
-        "target_modules": sorted(config.target_modules) if config.target_modules else [],
+        "target_modules": targets if isinstance(targets, str) else sorted(targets),
         "modules_to_save": sorted(config.modules_to_save or []),
+        **{name: getattr(config, name) for name in SET_BY_FEW if getattr(config, name)},
     }
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 import torch
 
 from trsr_dist.bases import BaseName
+from trsr_dist.config.sections import PromptSection
 from trsr_dist.errors import ModelError, RunError, TrsrError
-from trsr_dist.files import read_json
 from trsr_dist.log import get_logger
 from trsr_dist.merge.changes import find_changes
 from trsr_dist.merge.classifier import check_head, config_values, padding_token
@@ -19,15 +19,18 @@ from trsr_dist.merge.plan import MergePlan, classifier_plan, make_plan
 from trsr_dist.merge.source import Source
 from trsr_dist.model.adapters import Adapter, attach
 from trsr_dist.model.artifacts import check_same_base
+from trsr_dist.model.loading import check_answers
 from trsr_dist.pretrained import BaseSource, declared_config, is_tied, load_config, load_tokenizer, read_structure
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.run import MANIFEST
+from trsr_dist.run import MANIFEST, read_manifest
 from trsr_dist.weights import folder_entries
 
 logger = get_logger("merge")
 STAGE = "merge"
 SPARE_BYTES = 2**26
 """Room for everything beside the weights."""
+OF_WEIGHTS = ("head", "dtype", "max_shard_size", "verify", "tolerance")
+"""Options that mean nothing where no merged weights are written."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -41,8 +44,8 @@ class MergeOptions:
     head: Literal["causal", "classifier"] = "causal"
     """classifier: one label, whose logit is the log-odds of yes."""
     dtype: Literal["base", "float32", "bfloat16", "float16"] = "base"
-    max_shard_bytes: int | None = None
-    """None: the base's files."""
+    max_shard_size: int | None = None
+    """Bytes of a file; None: the base's files."""
     verify: Literal["auto", "scores", "weights", "none"] = "auto"
     """auto: scores where memory allows, else weights."""
     tolerance: float | None = None
@@ -52,6 +55,12 @@ class MergeOptions:
     update: bool = False
     """Make it again if its checkpoint or settings have changed since."""
     dry_run: bool = False
+
+    @property
+    def of_weights(self) -> str:
+        """Those of ``OF_WEIGHTS`` that are given, as on the command line."""
+        given = (name for name in OF_WEIGHTS if getattr(self, name) != getattr(MergeOptions(), name))
+        return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +106,7 @@ def prepare(
     dtype = DTYPES.get(options.dtype)
     keep_tied = bool(adapter.config.ensure_weight_tying)
     unties = is_tied(declared) and not is_tied(config)
-    plan = make_plan(by_file, changes, tied, keep_tied, dtype, options.max_shard_bytes, unties)
+    plan = make_plan(by_file, changes, tied, keep_tied, dtype, options.max_shard_size, unties)
     vocabulary = config.get_text_config().vocab_size
     builder = resolve_prompt(source.tokenizer or base, source.tokenizer is None, vocabulary, source.provenance)
     values, padding = {}, ""
@@ -127,8 +136,8 @@ def check_output(output: Path, inputs: list[Path], force: bool) -> None:
     if output.exists() and not output.is_dir():
         raise RunError(f"{output}: a file; choose another --output")
     if force and output.is_dir() and any(output.iterdir()):
-        manifest = output / MANIFEST
-        if not manifest.is_file() or read_json(manifest).get("stage") != STAGE:
+        manifest = read_manifest(output) if (output / MANIFEST).is_file() else {}
+        if manifest.get("stage") != STAGE:
             raise RunError(
                 f"{output}: holds files that are no earlier merge, and only such a one is replaced. Empty it first"
             )
@@ -150,7 +159,8 @@ def check_space(output: Path, num_bytes: int) -> None:
 
 
 def resolve_prompt(folder: Path, own: bool, num_embeddings: int, provenance: dict[str, Any]) -> PromptBuilder | None:
-    """The prompt builder of the training, checked against this tokenizer; None where answers cannot be resolved.
+    """The prompt builder of the training, checked against this tokenizer. Where none is recorded, that of the default
+    settings, with which every command ranks then; None where their answers are no single tokens.
 
     Args:
         folder: holds the tokenizer.
@@ -166,15 +176,11 @@ def resolve_prompt(folder: Path, own: bool, num_embeddings: int, provenance: dic
         if not own:
             raise ModelError(f"{message}: the tokenizer of another model; restore the right one")
         logger.warning(f"{message}; a text with such an id will fail")
-    if "prompt" not in provenance:
+    if not provenance.get("prompt"):
         try:
-            return PromptBuilder(tokenizer)
+            return PromptBuilder(tokenizer, **PromptSection().model_dump())
         except TrsrError:
             return None
     builder = PromptBuilder(tokenizer, **provenance["prompt"])
-    if list(builder.answer_ids) != list(provenance["answer_ids"]):
-        raise ModelError(
-            f"{folder}: answers {builder.answers} are tokens {list(builder.answer_ids)}, in training "
-            f"{list(provenance['answer_ids'])}: another tokenizer; restore the base's"
-        )
+    check_answers(str(folder), builder, provenance)
     return builder

@@ -13,7 +13,7 @@ from trsr_dist.files import atomic_folder, read_json, write_json, writing
 from trsr_dist.hashing import digest
 from trsr_dist.locks import FolderLock, folder_lock
 from trsr_dist.log import get_logger
-from trsr_dist.merge.card import is_evaluation_of, model_card
+from trsr_dist.merge.card import find_evaluation, model_card
 from trsr_dist.merge.changes import adapter_facts, adapter_hash, write_adapter
 from trsr_dist.merge.classifier import write_padding
 from trsr_dist.merge.inputs import DTYPES, STAGE, Inputs, MergeOptions, check_output, check_space, prepare
@@ -21,16 +21,14 @@ from trsr_dist.merge.output import adapt_config, copy_other_files, write_weights
 from trsr_dist.merge.scores import (
     ACTIVATION_BYTES,
     NUM_SAMPLES,
-    built_in_samples,
     check_scores,
     sample_users,
+    users_to_compare,
 )
-from trsr_dist.merge.source import Source, base_of, find_source
+from trsr_dist.merge.source import base_of, find_source
 from trsr_dist.merge.verify import check_weights
-from trsr_dist.model.artifacts import PROVENANCE, base_fingerprint
-from trsr_dist.records import Sample
-from trsr_dist.run import MANIFEST, is_finished, write_manifest
-from trsr_dist.shards.reader import ShardSet
+from trsr_dist.model.artifacts import PROVENANCE, base_fingerprint, read_provenance
+from trsr_dist.run import is_finished, write_manifest
 
 logger = get_logger("merge")
 
@@ -42,10 +40,16 @@ def merge(checkpoint: Path, output: Path, options: MergeOptions) -> None:
         TrsrError: an input is damaged or does not fit, the result is not equal, or there is no room. Nothing is left
             behind then, and an older output stays.
     """
-    if options.adapter_only and options.head != "causal":
-        raise ConfigError("--adapter-only writes no head, --head classifier is one; leave out one of the two")
+    if options.adapter_only and options.of_weights:
+        raise ConfigError(f"--adapter-only writes no merged weights; leave it out, or {options.of_weights}")
     source = find_source(checkpoint)
     if source.kind == "merged":
+        if asked := options.of_weights or options.adapter_only * "--adapter-only":
+            made_from = source.provenance["merge"].get("source", "its checkpoint")
+            raise ConfigError(
+                f"{source.folder}: a merged model, which holds no adapter, so that {asked} cannot be followed; name "
+                f"with --checkpoint what it was made from ({made_from})"
+            )
         logger.info(f"{source.folder}: already a merged model; nothing to do")
         return
     adapter = source.read()
@@ -54,10 +58,10 @@ def merge(checkpoint: Path, output: Path, options: MergeOptions) -> None:
     fingerprint = base_fingerprint(base)
     check_output(output, [source.folder, base], options.force or options.update)
     if options.dry_run:
-        plan = prepare(source, adapter, base_name, base, fingerprint, options).plan
-        logger.info(f"would write {plan.num_bytes / 1e9:.3f} GB in {len(plan.files)} files to {output}")
+        prepared = prepare(source, adapter, base_name, base, fingerprint, options)
+        logger.info(f"would write {_num_bytes(prepared, options) / 1e6:,.1f} MB of weights to {output}")
         return
-    settings = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_bytes, "only": options.adapter_only}
+    settings = {"dtype": options.dtype, "max_shard_bytes": options.max_shard_size, "only": options.adapter_only}
     settings |= {"head": options.head} if options.head != "causal" else {}  # merges of before have no such key
     hashes = {"adapter": adapter_hash(adapter), "base": fingerprint}
     with writing(output), folder_lock(output) as lock:
@@ -70,18 +74,49 @@ def merge(checkpoint: Path, output: Path, options: MergeOptions) -> None:
 
 
 def _is_current(output: Path, settings: dict[str, Any], hashes: dict[str, str], options: MergeOptions) -> bool:
-    """Whether ``output`` is this very merge.
+    """Whether ``output`` is this very merge, and has passed the checks that are asked for.
 
     Raises:
-        RunError: it is another one, and neither ``force`` nor ``update`` is set.
+        RunError: it is another one, or has not, and neither ``force`` nor ``update`` is set.
     """
     try:
-        return is_finished(output, settings, hashes, options.force)
+        if not is_finished(output, settings, hashes, options.force):
+            return False
+        _check_verified(output, options)
+        return True
     except RunError as error:
         if options.update:
-            logger.info(f"{output}: of another checkpoint or other settings; made again")
+            logger.info(f"{output}: of another checkpoint, other settings or fewer checks; made again")
             return False
         raise RunError(f"{error} (--update does so only where something has changed)") from None
+
+
+def _check_verified(output: Path, options: MergeOptions) -> None:
+    """``auto`` asks for the weights at least.
+
+    Raises:
+        RunError: the merge was published without a check that is asked for, or within a larger tolerance.
+    """
+    asked = {"none": "", "auto": "weights"}.get(options.verify, options.verify)
+    if options.adapter_only or not asked:
+        return
+    found = read_provenance(output).get("merge", {}).get("verification", {})
+    if not isinstance(found.get(asked), dict):
+        raise RunError(
+            f"{output}: its {asked} were not compared when it was made, which --verify {options.verify} asks for; "
+            "--force makes it again"
+        )
+    largest = found["scores"]["largest_difference"] if isinstance(found.get("scores"), dict) else 0.0
+    if options.tolerance is not None and largest > options.tolerance:
+        raise RunError(
+            f"{output}: its scores differ by up to {largest:.3g}, allowed is --tolerance {options.tolerance:g}; "
+            "--force makes it again"
+        )
+
+
+def _num_bytes(inputs: Inputs, options: MergeOptions) -> int:
+    """Of the weights to be written."""
+    return inputs.adapter.num_bytes if options.adapter_only else inputs.plan.num_bytes
 
 
 def _write(
@@ -92,12 +127,9 @@ def _write(
     hashes: dict[str, str],
     lock: FolderLock,
 ) -> None:
-    check_space(output, inputs.adapter.num_bytes if options.adapter_only else inputs.plan.num_bytes)
-    provenance, metrics, run = make_provenance(inputs, options), None, inputs.source.run
-    if run is not None:  # its own evaluation, the test split before the validation split
-        paths = (run / "evaluation" / f"{split}.json" for split in ("test", "valid"))
-        found = (read_json(path) for path in paths if path.is_file())
-        metrics = next((results for results in found if is_evaluation_of(results, provenance)), None)
+    check_space(output, _num_bytes(inputs, options))
+    provenance, run = make_provenance(inputs, options, hashes["adapter"]), inputs.source.run
+    metrics = find_evaluation(run, provenance) if run is not None else None
     with atomic_folder(output, lock.check) as folder:
         if options.adapter_only:
             write_adapter(inputs.adapter, folder, inputs.base_name.name_or_path)
@@ -110,19 +142,24 @@ def _write(
             provenance["merge"]["verification"] = verify(folder, inputs, options)
         (folder / "README.md").write_text(model_card(provenance, metrics), encoding="utf-8")
         write_json(folder / PROVENANCE, provenance)
-        files = {path.name: path.stat().st_size for path in sorted(folder.iterdir()) if path.is_file()}
+        paths = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in paths}
         write_manifest(folder, STAGE, settings, hashes, files=files)
 
 
-def make_provenance(inputs: Inputs, options: MergeOptions) -> dict[str, Any]:
-    """The checkpoint's provenance, completed for adapters from elsewhere, with the facts of this merge."""
+def make_provenance(inputs: Inputs, options: MergeOptions, adapter_hash: str) -> dict[str, Any]:
+    """The checkpoint's provenance with the base and the facts of this merge.
+
+    A prompt that the source does not record is left to whoever uses the model. Only a classifier is made of answers.
+    """
     recorded, builder = inputs.source.provenance, inputs.builder
     base = {
         "name_or_path": inputs.base_name.name_or_path,
         "revision": inputs.base_name.revision,
         "fingerprint": inputs.fingerprint,
     }
-    prompt = {"prompt": builder.settings, "answer_ids": list(builder.answer_ids)} if builder is not None else {}
+    is_fixed = options.head == "classifier" and not recorded.get("prompt")
+    prompt = {"prompt": builder.settings, "answer_ids": list(builder.answer_ids)} if is_fixed else {}
     facts = {
         "source": f"{inputs.source.kind} {inputs.source.folder.name}",
         "adapter_only": options.adapter_only,
@@ -132,6 +169,7 @@ def make_provenance(inputs: Inputs, options: MergeOptions) -> dict[str, Any]:
         "changed_tensors": sum(output.change is not None for output in inputs.plan.outputs),
         "config_hash": digest(read_json(inputs.base / CONFIG, finite=False)),
         "adapter": adapter_facts(inputs.adapter),
+        "adapter_hash": adapter_hash,
     }
     return {**recorded, "base": base, **prompt, "merge": facts}
 
@@ -166,7 +204,8 @@ def _verify_scores(folder: Path, inputs: Inputs, options: MergeOptions) -> dict[
             raise ModelError(f"--verify scores: {reason}; use --verify weights")
         logger.warning(f"scores of base + adapter and of the merged model are NOT compared: {reason}")
         return f"not compared: {reason}"
-    samples, origin = _samples(inputs.source)
+    domain = inputs.source.provenance.get("domain", "items")
+    samples, origin = users_to_compare(inputs.source.run, NUM_SAMPLES, domain)
     users = sample_users(inputs.builder, samples)
     ids = inputs.builder.answer_ids
     result = check_scores(
@@ -187,15 +226,3 @@ def _verify_scores(folder: Path, inputs: Inputs, options: MergeOptions) -> dict[
         f"{result.num_pairs} pairs change order"
     )
     return asdict(result)
-
-
-def _samples(source: Source) -> tuple[list[Sample], str]:
-    """Users of the run's own held-out data where it is at hand, and where they come from."""
-    for split in ("valid", "test"):
-        folder = source.run / "shards" / split if source.run is not None else None
-        if folder is not None and (folder / MANIFEST).is_file():
-            shards = ShardSet(folder, any_wording=True)
-            samples = shards.read_many(range(min(NUM_SAMPLES, len(shards))))
-            shards.close()
-            return samples, f"shards/{split}"
-    return built_in_samples(source.provenance.get("domain", "items")), "built-in prompts"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,17 @@ from trsr_dist.bases import ORIGIN
 from trsr_dist.errors import ModelError, RunError
 from trsr_dist.files import read_json
 from trsr_dist.log import get_logger, show
-from trsr_dist.merge.card import FILL_IN, is_evaluation_of, keep_answers, model_card
-from trsr_dist.model.artifacts import PROVENANCE
+from trsr_dist.merge.card import FILL_IN, find_evaluation, is_evaluation_of, keep_answers, model_card
+from trsr_dist.model.artifacts import PROVENANCE, read_provenance
 from trsr_dist.run import MANIFEST, read_manifest
 
 CARD = "README.md"
+NAMES_OF_BASE = {
+    "adapter_config.json": "base_model_name_or_path",
+    "config.json": "_name_or_path",
+    "tokenizer_config.json": "name_or_path",
+}
+"""File, and the key in it."""
 
 log = get_logger("push")
 
@@ -31,7 +38,7 @@ class PushOptions:
     repository: str
     """``owner/name`` on the hub."""
     evaluation: Path | None = None
-    """``test.json`` of an evaluation of this model; None: that of its run folder, where there is one."""
+    """Results of an evaluation of this model; None: those of its run folder, where there are any."""
     base_model: str = ""
     """The base's hub id, where the folder knows only a path."""
     public: bool = False
@@ -42,7 +49,7 @@ def push(folder: Path, options: PushOptions, api: HfApi) -> str:
     """Upload a folder of ``tools/merge_lora.py``, whole or not at all; returns the commit's address.
 
     The card gets the evaluation's figures and keeps what its owner has filled in. Paths of this machine in
-    provenance.json are cut to their last part.
+    provenance.json are cut to their last part; PEFT's and transformers' own files name the base as the card does.
 
     Raises:
         ModelError: it is no such folder, or not all of it is there.
@@ -54,7 +61,8 @@ def push(folder: Path, options: PushOptions, api: HfApi) -> str:
     card = model_card(provenance, evaluation_of(folder, options.evaluation))
     texts = {
         CARD: keep_answers(card, (folder / CARD).read_text(encoding="utf-8")),
-        PROVENANCE: json.dumps(provenance, indent=2, ensure_ascii=False) + "\n",
+        PROVENANCE: json_text(provenance),
+        **with_base(folder, files, provenance["base"]["name_or_path"]),
     }
     if open_points := [line for line in texts[CARD].splitlines() if FILL_IN in line]:
         log.warning("the card is open at: %s", "; ".join(line.lstrip("- ") for line in open_points))
@@ -94,13 +102,14 @@ def complete_files(folder: Path) -> dict[str, int]:
     """Names and bytes of the files that the merge wrote, all of them there.
 
     Raises:
-        ModelError: there is no manifest of a merge, or a file is missing or of another size.
+        ModelError: it is no finished merge, or a file is missing or of another size.
     """
-    if not (folder / MANIFEST).is_file() or not (files := read_manifest(folder).get("files")):
+    if not (folder / MANIFEST).is_file() or "merge" not in read_provenance(folder):
         raise ModelError(
-            f"{folder}: no folder of tools/merge_lora.py ({MANIFEST} with its files is missing); merge the checkpoint "
-            "first, with --adapter-only for the adapter alone"
+            f"{folder}: no folder of tools/merge_lora.py; merge the checkpoint first, with --adapter-only for the "
+            "adapter alone"
         )
+    files = read_manifest(folder)["files"]
     for name, size in files.items():
         path = folder / name
         found = path.stat().st_size if path.is_file() else None
@@ -109,6 +118,20 @@ def complete_files(folder: Path) -> dict[str, int]:
                 f"{path}: {'missing' if found is None else f'{found} bytes'}, expected {size}; merge again"
             )
     return files
+
+
+def with_base(folder: Path, files: Container[str], base: str) -> dict[str, str]:
+    """Files in which PEFT and transformers keep a name or path of the base, with ``base`` in its place."""
+    texts = {}
+    for name, key in NAMES_OF_BASE.items():
+        values = read_json(folder / name, finite=False) if name in files else {}
+        if values.get(key):
+            texts[name] = json_text(values | {key: base})
+    return texts
+
+
+def json_text(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
 def base_of(folder: Path, given: str) -> str:
@@ -132,20 +155,16 @@ def without_paths(value: Any) -> Any:
 
 
 def evaluation_of(folder: Path, given: Path | None) -> dict[str, Any] | None:
-    """Results for the card.
+    """Results for the card: as given, or those of the run around the folder.
 
     Raises:
-        RunError: the file is missing, or of another model.
+        RunError: the given file is missing, or of another model.
     """
-    path = given or folder.parent / "evaluation" / "test.json"
-    if not path.is_file():
-        if given is not None:
-            raise RunError(f"{path}: no such file; tools/evaluate.py writes evaluation/test.json")
-        return None
-    results = read_json(path)
-    if is_evaluation_of(results, read_json(folder / PROVENANCE)):
-        return results
-    if given is not None:
-        raise RunError(f"{path}: an evaluation of {results['model']}, another model than {folder}; evaluate this one")
-    log.warning("%s is of another model and is left out of the card", path)
-    return None
+    provenance = read_json(folder / PROVENANCE)
+    if given is None:
+        return find_evaluation(folder.parent, provenance)
+    if not given.is_file():
+        raise RunError(f"{given}: no such file; tools/evaluate.py writes evaluation/test.json")
+    if not is_evaluation_of(results := read_json(given), provenance):
+        raise RunError(f"{given}: an evaluation of {results['model']}, another model than {folder}; evaluate this one")
+    return results

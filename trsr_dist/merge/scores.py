@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -18,6 +19,8 @@ from trsr_dist.pretrained import BaseSource, load_causal, load_classifier, load_
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.prompts.text import recommend_instruction
 from trsr_dist.records import Candidate, Sample, TokenizedUser
+from trsr_dist.run import MANIFEST, RunFolder
+from trsr_dist.shards.reader import ShardSet
 
 TOPICS = ("politics", "tennis", "markets", "cooking", "space travel", "theatre", "cycling", "medicine")
 TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.1}
@@ -180,6 +183,20 @@ def sample_users(builder: PromptBuilder, samples: Sequence[Sample]) -> list[Toke
     """Tokenized prompts with at most ``NUM_CANDIDATES`` candidates of each sample."""
     users = [builder.build(sample) for sample in samples]
     return [user.choose(range(min(NUM_CANDIDATES, len(user.suffixes)))) for user in users]
+
+
+def users_to_compare(run: Path | None, num_users: int, domain: str) -> tuple[list[Sample], str]:
+    """Users of a run's held-out split, those of valid before those of test, or built-in ones; and which they are."""
+    for split in ("valid", "test") if run is not None else ():
+        if (RunFolder(run).split(split) / MANIFEST).is_file():
+            return read_users(RunFolder(run).split(split), num_users), f"shards/{split}"
+    return built_in_samples(domain)[:num_users], "built-in prompts"
+
+
+def read_users(shards: Path, num_users: int) -> list[Sample]:
+    """The first users of a split."""
+    with closing(ShardSet(shards, any_wording=True)) as users:
+        return users.read_many(range(min(num_users, len(users))))
 
 
 def built_in_samples(domain: str) -> list[Sample]:

@@ -67,7 +67,9 @@ class Provenance(TypedDict, total=False):
 
 
 def follow(path: Path) -> Path:
-    """The checkpoint that a run folder, a checkpoints folder, or a pointer file names; other paths stay.
+    """The checkpoint that a run folder, a checkpoints folder, or a pointer file names, or whose adapter folder this is.
+
+    Other paths stay.
 
     Raises:
         CheckpointError: it names none.
@@ -83,6 +85,8 @@ def follow(path: Path) -> Path:
                 f"{path}: names {name!r}, which is not in {path.parent}; name a step-* folder instead"
             )
         return path.parent / name
+    if path.name == "adapter" and is_checkpoint(path.parent) and (path.parent / PROVENANCE).is_file():
+        return path.parent  # which also knows the prompts of the training
     if path.name == "checkpoints" and path.is_dir():
         raise CheckpointError(f"{path}: holds no complete checkpoint yet; train first")
     return path

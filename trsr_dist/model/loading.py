@@ -19,7 +19,6 @@ from trsr_dist.errors import ConfigError, ModelError
 from trsr_dist.log import get_logger
 from trsr_dist.model.adapters import attach, read_adapter, read_adapter_config
 from trsr_dist.model.artifacts import (
-    PROVENANCE,
     base_fingerprint,
     check_checkpoint,
     check_same_base,
@@ -98,8 +97,6 @@ def find_model(name_or_path: str, revision: str = "") -> FoundModel:
         ModelError: an adapter whose base is not here, or is another one than in training.
     """
     folder = follow(Path(name_or_path))
-    if folder.name == "adapter" and is_checkpoint(folder.parent) and (folder.parent / PROVENANCE).is_file():
-        folder = folder.parent  # which also knows the prompts of the training
     if is_checkpoint(folder):
         check_checkpoint(folder)
         return _with_base(folder / "adapter", read_provenance(folder), run_of(folder))

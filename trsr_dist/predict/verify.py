@@ -14,7 +14,8 @@ import numpy as np
 from trsr_dist.bases import CONFIG
 from trsr_dist.errors import ConfigError
 from trsr_dist.files import read_json
-from trsr_dist.merge.scores import built_in_samples
+from trsr_dist.merge.scores import read_users, users_to_compare
+from trsr_dist.model.artifacts import follow, run_of
 from trsr_dist.predict.diagnosis import (
     Ids,
     Local,
@@ -28,7 +29,6 @@ from trsr_dist.predict.diagnosis import (
 from trsr_dist.predict.server import Answered, ScoreServer
 from trsr_dist.records import Sample, TokenizedUser
 from trsr_dist.run import MANIFEST
-from trsr_dist.shards.reader import ShardSet
 
 ROUTES = {
     "tokens": "prompts as token ids, as tools/predict.py sends them",
@@ -108,21 +108,18 @@ class Verification:
 
 
 def find_samples(model: str, shards: Path | None, num_users: int, domain: str) -> tuple[list[Sample], str]:
-    """Users to compare with, and where they come from: the shards given, the run's own held-out ones, or built-in ones.
+    """Users to compare with, and where they come from: the shards given, or those of the run around the model.
 
     Raises:
+        CheckpointError: ``model`` is a pointer to no checkpoint.
         ConfigError: the folder given holds no shards.
     """
-    if shards is not None and not (shards / MANIFEST).is_file():
+    if shards is None:
+        folder = follow(Path(model)).resolve()
+        return users_to_compare(run_of(folder) or folder.parent, num_users, domain)
+    if not (shards / MANIFEST).is_file():
         raise ConfigError(f"--shards {shards}: holds no {MANIFEST}; name a split, such as RUN/shards/test")
-    run = Path(model).resolve().parent
-    for folder in [shards] if shards is not None else [run / "shards" / "test", run / "shards" / "valid"]:
-        if (folder / MANIFEST).is_file():
-            found = ShardSet(folder, any_wording=True)
-            samples = found.read_many(range(min(num_users, len(found))))
-            found.close()
-            return samples, str(folder)
-    return built_in_samples(domain)[:num_users], "built-in prompts"
+    return read_users(shards, num_users), str(shards)
 
 
 def default_tolerance(local: Local) -> float:
