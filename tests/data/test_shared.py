@@ -6,7 +6,8 @@ import os
 import random
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from trsr_dist.data import prepare as job
 from trsr_dist.data.parts import part_of_name
 from trsr_dist.data.shared import SharedWork
 from trsr_dist.errors import DataError, TrsrError
-from trsr_dist.files import sha256_of
+from trsr_dist.files import remove_folder, sha256_of
 
 USERS = 30
 SMALL = ["data.unknown_items=skip", "data.candidates=popularity"]
@@ -176,6 +177,30 @@ def test_what_a_killed_task_left_is_made_by_others(tmp_path: Path, phase: str) -
         [0, 0, 0],  # the others may have left it too little
     )
     assert contents(tmp_path / "alone") == contents(tmp_path / "together") == contents(tmp_path / "one")
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_task_that_joins_as_the_others_leave_finds_their_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, begun: bool
+) -> None:
+    """They remove what is shared before it has registered, or just then."""
+    config, joined, claim = config_of(tmp_path, "clicks", "late"), [], job.claim
+    job.prepare(config)
+    before = contents(tmp_path / "late")
+
+    @contextmanager
+    def joining(root: Path, *what: object) -> Iterator[object]:
+        joined.append(root)
+        if len(joined) == 1 and not begun:
+            raise FileNotFoundError(root)
+        with claim(root, *what) as mine:
+            if len(joined) == 1:
+                remove_folder(root)
+            yield mine
+
+    monkeypatch.setattr(job, "claim", joining)
+    assert job.prepare(config) == 0 and len(joined) == 2 - begun
+    assert contents(tmp_path / "late") == before and not joined[0].exists()
 
 
 @pytest.mark.parametrize(

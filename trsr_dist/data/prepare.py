@@ -70,16 +70,11 @@ def prepare(config: Config, *, force: bool = False, dry_run: bool = False) -> in
         show(dump_config(config) + _plan(config, run, _files(reader, lists)))
         return 0
     stage = _Stage(config, run, counts, Asked(force and num_tasks == 1, force), is_first=not number)
-    root, what = run.histories.with_name(WORK), {**_settings(config), "path": config.data.path}
-    with writing(run.root), claim(root, digest(what), what) as mine:
-        leases = LeaseFolder(root / "leases", Owner.myself(), LOCK_STALE_SECONDS)
+    with writing(run.root):
         try:
-            _tidy(mine, LEAVING_SECONDS if stage.run(mine, leases) else 0.0)
-        except TrsrError:
-            _tidy(mine)
-            raise
-        finally:
-            leases.close()
+            _take_part(stage)
+        except FileNotFoundError:  # others have published, and removed what was shared as this task joined them
+            _take_part(stage)
     return 0
 
 
@@ -161,6 +156,20 @@ class _Stage:
                 if folder.name != name or self.asked.redo or work.has_failed():
                     remove_folder(folder)
         return work
+
+
+def _take_part(stage: _Stage) -> None:
+    config = stage.config
+    root, what = stage.run_folder.histories.with_name(WORK), {**_settings(config), "path": config.data.path}
+    with claim(root, digest(what), what) as mine:
+        leases = LeaseFolder(root / "leases", Owner.myself(), LOCK_STALE_SECONDS)
+        try:
+            _tidy(mine, LEAVING_SECONDS if stage.run(mine, leases) else 0.0)
+        except TrsrError:
+            _tidy(mine)
+            raise
+        finally:
+            leases.close()
 
 
 def _tidy(mine: Claim, patience_seconds: float = 0.0) -> None:
