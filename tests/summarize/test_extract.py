@@ -70,3 +70,4 @@ def test_terms_that_end_as_a_count_does_are_read_back_as_they_are() -> None:
     assert extract(SummaryPrompt("", (once, once), ()), 50) == "drama/Alien (1979) (4), drama/Heat (1995) (2)"
     topic = extract(SummaryPrompt("", (), ("kind: Passwords: why; title: Tech",)), 50)
     assert extract(SummaryPrompt("", (topic,), ()), 50) == topic == "Passwords: why/Tech"
+    assert extract(SummaryPrompt("", (), ("kind: a\nbc",)), 50) == "a\nbc", "any text is a term"

@@ -42,7 +42,7 @@ TOPIC_SHARE = 0.75
 WORDS_MARK = "words:"
 _FIELD = re.compile(rf"(?:^|; )([\w{MARKS} ]{{1,30}}): ")
 _WORDS = re.compile(f"(?:^|; ){WORDS_MARK} ")
-_TERM = re.compile(r"(?P<term>.+?)(?: \((?P<count>\d+)\))?$")
+_TERM = re.compile(r"(?P<term>.+?)(?: \((?P<count>\d+)\))?\Z", re.DOTALL)
 _WORD = re.compile(rf"[^\W\d_][\w{MARKS}'-]+")
 _PART = re.compile(
     rf"(?P<han>[{HAN}]+)|[{KATAKANA}]+|[{HIRAGANA}]+|(?P<southeast_asian>[{SOUTHEAST_ASIAN}]+)|[^{UNSPACED}]+"
