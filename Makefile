@@ -59,7 +59,7 @@ real: env  ## the whole method with a small real model: DATA=DIR FORMAT=mind|ama
 	@$(BIN)/python launch/summarize.py $(REAL)
 	@$(BIN)/python tools/plan.py $(REAL) --hardware here --devices-per-node $(DEVICES) --stage train --stage evaluate
 	@OMP_NUM_THREADS=1 $(LAUNCHER) --quiet --num_gpus $(DEVICES) launch/train.py $(REAL)
-	@$(BIN)/python tools/merge_lora.py --checkpoint $(REAL_RUN)/checkpoints/latest --output $(REAL_RUN)/merged
+	@$(BIN)/python tools/merge_lora.py --checkpoint $(REAL_RUN) --output $(REAL_RUN)/merged
 	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(DEVICES) tools/evaluate.py $(REAL) --model $(REAL_RUN)/merged
 
 real-server: env  ## vLLM for CPUs, in a separate environment: the server of test-real (3.4 GB)

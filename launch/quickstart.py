@@ -46,14 +46,7 @@ def commands(run: Path, settings: list[str], num_ranks: int) -> Iterator[list[st
     yield [*here, f"{ROOT}/launch/summarize.py", *config]
     yield [*here, f"{ROOT}/tools/make_tiny_base.py", *config]
     yield [*ranks, f"{ROOT}/launch/train.py", *config]
-    yield [
-        *here,
-        f"{ROOT}/tools/merge_lora.py",
-        "--checkpoint",
-        f"{run}/checkpoints/latest",
-        "--output",
-        f"{run}/merged",
-    ]
+    yield [*here, f"{ROOT}/tools/merge_lora.py", "--checkpoint", str(run), "--output", f"{run}/merged"]
     yield [*ranks, f"{ROOT}/tools/evaluate.py", *config, "--model", f"{run}/merged"]
 
 

@@ -16,11 +16,6 @@ outputs_of() {
   esac
 }
 
-# checkpoint_pointer: the file that names the checkpoint to merge
-checkpoint_pointer() {
-  if [ -e "$run/checkpoints/best" ]; then echo "$run/checkpoints/best"; else echo "$run/checkpoints/latest"; fi
-}
-
 # finished STAGE: its output is there, made with exactly these settings, and nothing that it was made from has moved on
 finished() {
   local file files
@@ -42,7 +37,11 @@ keep_settings() {
 # is_outdated STAGE: the checkpoint has moved on since the merge, or the merged model since the evaluation
 is_outdated() {
   case $1 in
-  merge) ! grep -qsF "\"checkpoint $(cat "$(checkpoint_pointer)")\"" "$run/merged/provenance.json" ;;
+  merge)
+    local pointer="$run/checkpoints/best" # as merge_lora.py chooses
+    [ -e "$pointer" ] || pointer="$run/checkpoints/latest"
+    ! grep -qsF "\"checkpoint $(cat "$pointer")\"" "$run/merged/provenance.json"
+    ;;
   evaluate)
     [ -e "$run/evaluation/$split/manifest.json" ] &&
       ! grep -qs "$(sha256sum <"$run/merged/manifest.json" | cut -d' ' -f1)" "$run/evaluation/$split/manifest.json"

@@ -1,7 +1,7 @@
 """Merge a checkpoint or a LoRA adapter into a plain Hugging Face folder, streamed and verified.
 
-DIR of --checkpoint is a checkpoint folder of any ZeRO stage and world size, a run folder or its checkpoints/latest or
-checkpoints/best (where the training ranked validation users), a DeepSpeed checkpoint, or a PEFT adapter folder.
+DIR of --checkpoint is a run folder (its best checkpoint where the training ranked validation users, else its latest), a
+checkpoint folder of any ZeRO stage and world size, a DeepSpeed checkpoint, or a PEFT adapter folder.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ prepare_process()  # before torch is imported
 from trsr_dist.cli import command_parser, path, run_command  # noqa: E402
 from trsr_dist.log import setup_logging  # noqa: E402
 
-EXAMPLE = "python tools/merge_lora.py --checkpoint runs/quickstart/checkpoints/latest --output runs/quickstart/merged"
+EXAMPLE = "python tools/merge_lora.py --checkpoint runs/quickstart --output runs/quickstart/merged"
 
 
 def main() -> None:

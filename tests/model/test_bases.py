@@ -25,6 +25,7 @@ from trsr_dist.errors import TrsrError
 from trsr_dist.files import read_json, write_json
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
+from trsr_dist.model.artifacts import follow
 from trsr_dist.model.loading import find_base
 from trsr_dist.planner.job import Inputs
 from trsr_dist.predict import Ranker
@@ -265,6 +266,15 @@ def test_pointers_that_lead_nowhere(place: Path) -> None:
         (place / "checkpoints" / "latest").write_bytes(content)
         with pytest.raises(TrsrError, match="latest: names"):
             Ranker.open(str(place), device="cpu")
+
+
+def test_a_run_names_its_best_checkpoint_else_its_latest(tmp_path: Path) -> None:
+    checkpoints = tmp_path / "checkpoints"
+    for name, step in {"latest": "step-000002", "best": "step-000001"}.items():
+        (checkpoints / step).mkdir(parents=True)
+        (checkpoints / name).write_text(f"{step}\n")
+        assert follow(tmp_path) == follow(checkpoints) == checkpoints / step
+    assert follow(checkpoints / "latest") == checkpoints / "step-000002"
 
 
 def test_an_adapter_may_lie_in_a_folder_called_adapter(place: Path) -> None:

@@ -47,7 +47,7 @@ class Source:
 
 
 def find_source(path: Path) -> Source:
-    """Resolve a checkpoint folder, a run folder or its ``latest`` or ``best``, an adapter or an engine checkpoint.
+    """Resolve a run folder, a checkpoint folder or a pointer to one, an adapter or an engine checkpoint.
 
     Raises:
         CheckpointError: nothing that can be merged is there, or the checkpoint is incomplete.

@@ -23,7 +23,8 @@ from trsr_dist.json_text import describe_form
 from trsr_dist.run import MANIFEST, Manifest, manifest_hash, read_manifest
 
 PROVENANCE = "provenance.json"
-POINTERS = ("latest", "best")
+POINTERS = ("best", "latest")
+"""Of a run, in this order: the best by ``train.best_metric`` where validations have named one."""
 NAME_BYTES = 255
 SAMPLE_BYTES = 4096
 NUM_SAMPLES = 16
@@ -69,15 +70,15 @@ class Provenance(TypedDict, total=False):
 def follow(path: Path) -> Path:
     """The checkpoint that a run folder, a checkpoints folder, or a pointer file names, or whose adapter folder this is.
 
-    Other paths stay.
+    A folder names its ``best`` where there is one, else its ``latest``. Other paths stay.
 
     Raises:
         CheckpointError: it names none.
     """
     if (path / "checkpoints").is_dir():
         path = path / "checkpoints"
-    if path.is_dir() and (path / "latest").is_file() and any(path.glob("step-*")):
-        path = path / "latest"
+    if path.is_dir() and any(path.glob("step-*")):
+        path = next((path / name for name in POINTERS if (path / name).is_file()), path)
     if path.name in POINTERS and path.is_file():
         name = path.read_bytes()[:NAME_BYTES].decode(errors="replace").strip()
         if not name or Path(name).name != name or not (path.parent / name).is_dir():
