@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tests.merge.models import make_adapter
 from tests.spawn import run_ranks
 from tests.train.world import link_run, make_run, start
 from trsr_dist.files import read_json, sha256_of
+from trsr_dist.train import prepare
 from trsr_dist.train.checkpoints import WEIGHTS, CheckpointFolder
 
 STAGES = (1, 3)
@@ -30,6 +32,10 @@ def train_on(rank: int, world_size: int, folder: Path) -> dict[str, Any]:
     found["scale"] = start(folder / "new", train=first, lora={"alpha": 80})
     found["targets"] = start(folder / "new", train=first, lora={"target_modules": ["q_proj"]})
     found["nothing"] = start(folder / "new", train={"init_adapter": "/no/such"})
+    read_initial = prepare.read_initial
+    if rank:
+        prepare.read_initial = lambda *inputs: replace(read_initial(*inputs), digest="0123")
+    found["moved on"] = start(folder / "new", train=first)
     return found
 
 
@@ -72,3 +78,8 @@ def test_one_that_does_not_fit_is_named(found: dict) -> None:
     assert "lora_alpha=8.0, lora.alpha=80.0; set the latter so" in found["scale"]
     assert "go on with the lora.* settings of the adapter" in found["targets"]
     assert "train.init_adapter=/no/such: no adapter_config.json" in found["nothing"]
+
+
+def test_all_ranks_start_from_the_same(found: dict) -> None:
+    assert "the adapter to start from: rank 1 on" in found["moved on"]
+    assert "finds SHA-256 0123" in found["moved on"] and "name a step-* folder" in found["moved on"]

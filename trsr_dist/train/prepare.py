@@ -78,7 +78,14 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
     )
     initial = None
     if train.init_adapter and checkpoint is None:
-        initial = read_initial(run.resolve(train.init_adapter), config.lora.model_dump(), model.source, fingerprint)
+        place = run.resolve(train.init_adapter)
+        initial = read_by_all(  # a run that still trains moves its pointers
+            lambda: read_initial(place, config.lora.model_dump(), model.source, fingerprint),
+            lambda found: f"SHA-256 {found.digest[:12]}... in {found.folder}",
+            "the adapter to start from",
+            "name a step-* folder on storage that all nodes share with train.init_adapter",
+            ModelError,
+        )
     num_steps = count_steps(stream, train.num_epochs, train.max_steps)
     return Prepared(model, fingerprint, initial, stream, validator, num_steps)
 
