@@ -75,6 +75,19 @@ def test_every_candidate_of_every_train_user_has_its_score_and_no_other_split_an
     assert not [path for split in ("valid", "test") for path in (scored / "shards" / split).glob("scores-*")]
 
 
+def score_apart(rank: int, world_size: int, run: Path) -> None:
+    """As if a pointer had moved between the looks of two ranks."""
+    score(rank, world_size, run, model=("RUN/merged", "RUN/checkpoints/step-000007")[rank])
+
+
+def test_all_ranks_score_the_model_of_the_first(run: Path, scored: Path, tmp_path: Path) -> None:
+    folder = copy_run(run, tmp_path / "run")
+    run_ranks(score_apart, 2, folder)
+    assert scores_of(folder).name == scores_of(scored).name
+    found, expected = (np.load(scores_of(place) / "table.npy") for place in (folder, scored))
+    assert np.array_equal(found, expected)
+
+
 def test_one_process_goes_on_where_ranks_were_killed(run: Path, scored: Path, tmp_path: Path) -> None:
     folder = copy_run(scored, tmp_path / "run")
     scores = scores_of(folder)

@@ -39,7 +39,7 @@ log = get_logger("evaluate")
 
 
 def complete(job: Evaluation, force: bool) -> Evaluation:
-    """The evaluation with base and precision, its inputs checked against each other. All ranks call it.
+    """Rank 0's evaluation with base and precision, its inputs checked against each other. All ranks call it.
 
     Raises:
         ModelError: model or base is not there, or the base is another one than in training.
@@ -47,6 +47,9 @@ def complete(job: Evaluation, force: bool) -> Evaluation:
         ConfigError: the candidate lists are other ones than the config says.
         DataError: the split has no users.
     """
+    # A run that still trains moves its pointers between two looks.
+    model, output = distributed.on_rank_zero(lambda: (job.model, job.output))
+    job = replace(job, model=model, output=output)
     check_place(job.model)
     precision = distributed.on_rank_zero(lambda: _check(job, force))
     # Each node may have its own hub cache.

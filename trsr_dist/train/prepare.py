@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trsr_dist.config import Config
+from trsr_dist.distributed import on_rank_zero
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import CheckpointError, ConfigError, ModelError
 from trsr_dist.log import get_logger
@@ -146,7 +147,7 @@ def open_teacher(config: Config, run: RunFolder, shards: ShardSet) -> CandidateT
         RunError: it has not scored these shards.
         DataError: its scores are damaged.
     """
-    name = str(follow(Path(run.resolve(config.train.teacher))))
+    name = on_rank_zero(lambda: str(follow(Path(run.resolve(config.train.teacher)))))
     remedy = f"run tools/score_shards.py with this config and --model {config.train.teacher}"
     teacher = open_table(
         scores_folder(shards.folder, model_identity(name, config.model.revision)), shards.manifest_hash, remedy
