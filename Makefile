@@ -28,8 +28,8 @@ STORES ?= $(HOME)/.cache/trsr_dist/s3fs
 REAL_RUN ?= runs/real-$(FORMAT)
 # As many ranks as configs/smollm2.yaml has rows in a step, at most.
 DEVICES := $(if $(GPU),$(or $(filter 1 2,$(shell nvidia-smi --list-gpus 2>/dev/null | head -n 2 | wc -l)),1),2)
-REAL = --config configs/smollm2.yaml run.dir=$(REAL_RUN) run.seed=$(SEED) data.format=$(FORMAT) data.path=$(DATA) \
-  model.name_or_path=$(MODEL) $(SET)
+REAL = --config configs/smollm2.yaml "run.dir=$(REAL_RUN)" run.seed=$(SEED) data.format=$(FORMAT) "data.path=$(DATA)" \
+  "model.name_or_path=$(MODEL)" $(SET)
 
 .PHONY: help env quickstart real real-server test test-long test-slurm test-stores test-real test-serve soak chaos mutants fuzz lint format bench wheels gpu-check clean
 
@@ -49,18 +49,18 @@ $(STAMP): setup.py constraints.txt
 	@touch $(STAMP)
 
 quickstart: env  ## the whole method on built-in data, on 2 CPU cores (SEED=1 for other data)
-	@$(BIN)/python launch/quickstart.py --seed $(SEED) $(if $(RUN),--run $(RUN))
+	@$(BIN)/python launch/quickstart.py --seed $(SEED) $(if $(RUN),--run "$(RUN)")
 
 real: env  ## the whole method with a small real model: DATA=DIR FORMAT=mind|amazon_m2|jsonl, SET="key=value ..."
 	@test -n "$(DATA)" || { echo "make real DATA=DIR [FORMAT=mind|amazon_m2|jsonl]: DIR holds the raw files"; exit 2; }
-	@$(BIN)/python tools/fetch_smollm2.py --output $(MODEL)
+	@$(BIN)/python tools/fetch_smollm2.py --output "$(MODEL)"
 	@$(BIN)/python tools/prepare_data.py $(REAL)
 	@OMP_NUM_THREADS=$(DEVICES) $(BIN)/python tools/evaluate.py $(REAL)
 	@$(BIN)/python launch/summarize.py $(REAL)
 	@$(BIN)/python tools/plan.py $(REAL) --hardware here --devices-per-node $(DEVICES) --stage train --stage evaluate
 	@OMP_NUM_THREADS=1 $(LAUNCHER) --quiet --num_gpus $(DEVICES) launch/train.py $(REAL)
-	@$(BIN)/python tools/merge_lora.py --checkpoint $(REAL_RUN) --output $(REAL_RUN)/merged
-	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(DEVICES) tools/evaluate.py $(REAL) --model $(REAL_RUN)/merged
+	@$(BIN)/python tools/merge_lora.py --checkpoint "$(REAL_RUN)" --output "$(REAL_RUN)/merged"
+	@OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(DEVICES) tools/evaluate.py $(REAL) --model "$(REAL_RUN)/merged"
 
 real-server: env  ## vLLM for CPUs, in a separate environment: the server of test-real (3.4 GB)
 	@$(FIND_INDEX); \

@@ -6,6 +6,7 @@ Prepare, summarize, pre-train a small base, train, merge, evaluate; training and
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ def main() -> int:
     """One stage after the other, until one fails."""
     args = build_parser().parse_intermixed_args()
     run = args.run or Path(f"runs/quickstart-{args.seed}" if args.seed else "runs/quickstart")
-    settings = [f"run.dir={run}", f"run.seed={args.seed}", *args.overrides]
+    settings = [f"run.dir={json.dumps(str(run))}", f"run.seed={args.seed}", *args.overrides]
     num_ranks = args.ranks or ranks_that_fit(2)
     return next((status for c in commands(run, settings, num_ranks) if (status := subprocess.call(c))), 0)
 

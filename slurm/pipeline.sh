@@ -25,7 +25,7 @@ previous='' jobs=()
 # submit STAGE "OPTIONS" SCRIPT ARGUMENTS...: after the previous job; a dependency that can no longer come true ends it
 submit() {
   local name=trsr-$1-$tag job after=()
-  job=$(squeue -h --me -n "$name" -o %A | sort -n | tail -n 1)
+  job=$(squeue -h --me -n "$name" -o %F | sort -n | tail -n 1) # of an array the number that means all elements
   if [ -n "$job" ]; then
     echo "$1: job $job is in the queue already"
   else

@@ -50,8 +50,8 @@ def cluster_options(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     described = "flops=400e12,memory=96e9,bandwidth=4e12,node=300e9,network=50e9"
     names = f"{', '.join(CATALOGUE)}, here (this machine, measured), or a description: {described}"
     add("--hardware", default="h100", metavar="H", help=f"device: {names} (default: %(default)s)")
-    add("--nodes", type=int, default=1, metavar="N", help="default: %(default)s")
-    add("--devices-per-node", type=int, default=8, metavar="N", help="default: %(default)s")
+    add("--nodes", type=positive, default=1, metavar="N", help="default: %(default)s")
+    add("--devices-per-node", type=positive, default=8, metavar="N", help="default: %(default)s")
     add("--mfu", type=float, metavar="X", help="share of the peak that is reached (default: as usual on that hardware)")
     add("--price", type=float, default=0.0, metavar="X", help="of one device for an hour")
     pause, restart = "pause of a checkpoint (default: %(default)s)", "failure to next step (default: %(default)s)"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -75,6 +76,8 @@ class MetricLog:
             with atomic_file(path) as stream:
                 stream.writelines(json.dumps(row) + "\n" for row in kept)
         self._rows = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        if not _ends_in_line_feed(path):  # else the first row would become part of a torn one
+            self._rows.write("\n")
         self._trackers = trackers
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
@@ -105,6 +108,12 @@ class MetricLog:
 
 def _has(row: Mapping[str, Any], start: str) -> bool:
     return any(name.startswith(start) for name in row)
+
+
+def _ends_in_line_feed(path: Path) -> bool:
+    with open(path, "rb") as stream:
+        size = stream.seek(0, os.SEEK_END)
+        return not size or os.pread(stream.fileno(), 1, size - 1) == b"\n"
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:

@@ -72,6 +72,9 @@ def test_override_wins_over_file_over_default(config_file: Path) -> None:
         ("train.deepspeed_config=zero9.json", ["train.deepspeed_config", "no such file"]),
         ("evaluate.deepspeed_config=zero9.json", ["evaluate.deepspeed_config", "no such file"]),
         ("run.seed=-1", ["run.seed=-1", "greater than or equal to 0"]),
+        ("base.num_heads=3", ["base.hidden_size=128", "base.num_heads=3", "multiple of 6"]),
+        ("base.hidden_size=100", ["base.hidden_size=100", "multiple of 8"]),
+        ("base.num_kv_heads=3", ["base.num_heads=4 is no multiple of base.num_kv_heads=3"]),
     ],
 )
 def test_mistakes_are_named_with_the_way_out(config_file: Path, override: str, words: list[str]) -> None:

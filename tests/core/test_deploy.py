@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -43,3 +44,22 @@ def test_scripts_and_configs_are_here(manifest: Path) -> None:
     assert all((ROOT / script).is_file() for script in scripts)
     for config in set(re.findall(r"configs/\w+\.yaml", text)):
         load_config(ROOT / config)
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("failing", ["prepare_data", "summarize", "train", "merge_lora", ""])
+def test_a_stage_that_fails_ends_the_job_on_skypilot(tmp_path: Path, failing: str, rank: str) -> None:
+    """SkyPilot gives a task's script to bash without ``set -e``; its status is the last command's."""
+    task = yaml.safe_load(SKYPILOT.read_text())
+    stub = f'echo "$@" >>{tmp_path}/ran; case "$*" in *{failing or "nothing"}.py*) exit 1 ;; esac'
+    for name in ("python", "torchrun"):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{stub}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"SKYPILOT_NODE_RANK": rank, "SKYPILOT_NUM_NODES": "2", "SKYPILOT_NUM_GPUS_PER_NODE": "8"}
+    env |= {**task["envs"], "SKYPILOT_NODE_IPS": "10.0.0.1\n10.0.0.2", "PATH": f"{tmp_path}:/usr/bin:/bin"}
+    done = subprocess.run(["bash", "-c", task["run"]], env=env, check=False, timeout=20)
+    stages = re.findall(r"(\w+)\.py", (tmp_path / "ran").read_text())
+    ours = ["prepare_data", "summarize", "train", *(["merge_lora", "evaluate"] if rank == "0" else [])]
+    last = ours.index(failing) + 1 if failing in ours else len(ours)
+    assert stages == ours[:last], "and all nodes wait for each other within torchrun's ten minutes"
+    assert (done.returncode != 0) == (failing in ours)

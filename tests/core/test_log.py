@@ -34,6 +34,15 @@ def test_a_resumed_stage_takes_out_what_it_makes_again(tmp_path: Path) -> None:
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(rows) == 11
 
 
+def test_a_torn_row_spoils_none_that_follows(tmp_path: Path) -> None:
+    """Of a stage that makes nothing again, such as the evaluation, whose only row it would be."""
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "summarize", "step": 8, "summ')
+    for _ in range(2):
+        write(tmp_path, "evaluate", range(3, 4), 1.0)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [3, 3]
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 3
+
+
 def test_a_validation_that_is_made_again_leaves_one_row(tmp_path: Path) -> None:
     metrics = MetricLog(tmp_path, "train")
     for step in (2, 4):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from math import ceil
 
@@ -9,6 +10,7 @@ import pytest
 
 from trsr_dist.errors import ConfigError
 from trsr_dist.planner.cost import (
+    DAY,
     GENERATION_FORMULA,
     RATES,
     SCORING_FORMULA,
@@ -168,6 +170,11 @@ def test_the_printed_formulas_are_what_is_computed() -> None:
         ({"num_nodes": 0}, "0 nodes of 3 devices"),
         ({"devices_per_node": 0}, "2 nodes of 0 devices"),
         ({"price_per_hour": -0.5}, "--price -0.5"),
+        ({"price_per_hour": math.nan}, "--price nan"),
+        ({"price_per_hour": math.inf}, "--price inf"),
+        ({"save_seconds": 0.0}, "--save-seconds 0"),
+        ({"save_seconds": math.nan}, "--save-seconds nan"),
+        ({"restart_seconds": 1e9}, r"--restart-seconds 1e\+09: expected more than 0, and a day at most"),
     ],
 )
 def test_impossible_clusters_are_refused(changed: dict[str, float], message: str) -> None:
@@ -176,6 +183,8 @@ def test_impossible_clusters_are_refused(changed: dict[str, float], message: str
     edge = replace(SIX, utilization=1.0, num_nodes=1, devices_per_node=1, price_per_hour=0.0)
     assert (edge.world_size, edge.flops_per_second) == (1, 1000.0)
     assert Cluster(SIX.hardware, 1, 1, 0.5).price_per_hour == 0
+    longest = best_restarts(DAY, DAY)
+    assert all(math.isfinite(plan.overhead) for plans in longest.values() for plan in plans.values())
 
 
 def of_seconds(by_nodes: dict[int, float]) -> ScaledStage:

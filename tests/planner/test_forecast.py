@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.shards.world import make_builder, make_sample, make_split, write_split
 from tests.spawn import run_script
@@ -15,8 +18,10 @@ from tests.summarize.world import run_here, tree_hash, write_config, write_histo
 from tests.tokenizers import byte_level
 from trsr_dist.cli import cluster_options
 from trsr_dist.config import load_config
+from trsr_dist.config.files import shipped_file
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import ConfigError, RunError
+from trsr_dist.planner import here
 from trsr_dist.planner.cost import Cluster
 from trsr_dist.planner.hardware import Hardware, hardware, recognize
 from trsr_dist.planner.job import cluster_of, plan_stages
@@ -199,6 +204,8 @@ def test_this_machine_is_measured_and_its_cores_take_float32(config: Path) -> No
     found = asked_for("--hardware", "here", "--devices-per-node", "2")
     assert 1e9 < found.hardware.flops_per_second < 1e15 and found.hardware.memory_bytes > 1e8
     assert found.utilization == found.hardware.utilization
+    with pytest.raises(SystemExit):
+        asked_for("--hardware", "here", "--devices-per-node", "0")
     if found.hardware.precision == "float32":
         half, whole = (plan_stages(load_config(config), ["train"], auto)[0] for auto in ("bfloat16", "float32"))
         weights = [stage.on(cluster(1)).memory["zero1"].weights for stage in (half, whole)]
@@ -206,6 +213,46 @@ def test_this_machine_is_measured_and_its_cores_take_float32(config: Path) -> No
         fixed = load_config(config, ("train.precision=bfloat16",))
         (stage,) = plan_stages(fixed, ["train"], "float32")
         assert stage.on(cluster(1)).memory["zero1"].weights == weights[0]
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_an_unknown_gpu_is_measured_in_what_it_computes_in(monkeypatch: pytest.MonkeyPatch, precision: str) -> None:
+    for name, value in {
+        "is_available": True,
+        "get_device_name": "Tesla T4",
+        "get_device_properties": SimpleNamespace(total_memory=16 * 10**9),
+        "is_bf16_supported": precision == "bfloat16",
+    }.items():
+        monkeypatch.setattr(f"torch.cuda.{name}", lambda *_, _value=value, **__: _value)
+    rates = {torch.bfloat16: 1e12, torch.float32: 8e12}
+    monkeypatch.setattr(here, "_flops_per_second", lambda sizes, device, dtype: rates[dtype])
+    monkeypatch.setattr(here, "_copied_bytes_per_second", lambda device: 3e11)
+    found = here.this_machine(1)
+    assert (found.precision, found.flops_per_second) == (precision, rates[getattr(torch, precision)])
+
+
+@pytest.mark.parametrize("shipped", ["zero1", "zero3", "zero3_offload"])
+def test_the_traffic_is_that_of_what_stands_in_the_file(config: Path, shipped: str) -> None:
+    """Whatever its name."""
+    own = config.parent / ("zero3.json" if shipped == "zero1" else "ours.json")
+    shutil.copy(shipped_file(f"ds_configs/{shipped}.json"), own)
+    named, found = (
+        in_words(planned(config, "train", overrides=(f"train.deepspeed_config={file}",)), cluster(1))
+        for file in (f"ds_configs/{shipped}.json", own)
+    )
+    assert named == found
+    (marked,) = (line for line in found.splitlines() if line.endswith("<- train.deepspeed_config"))
+    assert marked.split()[0] == shipped
+
+
+def test_samples_are_of_the_train_users_alone(config: Path) -> None:
+    (one,) = planned(config, "summarize")
+    (four,) = planned(config, "summarize", overrides=("summarize.samples=4", "summarize.temperature=0.7"))
+    work, more = one.on(cluster(1)).work, four.on(cluster(1)).work
+    assert (work.num_users, more.num_users) == (45, 30)
+    assert more.num_units == 4 * 4
+    (train,) = planned(config, "summarize", overrides=("summarize.samples=1", "summarize.temperature=0.7"))
+    assert more.num_prompts == 4 * train.on(cluster(1)).work.num_prompts > work.num_prompts
 
 
 def test_cores_are_told_of_their_own_memory(config: Path) -> None:

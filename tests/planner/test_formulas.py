@@ -253,7 +253,7 @@ def test_the_catalogue_is_that_of_the_data_sheets() -> None:
         )
         for name, device in CATALOGUE.items()
     } == {
-        "v100-32gb": (125, 32, 900, 150, 12.5),
+        "v100-32gb": (15.7, 32, 900, 150, 12.5),
         "a100-40gb": (312, 40, 1555, 300, 25),
         "a100-80gb": (312, 80, 2039, 300, 25),
         "l40s": (362, 48, 864, 32, 25),
@@ -262,7 +262,8 @@ def test_the_catalogue_is_that_of_the_data_sheets() -> None:
     }
     assert all(hardware(name) is device for name, device in CATALOGUE.items())
     for device in CATALOGUE.values():
-        assert (device.precision, device.utilization) == ("bfloat16", 0.4)
+        assert device.precision == ("float32" if device.name == "v100-32gb" else "bfloat16"), "what it can compute in"
+        assert device.utilization == 0.4
         assert (device.process_bytes, device.is_cpu) == (2_147_483_648, False)
     assert CPU_PROCESS_BYTES == 0.6 * GB, "a core's processes load no CUDA"
 
@@ -276,6 +277,9 @@ def test_the_catalogue_is_that_of_the_data_sheets() -> None:
         ("Tesla V100-SXM2-32GB", "v100-32gb"),
         ("Tesla V100-SXM2-16GB", None),
         ("NVIDIA H1000", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 NVL", None),
     ],
 )
 def test_devices_are_recognized_by_what_the_driver_says(name: str, found: str | None) -> None:
@@ -289,6 +293,8 @@ def test_a_described_device() -> None:
     for value, message in (
         ("0", "above 0"),
         ("-1", "above 0"),
+        ("nan", "finite numbers"),
+        ("inf", "finite numbers"),
         ("1=2", "could not convert .*'1=2'"),
         ("fast", "could not convert .*'fast'; expected numbers"),
     ):

@@ -229,6 +229,19 @@ def test_a_chain_that_is_submitted_inside_a_job_leaves_its_variables_behind(tmp_
     assert seen == {"SLURM_CONF=/etc/slurm.conf"}
 
 
+def test_a_stage_waits_for_all_elements_of_an_array_in_the_queue(tmp_path: Path) -> None:
+    """Each has a number of its own, and Slurm takes that for the one element."""
+    queue = 'case "$*" in *summarize*%F*) printf "100\n100\n100\n" ;; *summarize*%A*) printf "101\n102\n100\n" ;; esac'
+    for name, lines in {"sbatch": f"echo \"$@\" >>'{tmp_path}/asked'; echo 7", "squeue": queue}.items():
+        write(tmp_path / name, f"#!/bin/sh\n{lines}\n")
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
+    said = bash(f"slurm/pipeline.sh {CONFIG} run.dir={tmp_path}/run", PATH=path, TRSR_SITE="slurm/site.sh")
+    assert "summarize: job 100 is in the queue already" in said
+    base = next(line for line in (tmp_path / "asked").read_text().splitlines() if "single.sbatch base" in line)
+    assert "--dependency=afterok:100 " in base
+
+
 class Outputs:
     """A run folder whose chain is finished."""
 

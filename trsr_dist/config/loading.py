@@ -50,7 +50,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _no_contradictions(self) -> Config:
-        for text in (*_of_the_data(self), *_of_the_prompts(self), *_of_the_training(self)):
+        for text in (*_of_the_data(self), *_of_the_prompts(self), *_of_the_training(self), *_of_the_base(self)):
             raise ValueError(text)
         return self
 
@@ -248,3 +248,14 @@ def _of_the_training(config: Config) -> Iterator[str]:
     names = metric_names(config.evaluate.top_k)
     if train.evaluate_every_steps and train.best_metric not in names:
         yield f"train.best_metric={train.best_metric!r}: expected one of {', '.join(names)} (see evaluate.top_k)"
+
+
+def _of_the_base(config: Config) -> Iterator[str]:
+    base = config.base
+    if base.hidden_size % (2 * base.num_heads):
+        yield (
+            f"base.hidden_size={base.hidden_size} gives base.num_heads={base.num_heads} no equal, even widths: take a "
+            f"multiple of {2 * base.num_heads}"
+        )
+    if base.num_heads % base.num_kv_heads:
+        yield f"base.num_heads={base.num_heads} is no multiple of base.num_kv_heads={base.num_kv_heads}"

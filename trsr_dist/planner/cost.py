@@ -39,11 +39,13 @@ class Cluster:
             raise ConfigError(f"--mfu {self.utilization:g}: expected a share above 0 and up to 1, such as 0.4")
         if min(self.num_nodes, self.devices_per_node) < 1:
             raise ConfigError(f"{self.num_nodes} nodes of {self.devices_per_node} devices: expected 1 or more of each")
-        if self.price_per_hour < 0:
+        if not 0 <= self.price_per_hour < math.inf:
             raise ConfigError(f"--price {self.price_per_hour:g}: expected 0 or more for an hour of one device")
         pauses = (self.save_seconds, self.restart_seconds)
-        if min(pauses) <= 0:
-            raise ConfigError("--save-seconds {:g}, --restart-seconds {:g}: expected more than 0".format(*pauses))
+        if not all(0 < pause <= DAY for pause in pauses):
+            raise ConfigError(
+                "--save-seconds {:g}, --restart-seconds {:g}: expected more than 0, and a day at most".format(*pauses)
+            )
 
     @property
     def world_size(self) -> int:

@@ -1,7 +1,8 @@
-"""Peak rates of common devices, from their makers' data sheets (dense bf16)."""
+"""Peak rates of common devices, from their makers' data sheets (dense, in the precision that ``auto`` means)."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from trsr_dist.errors import ConfigError
@@ -20,7 +21,7 @@ class Hardware:
 
     name: str
     flops_per_second: float
-    """Dense bf16 matrix products."""
+    """Dense matrix products in ``precision``."""
     memory_bytes: int
     memory_bytes_per_second: float
     node_bytes_per_second: float
@@ -39,7 +40,8 @@ class Hardware:
 CATALOGUE = {
     device.name: device
     for device in (
-        Hardware("v100-32gb", 125e12, 32 * GB, 900 * GB, 150 * GB, 12.5 * GB),
+        # It has no bfloat16, in which case a training takes float32.
+        Hardware("v100-32gb", 15.7e12, 32 * GB, 900 * GB, 150 * GB, 12.5 * GB, precision="float32"),
         Hardware("a100-40gb", 312e12, 40 * GB, 1555 * GB, 300 * GB),
         Hardware("a100-80gb", 312e12, 80 * GB, 2039 * GB, 300 * GB),
         Hardware("l40s", 362e12, 48 * GB, 864 * GB, 32 * GB),
@@ -57,6 +59,8 @@ DESCRIBED = {
     "network": "network_bytes_per_second",
 }
 """Words of a description."""
+OTHERS = ({"mig"}, {"nvl"}, {"h100", "pcie"})
+"""Words of devices with other rates, or another memory, than the one of the catalogue that they are named after."""
 
 
 def hardware(name: str) -> Hardware:
@@ -84,14 +88,17 @@ def _described(text: str) -> Hardware:
         values = {DESCRIBED[word]: float(value) for word, value in pairs.items()}
     except ValueError as error:
         raise ConfigError(f"hardware {text!r}: {error}; expected numbers such as 312e12") from None
-    if min(values.values()) <= 0:
-        raise ConfigError(f"hardware {text!r}: expected numbers above 0")
+    if not all(0 < value < math.inf for value in values.values()):
+        raise ConfigError(f"hardware {text!r}: expected finite numbers above 0")
     return Hardware("described", **values)
 
 
 def recognize(device_name: str) -> Hardware | None:
-    """The device of the catalogue whose name stands in what the driver says, such as ``NVIDIA H100 80GB HBM3``."""
-    words = device_name.lower().replace("-", " ").split()
+    """The device of the catalogue whose name stands in what the driver says, such as ``NVIDIA H100 80GB HBM3``; not a
+    part of one (MIG), nor its slower relatives."""
+    words = set(device_name.lower().replace("-", " ").split())
+    if any(other <= words for other in OTHERS):
+        return None
     for device in CATALOGUE.values():
         name, _, size = device.name.partition("-")
         if name in words and (not size or size in words):

@@ -50,13 +50,16 @@ def this_machine(num_devices: int) -> Hardware:
 
 
 def _gpu() -> Hardware:
+    from trsr_dist.model.loading import resolve_precision
+
     known = recognize(torch.cuda.get_device_name())
     if known:
         return known
     memory = torch.cuda.get_device_properties(0).total_memory
-    rate = _flops_per_second(GPU_SIZES, "cuda", torch.bfloat16)
+    precision = resolve_precision("auto", torch.device("cuda"))
+    rate = _flops_per_second(GPU_SIZES, "cuda", getattr(torch, precision))
     copied = _copied_bytes_per_second("cuda")
-    return Hardware(torch.cuda.get_device_name(), rate, memory, copied, LINK_SHARE * copied)
+    return Hardware(torch.cuda.get_device_name(), rate, memory, copied, LINK_SHARE * copied, precision=precision)
 
 
 def _flops_per_second(sizes: tuple[int, int, int], device: str, dtype: torch.dtype) -> float:

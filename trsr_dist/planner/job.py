@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trsr_dist.config import Config, dump_config
+from trsr_dist.config.files import OFFLOADS, find_file, read_zero_config
 from trsr_dist.config.sections import PROMPTLESS
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.environment import array_task, detect_ranks
@@ -19,9 +20,10 @@ from trsr_dist.log import show
 from trsr_dist.planner import text
 from trsr_dist.planner.cost import Cluster
 from trsr_dist.planner.hardware import hardware
-from trsr_dist.planner.memory import StepSettings
+from trsr_dist.planner.memory import StepSettings, ZeroSetting
 from trsr_dist.planner.shape import ModelShape
 from trsr_dist.planner.stages import (
+    ZERO_SETTINGS,
     PlannedStage,
     ScoringSettings,
     SummaryForecast,
@@ -197,6 +199,7 @@ def summarize_stage(config: Config, inputs: Inputs) -> PlannedStage:
         domain=config.domain,
         num_in_flight=s.max_in_flight,
         engine=s.engine,
+        samples=s.samples,
     )
     work = summary_work(inputs.store, settings)
     shape = None
@@ -234,7 +237,7 @@ def train_stage(config: Config, inputs: Inputs) -> PlannedStage:
             quantization=config.model.quantization,
         ),
     )
-    shape, chosen = inputs.shape, Path(train.deepspeed_config).stem
+    shape, chosen = inputs.shape, zero_setting(train.deepspeed_config)
     work = split_work(inputs.lengths("train"), train.row_tokens, train.negatives_per_positive, config.run.seed)
     return PlannedStage(
         "train",
@@ -243,6 +246,14 @@ def train_stage(config: Config, inputs: Inputs) -> PlannedStage:
         train.rows_per_step,
         "train.rows_per_step",
     )
+
+
+def zero_setting(file: str) -> str:
+    """Which of ``ZERO_SETTINGS`` a file of DeepSpeed's holds, whatever its name; else the one of its ZeRO stage."""
+    zero = read_zero_config(find_file(file))["zero_optimization"]
+    leaves = [zero.get(name, {}).get("device", "none") != "none" for name in OFFLOADS]
+    held = ZeroSetting(zero["stage"], *leaves)
+    return next((name for name, setting in ZERO_SETTINGS.items() if setting == held), f"zero{held.stage}")
 
 
 def evaluate_stage(config: Config, inputs: Inputs) -> PlannedStage:

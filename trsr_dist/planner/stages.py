@@ -151,7 +151,7 @@ class TrainingForecast:
 def forecast_training(
     shape: ModelShape, work: SplitWork, settings: TrainingSettings, cluster: Cluster, chosen: str
 ) -> TrainingForecast:
-    """Plan with ``chosen``, a file of ds_configs/ without its ending; empty: with the recommended one.
+    """Plan with ``chosen``, one of ``ZERO_SETTINGS``; empty: with the recommended one.
 
     Raises:
         ModelError: a target of LoRA is not in the model.

@@ -195,6 +195,8 @@ class SummarySettings:
     domain: str
     num_in_flight: int
     engine: str
+    samples: int = 0
+    """Above 0: so many summaries of each train user, in place of one for the users of all splits."""
 
     @property
     def most_tokens(self) -> int:
@@ -204,7 +206,7 @@ class SummarySettings:
 
 @dataclass(frozen=True, slots=True)
 class SummaryWork:
-    """Prompts of all splits."""
+    """Prompts of all splits, or of all samples."""
 
     num_users: int
     num_units: int
@@ -220,16 +222,17 @@ class SummaryWork:
 def summary_work(store: HistoryStore, settings: SummarySettings) -> SummaryWork:
     """Estimated from the first users of each split; tokens by the length of the texts."""
     totals = [0.0] * 4
-    for split in SPLITS:
+    splits, copies = (("train",), settings.samples) if settings.samples else (SPLITS, 1)
+    for split in splits:
         size = store.num_users(split)
         looked_at = min(size, SUMMARIZED)
         for index in range(looked_at):
             items = [store.catalogue.text(item) for item in store.user(split, index).history]
             for tokens in summary_prompt_tokens(items, settings):
                 for place, count in enumerate((1, tokens, settings.max_new_tokens, triangle(tokens))):
-                    totals[place] += count * size / looked_at
-    num_users = [store.num_users(split) for split in SPLITS]
-    num_units = sum(-(-users // settings.users_per_unit) for users in num_users)
+                    totals[place] += copies * count * size / looked_at
+    num_users = [store.num_users(split) for split in splits]
+    num_units = copies * sum(-(-users // settings.users_per_unit) for users in num_users)
     return SummaryWork(sum(num_users), num_units, *(round(total) for total in totals))
 
 
