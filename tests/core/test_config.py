@@ -1,4 +1,5 @@
 import inspect
+import json
 import re
 import sys
 from pathlib import Path
@@ -39,6 +40,28 @@ def test_dumped_config_loads_back_equal(path: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy.yaml"
     copy.write_text(dump_config(config))
     assert load_config(copy) == config
+
+
+@pytest.mark.parametrize("text", ["1e5", "7e10", "010", "1:30", "no", "2024-01-02", "~1", "a #b", "a: b", "null", ""])
+def test_dumped_texts_stay_texts(config_file: Path, text: str) -> None:
+    """Such as a revision of digits around an e."""
+    config = load_config(config_file, [f"model.revision={json.dumps(text)}"])
+    config_file.write_text(dump_config(config))
+    assert load_config(config_file).model.revision == text
+
+
+@pytest.mark.parametrize("name", ["2024", "1:30", "no", "my run"])
+def test_the_quickstart_takes_a_run_folder_of_any_name(
+    monkeypatch: pytest.MonkeyPatch, config_file: Path, name: str
+) -> None:
+    from launch import quickstart
+
+    called: list[list[str]] = []
+    monkeypatch.setattr("subprocess.call", lambda command: called.append(command) or 0)
+    monkeypatch.setattr(sys, "argv", ["quickstart.py", "--run", name, "--ranks", "1"])
+    assert quickstart.main() == 0
+    (setting,) = (word for word in called[0] if word.startswith("run.dir="))
+    assert load_config(config_file, [setting]).run.dir == name
 
 
 def test_override_wins_over_file_over_default(config_file: Path) -> None:

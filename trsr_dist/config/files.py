@@ -133,8 +133,13 @@ class Loader(yaml.SafeLoader):
         return value
 
 
+class Dumper(yaml.SafeDumper):
+    """Quotes every text that ``Loader`` would read as something else."""
+
+
 # YAML 1.1 wants a point and a sign in the exponent.
-Loader.add_implicit_resolver(FLOAT, re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
+for _kind in (Loader, Dumper):
+    _kind.add_implicit_resolver(FLOAT, re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789"))
 
 
 def parse_yaml(text: str) -> Any:

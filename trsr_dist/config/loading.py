@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError, model_validator
 
-from trsr_dist.config.files import find_file, parse_value, parse_yaml, read_zero_config
+from trsr_dist.config.files import Dumper, find_file, parse_value, parse_yaml, read_zero_config
 from trsr_dist.config.sections import (
     BaseSection,
     DataSection,
@@ -111,7 +111,7 @@ def _load(path: str | Path, overrides: list[str] | tuple[str, ...]) -> Config:
 
 def dump_config(config: Config) -> str:
     """The merged config as YAML, as it is written to ``RUN/config``."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, width=100)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, width=100)
 
 
 def flat_settings(config: Config) -> dict[str, Any]:
