@@ -67,8 +67,7 @@ def detect_ranks(environment: Mapping[str, str] | None = None) -> Ranks:
             _number(env, "RANK"),
             _number(env, "WORLD_SIZE"),
             _number(env, "LOCAL_RANK", 0),
-            # DeepSpeed's launcher calls it LOCAL_SIZE.
-            _number(env, "LOCAL_WORLD_SIZE", _number(env, "LOCAL_SIZE", _number(env, "WORLD_SIZE"))),
+            _launched_on_this_node(env),
             source="launcher",
             **common,
         )
@@ -349,6 +348,16 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
     if not text.isdigit():
         raise ConfigError(f"environment variable {name}={text!r}: expected a whole number")
     return int(text)
+
+
+def _launched_on_this_node(env: Mapping[str, str]) -> int:
+    """DeepSpeed's launcher calls it LOCAL_SIZE; enroot's hook for PyTorch containers, which names srun's tasks as ranks,
+    leaves it out."""
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
+        if name in env:
+            return _number(env, name)
+    size = _number(env, "WORLD_SIZE")
+    return _tasks_on_this_node(env) if _number(env, "SLURM_STEP_NUM_TASKS", 0) == size else size
 
 
 def _tasks_on_this_node(env: Mapping[str, str]) -> int:

@@ -42,6 +42,16 @@ def test_deepspeeds_launcher_has_another_name_for_the_ranks_of_a_node() -> None:
     assert detect_ranks(env).local_world_size == 8
 
 
+def test_a_containers_hook_names_sruns_tasks_and_not_how_many_a_node_has() -> None:
+    """enroot's 50-slurm-pytorch.sh, in images with PYTORCH_VERSION."""
+    env = {"RANK": "9", "WORLD_SIZE": "12", "LOCAL_RANK": "1", "SLURM_STEP_NUM_TASKS": "12"}
+    env |= {"SLURM_STEP_TASKS_PER_NODE": "8,4", "SLURM_NODEID": "1"}
+    assert detect_ranks(env).local_world_size == 4
+    # torchrun, once a node, in a step of two tasks
+    env |= {"LOCAL_WORLD_SIZE": "6", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+    assert detect_ranks(env).local_world_size == 6
+
+
 def test_an_interactive_step_of_one_task_is_one_process() -> None:
     env = {"SLURM_STEP_ID": "4294967290", "SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"}
     assert detect_ranks(env).world_size == 1
