@@ -351,8 +351,8 @@ def _number(env: Mapping[str, str], name: str, default: int | None = None) -> in
 
 
 def _launched_on_this_node(env: Mapping[str, str]) -> int:
-    """DeepSpeed's launcher calls it LOCAL_SIZE; enroot's hook for PyTorch containers, which makes srun's tasks ranks, leaves
-    it out."""
+    """DeepSpeed's launcher calls it LOCAL_SIZE; enroot's hook for PyTorch containers, which makes srun's tasks ranks,
+    leaves it out."""
     for name in ("LOCAL_WORLD_SIZE", "LOCAL_SIZE"):
         if name in env:
             return _number(env, name)

@@ -230,7 +230,7 @@ def test_a_chain_that_is_submitted_inside_a_job_leaves_its_variables_behind(tmp_
 
 
 def test_a_stage_waits_for_all_elements_of_an_array_in_the_queue(tmp_path: Path) -> None:
-    """Each has a number of its own, and Slurm takes that for the one element."""
+    """Each has another number, by which Slurm means that element alone."""
     queue = 'case "$*" in *summarize*%F*) printf "100\n100\n100\n" ;; *summarize*%A*) printf "101\n102\n100\n" ;; esac'
     for name, lines in {"sbatch": f"echo \"$@\" >>'{tmp_path}/asked'; echo 7", "squeue": queue}.items():
         write(tmp_path / name, f"#!/bin/sh\n{lines}\n")

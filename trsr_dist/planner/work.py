@@ -196,7 +196,7 @@ class SummarySettings:
     num_in_flight: int
     engine: str
     samples: int = 0
-    """Above 0: so many summaries of each train user, in place of one for the users of all splits."""
+    """Above 0: this many summaries of each train user, in place of one for the users of all splits."""
 
     @property
     def most_tokens(self) -> int:
