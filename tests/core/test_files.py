@@ -17,7 +17,7 @@ from trsr_dist.files import (
     temporary_name,
     write_json,
 )
-from trsr_dist.processes import process_start
+from trsr_dist.processes import host_name, process_start
 from trsr_dist.run import MANIFEST, check_inputs, is_finished, manifest_hash, write_manifest
 
 
@@ -156,7 +156,7 @@ def test_a_link_at_a_temporary_name_is_not_written_through(tmp_path: Path, monke
 
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
-    host, parent = os.uname().nodename, os.getppid()
+    host, parent = host_name(), os.getppid()
     alive = f"{host}-{parent}-{process_start(parent)}-0a"
     names = {".a.tmp-" + alive, f".b.tmp-{host}-{parent}-1-0a", ".c.tmp-elsewhere-7-7-0a", ".d.tmp-elsewhere-7-7-0a"}
     for name in names:
