@@ -133,9 +133,7 @@ def test_damaged_lengths_of_a_measured_split_are_refused(tmp_path: Path, damage:
     else:
         flip_byte(path, path.stat().st_size - 4)
     words = "missing" if damage == "missing" else "damaged, its checksum differs"
-    with pytest.raises(
-        DataError, match=rf"train-000001\.tar\.lengths: {words}; remove .*, and the lengths are measured"
-    ):
+    with pytest.raises(DataError, match=rf"train-000001\.tar\.lengths: {words}; remove "):
         measure_lengths(shards, make_builder()).table([(0, 30)])
 
 
