@@ -1,9 +1,11 @@
 import errno
+import fcntl
 import os
 import secrets
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -13,6 +15,7 @@ from trsr_dist.files import (
     atomic_folder,
     read_json,
     recover_folder,
+    resumable_file,
     sha256_of,
     temporary_name,
     write_json,
@@ -138,6 +141,33 @@ def test_a_file_replaced_while_it_is_read_is_read_again(tmp_path: Path, monkeypa
     stale += [OSError(errno.ESTALE, "Stale file handle")] * 50
     with pytest.raises(DataError, match="missing"):
         read_json(tmp_path / "a.json")
+
+
+def test_a_resumable_file_that_another_process_has_just_finished_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one ended between this one's opening and locking."""
+    path, flock = tmp_path / "out", fcntl.flock
+
+    def finish_first(stream: IO[bytes], kind: int) -> None:
+        os.rename(stream.name, path)
+        flock(stream, kind)
+
+    monkeypatch.setattr(fcntl, "flock", finish_first)
+    with pytest.raises(RunError, match="another process"), resumable_file(path, "0" * 64) as (stream, _):
+        stream.write("twice\n")
+    assert path.read_text() == ""
+
+
+def test_a_resumable_file_needs_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lustre has none unless it is mounted with them."""
+
+    def refuse(stream: IO[bytes], kind: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(RunError, match="locks no files .*choose another output"), resumable_file(tmp_path / "out", "0"):
+        pass
 
 
 def test_a_link_at_a_temporary_name_is_not_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
