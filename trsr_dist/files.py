@@ -40,15 +40,13 @@ OF_THE_DISK = (
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT,
 )  # fmt: skip
 REMEDIES = {
-    errno.ENOSPC: "make room, then run the stage again: what is finished is kept",
-    errno.EDQUOT: "make room, then run the stage again: what is finished is kept",
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room, then run the stage again: what is finished is kept"),
     errno.EROFS: "get permission to write there, or choose another run.dir or --output",
     errno.ENAMETOOLONG: "choose a shorter name (most file systems allow 255 bytes)",
     errno.ELOOP: "a link stands where a real file or folder is expected, or links lead in a circle; remove it",
     errno.EISDIR: "a folder stands where a file is expected; move it away",
     errno.ENOTEMPTY: "files stand where this stage writes; move them away",
-    errno.EMFILE: "raise the limit of open files (ulimit -n)",
-    errno.ENFILE: "raise the limit of open files (ulimit -n)",
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
 }
 
 _swept: set[Path] = set()
@@ -159,8 +157,12 @@ def resumable_file(path: str | Path, content: str) -> Iterator[tuple[IO[str], in
     with open(partial, "a+b", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666)) as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            if not os.path.samestat(os.fstat(stream.fileno()), os.stat(partial)):
+                raise FileNotFoundError
+        except (BlockingIOError, FileNotFoundError):  # the latter where it has just been finished
             raise RunError(f"{partial}: another process is writing it; wait for it, or choose another output") from None
+        except OSError as error:
+            raise RunError(f"{partial}: the disk locks no files ({error.strerror}); choose another output") from None
         stream.seek(0)
         num_lines, size = 0, 0
         for line in stream:
@@ -388,9 +390,7 @@ def numbered_lines(stream: BinaryIO, path: Path, first: int = 1) -> Iterator[tup
     """
     for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), first):
         if len(line) > MAX_LINE_BYTES:
-            raise DataError(
-                f"{path}:{number}: more than {MAX_LINE_BYTES >> 20} MB without a line end; restore the file"
-            )
+            raise DataError(f"{path}:{number}: more than {MAX_LINE_BYTES >> 20} MB without a line end; restore it")
         yield number, line
 
 

@@ -17,7 +17,7 @@ from trsr_dist.environment import detect_ranks
 from trsr_dist.errors import DataError
 from trsr_dist.files import STALE_READS
 from trsr_dist.json_text import parse_json
-from trsr_dist.processes import has_ended, process_start, server_time_ns
+from trsr_dist.processes import has_ended, host_name, process_start, server_time_ns
 
 MAX_SIGN_BYTES = 2**20
 
@@ -27,6 +27,7 @@ class Owner:
     """A process that holds or writes something. One that nobody knows has no host."""
 
     host: str = ""
+    """See ``processes.host_name``."""
     pid: int = 0
     started: str = ""
     """Start time of the process in clock ticks, so that a later process with its number is told apart."""
@@ -39,7 +40,7 @@ class Owner:
     @classmethod
     def myself(cls, task: str = "") -> Owner:
         ranks, pid = detect_ranks(), os.getpid()
-        return cls(ranks.host, pid, process_start(pid), ranks.job_id, ranks.restart, task or secrets.token_hex(8))
+        return cls(host_name(), pid, process_start(pid), ranks.job_id, ranks.restart, task or secrets.token_hex(8))
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> Owner:

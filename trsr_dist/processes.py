@@ -12,6 +12,25 @@ import socket
 import tempfile
 from pathlib import Path
 
+from trsr_dist.hashing import digest
+
+FIRST_NAMESPACE = "pid:[4026531836]"
+"""Of the processes that a machine starts with: Linux gives it this number."""
+
+
+def host_name() -> str:
+    """Where this process's number means something: the host, or one container of it, whose processes no other sees.
+
+    Containers may all have the host's name, as with the host's network, or where Slurm gives each job a namespace.
+    """
+    name = socket.gethostname()
+    try:
+        namespace = os.readlink("/proc/self/ns/pid")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text()
+    except OSError:
+        return name
+    return name if namespace == FIRST_NAMESPACE else f"{name}+{digest([boot, namespace])[:8]}"
+
 
 def process_start(pid: int) -> str:
     """Start time of a process of this machine in clock ticks; empty where there is none, or it is hidden."""
@@ -46,7 +65,7 @@ def server_time_ns(folder: Path) -> int:
 
 def signature() -> str:
     """This process in the name of what it writes."""
-    return f"{socket.gethostname()}-{os.getpid()}-{process_start(os.getpid())}"
+    return f"{host_name()}-{os.getpid()}-{process_start(os.getpid())}"
 
 
 def is_abandoned(path: Path, silent_seconds: float, dead: str = "") -> bool:
@@ -58,7 +77,7 @@ def is_abandoned(path: Path, silent_seconds: float, dead: str = "") -> bool:
         dead: signature of a process on another host that is known to be.
     """
     signed = path.name.rpartition("-")[0]
-    if found := re.search(rf"\.\w+-{re.escape(socket.gethostname())}-(\d+)-(\d+)$", signed):
+    if found := re.search(rf"\.\w+-{re.escape(host_name())}-(\d+)-(\d+)$", signed):
         return has_ended(int(found[1]), found[2])
     if dead and signed.endswith(f"-{dead}"):
         return True

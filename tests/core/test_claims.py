@@ -12,7 +12,7 @@ import pytest
 
 from trsr_dist.errors import RunError
 from trsr_dist.locks import CLAIMS, LOCK_STALE_SECONDS, claim
-from trsr_dist.processes import process_start
+from trsr_dist.processes import host_name, process_start
 
 SETTINGS = {"model": "abc", "top_k": (3, 5)}
 OTHER = {"model": "abc", "top_k": (1,)}
@@ -21,7 +21,7 @@ OTHER = {"model": "abc", "top_k": (1,)}
 def write_entry(folder: Path, digest: str, **changes: Any) -> Path:
     """The claim of another process, one that lives."""
     pid = os.getppid()
-    entry = {"host": os.uname().nodename, "pid": pid, "started": process_start(pid), "job": "", "restart": 0}
+    entry = {"host": host_name(), "pid": pid, "started": process_start(pid), "job": "", "restart": 0}
     path = folder / CLAIMS / f"{digest}-{entry['host']}-{pid}"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(entry | {"since": 0, "what": SETTINGS} | changes))

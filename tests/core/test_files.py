@@ -1,9 +1,11 @@
 import errno
+import fcntl
 import os
 import secrets
 import subprocess
 import sys
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -13,11 +15,12 @@ from trsr_dist.files import (
     atomic_folder,
     read_json,
     recover_folder,
+    resumable_file,
     sha256_of,
     temporary_name,
     write_json,
 )
-from trsr_dist.processes import process_start
+from trsr_dist.processes import host_name, process_start
 from trsr_dist.run import MANIFEST, check_inputs, is_finished, manifest_hash, write_manifest
 
 
@@ -140,6 +143,33 @@ def test_a_file_replaced_while_it_is_read_is_read_again(tmp_path: Path, monkeypa
         read_json(tmp_path / "a.json")
 
 
+def test_a_resumable_file_that_another_process_has_just_finished_stays_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one ended between this one's opening and locking."""
+    path, flock = tmp_path / "out", fcntl.flock
+
+    def finish_first(stream: IO[bytes], kind: int) -> None:
+        os.rename(stream.name, path)
+        flock(stream, kind)
+
+    monkeypatch.setattr(fcntl, "flock", finish_first)
+    with pytest.raises(RunError, match="another process"), resumable_file(path, "0" * 64) as (stream, _):
+        stream.write("twice\n")
+    assert path.read_text() == ""
+
+
+def test_a_resumable_file_needs_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lustre has none unless it is mounted with them."""
+
+    def refuse(stream: IO[bytes], kind: int) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(RunError, match="locks no files .*choose another output"), resumable_file(tmp_path / "out", "0"):
+        pass
+
+
 def test_a_link_at_a_temporary_name_is_not_written_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Names cannot be foreseen; and where somebody has guessed one, nothing is written into what the link names."""
     assert temporary_name(tmp_path / "a") != temporary_name(tmp_path / "a")
@@ -156,7 +186,7 @@ def test_a_link_at_a_temporary_name_is_not_written_through(tmp_path: Path, monke
 
 
 def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
-    host, parent = os.uname().nodename, os.getppid()
+    host, parent = host_name(), os.getppid()
     alive = f"{host}-{parent}-{process_start(parent)}-0a"
     names = {".a.tmp-" + alive, f".b.tmp-{host}-{parent}-1-0a", ".c.tmp-elsewhere-7-7-0a", ".d.tmp-elsewhere-7-7-0a"}
     for name in names:

@@ -15,10 +15,10 @@ import pytest
 
 from trsr_dist import liveness, processes
 from trsr_dist.errors import RunError
-from trsr_dist.files import atomic_folder
+from trsr_dist.files import atomic_folder, sweep
 from trsr_dist.liveness import Sign
 from trsr_dist.locks import LOCK_STALE_SECONDS, folder_lock
-from trsr_dist.processes import process_start
+from trsr_dist.processes import host_name, process_start
 
 CLOCK = """
 import sys, time
@@ -122,7 +122,7 @@ def test_a_guard_that_a_killed_process_left_expires(tmp_path: Path, guard: str) 
     folder = tmp_path / "shards"
     write_lock(folder, LOCK_STALE_SECONDS + 5)
     path = tmp_path / ".shards.lock.takeover"
-    record = {"host": os.uname().nodename if "this" in guard else "elsewhere", "pid": 1, "started": "1"}
+    record = {"host": host_name() if "this" in guard else "elsewhere", "pid": 1, "started": "1"}
     path.write_text("" if guard == "empty" else json.dumps(record))
     if "this" not in guard:
         with pytest.raises(RunError, match="run the command again"), folder_lock(folder):
@@ -134,9 +134,27 @@ def test_a_guard_that_a_killed_process_left_expires(tmp_path: Path, guard: str) 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.skipif(
+    subprocess.run(["unshare", "-Urpf", "true"], capture_output=True, check=False).returncode != 0,
+    reason="needs namespaces of users and processes",
+)
+def test_a_live_process_of_another_container_is_not_taken_for_dead(tmp_path: Path) -> None:
+    """It has the host's name, and a number that here belongs to another process, or to none."""
+    code = TAKE.replace("print", "left = tempfile.mkdtemp(prefix=f'.x.tmp-{signature()}-', dir=sys.argv[3]); print", 1)
+    code = f"import tempfile\nfrom trsr_dist.processes import signature\n{code}"
+    command = ["unshare", "-Urpf", "--mount-proc", sys.executable, "-c", code, str(tmp_path / "shards"), "0", tmp_path]
+    holder = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(RunError, match="held by pid 1 on "), folder_lock(tmp_path / "shards"):
+        pass
+    sweep(tmp_path)
+    assert len(list(tmp_path.glob(".x.tmp-*"))) == 1
+    assert holder.communicate("", timeout=60)[0] == ""
+
+
 def test_a_live_process_of_another_user_is_not_taken_for_dead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As where /proc is mounted with hidepid: it shows nothing, and only the signal says that there is a process."""
-    write_lock(tmp_path / "shards", 5, host=os.uname().nodename, pid=os.getppid(), started=process_start(os.getppid()))
+    write_lock(tmp_path / "shards", 5, host=host_name(), pid=os.getppid(), started=process_start(os.getppid()))
 
     def refuse(pid: int, number: int) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
@@ -151,7 +169,7 @@ LOSER = """
 import socket, sys
 from pathlib import Path
 socket.gethostname = lambda: sys.argv[2]
-from trsr_dist.files import atomic_folder
+from trsr_dist.files import atomic_folder, sweep
 from trsr_dist.locks import folder_lock
 folder = Path(sys.argv[1])
 with folder_lock(folder) as lock, atomic_folder(folder, lock.check) as inside:
@@ -202,7 +220,7 @@ def test_lock_refuses_a_second_holder_and_survives_a_dead_one(tmp_path: Path) ->
             pass
         assert (tmp_path / ".shards.lock").exists()
     assert not (tmp_path / ".shards.lock").exists()
-    holder = {"host": os.uname().nodename, "pid": 1, "started": "1"}
+    holder = {"host": host_name(), "pid": 1, "started": "1"}
     (tmp_path / ".shards.lock").write_text(json.dumps(holder))
     with folder_lock(folder):
         assert json.loads((tmp_path / ".shards.lock").read_text())["pid"] == os.getpid()
@@ -215,7 +233,7 @@ def test_requeued_job_takes_the_lock_over_and_the_earlier_start_learns_it(
     code = """
 import sys
 from pathlib import Path
-from trsr_dist.files import atomic_folder
+from trsr_dist.files import atomic_folder, sweep
 from trsr_dist.locks import folder_lock
 folder = Path(sys.argv[1])
 with folder_lock(folder) as lock, atomic_folder(folder, lock.check) as inside:
@@ -273,7 +291,7 @@ except RunError:
 
 @pytest.mark.parametrize("leave_guard", [False, True])
 def test_of_many_that_find_a_stale_lock_one_gets_it(tmp_path: Path, leave_guard: bool) -> None:
-    record = json.dumps({"host": os.uname().nodename, "pid": 1, "started": "1"})
+    record = json.dumps({"host": host_name(), "pid": 1, "started": "1"})
     for name in [".shards.lock", ".shards.lock.takeover"][: 1 + leave_guard]:
         (tmp_path / name).write_text(record)
     command, pipes = [sys.executable, "-c", RACER, str(tmp_path / "shards")], {"stdin": -1, "stdout": -1, "text": True}

@@ -121,6 +121,22 @@ def test_damaged_lengths_are_measured_again(tmp_path: Path, content: bytes | Non
     assert np.array_equal(Lengths(shards, folder).table([(0, 30)]).suffixes, table.suffixes)
 
 
+@pytest.mark.parametrize("damage", ["missing", "truncated", "a flipped label"])
+def test_damaged_lengths_of_a_measured_split_are_refused(tmp_path: Path, damage: str) -> None:
+    """As after a copy that was interrupted: the summary came first. Other labels would be another draw."""
+    shards = make_split(tmp_path / "train", SIZES)
+    path = measure_lengths(shards, make_builder()).folder / "train-000001.tar.lengths"
+    if damage == "missing":
+        path.unlink()
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-40])
+    else:
+        flip_byte(path, path.stat().st_size - 4)
+    words = "missing" if damage == "missing" else "damaged, its checksum differs"
+    with pytest.raises(DataError, match=rf"train-000001\.tar\.lengths: {words}; remove "):
+        measure_lengths(shards, make_builder()).table([(0, 30)])
+
+
 def test_processes_measure_what_one_measures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With much to measure all cores of the rank take part, without being asked."""
     alone, together = (make_split(tmp_path / name, SIZES) for name in ("alone", "together"))

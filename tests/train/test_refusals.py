@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +20,10 @@ from tests.spawn import run_ranks
 from tests.train.world import FEW_STEPS, make_run, start
 from tests.train.world import start as train_here
 from trsr_dist.errors import CheckpointError
+from trsr_dist.files import sha256_of
+from trsr_dist.shards.plan import TrainPlan
+from trsr_dist.shards.reader import ShardSet
+from trsr_dist.shards.stream import TrainStream
 
 
 def checkpoints(run: Path) -> list[str]:
@@ -144,3 +148,45 @@ def test_no_rank_goes_on_from_a_different_checkpoint_or_base(found: dict, run: P
         assert re.match(
             rf"ModelError: the base .*/base: rank 1 on {host} finds fingerprint 0123\.\.\., rank 0 on", base
         )
+
+
+def train_on_other_shards(rank: int, world_size: int, run: Path) -> dict[str, str]:
+    """Rank 1 finds one split as it was before, then makes other rows of the same."""
+    from trsr_dist.train import prepare
+
+    def elsewhere(split: str) -> Callable[..., ShardSet]:
+        return lambda folder, *rest, **more: ShardSet(
+            run / "earlier" / split if folder.name == split and rank else folder, *rest, **more
+        )
+
+    class OtherPlan(TrainPlan):
+        identity = "0123" if rank else TrainPlan.identity
+
+    def plan_otherwise(*args: Any) -> TrainStream:
+        stream = TrainStream(*args)
+        stream.plan.__class__ = OtherPlan
+        return stream
+
+    found, steps = {}, {"evaluate_every_steps": 1, "max_steps": FEW_STEPS + 1}
+    for split in ("train", "valid"):
+        prepare.ShardSet = elsewhere(split)
+        found[split] = start(run, train=steps)
+    prepare.ShardSet, prepare.TrainStream = ShardSet, plan_otherwise
+    return found | {"plan": start(run, train=steps)}
+
+
+def test_no_rank_trains_or_ranks_with_other_shards(found: dict, run: Path) -> None:
+    """Their lengths are measured, so that nothing else would stop the training."""
+    shutil.copytree(run / "shards", run / "earlier")
+    for split in ("train", "valid"):
+        path = run / "earlier" / split / "manifest.json"
+        before = sha256_of(path)
+        path.write_text(path.read_text() + "\n")
+        for summary in path.parent.glob("lengths-*/summary.json"):
+            summary.write_text(summary.read_text().replace(before, sha256_of(path)))
+    host = os.uname().nodename
+    for rank in run_ranks(train_on_other_shards, 2, run):
+        for split in ("train", "valid"):
+            words = rf"/{split}: rank 1 on {host} finds manifest \w+\.\.\..*, rank 0 on {host} manifest"
+            assert re.match(rf"DataError: .*{words}", rank[split])
+        assert re.match(r"DataError: .*/train: rank 1 on .* finds rows of plan 0123 and teacher", rank["plan"])

@@ -110,7 +110,7 @@ class Lengths:
     def __init__(self, shards: Split, folder: Path) -> None:
         self.shards = shards
         self.folder = folder
-        self._array = KeptArrays(lambda shard: open_array(length_path(folder, shards.facts[shard]), INT32))
+        self._array = KeptArrays(lambda shard: open_lengths(folder, shards.facts[shard]))
 
     @cached_property
     def facts(self) -> LengthFacts:
@@ -188,14 +188,32 @@ def write_lengths(folder: Path, facts: dict, header: Header, starts: Sequence[in
         stream.write(zlib.crc32(content).to_bytes(4, "little") + content)
 
 
+def open_lengths(folder: Path, facts: dict) -> np.ndarray:
+    """A shard's file, see ``write_lengths``.
+
+    Raises:
+        DataError: missing, damaged, or made from another version of the tar.
+    """
+    path = length_path(folder, facts)
+    try:
+        array = open_array(path, INT32)
+    except (FileNotFoundError, ValueError) as error:
+        problem = "missing" if isinstance(error, FileNotFoundError) else f"no file of lengths ({error})"
+    else:
+        is_whole = len(array) > NUM_HEADER and array[:1].view("<u4")[0] == zlib.crc32(array[1:])
+        if is_whole and array[1:3].tolist() == [facts["num_samples"], sha_part(facts)]:
+            return array
+        problem = "made from another tar" if is_whole else "damaged, its checksum differs"
+    raise DataError(f"{path}: {problem}; remove {folder}, and the lengths are measured again")
+
+
 def is_measured(folder: Path, facts: dict) -> bool:
     """Whether a shard's file is there, undamaged, and made from this version of the tar."""
     try:
-        array = open_array(length_path(folder, facts), INT32)
-    except (FileNotFoundError, ValueError):
+        open_lengths(folder, facts)
+    except DataError:
         return False
-    is_whole = len(array) > NUM_HEADER and array[:1].view("<u4")[0] == zlib.crc32(array[1:])
-    return bool(is_whole) and array[1:3].tolist() == [facts["num_samples"], sha_part(facts)]
+    return True
 
 
 def _joined(parts: list[np.ndarray]) -> np.ndarray:

@@ -13,7 +13,7 @@ from typing import TypeVar
 import numpy as np
 
 from trsr_dist.errors import DataError
-from trsr_dist.files import plain, remedy_of, sha256_of
+from trsr_dist.files import plain, remedy_of
 from trsr_dist.log import get_logger
 from trsr_dist.records import Sample
 from trsr_dist.shards.cache import ShardCache
@@ -42,7 +42,7 @@ class OpenShard:
         cache: the node's copies.
 
     Raises:
-        DataError: the tar is missing, has another size than the manifest says, or differs from what was indexed.
+        DataError: the tar is missing or has another size than the manifest says.
         RunError: a store does not give it.
     """
 
@@ -118,18 +118,13 @@ class OpenShard:
         except OSError as error:
             remedy = remedy_of(error, self.path, "restore the shard or make the split again")
             raise DataError(f"{self.path}: {error.strerror}; {remedy}") from None
-        status, problem = os.fstat(descriptor), ""
-        if status.st_size != self._facts["num_bytes"]:
-            problem = (
-                f"{status.st_size} bytes, the manifest says {self._facts['num_bytes']}: truncated or replaced; restore "
-                "the shard or make the split again"
-            )
-        # Copying may turn the times round, so an older index is a suspicion, not an error.
-        elif index_path(self.path).stat().st_mtime < status.st_mtime and sha256_of(self.path) != self._facts["sha256"]:
-            problem = "newer than its index, and its bytes are not those of the manifest; make the split again"
-        if problem:
+        size = os.fstat(descriptor).st_size
+        if size != self._facts["num_bytes"]:
             os.close(descriptor)
-            raise DataError(f"{self.path}: {problem}")
+            raise DataError(
+                f"{self.path}: {size} bytes, the manifest says {self._facts['num_bytes']}: truncated or replaced; "
+                "restore the shard or make the split again"
+            )
         return descriptor
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from trsr_dist.config import Config
 from trsr_dist.distributed import on_rank_zero
 from trsr_dist.environment import Ranks
-from trsr_dist.errors import CheckpointError, ConfigError, ModelError
+from trsr_dist.errors import CheckpointError, ConfigError, DataError, ModelError
 from trsr_dist.log import get_logger
 from trsr_dist.model.artifacts import base_fingerprint, follow, model_identity
 from trsr_dist.prompts.builder import PromptBuilder
@@ -57,7 +57,7 @@ def prepare(config: Config, run: RunFolder, ranks: Ranks, checkpoint: Checkpoint
     Raises:
         ConfigError: settings that contradict each other or the data.
         ModelError: the base or its tokenizer cannot be read, or is another one on some node.
-        DataError: the shards are missing or damaged.
+        DataError: the shards are missing or damaged, or others on some node.
         CheckpointError: the checkpoint belongs to other data or settings.
     """
     train = config.train
@@ -104,11 +104,13 @@ def open_stream(
 
     Raises:
         CheckpointError: the checkpoint belongs to other data or settings.
+        DataError: the ranks find different shards, or would make different rows of them.
     """
     train = config.train
     shards = ShardSet(run.split("train"), open_cache(train.cache_dir, train.cache_gb), url=train.shards_url)
+    check_same(shards, f"manifest {shards.manifest_hash[:12]}... and prompts of {builder.fingerprint}")
     try:
-        return TrainStream(
+        stream = TrainStream(
             shards,
             builder,
             packing_settings(config),
@@ -120,6 +122,23 @@ def open_stream(
         )
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.folder}: {error}") from None
+    teacher = "none" if stream.teacher is None else f"{stream.teacher.sha256[:12]}..."
+    check_same(shards, f"rows of plan {stream.plan.identity} and teacher {teacher}")
+    return stream
+
+
+def check_same(shards: ShardSet, found: str) -> None:
+    """Ranks that read other files would learn from other rows, and none would fail. All ranks call it.
+
+    Args:
+        shards: of a split.
+        found: says what this rank has found there.
+
+    Raises:
+        DataError: another rank has found something else; all ranks raise it.
+    """
+    remedy = "let all nodes see the same files there, and equal tokenizers"
+    read_by_all(lambda: found, str, str(shards.folder), remedy, DataError)
 
 
 def open_pool(shards: ShardSet, negatives_per_positive: int) -> CandidateTable:
@@ -163,13 +182,15 @@ def open_validator(config: Config, run: RunFolder, ranks: Ranks, builder: Prompt
     """The validation split's users, None where the run never ranks them.
 
     Raises:
-        DataError: the split is missing, empty or damaged.
+        DataError: the split is missing, empty or damaged, or another one on some node.
     """
     train, evaluate = config.train, config.evaluate
     if not train.evaluate_every_steps:
         return None
+    shards = ShardSet(run.split("valid"))
+    check_same(shards, f"manifest {shards.manifest_hash[:12]}...")
     return Validator(
-        ShardSet(run.split("valid")),
+        shards,
         builder,
         evaluate.row_tokens,
         train.evaluate_users,
