@@ -23,6 +23,7 @@ from trsr_dist.cli import (  # noqa: E402
 )
 from trsr_dist.files import write_json  # noqa: E402
 from trsr_dist.log import setup_logging, show  # noqa: E402
+from trsr_dist.records import ROUTES  # noqa: E402
 
 EXAMPLE = "python tools/verify_server.py --model runs/quickstart/merged --server http://localhost:8000"
 
@@ -48,15 +49,13 @@ def main() -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    from trsr_dist.predict.verify import ROUTES
-
     parser = command_parser(__doc__, EXAMPLE)
     add = parser.add_argument
     add("--model", required=True, type=expand_home, metavar="DIR", help="merged folder, checkpoint or adapter")
     add("--shards", type=path, metavar="DIR", help="of a split; default: the run's valid or test users, else built-in")
     add("--num-users", type=positive, default=32, metavar="N", help="default: %(default)s")
     routes = "; ".join(f"{name}: {what}" for name, what in ROUTES.items())
-    add("--routes", nargs="+", choices=tuple(ROUTES), default=list(ROUTES), metavar="ROUTE", help=f"{routes}")
+    add("--routes", nargs="+", choices=tuple(ROUTES), default=list(ROUTES), metavar="ROUTE", help=routes)
     add("--tolerance", type=float, metavar="X", help="of log-odds; default: 0.001 in float32, 0.25 in 16 bits")
     add("--json", type=path, metavar="FILE", help="write the figures there too")
     return server_options(model_options(parser), required=True)

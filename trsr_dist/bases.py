@@ -83,6 +83,17 @@ def _fetch(base: BaseName, remedy: str, wanted: list[str]) -> Path:
         ) from None
 
 
+def hub_file(name: str, revision: str, file: str) -> Path | None:
+    """A file of a hub model, from the hub or its cache; None where it is not there, or neither can be reached."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return Path(hf_hub_download(name, file, revision=revision or None))
+    except (HFValidationError, OSError, ValueError):
+        return None
+
+
 def check_base(folder: Path) -> None:
     """What every command asks of a base before it is read. Takes milliseconds whatever the size.
 

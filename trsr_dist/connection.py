@@ -1,5 +1,6 @@
 """The connection to an OpenAI-compatible server: its address, what is secret in it, limits of time and size, and what
-it says when it refuses. The one place that sends requests over HTTP. Any form may come back."""
+it says when it refuses. The one place that sends requests over HTTP, and that says so where its library, an extra, is
+not installed: others import it from here. Any form may come back."""
 
 from __future__ import annotations
 
@@ -13,11 +14,14 @@ from importlib import import_module
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-import openai
-
 from trsr_dist.environment import KEY_VARIABLE, server_key
 from trsr_dist.errors import ConfigError, EngineError
 from trsr_dist.printable import HALVES, Secrets, in_one_line
+
+try:
+    import openai
+except ImportError as error:
+    raise ConfigError(f"servers are asked with openai: {error} (pip install 'trsr_dist[openai]')") from None
 
 T = TypeVar("T")
 

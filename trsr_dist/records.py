@@ -8,6 +8,12 @@ from typing import Any
 
 FAMILIES = ("recall", "mrr", "ndcg")
 """Of ranking metrics."""
+ROUTES = {
+    "tokens": "prompts as token ids, as tools/predict.py sends them",
+    "text": "prompts as text, which the server tokenizes",
+    "chat": "messages, which the server puts into its chat template (by its /tokenize)",
+}
+"""Ways in which prompts reach a server."""
 
 
 @dataclass(frozen=True, slots=True)

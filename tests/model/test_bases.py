@@ -20,13 +20,14 @@ from tests.merge.models import make_adapter, make_base, tensors_of
 from tests.summarize.world import engine_settings
 from trsr_dist.bases import BaseName
 from trsr_dist.config import Config
+from trsr_dist.config.sections import PromptSection
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import TrsrError
 from trsr_dist.files import read_json, write_json
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
-from trsr_dist.model.artifacts import follow
-from trsr_dist.model.loading import find_base
+from trsr_dist.model.artifacts import base_fingerprint, follow
+from trsr_dist.model.loading import find_base, open_prompts
 from trsr_dist.planner.job import Inputs
 from trsr_dist.predict import Ranker
 from trsr_dist.pretrained import BaseSource, load_config, load_tokenizer
@@ -240,6 +241,28 @@ def test_a_file_beside_those_of_the_index_is_not_read(place: Path) -> None:
     merge(place / "tuned", place / "merged", MergeOptions(verify="scores"))
     single = load_file(base / "model.safetensors")["model.norm.weight"]
     assert torch.equal(tensors_of(place / "merged")["model.norm.weight"], single), "as transformers chooses"
+
+
+def test_a_base_with_its_own_code_is_fetched_with_it(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(name: str, allow_patterns: list[str], **options: object) -> str:
+        asked.append(allow_patterns)
+        return str(place / "base")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    path = place / "tuned" / "adapter_config.json"
+    write_json(path, read_json(path) | {"base_model_name_or_path": "team/own-code"})
+    for allowed in (False, True):
+        open_prompts(str(path.parent), PromptSection().model_dump(), allowed)
+    assert ["*.py" in patterns for patterns in asked] == [False, True]
+
+
+def test_a_second_copy_of_the_weights_does_not_make_another_base(place: Path) -> None:
+    """Hub downloads have it or leave it out; transformers never reads it."""
+    found = base_fingerprint(place / "base")
+    save_file({"norm.weight": torch.zeros(32)}, place / "base" / "consolidated.safetensors")
+    assert base_fingerprint(place / "base") == found
 
 
 @pytest.mark.parametrize(

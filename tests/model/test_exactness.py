@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM, Gemma2Config
 
 from tests.model.world import (
     ANSWERS,
@@ -142,6 +143,26 @@ def test_full_text_loss_equals_separate_sequences(backend: str) -> None:
 def test_separate_fallback_equals_the_oracle() -> None:
     model, row = make_model(model_config()), make_row(12)
     assert_equal(run(recommender(model, None), row), one_by_one(model, row))
+
+
+@pytest.mark.parametrize("cap", [None, 30.0])
+def test_separate_prompts_in_bfloat16_have_no_rounded_scores(cap: float | None) -> None:
+    """Logits of 16 and more in bfloat16 are multiples of 1/8: most candidates of a user would be tied."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    config = Gemma2Config(
+        **sizes, num_attention_heads=4, num_key_value_heads=2, head_dim=16, final_logit_softcapping=cap
+    )
+    base = AutoModelForCausalLM.from_config(config)
+    base.lm_head.weight = nn.Parameter(torch.randn(300, 64) * 4)
+    row = make_row()
+    with torch.no_grad():
+        exact = recommender(base, None)(RowInputs(row, CPU), "pair")
+        rounded = recommender(base.bfloat16(), None)
+        for found in (rounded(RowInputs(row, CPU), "pair"), rounded(RowInputs(row, CPU), "logits")[:, list(ANSWERS)]):
+            assert found.dtype == torch.float32 and not torch.equal(found, found.bfloat16().float())
+            assert float((found - exact).abs().max()) < 0.1 * float(exact.abs().max())
+    assert cap is None or float(exact.abs().max()) < cap
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

@@ -116,6 +116,20 @@ def test_a_prefix_is_sent_ahead_and_requests_are_bounded(folder: Path, local: Ra
     assert max(sizes) == PROMPTS_PER_REQUEST and sum(sizes) - 1 == sum(len(request.candidates) for request in asked)
 
 
+def test_replies_with_many_log_probabilities_stay_short(folder: Path, local: Ranker, served: Served) -> None:
+    """What the error about a missing answer advises: the whole vocabulary, megabytes a prompt."""
+    sizes = []
+
+    def watched(handler: Handler, body: dict, tries: int) -> None:
+        sizes.append(len(body["prompt"]) if isinstance(body["prompt"][0], list) else 1)
+        replace(served, knows_ids=False, max_logprobs=128_000)(handler, body, tries)
+
+    request = Request(tuple(f"title: {topic} {n}" for topic in TOPICS for n in range(2)), ("title: tea",), name="u")
+    with connected(folder, watched, top_logprobs=128_000) as (ranker, _):
+        assert scores(ranker, [request]) == pytest.approx(scores(local, [request]), abs=1e-5)
+    assert max(sizes) == 2
+
+
 def test_faults_that_pass_are_tried_again(folder: Path, local: Ranker, served: Served) -> None:
     def shaky(handler: Handler, body: dict, tries: int) -> None:
         if tries == 1 and body.get("logprobs"):

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import runpy
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,11 +16,12 @@ import torch
 
 from tests.predict.world import Served, load, make_folder
 from tests.spawn import run_script
-from tests.summarize.server import serving
+from tests.summarize.server import Handler, serving
 from tests.tokenizers import GEMMA_TEMPLATE, sentencepiece
-from trsr_dist.errors import ConfigError
+from trsr_dist.errors import ConfigError, EngineError
 from trsr_dist.files import write_json
 from trsr_dist.merge.scores import built_in_samples
+from trsr_dist.model.loading import find_model
 from trsr_dist.predict.diagnosis import Local
 from trsr_dist.predict.server import ScoreServer, ServerSettings
 from trsr_dist.predict.verify import TOLERANCE, Verification, default_tolerance, find_samples, verify
@@ -160,6 +165,25 @@ def test_missing_log_probabilities(locals_: dict[str, Local], served: Served) ->
     assert found.routes[0].fault.startswith("missing log-probabilities: no log-probability of 'yes' (token")
 
 
+def test_of_a_server_that_fails_no_more_is_asked(locals_: dict[str, Local], served: Served) -> None:
+    num_failed = 0
+
+    def failing(handler: Handler, body: dict, tries: int) -> None:
+        nonlocal num_failed
+        if "logprobs" not in body:  # which protocol it has
+            served(handler, body, tries)
+            return
+        num_failed += 1
+        handler.reply({"error": {"message": "the GPU is lost"}}, 500)
+
+    with serving(failing) as server:
+        settings = ServerSettings(server.address, max_in_flight=1, max_retries=1)
+        asked = ScoreServer(settings, locals_["chat"].prompts.builder)
+        with pytest.raises(EngineError, match="the GPU is lost"):
+            verify(locals_["chat"], asked, built_in_samples("news")[:NUM_USERS], "built-in", ["tokens"], 1e-4)
+        assert num_failed <= 4, "two tries of the prompt that failed, and of one under way"
+
+
 def test_users_come_from_the_run_beside_the_model_or_are_built_in(tmp_path: Path, locals_: dict[str, Local]) -> None:
     samples, origin = find_samples(str(tmp_path / "merged"), None, 2, "news")
     assert len(samples) == 2 and origin == "built-in prompts"
@@ -179,6 +203,24 @@ def test_users_come_from_the_run_beside_the_model_or_are_built_in(tmp_path: Path
     assert default_tolerance(halved) == 0.25
 
 
+def test_a_model_of_the_hub_has_the_prompts_of_its_training(
+    folders: dict[str, Path], locals_: dict[str, Local], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the local cache, as on a node without a network."""
+    copy = tmp_path / "models--team--ranker"
+    shutil.copytree(folders["plain"], copy / "snapshots" / ("a" * 40))
+    (copy / "refs").mkdir()
+    (copy / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    found = Local.open("team/ranker", device="cpu")
+    assert found.prompts.provenance == locals_["plain"].prompts.provenance
+    assert found.prompts.builder.settings == locals_["plain"].prompts.builder.settings
+    assert default_tolerance(found) == TOLERANCE
+    (copy / "snapshots" / ("a" * 40) / "provenance.json").unlink()
+    assert find_model("team/ranker").provenance == {}
+
+
 def test_the_command(folders: dict[str, Path], served: Served, tmp_path: Path) -> None:
     figures = tmp_path / "figures.json"
     common = ("--model", folders["chat"], "--num-users", 2, "--device", "cpu", "--json", figures)
@@ -194,3 +236,13 @@ def test_the_command(folders: dict[str, Path], served: Served, tmp_path: Path) -
         assert not json.loads(figures.read_text())["is_equal"]
     done = run_script("tools/verify_server.py", *common, "--server", server.address, "--max-retries", 1)
     assert done.returncode == 1 and "that the server runs" in done.stderr
+
+
+def test_without_the_client_of_servers_the_commands_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("connection", "predict.server", "predict.verify", "summarize.engines.openai"):
+        monkeypatch.delitem(sys.modules, f"trsr_dist.{name}", raising=False)
+    monkeypatch.setitem(sys.modules, "openai", None)
+    for module in ("predict.server", "predict.verify", "summarize.engines.openai"):
+        with pytest.raises(ConfigError, match=r"pip install 'trsr_dist\[openai\]'"):
+            import_module(f"trsr_dist.{module}")
+    assert "--routes" in runpy.run_path("tools/verify_server.py")["build_parser"]().format_help()

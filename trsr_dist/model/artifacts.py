@@ -21,6 +21,7 @@ from trsr_dist.files import read_json, sha256_of
 from trsr_dist.hashing import digest
 from trsr_dist.json_text import describe_form
 from trsr_dist.run import MANIFEST, Manifest, manifest_hash, read_manifest
+from trsr_dist.weights import folder_files
 
 PROVENANCE = "provenance.json"
 POINTERS = ("best", "latest")
@@ -150,11 +151,10 @@ def base_fingerprint(folder: str | Path) -> str:
     """
     folder = Path(folder)
     check_base(folder)
-    files = sorted(folder.glob("*.safetensors"))
     config = read_model_config(folder)
     stable = {key: value for key, value in config.items() if key not in VOLATILE}
     state = hashlib.sha256(json.dumps(stable, sort_keys=True).encode())
-    for path in files:
+    for path in folder_files(folder):  # no second copies of the weights, which may come and go
         size = path.stat().st_size
         with open(path, "rb") as stream:
             state.update(stream.read(min(size, 8 + int.from_bytes(stream.read(8), "little"))))

@@ -13,12 +13,13 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from trsr_dist.bases import ADAPTER_CONFIG, CONFIG, BaseName, adapter_file, base_folder, read_model_config
+from trsr_dist.bases import ADAPTER_CONFIG, CONFIG, BaseName, adapter_file, base_folder, hub_file, read_model_config
 from trsr_dist.distributed import world_size
 from trsr_dist.errors import ConfigError, ModelError
 from trsr_dist.log import get_logger
 from trsr_dist.model.adapters import attach, read_adapter, read_adapter_config
 from trsr_dist.model.artifacts import (
+    PROVENANCE,
     base_fingerprint,
     check_checkpoint,
     check_same_base,
@@ -89,8 +90,8 @@ class LoadedModel:
     """Empty where the folder records nothing."""
 
 
-def find_model(name_or_path: str, revision: str = "") -> FoundModel:
-    """What a path or hub id (with a revision) stands for.
+def find_model(name_or_path: str, revision: str = "", with_code: bool = False) -> FoundModel:
+    """What a path or hub id (with a revision) stands for; ``with_code``: a base is fetched with its own code.
 
     Raises:
         CheckpointError: an incomplete or damaged checkpoint.
@@ -99,13 +100,15 @@ def find_model(name_or_path: str, revision: str = "") -> FoundModel:
     folder = follow(Path(name_or_path))
     if is_checkpoint(folder):
         check_checkpoint(folder)
-        return _with_base(folder / "adapter", read_provenance(folder), run_of(folder))
+        return _with_base(folder / "adapter", read_provenance(folder), run_of(folder), with_code)
     if (folder / ADAPTER_CONFIG).is_file():
-        return _with_base(folder, read_provenance(folder), None)
+        return _with_base(folder, read_provenance(folder), None, with_code)
     if folder.is_dir():
         read_model_config(folder)  # weights are looked at where they are needed
         return FoundModel(str(folder), "", None, str(folder), read_provenance(folder))
-    return FoundModel(name_or_path, revision, None, name_or_path, {})
+    recorded = hub_file(name_or_path, revision, PROVENANCE)
+    provenance = {} if recorded is None else read_provenance(recorded.parent)
+    return FoundModel(name_or_path, revision, None, name_or_path, provenance)
 
 
 def find_base(name_or_path: str, own: BaseName, run: Path, remedy: str) -> Path:
@@ -172,7 +175,7 @@ def open_prompts(
     name_or_path: str, prompt: dict[str, Any], trust_remote_code: bool = False, revision: str = ""
 ) -> ModelPrompts:
     """Find a model and open its tokenizer; arguments and errors as of ``open_model``."""
-    place = find_model(name_or_path, revision)
+    place = find_model(name_or_path, revision, trust_remote_code)
     tokenizer = load_tokenizer(BaseSource(place.tokenizer, place.revision, trust_remote_code))
     builder = PromptBuilder(tokenizer, **(place.provenance.get("prompt") or prompt))
     check_answers(name_or_path, builder, place.provenance)
@@ -216,7 +219,7 @@ def check_answers(name: str, builder: PromptBuilder, provenance: dict[str, Any])
         )
 
 
-def _with_base(adapter: Path, provenance: dict[str, Any], run: Path | None) -> FoundModel:
+def _with_base(adapter: Path, provenance: dict[str, Any], run: Path | None, with_code: bool) -> FoundModel:
     recorded = provenance.get("base", {})
     adapter_file(adapter)
     config = read_adapter_config(adapter / ADAPTER_CONFIG)
@@ -225,7 +228,7 @@ def _with_base(adapter: Path, provenance: dict[str, Any], run: Path | None) -> F
         raise ModelError(f"{adapter}: names no base model; merge it with --base first")
     revision = recorded.get("revision") or config.revision or ""
     wanted = BaseName(name, revision, recorded.get("fingerprint", ""))
-    base = base_folder(wanted, run, "merge the adapter first and say with --base where its base is")
+    base = base_folder(wanted, run, "merge the adapter first and say with --base where its base is", with_code)
     if wanted.fingerprint:
         check_same_base(base, base_fingerprint(base), wanted.fingerprint, RESTORE)
     has_tokenizer = (adapter / "tokenizer_config.json").is_file()

@@ -47,10 +47,13 @@ class Recommender(nn.Module):
             self.attend = build_backend(backend)
         # The frozen head's rows of yes and no, float32, (2, hidden_size); None where it is quantized or adapted. Here
         # and not when they are first needed: under ZeRO-3 this is a collective of all ranks.
-        self._answer_rows = None
-        if type(causal.lm_head) is nn.Linear:
-            with gathered(causal.lm_head.weight):
-                self._answer_rows = causal.lm_head.weight[list(answer_ids)].detach().float()
+        self._answer_rows = self._answer_bias = None
+        head = causal.get_output_embeddings()
+        if type(head) is nn.Linear:
+            self._answer_rows = answer_rows(head.weight, answer_ids)
+            self._answer_bias = None if head.bias is None else answer_rows(head.bias, answer_ids)
+            if backend is None:
+                head.register_forward_hook(self._answers_in_float32)
 
     @property
     def device(self) -> torch.device:
@@ -93,7 +96,20 @@ class Recommender(nn.Module):
         """float32 logits of yes and no: only these two rows of the output head are multiplied, in full precision."""
         if self._answer_rows is None:
             return self.causal.lm_head(states)[:, list(self.answer_ids)].float()
-        return linear(states.float(), self._answer_rows.to(states.device))
+        return self._exact_logits(states)
+
+    def _exact_logits(self, states: torch.Tensor) -> torch.Tensor:
+        bias = None if self._answer_bias is None else self._answer_bias.to(states.device)
+        return linear(states.float(), self._answer_rows.to(states.device), bias)
+
+    def _answers_in_float32(self, head: nn.Module, args: tuple[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
+        """A hook for heads whose logits the model goes on with (it may scale or cap them): in 16 bits those of 16 and
+        more are multiples of 1/8, so that most candidates of a user would be tied."""
+        if logits.dtype == torch.float32:
+            return logits
+        logits = logits.float()
+        logits[..., list(self.answer_ids)] = self._exact_logits(args[0])
+        return logits
 
     def _text_loss(self, states: torch.Tensor, targets: TextTargets) -> torch.Tensor:
         total = states.new_zeros((), dtype=torch.float32)
@@ -119,6 +135,12 @@ class Recommender(nn.Module):
         out = self.causal(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=ends.unique())
         kept = torch.searchsorted(ends.unique(), ends)
         return out.logits[torch.arange(len(ids), device=ids.device), kept]
+
+
+def answer_rows(weight: nn.Parameter, answer_ids: tuple[int, int]) -> torch.Tensor:
+    """A head's float32 rows of yes and no, also under ZeRO-3, where all ranks ask for them."""
+    with gathered(weight):
+        return weight[list(answer_ids)].detach().float()
 
 
 def gathered(weight: nn.Parameter) -> Any:

@@ -194,10 +194,8 @@ class Ranker:
             EngineError: the server does not answer.
             ModelError: the tokenizer cannot be read.
         """
-        try:
-            from trsr_dist.predict.server import ScoreServer
-        except ImportError as error:
-            raise ConfigError(f"servers are asked with openai: {error} (pip install 'trsr_dist[openai]')") from None
+        from trsr_dist.predict.server import ScoreServer
+
         prompts = open_prompts(name_or_path, PromptSection().model_dump(), trust_remote_code)
         warn_of_prompts(name_or_path, prompts.provenance)
         settings = ServerSettings(server) if isinstance(server, str) else server

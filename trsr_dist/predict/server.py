@@ -19,15 +19,17 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import openai
 
-from trsr_dist.connection import MALFORMED, REFUSALS, Connection, describe, refused_option
+from trsr_dist.connection import MALFORMED, MAX_REPLY_BYTES, REFUSALS, Connection, describe, openai, refused_option
 from trsr_dist.errors import ConfigError, EngineError
 from trsr_dist.log import get_logger
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import ServerSettings, TokenizedUser
 
 PROMPTS_PER_REQUEST = 16
+"""At most; fewer where many log-probabilities come back of each."""
+BYTES_PER_LOGPROB = 64
+"""Of a reply, about: a token's name and its value."""
 LEAST_LOGPROB = -9999.0
 """What servers write for minus infinity."""
 OPTIONAL = ("logprob_token_ids", "return_tokens_as_token_ids", "return_token_ids", "add_special_tokens")
@@ -101,7 +103,9 @@ class ScoreServer:
         """The first candidate alone: its prompt leaves the prefix in the server's cache for the others."""
         prompts = [[*user.prefix, *suffix] for suffix in user.suffixes]
         found = self.ask(prompts[:1])
-        groups = [prompts[i : i + PROMPTS_PER_REQUEST] for i in range(1, len(prompts), PROMPTS_PER_REQUEST)]
+        fitting = MAX_REPLY_BYTES // (BYTES_PER_LOGPROB * self.settings.top_logprobs)
+        size = max(1, min(PROMPTS_PER_REQUEST, fitting))
+        groups = [prompts[i : i + size] for i in range(1, len(prompts), size)]
         for future in [pool.submit(self.ask, group) for group in groups]:
             found += self.wait(future)
         problem = next((f"candidates[{i}]: {entry.problem}" for i, entry in enumerate(found) if entry.problem), "")

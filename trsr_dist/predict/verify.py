@@ -27,14 +27,10 @@ from trsr_dist.predict.diagnosis import (
     whole,
 )
 from trsr_dist.predict.server import Answered, ScoreServer
+from trsr_dist.pretrained import BaseSource, local_source
 from trsr_dist.records import Sample, TokenizedUser
 from trsr_dist.run import MANIFEST
 
-ROUTES = {
-    "tokens": "prompts as token ids, as tools/predict.py sends them",
-    "text": "prompts as text, which the server tokenizes",
-    "chat": "messages, which the server puts into its chat template (by its /tokenize)",
-}
 NUM_CANDIDATES = 8
 """Of each user, at most."""
 TOLERANCE, TOLERANCE_16_BIT = 1e-3, 0.25
@@ -124,7 +120,9 @@ def find_samples(model: str, shards: Path | None, num_users: int, domain: str) -
 
 def default_tolerance(local: Local) -> float:
     """By the dtype of the weights on disk, in which servers compute, and of those here."""
-    config = read_json(Path(local.prompts.found.base) / CONFIG, finite=False)
+    found = local.prompts.found
+    folder = local_source(BaseSource(found.base, found.revision, local.prompts.trust_remote_code)).name_or_path
+    config = read_json(Path(folder) / CONFIG, finite=False)
     dtypes = (config.get("dtype") or config.get("torch_dtype"), str(next(local.model.parameters()).dtype))
     is_exact = all(str(dtype).endswith("float32") for dtype in dtypes)
     return TOLERANCE if is_exact else TOLERANCE_16_BIT
@@ -211,9 +209,12 @@ class Comparison:
 
     def _ask(self, prompts: Sequence[Sequence[Any]]) -> list[list[Answered]]:
         """One prompt a request, so that the number of tokens that the server has read is that prompt's."""
-        with ThreadPoolExecutor(self.server.settings.max_in_flight) as pool:
+        pool = ThreadPoolExecutor(self.server.settings.max_in_flight)
+        try:
             rows = [[pool.submit(self.server.ask, [prompt]) for prompt in row] for row in prompts]
             return [[self.server.wait(future)[0] for future in row] for row in rows]
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # of a server that has failed no more is asked
 
     def _judge(self, route: str, users: list[TokenizedUser], answers: list[list[Answered]]) -> RouteCheck:
         entries = [entry for row in answers for entry in row]

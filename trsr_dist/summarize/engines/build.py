@@ -9,7 +9,7 @@ from typing import Any
 
 from trsr_dist.config.sections import SummarizeSection
 from trsr_dist.environment import show_one_gpu
-from trsr_dist.errors import ConfigError, ModelError
+from trsr_dist.errors import ModelError
 from trsr_dist.files import read_json, write_json
 from trsr_dist.hashing import digest
 from trsr_dist.log import get_logger
@@ -137,10 +137,8 @@ def build_engine(settings: SummarizeSection, model: str, revision: str, local_ra
     if not settings.asks_model:
         return ExtractiveEngine(settings.max_in_flight)
     if settings.engine == "openai":
-        try:
-            from trsr_dist.summarize.engines.openai import OpenAIEngine
-        except ModuleNotFoundError as error:
-            raise ConfigError(f"summarize.engine=openai: {error}; pip install -e '.[openai]'") from None
+        from trsr_dist.summarize.engines.openai import OpenAIEngine
+
         return OpenAIEngine(engine_settings(settings), server_encoder(model, settings.revision))
     asked = engine_settings(settings, model=model, revision=revision)
     if settings.engine == "vllm":

@@ -14,9 +14,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import openai
-
-from trsr_dist.connection import MALFORMED, REFUSALS, Connection, refused_option
+from trsr_dist.connection import MALFORMED, REFUSALS, Connection, openai, refused_option
 from trsr_dist.environment import server_address
 from trsr_dist.errors import ConfigError, DataError, EngineError
 from trsr_dist.log import get_logger
