@@ -169,7 +169,7 @@ LOSER = """
 import socket, sys
 from pathlib import Path
 socket.gethostname = lambda: sys.argv[2]
-from trsr_dist.files import atomic_folder, sweep
+from trsr_dist.files import atomic_folder
 from trsr_dist.locks import folder_lock
 folder = Path(sys.argv[1])
 with folder_lock(folder) as lock, atomic_folder(folder, lock.check) as inside:
@@ -233,7 +233,7 @@ def test_requeued_job_takes_the_lock_over_and_the_earlier_start_learns_it(
     code = """
 import sys
 from pathlib import Path
-from trsr_dist.files import atomic_folder, sweep
+from trsr_dist.files import atomic_folder
 from trsr_dist.locks import folder_lock
 folder = Path(sys.argv[1])
 with folder_lock(folder) as lock, atomic_folder(folder, lock.check) as inside:
