@@ -77,9 +77,12 @@ def model_fingerprint(folder: Path) -> str:
             if size <= SMALL_FILE:
                 content = stream.read().hex()
             else:
-                places = [(number * (size - SAMPLED_BYTES) // (SAMPLES - 1), SAMPLED_BYTES) for number in range(SAMPLES)]
+                even = [number * (size - SAMPLED_BYTES) // (SAMPLES - 1) for number in range(SAMPLES)]
                 pieces = []
-                for start, length in places + [(start, TENSOR_BYTES) for start in tensor_starts(path)]:
+                for start, length in (
+                    *((start, SAMPLED_BYTES) for start in even),
+                    *((start, TENSOR_BYTES) for start in tensor_starts(path)),
+                ):
                     stream.seek(start)
                     pieces.append(stream.read(length).hex())
                 content = digest(pieces)
