@@ -99,6 +99,23 @@ def test_targets_come_from_users_of_the_same_side(tmp_path: Path) -> None:
         assert set(row.candidates) <= targets["train" if split == "train" else "held out"]
 
 
+@pytest.mark.parametrize("strategy", ["targets", "popularity"])
+def test_splits_of_different_times_draw_from_their_own(tmp_path: Path, strategy: str) -> None:
+    """Each month has other items; valid's positives are no older than its negatives, test's no newer."""
+    write_jsonl(
+        tmp_path,
+        [
+            {"user": f"u{i}", "history": [f"N{15 * (i // 30) + i % 2}"], "target": f"N{15 * (i // 30) + 2 + i % 13}"}
+            | {"time": 1000 + i}
+            for i in range(120)
+        ],
+    )
+    store = run(tmp_path, "jsonl", "data.split_by=time", f"data.candidates={strategy}")
+    months = {"train": {0, 1}, "valid": {2}, "test": {3}}
+    for split, row in users_of(store).values():
+        assert {int(item[1:]) // 15 for item in ids(store, row.candidates)} <= months[split]
+
+
 def test_category_negatives_share_the_targets_category(tmp_path: Path) -> None:
     write_jsonl(tmp_path, user_records())
     store = run(tmp_path, "jsonl", "data.candidates=category")

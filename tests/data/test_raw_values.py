@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,27 @@ def test_any_form_of_times_can_be_named(tmp_path: Path) -> None:
         prepare(make_config(tmp_path, "jsonl", "data.time_format='%Q'"))
     with pytest.raises(ConfigError, match=r"data\.time_format is for data\.format=jsonl"):
         prepare(make_config(tmp_path, "mind", "data.time_format='%Y'"))
+
+
+def test_a_form_with_an_offset_can_be_named(tmp_path: Path) -> None:
+    rows = interactions("13.09.20 14:26 +0200", "13.09.20 11:26 -0100", "13.09.20 13:26 +0000", "13.09.20 10:00 -0800")
+    form = "data.time_format='%d.%m.%y %H:%M %z'"
+    assert only_user(tmp_path, rows, form) == (["N1", "N2", "N3"], ["N4"], START - 40 + 5 * 3600 + 34 * 60)
+
+
+@pytest.mark.parametrize("form", ["", "data.time_format='%a %b %d %H:%M:%S %Z %Y'"])
+def test_a_zone_is_no_other_one_on_a_machine_that_knows_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    rows = interactions(*(f"Sun Sep 13 12:26:4{n} {zone} 2020" for n, zone in enumerate(["UTC", "gmt", "UTC", "EDT"])))
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        with pytest.raises(DataError, match=r"jsonl:4: time 'Sun Sep 13 12:26:43 EDT 2020', expected "):
+            only_user(tmp_path, rows, *[form] * bool(form))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
 
 
 def test_exact_repeats_count_once_and_are_counted(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.kills import check_stage
 from tests.summarize.server import Answer, Handler, Server, good, prompt_of, serving
@@ -33,6 +35,7 @@ from trsr_dist.summarize.engines.build import (
     build_engine,
     engine_identity,
     hub_commit,
+    model_fingerprint,
     recorded_commit,
     revision_to_load,
 )
@@ -247,6 +250,17 @@ def test_a_hub_model_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.
     assert hub_commit(settings) == "c" * 40 and recorded_commit(settings, tmp_path / "summaries") == commit
     identity = engine_identity(settings, "some/model", 0, tmp_path / "summaries")
     assert identity["fingerprint"] == revision_to_load(settings, identity) == commit
+
+
+def test_a_tensor_that_changes_makes_another_model(tmp_path: Path) -> None:
+    """As an adapter that is merged into the same folder changes a few, the files' sizes stay."""
+    tensors = {f"layer{number:02d}": torch.zeros(50_000) for number in range(40)}
+    found = set()
+    for changed in (None, "layer00", "layer01", "layer04"):
+        others = {changed: torch.ones(50_000)} if changed else {}
+        save_file(tensors | others, tmp_path / "model.safetensors")
+        found.add(model_fingerprint(tmp_path))
+    assert len(found) == 4
 
 
 def test_a_job_of_other_settings_is_kept_out_while_one_is_at_work(tmp_path: Path) -> None:

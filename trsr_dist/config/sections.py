@@ -81,7 +81,8 @@ class DataSection(Section):
     long_histories: Literal["skip", "cut"] = "skip"
     """What happens to users above max_history: skip them (the paper) or keep their latest items."""
     repeated_target: Literal["drop", "keep"] = "drop"
-    """A user whose target was consumed before: dropped or kept; counted either way."""
+    """A user whose target was consumed before: dropped or kept; counted either way. A kept target is the only candidate
+    that the history holds, which is all that a model needs to know: negatives are never from the history."""
     unknown_items: Literal["fail", "skip"] = "fail"
     """An id in a history that the catalogue lacks: an error, or removed and counted."""
     duplicate_items: Literal["fail", "first"] = "fail"

@@ -45,6 +45,7 @@ class CandidateRules:
     within_category: bool
     """Negatives have the target's category: of news, or the locale where a catalogue holds several."""
     seen_before_target: bool
+    split_by: str
     too_few_negatives: str
     pool_size: int
     train_negatives: int
@@ -62,9 +63,9 @@ class CandidateRules:
 
 
 def count_clicks(users: UserColumns, splits: np.ndarray, num_items: int) -> np.ndarray:
-    """int64 [2, 2, items]: of train users and the others, how often each item stands in their histories and targets."""
-    groups = splits == SPLITS.index("train"), splits != SPLITS.index("train")
-    return np.stack([[users.count(column, group, num_items) for column in ("history", "targets")] for group in groups])
+    """int64 [splits, 2, items]: of a split's users, how often each item stands in their histories and targets."""
+    columns, groups = ("history", "targets"), (splits == place for place in range(len(SPLITS)))
+    return np.stack([[users.count(column, group, num_items) for column in columns] for group in groups])
 
 
 def check_times(times: np.ndarray, setting: str) -> None:
@@ -97,7 +98,7 @@ class CandidateMaker:
     Args:
         rules: how.
         times: int64 [users], of all users.
-        clicks: int64 [2, 2, items], see ``count_clicks``.
+        clicks: int64 [splits, 2, items], see ``count_clicks``.
         items: the spooled catalogue.
         first_seen: int64 [items], see ``UserColumns.first_seen``.
         retrieved: lists of the valid and test users; None: they are drawn too.
@@ -129,10 +130,12 @@ class CandidateMaker:
         # Train users draw by train clicks, the others by held-out clicks. Then positives and negatives of a split come
         # from the same clicks, and popularity, which is counted over train users, does not set them apart; by train
         # clicks alone, held-out negatives would be those that chance made popular in train. Nor is a test target
-        # trained on as a negative.
-        for group, splits in enumerate((("train",), ("valid", "test"))):
-            weights = clicks[group, 1] if rules.strategy == "targets" else clicks[group].sum(axis=0)
-            self._pools |= {split: pools_of(weights, seen, categories) for split in splits}
+        # trained on as a negative. Splits of different times do not share clicks: the positives of test would be newer
+        # than its negatives, and those of valid older.
+        for splits in ((0,), (1,), (2,)) if rules.split_by == "time" else ((0,), (1, 2)):
+            columns = clicks[[*splits]].sum(axis=0)
+            pool = pools_of(columns[1] if rules.strategy == "targets" else columns.sum(axis=0), seen, categories)
+            self._pools |= {SPLITS[split]: pool for split in splits}
 
     def make_all(self, users: UserColumns, split: str, counts: Counts) -> tuple[Ragged, Ragged]:
         """Candidates and labels of many users; none where one is skipped for want of negatives.

@@ -276,6 +276,7 @@ def candidate_rules(config: Config) -> CandidateRules:
         strategy=data.candidates,
         within_category=data.candidates == "category" or holds_locales(data),
         seen_before_target=data.seen_before_target,
+        split_by=data.split_by,
         too_few_negatives=data.too_few_negatives,
         pool_size=config.train.pool_size,
         train_negatives=config.train.negatives_per_positive,

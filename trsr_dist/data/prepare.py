@@ -6,7 +6,7 @@ import os
 import time
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -22,6 +22,7 @@ from trsr_dist.data.shared import SharedWork, exclusively
 from trsr_dist.data.source import COMPRESSED, Counts, LineReader, Reader, find_raw, listed, open_raw
 from trsr_dist.data.store import POOLS, check_files
 from trsr_dist.data.tables import find_table, is_parquet, unpacked_name
+from trsr_dist.data.times import parsed_as
 from trsr_dist.environment import task_number
 from trsr_dist.errors import ConfigError, DataError, RunError, TrsrError
 from trsr_dist.files import atomic_file, atomic_folder, recover_folder, remove_folder, sha256_of, writing
@@ -356,7 +357,7 @@ def check_data_settings(config: Config) -> None:
                 )
     try:
         if data.time_format:
-            datetime.strptime(datetime(2001, 2, 3, 16, 5, 6).strftime(data.time_format), data.time_format)
+            parsed_as(datetime(2001, 2, 3, 16, 5, 6, tzinfo=UTC).strftime(data.time_format), data.time_format)
     except ValueError as error:
         raise ConfigError(
             f"data.time_format={data.time_format!r}: {error}; expected such as '%d.%m.%Y %H:%M' (Python's strptime)"

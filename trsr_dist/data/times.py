@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import time
 from collections import Counter
 from contextlib import suppress
 from datetime import UTC, date, datetime
@@ -25,6 +26,8 @@ FORMATS = (
     "%a, %d %b %Y %H:%M:%S %Z",
 )
 """Of Goodreads and Twitter, of ``date`` and C's ``ctime``, of mail and HTTP."""
+UTC_NAMES = ("UTC", "GMT")
+"""Zones that need no offset; other names mean different zones to different people."""
 
 
 def unix_seconds(value: Any, time_format: str, counts: Counter[str]) -> float:  # noqa: ANN401 (any JSON value)
@@ -41,7 +44,7 @@ def unix_seconds(value: Any, time_format: str, counts: Counter[str]) -> float:  
     if isinstance(value, str):
         text = value.strip()
         if time_format or not NUMBER.fullmatch(text):
-            return _seconds_of(datetime.strptime(text, time_format) if time_format else _parsed_time(text))
+            return _seconds_of(parsed_as(text, time_format) if time_format else _parsed_time(text))
         value = float(text)
     if isinstance(value, date):
         return _seconds_of(value if isinstance(value, datetime) else datetime(value.year, value.month, value.day))
@@ -90,11 +93,23 @@ def _seconds_of(time: datetime) -> float:
     return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
 
 
+def parsed_as(text: str, form: str) -> datetime:
+    """A time in a form of ``strptime``, which takes the names of this machine's zone too, and leaves them out.
+
+    Raises:
+        ValueError: it has another form, or a zone's name other than UTC and GMT and no offset.
+    """
+    found = datetime.strptime(text, form)
+    if "%Z" in form and not found.tzinfo and (time.strptime(text, form).tm_zone or "UTC").upper() not in UTC_NAMES:
+        raise ValueError
+    return found
+
+
 def _parsed_time(text: str) -> datetime:
     with suppress(ValueError):
-        is_utc = text.endswith((" UTC", " GMT"))  # ISO 8601 has an offset
+        is_utc = text.endswith(tuple(f" {name}" for name in UTC_NAMES))  # ISO 8601 has an offset
         return datetime.fromisoformat(f"{text[:-4]}+00:00" if is_utc else text)
     for form in FORMATS:
         with suppress(ValueError):
-            return datetime.strptime(text, form)
+            return parsed_as(text, form)
     raise ValueError

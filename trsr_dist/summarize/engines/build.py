@@ -22,6 +22,8 @@ log = get_logger("summarize")
 SMALL_FILE = 1 << 20
 SAMPLED_BYTES = 1 << 16
 SAMPLES = 16
+TENSOR_BYTES = 4096
+"""Of each tensor: a merged adapter changes few of them, and neither config nor size."""
 COMMIT = re.compile("[0-9a-f]{40}")
 
 
@@ -61,7 +63,8 @@ def engine_identity(settings: SummarizeSection, model: str, seed: int, records: 
 
 
 def model_fingerprint(folder: Path) -> str:
-    """Hash of a model folder: small files whole (config, tokenizer, template), large ones by size and samples.
+    """Hash of a model folder: small files whole (config, tokenizer, template), large ones by size and samples, weights
+    by a sample of each tensor too.
 
     Empty where the model is no folder.
     """
@@ -74,13 +77,29 @@ def model_fingerprint(folder: Path) -> str:
             if size <= SMALL_FILE:
                 content = stream.read().hex()
             else:
+                even = [number * (size - SAMPLED_BYTES) // (SAMPLES - 1) for number in range(SAMPLES)]
                 pieces = []
-                for number in range(SAMPLES):
-                    stream.seek(number * (size - SAMPLED_BYTES) // (SAMPLES - 1))
-                    pieces.append(stream.read(SAMPLED_BYTES).hex())
+                for start, length in (
+                    *((start, SAMPLED_BYTES) for start in even),
+                    *((start, TENSOR_BYTES) for start in tensor_starts(path)),
+                ):
+                    stream.seek(start)
+                    pieces.append(stream.read(length).hex())
                 content = digest(pieces)
         facts.append([path.name, size, content])
     return digest(facts)[:32]
+
+
+def tensor_starts(path: Path) -> list[int]:
+    """Byte offsets of the tensors of a safetensors file; of any other, and of one that loading will refuse, none."""
+    if path.suffix != ".safetensors":
+        return []
+    from trsr_dist.weights import file_entries  # loads torch
+
+    try:
+        return [entry.start for entry in file_entries(path)]
+    except ModelError:
+        return []
 
 
 def recorded_commit(settings: SummarizeSection, records: Path) -> str:
