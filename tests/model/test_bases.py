@@ -271,6 +271,7 @@ def test_a_second_copy_of_the_weights_does_not_make_another_base(place: Path) ->
         (b"{", "not valid JSON"),
         (b'{"base": []}', "base: "),
         (b'{"answer_ids": "yes"}', "answer_ids: "),
+        (b'{"domain": "songs"}', "domain: 'songs', expected one of news, products, items; .* update this package"),
         (b'{"prompt": {"of_tomorrow": 1}}', "prompt: of_tomorrow: "),
         (b'{"prompt": {"max_tokens": "many"}}', "prompt: max_tokens: "),
     ],
