@@ -19,6 +19,7 @@ say() { printf '%(%F %T)T [%s] %s\n' -1 "${stage:-slurm}" "$*"; }
 # open_stage NAME CONFIG [key=value ...]: the run folder, the ranks' addresses, the count of idle restarts
 open_stage() {
   stage=$1
+  refuse_dry_run "$@"
   # The last element of an array has the array's own number as SLURM_JOB_ID, by which Slurm means all elements.
   job_id=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
   job_id=${job_id:-$SLURM_JOB_ID}

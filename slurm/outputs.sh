@@ -1,6 +1,15 @@
 # What each stage leaves behind, and whether it is up to date; sourced by common.sh and pipeline.sh.
 # shellcheck shell=bash disable=SC2154
 
+# refuse_dry_run ARGUMENT...: a job would write all the same (merge), or be taken for the finished stage
+refuse_dry_run() {
+  if [[ " $* " == *' --dry-run '* ]]; then
+    echo "error: no job takes --dry-run, so nothing is submitted or run; python tools/plan.py --config CONFIG plans all" \
+      "stages, python launch/train.py --config CONFIG --dry-run prints the config and the plan of one" >&2
+    exit 2
+  fi
+}
+
 # is_forced: whether --force is among the settings
 is_forced() { [[ " ${settings[*]} " == *' --force '* ]]; }
 

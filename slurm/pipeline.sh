@@ -12,6 +12,7 @@ source "${TRSR_SITE:-slurm/site.sh}"
 source slurm/outputs.sh
 if declare -F trsr_environment >/dev/null; then trsr_environment; fi
 [ $# -ge 1 ] || { sed -n '2,3s/^# //p' "$0"; exit 2; }
+refuse_dry_run "$@"
 settings=(--config "$1" "${@:2}")
 
 setting() { python tools/setting.py "${settings[@]}" --key "$1"; }

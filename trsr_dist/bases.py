@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,12 +60,17 @@ def base_folder(base: BaseName, run: Path | None, remedy: str, with_code: bool =
         if candidates[0].is_absolute() or candidates[0].is_dir():
             found = f"no {CONFIG} in it" if candidates[0].is_dir() else "no such model folder"
             raise ModelError(f"base {base.name_or_path!r}: {found}; {remedy}")
-        folder = _fetch(base, remedy, BASE_FILES + CODE_FILES if with_code else BASE_FILES)
+        folder = fetch(base, remedy, BASE_FILES + CODE_FILES if with_code else BASE_FILES)
     check_base(folder)
     return folder
 
 
-def _fetch(base: BaseName, remedy: str, wanted: list[str]) -> Path:
+def fetch(base: BaseName, remedy: str, wanted: Sequence[str]) -> Path:
+    """The folder of the hub cache with these files of a model or adapter, fetched where they are missing.
+
+    Raises:
+        ModelError: the hub has no such model, or cannot be reached.
+    """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -73,7 +78,7 @@ def _fetch(base: BaseName, remedy: str, wanted: list[str]) -> Path:
         revision = base.revision or None
         return Path(
             snapshot_download(
-                base.name_or_path, revision=revision, allow_patterns=wanted, ignore_patterns=SECOND_COPIES
+                base.name_or_path, revision=revision, allow_patterns=list(wanted), ignore_patterns=SECOND_COPIES
             )
         )
     except (HFValidationError, OSError, ValueError) as error:
@@ -84,7 +89,7 @@ def _fetch(base: BaseName, remedy: str, wanted: list[str]) -> Path:
 
 
 def hub_file(name: str, revision: str, file: str) -> Path | None:
-    """A file of a hub model, from the hub or its cache; None where it is not there, or neither can be reached."""
+    """A file of a model or adapter, from the hub or its cache; None where it is not, or neither can be reached."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HFValidationError
 

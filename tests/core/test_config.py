@@ -123,6 +123,23 @@ def test_what_a_validation_needs_is_asked_for_at_once(config_file: Path, overrid
 @pytest.mark.parametrize(
     ("override", "words"),
     [
+        ("run.trackers=[wandb, mlflow, wandb]", "run.trackers=.*: 'wandb' stands there twice"),
+        ("evaluate.top_k=[5, 10, 5]", "evaluate.top_k=.*: 5 stands there twice"),
+        ("evaluate.protocols=[targets, targets]", "evaluate.protocols=.*: 'targets' stands there twice"),
+        ("evaluate.baselines=[bm25, bm25]", "evaluate.baselines=.*: 'bm25' stands there twice"),
+        ("data.item_fields=[title, title]", "data.item_fields=.*: 'title' stands there twice"),
+        ("data.split=[10, -1, 1]", r"data.split=\[10, -1, 1\]: shares are not negative"),
+        ("data.split=[0, 1, 1]", r"data.split=\[0, 1, 1\]: .*train's is at least 1"),
+    ],
+)
+def test_lists_that_make_no_sense_are_refused(config_file: Path, override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        load_config(config_file, [override])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
         ("lora.r=yes", "lora.r=True: .*integer .*YAML reads yes"),
         ("lora.alpha=on", "lora.alpha=True: .*number .*YAML reads yes"),
         ("lora.r=010", "010 is a number of base 8 or 60"),

@@ -184,7 +184,6 @@ def test_settings_that_need_times(tmp_path: Path, setting: str) -> None:
         ("mind", ["data.candidates=impressions"], "needs data.target=impression"),
         ("amazon_m2", ["data.candidates=impressions"], "no impressions"),
         ("jsonl", ["data.target=impression"], "has none"),
-        ("mind", ["data.split=[0,1,1]"], "at least 1"),
         ("mind", ["data.item_fields=[titel]"], "'titel' is not a field"),
     ],
 )

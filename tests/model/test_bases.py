@@ -29,7 +29,7 @@ from trsr_dist.merge.job import merge
 from trsr_dist.model.artifacts import base_fingerprint, follow
 from trsr_dist.model.loading import find_base, open_prompts
 from trsr_dist.planner.job import Inputs
-from trsr_dist.predict import Ranker
+from trsr_dist.predict import Ranker, Request
 from trsr_dist.pretrained import BaseSource, load_config, load_tokenizer
 from trsr_dist.run import RunFolder
 from trsr_dist.summarize.engines.transformers import TransformersEngine
@@ -258,6 +258,19 @@ def test_a_base_with_its_own_code_is_fetched_with_it(place: Path, monkeypatch: p
     assert ["*.py" in patterns for patterns in asked] == [False, True]
 
 
+def test_an_adapter_is_named_by_its_hub_id(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the local cache, as on a node without a network."""
+    copy = tmp_path / "hub" / "models--team--tuned"
+    shutil.copytree(place / "tuned", copy / "snapshots" / ("a" * 40))
+    (copy / "refs").mkdir()
+    (copy / "refs" / "main").write_text("a" * 40)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    request = Request(items=("title: tea",), candidates=("title: cups", "title: rain"))
+    named, local = (Ranker.open(name, device="cpu").rank(request) for name in ("team/tuned", str(place / "tuned")))
+    assert named.candidates == local.candidates
+
+
 def test_a_second_copy_of_the_weights_does_not_make_another_base(place: Path) -> None:
     """Hub downloads have it or leave it out; transformers never reads it."""
     found = base_fingerprint(place / "base")
@@ -271,6 +284,7 @@ def test_a_second_copy_of_the_weights_does_not_make_another_base(place: Path) ->
         (b"{", "not valid JSON"),
         (b'{"base": []}', "base: "),
         (b'{"answer_ids": "yes"}', "answer_ids: "),
+        (b'{"domain": "songs"}', "domain: 'songs', expected one of news, products, items; .* update this package"),
         (b'{"prompt": {"of_tomorrow": 1}}', "prompt: of_tomorrow: "),
         (b'{"prompt": {"max_tokens": "many"}}', "prompt: max_tokens: "),
     ],

@@ -229,6 +229,19 @@ def test_an_unknown_gpu_is_measured_in_what_it_computes_in(monkeypatch: pytest.M
     monkeypatch.setattr(here, "_copied_bytes_per_second", lambda device: 3e11)
     found = here.this_machine(1)
     assert (found.precision, found.flops_per_second) == (precision, rates[getattr(torch, precision)])
+    assert found.computing_in("float32").flops_per_second == rates[torch.float32]
+
+
+def test_float32_is_planned_at_its_own_rate(config: Path) -> None:
+    """A GPU multiplies it at a fraction of the rate of bfloat16."""
+    stages = planned(config, "train", "evaluate", overrides=("train.precision=float32",))
+    on = cluster(1)
+    slow = replace(on, hardware=replace(hardware("h100"), flops_per_second=67e12))
+    assert [stage.on(on).cost for stage in stages] == [stage.on(slow).cost for stage in stages]
+    fast = planned(config, "train", "evaluate", overrides=("train.precision=bfloat16",))
+    scored = [which.on(on).cost.seconds for which in (stages[1], fast[1])]
+    assert scored[0] == pytest.approx(989 / 67 * scored[1])
+    assert "989 TFLOP/s (67 in float32)" in in_words(stages, on)
 
 
 @pytest.mark.parametrize("shipped", ["zero1", "zero3", "zero3_offload"])

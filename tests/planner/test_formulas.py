@@ -250,15 +250,16 @@ def test_the_catalogue_is_that_of_the_data_sheets() -> None:
             device.memory_bytes_per_second / GB,
             device.node_bytes_per_second / GB,
             device.network_bytes_per_second / GB,
+            device.computing_in("float32").flops_per_second / tera,
         )
         for name, device in CATALOGUE.items()
     } == {
-        "v100-32gb": (15.7, 32, 900, 150, 12.5),
-        "a100-40gb": (312, 40, 1555, 300, 25),
-        "a100-80gb": (312, 80, 2039, 300, 25),
-        "l40s": (362, 48, 864, 32, 25),
-        "h100": (989, 80, 3350, 450, 50),
-        "h200": (989, 141, 4800, 450, 50),
+        "v100-32gb": (15.7, 32, 900, 150, 12.5, 15.7),
+        "a100-40gb": (312, 40, 1555, 300, 25, 19.5),
+        "a100-80gb": (312, 80, 2039, 300, 25, 19.5),
+        "l40s": (362, 48, 864, 32, 25, 91.6),
+        "h100": (989, 80, 3350, 450, 50, 67),
+        "h200": (989, 141, 4800, 450, 50, 67),
     }
     assert all(hardware(name) is device for name, device in CATALOGUE.items())
     for device in CATALOGUE.values():

@@ -88,6 +88,21 @@ def test_an_answer_that_the_server_does_not_tell_is_named(folder: Path, served: 
     assert f"--max-logprobs {len(sentencepiece())}" in words
 
 
+@pytest.mark.parametrize("status", [400, 500])
+def test_a_server_that_fails_is_not_taken_for_one_that_echoes_nothing(
+    folder: Path, served: Served, status: int
+) -> None:
+    def failing(handler: Handler, body: dict, tries: int) -> None:
+        if body.get("echo"):
+            handler.reply({"error": {"message": "out of memory"}}, status)
+        else:
+            replace(served, knows_ids=False, max_logprobs=1)(handler, body, tries)
+
+    expected = "no log-probability of" if status == 400 else "out of memory"
+    with connected(folder, failing, max_retries=0) as (ranker, _), pytest.raises(EngineError, match=expected):
+        ranker.rank(REQUESTS[0])
+
+
 def test_a_prefix_is_sent_ahead_and_requests_are_bounded(folder: Path, local: Ranker, served: Served) -> None:
     """The first candidate is answered before the others are sent; never more than two requests at a time."""
     running, most, guard = 0, 0, threading.Lock()

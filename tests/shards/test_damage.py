@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import re
@@ -15,7 +16,7 @@ from tests.shards.world import flip_byte, make_builder, make_sample, make_split
 from trsr_dist.errors import DataError
 from trsr_dist.shards.codec import decode_outline, decode_sample, encode_sample
 from trsr_dist.shards.index import build_index, index_path, scan_tar, write_index
-from trsr_dist.shards.measure import Share
+from trsr_dist.shards.measure import Share, measure_lengths
 from trsr_dist.shards.plan import PackingSettings
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.stream import TrainStream
@@ -188,6 +189,23 @@ def test_skip_leaves_out_one_user_and_keeps_the_steps(shards: ShardSet) -> None:
     assert [len(step.rows) for step in after] == [len(step.rows) for step in before]
     lost = {u for s in before for r in s.rows for u in r.users} - {u for s in after for r in s.rows for u in r.users}
     assert lost == {"user/2"} and stream.num_errors == 1
+
+
+@pytest.mark.parametrize("call", ["pread", "open"])
+def test_what_cannot_be_read_now_is_not_kept_as_damaged(
+    shards: ShardSet, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    """A disk or server that fails for a moment; the lengths are kept for good."""
+    shards = ShardSet(shards.folder)
+    with monkeypatch.context() as broken:
+        if call == "pread":
+            broken.setattr("os.pread", lambda *_: (_ for _ in ()).throw(OSError(errno.EIO, os.strerror(errno.EIO))))
+        else:
+            emfile = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+            broken.setattr("trsr_dist.shards.reader.plain", lambda *_: (_ for _ in ()).throw(emfile))
+        with pytest.raises(DataError, match="Input/output error|Too many open files"):
+            measure_lengths(shards, make_builder(), tolerate=True)
+    assert measure_lengths(shards, make_builder(), tolerate=True).facts.num_damaged == 0
 
 
 def test_skip_leaves_out_the_users_of_a_truncated_shard_and_keeps_the_steps(shards: ShardSet) -> None:

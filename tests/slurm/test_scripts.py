@@ -229,6 +229,29 @@ def test_a_chain_that_is_submitted_inside_a_job_leaves_its_variables_behind(tmp_
     assert seen == {"SLURM_CONF=/etc/slurm.conf"}
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        f"slurm/pipeline.sh {CONFIG} run.dir=$PWD/run --dry-run",
+        f"bash slurm/single.sbatch merge {CONFIG} --dry-run run.dir=$PWD/run",
+    ],
+)
+def test_a_dry_run_submits_and_runs_nothing(tmp_path: Path, command: str) -> None:
+    """The merge would be made, and the others be taken for finished stages."""
+    for name in ("sbatch", "squeue", "srun", "scontrol"):
+        write(tmp_path / name, f"#!/bin/sh\ntouch '{tmp_path}/asked'\necho 1\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}", "TRSR_SITE": "slurm/site.sh"}
+    env |= {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "localhost"}
+    command = command.replace("$PWD", str(tmp_path))
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=REPOSITORY, env=os.environ | env, capture_output=True, text=True, check=False,
+        timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 2 and "no job takes --dry-run" in done.stderr, done.stderr
+    assert not (tmp_path / "asked").exists() and not (tmp_path / "run").exists()
+
+
 def test_a_stage_waits_for_all_elements_of_an_array_in_the_queue(tmp_path: Path) -> None:
     """Each has another number, by which Slurm means that element alone."""
     queue = 'case "$*" in *summarize*%F*) printf "100\n100\n100\n" ;; *summarize*%A*) printf "101\n102\n100\n" ;; esac'

@@ -18,6 +18,7 @@ from trsr_dist.records import RANKING_LOSSES
 from trsr_dist.rows import PackedRow, pack_row
 from trsr_dist.train.losses import LossSettings, RowLoss, distill_sum, listwise_sum, pairwise_sum, row_loss
 from trsr_dist.train.meter import Sums, count_pairs, scalars
+from trsr_dist.train.model import peak_flops
 from trsr_dist.train.step import learning_rate
 
 
@@ -132,6 +133,13 @@ def test_scalars_by_hand() -> None:
         "train/auc": 0.75,
         "train/mfu": 0.5,
     }
+
+
+def test_the_peak_is_that_of_the_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training in float32 is no tenth as busy as one in bfloat16."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H100 80GB HBM3")
+    assert [peak_flops(2, precision) for precision in ("bfloat16", "float32")] == [2 * 989e12, 2 * 67e12]
 
 
 def test_what_is_not_known_is_not_said() -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from enum import Enum
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, Field, JsonValue
 
 from trsr_dist.environment import expand_home
 
+T = TypeVar("T")
 Beta = Annotated[float, Field(ge=0, lt=1)]
 FilePath = Annotated[str, AfterValidator(expand_home)]
 WITH_SECRET = re.compile(r"\w+://([^/]*@|.*\?)")
@@ -42,6 +43,15 @@ def _are_variables(values: dict[str, JsonValue]) -> dict[str, JsonValue]:
     return values
 
 
+def _are_distinct(values: tuple[T, ...]) -> tuple[T, ...]:
+    for value in values:
+        if values.count(value) > 1:
+            raise ValueError(f"{value!r} stands there twice; name it once")
+    return values
+
+
+DISTINCT = AfterValidator(_are_distinct)
+"""Of lists whose entries are done or shown one by one."""
 TemplateVariables = Annotated[dict[str, JsonValue], AfterValidator(_are_variables)]
 Role = Literal["user", "item", "time", "history", "target", "shown", "id", "category", "candidates"]
 NO_THOUGHTS: TemplateVariables = {"enable_thinking": False}

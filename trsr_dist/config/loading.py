@@ -198,6 +198,8 @@ def _of_the_data(config: Config) -> Iterator[str]:
         yield f"data.max_history={data.max_history} is below data.min_history={data.min_history}"
     if data.missed_targets == "skip" and not data.candidates_file:
         yield "data.missed_targets=skip leaves out users whose target a data.candidates_file misses: name that file"
+    if min(data.split) < 0 or not data.split[0]:
+        yield f"data.split={list(data.split)}: shares are not negative, and train's is at least 1"
     shares = dict(zip(("train", "valid", "test"), data.split, strict=True))
     if not shares[config.evaluate.split]:
         yield (

@@ -9,7 +9,17 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 
-from trsr_dist.config.kinds import NO_THOUGHTS, Beta, FilePath, Modules, OnResume, Role, StorePath, TemplateVariables
+from trsr_dist.config.kinds import (
+    DISTINCT,
+    NO_THOUGHTS,
+    Beta,
+    FilePath,
+    Modules,
+    OnResume,
+    Role,
+    StorePath,
+    TemplateVariables,
+)
 
 PROMPTLESS = ("none", "raw")
 """Schemes that ask no engine for anything, whatever ``summarize.engine`` says."""
@@ -28,7 +38,7 @@ class RunSection(Section):
     """Folder of this run: everything the stages write lies below it."""
     seed: int = Field(0, ge=0)
     """Fixes data order, negatives, splits of ties, dropout and sampling."""
-    trackers: tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...] = ("tensorboard",)
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb", "mlflow", "trackio"], ...], DISTINCT] = ("tensorboard",)
     """Where scalars, figures, settings and final metrics of summarize, train and evaluate go, beside metrics.jsonl. All
     but the first are extras; keys and addresses come from WANDB_API_KEY, MLFLOW_TRACKING_URI and the like."""
     tensorboard: bool = True
@@ -70,7 +80,7 @@ class DataSection(Section):
     time_format: str = ""
     """table, jsonl, recbole, amazon_reviews: form of times that are text, as Python's strptime reads it
     ('%d.%m.%Y %H:%M'; UTC without %z); empty: numbers, ISO 8601, and the formats of ctime, RFC 2822 and Goodreads."""
-    item_fields: tuple[str, ...] = ()
+    item_fields: Annotated[tuple[str, ...], DISTINCT] = ()
     """Fields that make an item's text, in order; empty: the format's default (MIND: category, subcategory, title)."""
     target: Literal["last", "impression"] = "last"
     """MIND: the last click of the history (the paper), or the clicked impressions."""
@@ -319,18 +329,21 @@ class EvaluateSection(Section):
     """Users to rank for."""
     negatives_per_positive: int = Field(20, ge=1)
     """Negatives in a valid or test user's fixed candidate list."""
-    top_k: tuple[PositiveInt, ...] = Field((3, 5, 10), min_length=1)
+    top_k: Annotated[tuple[PositiveInt, ...], DISTINCT] = Field((3, 5, 10), min_length=1)
     """Cut-offs of Recall, MRR and NDCG."""
     row_tokens: int = Field(8192, ge=64)
     """Length of one packed row in evaluation, in tokens."""
-    protocols: tuple[Literal["uniform", "popularity", "targets"], ...] = ()
+    protocols: Annotated[tuple[Literal["uniform", "popularity", "targets"], ...], DISTINCT] = ()
     """Further candidate lists of the same users, drawn as data.candidates draws them, ranked by model, control and the
     baselines without a language model. Each costs as much again as model and control."""
     deepspeed_config: FilePath = ""
     """A file with ZeRO stage 3 divides weights that one device cannot hold; empty: the whole model on each device."""
-    baselines: tuple[
-        Literal["popularity", "recency", "bm25", "gru4rec", "sasrec", "base", "control", "no_summary", "no_recent"],
-        ...,
+    baselines: Annotated[
+        tuple[
+            Literal["popularity", "recency", "bm25", "gru4rec", "sasrec", "base", "control", "no_summary", "no_recent"],
+            ...,
+        ],
+        DISTINCT,
     ] = ("popularity", "base", "control")
     """Ranked beside the model. From train users' clicks: popularity, recency (latest clicks), gru4rec and sasrec
     (trained here on one core, four times over a small grid, and kept for each seed: minutes for thousands of users,

@@ -340,8 +340,6 @@ def check_data_settings(config: Config) -> None:
         ConfigError: names the settings.
     """
     data = config.data
-    if min(data.split) < 0 or not data.split[0]:
-        raise ConfigError(f"data.split={list(data.split)}: shares are not negative, and train's is at least 1")
     if data.target == "impression" and data.format not in ("mind", "demo"):
         raise ConfigError(f"data.target=impression is for MIND's impressions; data.format={data.format} has none")
     if data.candidates == "impressions" and data.format in ("mind", "demo") and data.target != "impression":

@@ -20,6 +20,7 @@ from trsr_dist.errors import CheckpointError, ModelError
 from trsr_dist.files import read_json, sha256_of
 from trsr_dist.hashing import digest
 from trsr_dist.json_text import describe_form
+from trsr_dist.prompts.text import WORDINGS
 from trsr_dist.run import MANIFEST, Manifest, manifest_hash, read_manifest
 from trsr_dist.weights import folder_files
 
@@ -127,16 +128,18 @@ def read_provenance(folder: Path) -> dict[str, Any]:
 
     Raises:
         DataError: it is damaged, or of another form.
-        ModelError: the prompts' settings are unknown here.
+        ModelError: the prompts' settings or wording are unknown here.
     """
     path = folder / PROVENANCE
     if not path.is_file():
         return {}
-    values = read_json(path, Provenance)
+    values, remedy = read_json(path, Provenance), "restore the file, or update this package"
+    if values.get("domain", "items") not in WORDINGS:
+        raise ModelError(f"{path}: domain: {values['domain']!r}, expected one of {', '.join(WORDINGS)}; {remedy}")
     try:
         PromptSection.model_validate(values.get("prompt", {}))
     except ValidationError as error:
-        raise ModelError(f"{path}: prompt: {describe_form(error)}; restore the file, or update this package") from None
+        raise ModelError(f"{path}: prompt: {describe_form(error)}; {remedy}") from None
     return values
 
 

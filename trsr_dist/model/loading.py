@@ -13,7 +13,18 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from trsr_dist.bases import ADAPTER_CONFIG, CONFIG, BaseName, adapter_file, base_folder, hub_file, read_model_config
+from trsr_dist.bases import (
+    ADAPTER_CONFIG,
+    ADAPTER_PICKLE,
+    BASE_FILES,
+    CONFIG,
+    BaseName,
+    adapter_file,
+    base_folder,
+    fetch,
+    hub_file,
+    read_model_config,
+)
 from trsr_dist.distributed import world_size
 from trsr_dist.errors import ConfigError, ModelError
 from trsr_dist.log import get_logger
@@ -106,6 +117,10 @@ def find_model(name_or_path: str, revision: str = "", with_code: bool = False) -
     if folder.is_dir():
         read_model_config(folder)  # weights are looked at where they are needed
         return FoundModel(str(folder), "", None, str(folder), read_provenance(folder))
+    if hub_file(name_or_path, revision, ADAPTER_CONFIG) is not None:
+        wanted = BaseName(name_or_path, revision, "")
+        folder = fetch(wanted, "name the adapter's folder or hub id", [*BASE_FILES, ADAPTER_PICKLE])
+        return _with_base(folder, read_provenance(folder), None, with_code)
     recorded = hub_file(name_or_path, revision, PROVENANCE)
     provenance = {} if recorded is None else read_provenance(recorded.parent)
     return FoundModel(name_or_path, revision, None, name_or_path, provenance)

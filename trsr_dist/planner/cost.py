@@ -56,6 +56,10 @@ class Cluster:
         """Of one device, as far as it is used."""
         return self.hardware.flops_per_second * self.utilization
 
+    def computing_in(self, precision: str) -> Cluster:
+        """The cluster with its devices' rate in a precision."""
+        return replace(self, hardware=self.hardware.computing_in(precision))
+
 
 @dataclass(frozen=True, slots=True)
 class Cost:

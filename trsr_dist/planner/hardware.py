@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trsr_dist.errors import ConfigError
 
@@ -35,6 +35,13 @@ class Hardware:
     process_bytes: int = GPU_PROCESS_BYTES
     """Memory that a process takes beside weights, training state and activations."""
     is_cpu: bool = False
+    float32_flops_per_second: float = 0.0
+    """Likewise in float32, which PyTorch multiplies without TF32; 0: as above, for want of another."""
+
+    def computing_in(self, precision: str) -> Hardware:
+        """The device with its rate in a precision."""
+        rate = self.float32_flops_per_second if precision == "float32" else 0.0
+        return replace(self, flops_per_second=rate) if rate else self
 
 
 CATALOGUE = {
@@ -42,11 +49,11 @@ CATALOGUE = {
     for device in (
         # It has no bfloat16, in which case a training takes float32.
         Hardware("v100-32gb", 15.7e12, 32 * GB, 900 * GB, 150 * GB, 12.5 * GB, precision="float32"),
-        Hardware("a100-40gb", 312e12, 40 * GB, 1555 * GB, 300 * GB),
-        Hardware("a100-80gb", 312e12, 80 * GB, 2039 * GB, 300 * GB),
-        Hardware("l40s", 362e12, 48 * GB, 864 * GB, 32 * GB),
-        Hardware("h100", 989e12, 80 * GB, 3350 * GB, 450 * GB, 50 * GB),
-        Hardware("h200", 989e12, 141 * GB, 4800 * GB, 450 * GB, 50 * GB),
+        Hardware("a100-40gb", 312e12, 40 * GB, 1555 * GB, 300 * GB, float32_flops_per_second=19.5e12),
+        Hardware("a100-80gb", 312e12, 80 * GB, 2039 * GB, 300 * GB, float32_flops_per_second=19.5e12),
+        Hardware("l40s", 362e12, 48 * GB, 864 * GB, 32 * GB, float32_flops_per_second=91.6e12),
+        Hardware("h100", 989e12, 80 * GB, 3350 * GB, 450 * GB, 50 * GB, float32_flops_per_second=67e12),
+        Hardware("h200", 989e12, 141 * GB, 4800 * GB, 450 * GB, 50 * GB, float32_flops_per_second=67e12),
     )
 }
 

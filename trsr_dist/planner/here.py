@@ -57,9 +57,17 @@ def _gpu() -> Hardware:
         return known
     memory = torch.cuda.get_device_properties(0).total_memory
     precision = resolve_precision("auto", torch.device("cuda"))
-    rate = _flops_per_second(GPU_SIZES, "cuda", getattr(torch, precision))
+    rate, slow = (_flops_per_second(GPU_SIZES, "cuda", dtype) for dtype in (getattr(torch, precision), torch.float32))
     copied = _copied_bytes_per_second("cuda")
-    return Hardware(torch.cuda.get_device_name(), rate, memory, copied, LINK_SHARE * copied, precision=precision)
+    return Hardware(
+        name=torch.cuda.get_device_name(),
+        flops_per_second=rate,
+        memory_bytes=memory,
+        memory_bytes_per_second=copied,
+        node_bytes_per_second=LINK_SHARE * copied,
+        precision=precision,
+        float32_flops_per_second=slow,
+    )
 
 
 def _flops_per_second(sizes: tuple[int, int, int], device: str, dtype: torch.dtype) -> float:

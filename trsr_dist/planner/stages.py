@@ -156,7 +156,7 @@ def forecast_training(
     Raises:
         ModelError: a target of LoRA is not in the model.
     """
-    step = settings.step
+    step, cluster = settings.step, cluster.computing_in(settings.step.precision)
     lora = shape.num_lora_parameters(settings.lora_r, step.target_modules)
     epoch_steps = -(-work.num_rows // settings.rows_per_step)
     num_steps = settings.max_steps or max(1, round(settings.num_epochs * epoch_steps))
@@ -221,5 +221,5 @@ def forecast_scoring(
     if settings.divided:
         weights = divided_weights(shape, settings.precision, cluster.world_size)
     activations = forward_bytes(shape, settings.row_tokens, BYTES[settings.precision])
-    cost = scoring_cost(cluster, flops * num_passes, num_parts)
+    cost = scoring_cost(cluster.computing_in(settings.precision), flops * num_passes, num_parts)
     return ScoringForecast(work, settings.passes, flops * num_passes, num_parts, weights, activations, cost)

@@ -49,9 +49,11 @@ def in_words(stages: Sequence[PlannedStage], cluster: Cluster) -> str:
         ConfigError: a stage would refuse to start on this number of devices.
     """
     device = cluster.hardware
+    slow = device.computing_in("float32").flops_per_second
+    other = f" ({slow / 1e12:,.4g} in float32)" if slow != device.flops_per_second else ""
     lines = [
         f"cluster    {cluster.num_nodes} x {cluster.devices_per_node} {device.name}: "
-        f"{device.flops_per_second / 1e12:,.4g} TFLOP/s and {device.memory_bytes / GB:.0f} GB each, "
+        f"{device.flops_per_second / 1e12:,.4g} TFLOP/s{other} and {device.memory_bytes / GB:.0f} GB each, "
         f"utilization {cluster.utilization:.0%} (--mfu)"
     ]
     for stage in stages:

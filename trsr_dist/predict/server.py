@@ -52,6 +52,10 @@ class Answered:
     """Likewise; 0 where it does not say."""
 
 
+class RefusedError(EngineError):
+    """The server works and does not take such a request."""
+
+
 class ScoreServer:
     """Asks a server for the log-odds of yes; safe to use from several threads.
 
@@ -182,7 +186,8 @@ class ScoreServer:
         return [text if counts[text] == 1 else None for text in texts]
 
     def _echoed(self, prompt: Sequence[int], place: int) -> float | None:
-        """Log-probability of an answer as the last token of a prompt; None where the server echoes none."""
+        """Log-probability of an answer as the last token of a prompt; None where the server echoes none. A server that
+        fails raises, as it does for any other request."""
 
         def read(reply: Any) -> float | None:
             logprobs = reply["choices"][0].get("logprobs") or {}
@@ -195,7 +200,7 @@ class ScoreServer:
         body = {"prompt": [*prompt, token], "echo": True, "logprobs": 1}
         try:
             return self._request(body | self._one_token(), read)
-        except EngineError:
+        except RefusedError:
             return None
 
     def _missing(self, place: int) -> str:
@@ -286,12 +291,13 @@ class ScoreServer:
         try:
             yield
         except openai.OpenAIError as error:
-            remedy = "check --server, and that the server runs"
+            kind, remedy = EngineError, "check --server, and that the server runs"
             if isinstance(error, openai.APITimeoutError):
                 remedy = "lower --max-in-flight or raise --timeout-seconds"
             elif isinstance(error, REFUSALS):
                 remedy = "serve with a larger --max-model-len, or change the option that the server names"
-            raise EngineError(f"{self.address}: {self._connection.say(error)}; {remedy}") from None
+                kind = RefusedError
+            raise kind(f"{self.address}: {self._connection.say(error)}; {remedy}") from None
         except MALFORMED as error:
             raise EngineError(
                 f"{self.address}: {self._connection.say(f'no such reply as expected ({error})')}"

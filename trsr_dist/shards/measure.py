@@ -32,7 +32,7 @@ from trsr_dist.shards.lengths import (
     wait_for,
     write_lengths,
 )
-from trsr_dist.shards.reader import ShardSet
+from trsr_dist.shards.reader import ShardSet, UnreadableError
 
 MANY_SAMPLES = 4000
 """From this number on a rank measures with all cores that are its share of the node: the GPUs wait for it."""
@@ -140,7 +140,7 @@ class Measuring:
         try:
             return self.builder.build(self.shards.read(index))
         except DataError as error:
-            if not self.tolerate:
+            if not self.tolerate or isinstance(error, UnreadableError):  # lengths are kept for good
                 raise
             log.warning("%s", error)
             return None

@@ -32,6 +32,10 @@ SHARE_OF_FILES = 4
 log = get_logger("shards")
 
 
+class UnreadableError(DataError):
+    """The system does not give a shard's bytes, which says nothing of them: it may at the next try."""
+
+
 class OpenShard:
     """An open tar, or the node's copy of it, with its index.
 
@@ -97,7 +101,9 @@ class OpenShard:
         try:
             data = self._bytes(size, offset)
         except OSError as error:
-            raise DataError(f"{self.path}: sample {number} (byte {offset}): {error.strerror}") from None
+            raise UnreadableError(
+                f"{self.path}: sample {number} (byte {offset}): {error.strerror}; try again, or restore the shard"
+            ) from None
         if len(data) != size or zlib.crc32(data) != row["crc"]:
             raise DataError(f"{self.place(number)}: checksum differs, the bytes are damaged; restore the shard")
         return data
@@ -117,7 +123,7 @@ class OpenShard:
             descriptor = plain(self.path, os.O_RDONLY)
         except OSError as error:
             remedy = remedy_of(error, self.path, "restore the shard or make the split again")
-            raise DataError(f"{self.path}: {error.strerror}; {remedy}") from None
+            raise UnreadableError(f"{self.path}: {error.strerror}; {remedy}") from None
         size = os.fstat(descriptor).st_size
         if size != self._facts["num_bytes"]:
             os.close(descriptor)

@@ -150,7 +150,7 @@ def build_trainer(
         state.step,
         train.log_every_steps,
         flops_counter(prepared.model.config, engine, train.loss == "full_text"),
-        peak_flops(ranks.world_size),
+        peak_flops(ranks.world_size, prepared.model.precision),
     )
     answer_ids = prepared.model.builder.answer_ids
     loss = LossSettings(train.loss, answer_ids, train.row_tokens, train.teacher_weight, train.teacher_temperature)

@@ -159,10 +159,10 @@ def spare_memory(planned_bytes: int, ranks_on_node: int) -> None:
         return_large_blocks()
 
 
-def peak_flops(world_size: int) -> float:
+def peak_flops(world_size: int, precision: str) -> float:
     """Of all devices, per second, by their data sheet; 0 where unknown."""
     device = recognize(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    return 0.0 if device is None else device.flops_per_second * world_size
+    return 0.0 if device is None else device.computing_in(precision).flops_per_second * world_size
 
 
 def flops_counter(config: PretrainedConfig, engine: Engine, whole_text: bool) -> Callable[[Sums], float]:
