@@ -16,7 +16,7 @@ from trsr_dist.files import read_json, write_json
 from trsr_dist.merge.card import find_evaluation, is_evaluation_of
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
-from trsr_dist.merge.push import PushOptions, push
+from trsr_dist.merge.push import PushOptions, push, without_paths
 
 REPOSITORY = "team/ranker"
 BASE_ID = "Qwen/Qwen2.5-1.5B"
@@ -92,6 +92,31 @@ def test_no_path_of_this_machine_is_sent(hub: Hub, merged: Path) -> None:
     texts = b"".join(data for name, data in hub.files.items() if name.endswith((".json", ".md", ".jinja")))
     assert str(merged.parent).encode() not in texts and b"hf_secret" not in texts
     assert json.loads(hub.files["provenance.json"])["answer_ids"] == read_json(merged / "provenance.json")["answer_ids"]
+
+
+def test_no_address_of_this_network_is_sent() -> None:
+    """That of the summarizer's server stands in the config of a checkpoint."""
+    config = {"summarize": {"base_url": "http://node17.lab:8000/v1"}, "data": {"path": "hf://datasets/team/logs"}}
+    found = {"summarize": {"base_url": "v1"}, "data": {"path": "hf://datasets/team/logs"}}
+    assert without_paths({"config": config}) == {"config": found}
+
+
+def test_files_of_an_earlier_model_leave_with_the_commit(hub: Hub, merged: Path) -> None:
+    """transformers reads model.safetensors before an index, and an adapter_config.json before both."""
+    old = ["model.safetensors", "adapter_config.json", "adapter_model.safetensors", "vocab.json", "chat_template.json"]
+    own = [".gitattributes", "figures/model.png", "notes.json", "ranker.gguf"]
+    hub.repositories[REPOSITORY] = {}
+    hub.files = dict.fromkeys([*old, *own], b"earlier")
+    push_to(hub, merged)
+    assert hub.num_commits == 1
+    assert set(hub.files) == {*read_json(merged / "manifest.json")["files"], *own}
+
+
+def test_a_hub_that_cannot_be_reached(merged: Path) -> None:
+    with running_hub() as gone:
+        pass
+    with pytest.raises(RunError, match=r"team/ranker: the hub at http://127.0.0.1:\d+ gave no answer \(.*refused"):
+        push_to(gone, merged)
 
 
 def test_what_the_owner_filled_in_stays(hub: Hub, merged: Path, caplog: pytest.LogCaptureFixture) -> None:
