@@ -16,7 +16,7 @@ from trsr_dist.files import read_json, write_json
 from trsr_dist.merge.card import find_evaluation, is_evaluation_of
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
-from trsr_dist.merge.push import PushOptions, push, without_paths
+from trsr_dist.merge.push import PushOptions, base_of, push, without_paths
 
 REPOSITORY = "team/ranker"
 BASE_ID = "Qwen/Qwen2.5-1.5B"
@@ -199,6 +199,30 @@ def test_an_adapter_names_its_base_on_the_hub(hub: Hub, merged: Path, tmp_path: 
     assert hub.files["additional_chat_templates/tools.jinja"] == b"x"
     assert json.loads(hub.files["config.json"])["_name_or_path"] == BASE_ID
     assert not [name for name, data in hub.files.items() if str(tmp_path).encode() in data]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "origin", "found"),
+    [
+        ("Qwen/Qwen2.5-1.5B", "", "Qwen/Qwen2.5-1.5B"),
+        ("gpt2", "", "gpt2"),
+        ("runs/quickstart/base", "", "base"),
+        ("./models/base", "", "base"),
+        ("models/base", "", "base"),
+        ("models/base", BASE_ID, BASE_ID),
+        ("/data/base", BASE_ID, BASE_ID),
+    ],
+)
+def test_a_folder_is_no_hub_id(
+    recorded: str, origin: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainings record the base as the config names it, relative to where they ran."""
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "provenance.json", {"base": {"name_or_path": recorded}})
+    if origin:
+        write_json(tmp_path / "MODEL.json", {"model": origin})
+    assert base_of(tmp_path, "") == found and base_of(tmp_path, "own/id") == "own/id"
 
 
 def test_a_hub_that_refuses(hub: Hub, merged: Path) -> None:

@@ -35,6 +35,8 @@ OF_A_MODEL = re.compile(
 """Files that decide what is loaded: beside a new model, those of an earlier one would be."""
 UNREACHABLE = HfHubHTTPError.__bases__
 """What the hub's client raises without an answer: the error of its HTTP library, and OSError."""
+HUB_PARTS = 2
+"""Of a hub id at most: owner and name."""
 ADDRESS = re.compile(r"/|https?://")
 
 log = get_logger("push")
@@ -162,10 +164,13 @@ def json_text(value: dict[str, Any]) -> str:
 def base_of(folder: Path, given: str) -> str:
     """Hub id of the base: as given, as recorded, or what a fetched base was made from; a path's last part otherwise."""
     recorded = read_json(folder / PROVENANCE)["base"]["name_or_path"]
-    if given or not Path(recorded).is_absolute():
-        return given or recorded
+    if given:
+        return given
     if (folder / ORIGIN).is_file():
         return read_json(folder / ORIGIN)["model"]
+    path = Path(recorded)
+    if not (path.is_absolute() or recorded.startswith(".") or len(path.parts) > HUB_PARTS or path.is_dir()):
+        return recorded
     log.warning("the base is known as a folder, %s; --base-model names it on the hub", recorded)
     return Path(recorded).name
 
