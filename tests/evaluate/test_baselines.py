@@ -10,7 +10,8 @@ import pytest
 
 from tests.summarize.world import write_histories
 from trsr_dist.data.store import ArrowRows, HistoryStore
-from trsr_dist.evaluate.baselines import Bm25, build_rankers, by_count
+from trsr_dist.errors import DataError
+from trsr_dist.evaluate.baselines import Bm25, build_rankers, by_count, mean_ndcg
 from trsr_dist.evaluate.reduce import rank_lists
 from trsr_dist.evaluate.users import StoredSplit
 
@@ -53,3 +54,19 @@ def test_users_are_ranked_without_reading_cells_one_by_one(tmp_path: Path) -> No
     counts = [[store.catalogue.popularity(item) for item in row[2]] for row in rows]
     expected = ranked.table.add([np.array(count) for count in counts], [np.array(row[3]) for row in rows])
     assert ranked.outcomes["popularity"].tolist() == expected.tolist() and ranked.outcomes.keys() == {"random", *NAMES}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_model_that_has_diverged_is_no_perfect_one(value: float, tmp_path: Path) -> None:
+    """Nothing is above NaN. Nor is such a model ever chosen by the validation users."""
+    write_histories(tmp_path, {"train": 4, "test": 5})
+    store, good = HistoryStore(tmp_path / "histories"), by_count(np.arange(1000))
+    users, split = list(store.names("test")), StoredSplit(store, "test")
+
+    def diverged(histories: list, candidates: list) -> list[np.ndarray]:
+        return [np.full(len(items), value) for items in candidates]
+
+    rows = [split.row(user) for user in users]
+    assert mean_ndcg(diverged, rows) == 0 < mean_ndcg(good, rows)
+    with pytest.raises(DataError, match="sasrec: a score is not finite"):
+        rank_lists({"bm25": good, "sasrec": diverged}, users, split.stored, (1,))

@@ -99,6 +99,21 @@ def test_what_cannot_be_paired_is_refused(one: Path, two: Path, tmp_path: Path) 
         table(one / "test", two, "valid")
 
 
+@pytest.mark.parametrize(
+    "scores, label, message",
+    [
+        (np.nan, 1, "user 'u0', item '0': score nan is not finite"),
+        (0.5, 0, "user 'u0': no positive among 2 candidates"),
+    ],
+)
+def test_users_without_a_metric_are_refused(one: Path, tmp_path: Path, scores: float, label: int, message: str) -> None:
+    users = scored(3.0)
+    users[0] = UserScores("u0", ("0", "1"), np.array([label, 0]), np.array([scores, 1.0], np.float32))
+    write(tmp_path / "two" / "test" / "model", users)
+    with pytest.raises(DataError, match=message):
+        table(one, tmp_path / "two")
+
+
 def test_scores_of_before_the_facts_were_recorded_are_compared(one: Path, two: Path) -> None:
     (one / "test" / "model" / "identity.json").write_text('{"model": "0123456789abcdef"}')
     assert compare((one, two), "test", (3,), 10, 0).splitlines()[0].endswith("(model 0123456789ab)")

@@ -21,9 +21,9 @@ def sample_of(user: int, labels: np.ndarray) -> Sample:
     return Sample(f"{HOSTILE} {user}", "do", HOSTILE, (HOSTILE, "two"), candidates)
 
 
-def write(path: Path, num_samples: int = 200, loss: str = "answer") -> str:
+def write(path: Path, num_samples: int = 200, loss: str = "answer", train_negatives: float | None = 1) -> str:
     (labels, scores), (systems, model) = scores_of(120), systems_of(120)
-    settings = replace(SETTINGS, num_samples=num_samples)
+    settings = replace(SETTINGS, num_samples=num_samples, train_negatives=train_negatives)
     facts = [{"history length": "6-10" if user % 2 else "11-15", "category": HOSTILE} for user in range(120)]
     results = build_results(systems, model, facts_of(facts), settings)
     provenance = {"domain": HOSTILE, "train": {"loss": loss}}
@@ -71,6 +71,12 @@ def test_the_page_is_whole_and_alone(tmp_path: Path) -> None:
 
 def test_equal_evaluations_give_equal_pages(tmp_path: Path) -> None:
     assert write(tmp_path / "one.html") == write(tmp_path / "two.html")
+
+
+def test_a_model_of_unknown_training_is_not_called_corrected(tmp_path: Path) -> None:
+    assert "Corrected: the log-odds moved" in write(tmp_path / "known.html")
+    page = write(tmp_path / "unknown.html", train_negatives=None)
+    assert "Corrected" not in page and "is not recorded, so nothing is corrected" in page
 
 
 def test_without_resamples_there_are_means_alone(tmp_path: Path) -> None:

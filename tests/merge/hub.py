@@ -40,6 +40,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         name = self.path.split("?")[0].removeprefix("/api/models/")
+        if "/tree/" in name:
+            self._reply([{"type": "file", "path": path, "size": 1, "oid": "0"} for path in self.server.files])
+            return
         known = name in self.server.repositories
         self._reply({"id": name, "sha": "0" * 40} if known else {"error": "not found"}, 200 if known else 404)
 
@@ -68,6 +71,8 @@ class _Handler(BaseHTTPRequestHandler):
         for line in lines:
             if line["key"] == "file":
                 self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            elif line["key"] == "deletedFile":
+                del self.server.files[line["value"]["path"]]
         self.server.num_commits += 1
         name = self.path.removeprefix("/api/models/").split("/commit/")[0]
         self._reply({"commitUrl": f"{self.server.url}/{name}/commit/{COMMIT}", "commitOid": COMMIT, "hookOutput": ""})

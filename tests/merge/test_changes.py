@@ -77,10 +77,10 @@ class TestChanges:
     def test_transposed_ones(self, kind: str) -> None:
         """The base's tensor is (in, out): A turned over comes first."""
         if kind == "embedding":
-            tensors, settings = pair(down="lora_embedding_A", up="lora_embedding_B"), {}
+            changes = find_changes(adapter(pair(down="lora_embedding_A", up="lora_embedding_B")))
         else:
-            tensors, settings = pair(), {"fan_in_fan_out": True}
-        change = find_changes(adapter(tensors, **settings))[f"{Q}.weight"]
+            changes = find_changes(adapter(), {Q})
+        change = changes[f"{Q}.weight"]
         assert change.rows(torch.zeros(3, 4), 0).equal(3 * (UP @ DOWN).T)
 
     def test_a_bias_of_the_pair(self) -> None:
@@ -124,16 +124,16 @@ class TestChanges:
             (pair() | {f"{Q}.lora_A.weight": DOWN[:, :, None]}, {}, "expected"),
             (pair(), {"use_dora": True}, f"use_dora=True, but {Q} says otherwise"),
             (pair() | {f"{Q}.lora_magnitude_vector": torch.ones(4)}, {}, f"use_dora=False, but {Q}"),
-            (
-                pair() | {f"{Q}.lora_magnitude_vector": torch.ones(4)},
-                {"use_dora": True, "fan_in_fan_out": True},
-                f"DoRA on {Q}",
-            ),
         ],
     )
     def test_what_does_not_fit_is_named(self, tensors: dict, settings: dict, message: str) -> None:
         with pytest.raises(ModelError, match=message):
             find_changes(adapter(tensors, **settings))
+
+    def test_dora_on_a_transposed_layer_is_refused(self) -> None:
+        tensors = pair() | {f"{Q}.lora_magnitude_vector": torch.ones(4)}
+        with pytest.raises(ModelError, match=f"DoRA on {Q}"):
+            find_changes(adapter(tensors, use_dora=True), {Q})
 
 
 class TestMergeable:

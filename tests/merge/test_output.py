@@ -114,12 +114,14 @@ def test_max_shard_size(checkpoint: Path, tmp_path: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in other)
 
 
-def test_transposed_layers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("targets", [["c_attn", "c_proj"], ["c_attn", "c_proj", "lm_head"], ["attn.c_proj", "lm_head"]])
+def test_transposed_layers(targets: list[str], tmp_path: Path) -> None:
+    """With those that are not, PEFT's setting tells of the last one alone; attention's projection is square."""
     tokenizer = byte_level()
     config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "base")
     tokenizer.save_pretrained(tmp_path / "base")
-    settings = {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}
+    settings = {"target_modules": targets, "fan_in_fan_out": True}
     adapter = make_adapter(tmp_path / "base", tmp_path / "adapter", **settings)
     merge(adapter, tmp_path / "merged", MergeOptions(verify="scores"))
 

@@ -16,7 +16,7 @@ from trsr_dist.files import read_json, write_json
 from trsr_dist.merge.card import find_evaluation, is_evaluation_of
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
-from trsr_dist.merge.push import PushOptions, push
+from trsr_dist.merge.push import PushOptions, base_of, push, without_paths
 
 REPOSITORY = "team/ranker"
 BASE_ID = "Qwen/Qwen2.5-1.5B"
@@ -92,6 +92,31 @@ def test_no_path_of_this_machine_is_sent(hub: Hub, merged: Path) -> None:
     texts = b"".join(data for name, data in hub.files.items() if name.endswith((".json", ".md", ".jinja")))
     assert str(merged.parent).encode() not in texts and b"hf_secret" not in texts
     assert json.loads(hub.files["provenance.json"])["answer_ids"] == read_json(merged / "provenance.json")["answer_ids"]
+
+
+def test_no_address_of_this_network_is_sent() -> None:
+    """That of the summarizer's server stands in the config of a checkpoint."""
+    config = {"summarize": {"base_url": "http://node17.lab:8000/v1"}, "data": {"path": "hf://datasets/team/logs"}}
+    found = {"summarize": {"base_url": "v1"}, "data": {"path": "hf://datasets/team/logs"}}
+    assert without_paths({"config": config}) == {"config": found}
+
+
+def test_files_of_an_earlier_model_leave_with_the_commit(hub: Hub, merged: Path) -> None:
+    """transformers reads model.safetensors before an index, and an adapter_config.json before both."""
+    old = ["model.safetensors", "adapter_config.json", "adapter_model.safetensors", "vocab.json", "chat_template.json"]
+    own = [".gitattributes", "figures/model.png", "notes.json", "ranker.gguf"]
+    hub.repositories[REPOSITORY] = {}
+    hub.files = dict.fromkeys([*old, *own], b"earlier")
+    push_to(hub, merged)
+    assert hub.num_commits == 1
+    assert set(hub.files) == {*read_json(merged / "manifest.json")["files"], *own}
+
+
+def test_a_hub_that_cannot_be_reached(merged: Path) -> None:
+    with running_hub() as gone:
+        pass
+    with pytest.raises(RunError, match=r"team/ranker: the hub at http://127.0.0.1:\d+ gave no answer \(.*refused"):
+        push_to(gone, merged)
 
 
 def test_what_the_owner_filled_in_stays(hub: Hub, merged: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -174,6 +199,30 @@ def test_an_adapter_names_its_base_on_the_hub(hub: Hub, merged: Path, tmp_path: 
     assert hub.files["additional_chat_templates/tools.jinja"] == b"x"
     assert json.loads(hub.files["config.json"])["_name_or_path"] == BASE_ID
     assert not [name for name, data in hub.files.items() if str(tmp_path).encode() in data]
+
+
+@pytest.mark.parametrize(
+    ("recorded", "origin", "found"),
+    [
+        ("Qwen/Qwen2.5-1.5B", "", "Qwen/Qwen2.5-1.5B"),
+        ("gpt2", "", "gpt2"),
+        ("runs/quickstart/base", "", "base"),
+        ("./models/base", "", "base"),
+        ("models/base", "", "base"),
+        ("models/base", BASE_ID, BASE_ID),
+        ("/data/base", BASE_ID, BASE_ID),
+    ],
+)
+def test_a_folder_is_no_hub_id(
+    recorded: str, origin: str, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Trainings record the base as the config names it, relative to where they ran."""
+    (tmp_path / "models" / "base").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    write_json(tmp_path / "provenance.json", {"base": {"name_or_path": recorded}})
+    if origin:
+        write_json(tmp_path / "MODEL.json", {"model": origin})
+    assert base_of(tmp_path, "") == found and base_of(tmp_path, "own/id") == "own/id"
 
 
 def test_a_hub_that_refuses(hub: Hub, merged: Path) -> None:

@@ -12,14 +12,15 @@ import pytest
 import torch
 from peft import IA3Config, LoHaConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from tests.merge.models import load, make_adapter, make_base, rename_tensors
-from trsr_dist.errors import ModelError, TrsrError
+from trsr_dist.errors import ConfigError, ModelError, TrsrError
 from trsr_dist.files import read_json, write_json
 from trsr_dist.merge.changes import check_mergeable
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
-from trsr_dist.model.adapters import attach, read_adapter
+from trsr_dist.model.adapters import add_lora, attach, read_adapter
 from trsr_dist.model.artifacts import base_fingerprint
 from trsr_dist.predict import Ranker
 from trsr_dist.pretrained import BaseSource
@@ -213,3 +214,15 @@ def test_names_of_older_libraries(tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "tuned", **settings)
     rename_tensors(base, lambda name: name.removeprefix("transformer."))
     assert_as_peft(base, adapter)
+
+
+def test_all_linear_layers_of_a_mixture_of_experts_are_refused_before_the_training() -> None:
+    """PEFT takes the experts' bare parameters for linear layers, too, and those cannot be merged."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4}
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    config = Qwen3MoeConfig(**sizes, **experts, num_key_value_heads=2, head_dim=8)
+    settings = {"r": 4, "alpha": 8, "dropout": 0.0, "use_rslora": False, "init": "kaiming"}
+    with pytest.raises(ConfigError, match=r"bare parameters too \(down_proj, .*the attention: \['k_proj', 'o_proj'"):
+        add_lora(AutoModelForCausalLM.from_config(config), 0, target_modules="all-linear", **settings)
+    model = AutoModelForCausalLM.from_config(config)
+    assert not add_lora(model, 0, target_modules=["q_proj"], **settings).target_parameters

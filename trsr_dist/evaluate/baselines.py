@@ -236,11 +236,13 @@ def read_trained(path: Path, name: str, num_items: int, settings: SequentialSett
 
 
 def mean_ndcg(ranker: Ranker, rows: Sequence[UserRow]) -> float:
-    """NDCG@10 over users of the store."""
+    """NDCG@10 over users of the store; 0 of a model that has diverged."""
     table, numbers = OutcomeTable((10,)), []
     for first in range(0, len(rows), USERS_AT_ONCE):
         users = rows[first : first + USERS_AT_ONCE]
         scores = ranker([row.history for row in users], [row.candidates for row in users])
+        if not np.isfinite(np.concatenate(scores)).all():
+            return 0.0
         numbers.append(table.add(scores, [np.array(row.labels) for row in users]))
     means = average(*table.counted(np.concatenate(numbers)))
     return dict(zip(metric_names((10,)), means, strict=True))["ndcg@10"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from trsr_dist.errors import DataError
-from trsr_dist.evaluate.metrics import OutcomeTable, average
+from trsr_dist.evaluate.metrics import OutcomeTable, average, check_user
 from trsr_dist.evaluate.passes import split_parts
 from trsr_dist.evaluate.score_files import ScoreFolder, UserScores
 from trsr_dist.evaluate.statistics import paired_differences
@@ -88,7 +88,7 @@ def read_side(folder: ScoreFolder, table: OutcomeTable, unfinished: bool) -> Sid
     """Outcomes of an evaluation's users.
 
     Raises:
-        DataError: it is not finished, and that is not allowed; or a user is scored twice.
+        DataError: it is not finished, and that is not allowed; a user is scored twice, or has no metric.
     """
     recorded = folder.recorded()
     if "num_users" in recorded:
@@ -97,6 +97,8 @@ def read_side(folder: ScoreFolder, table: OutcomeTable, unfinished: bool) -> Sid
     users: dict[str, tuple[int, int]] = {}
     waiting = folder.users()
     while batch := list(islice(waiting, USERS_AT_ONCE)):
+        for user in batch:
+            check_user(user.user, user.scores, user.labels, user.items)
         numbers = table.add([user.scores for user in batch], [user.labels for user in batch])
         for user, number in zip(batch, numbers.tolist(), strict=True):
             if user.user in users:

@@ -55,7 +55,17 @@ class Outcomes:
     num_candidates: int = 0
 
     def add(self, scores: Mapping[str, Sequence[np.ndarray]], labels: Sequence[np.ndarray]) -> None:
-        """The scores of a part's users under every system."""
+        """The scores of a part's users under every system.
+
+        Raises:
+            DataError: one is not finite.
+        """
+        for name, users in scores.items():
+            if not np.isfinite(np.concatenate(users)).all():
+                raise DataError(
+                    f"{name}: a score is not finite, so that it has no rank; a baseline has diverged with all its "
+                    "settings (leave it out of evaluate.baselines), or a part file is damaged (--force scores again)"
+                )
         found = self.table.add_all([*scores.values()], labels)
         for name, numbers in zip(scores, found, strict=True):
             self.numbers[name].append(numbers)

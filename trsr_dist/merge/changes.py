@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Container
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -111,8 +112,13 @@ def scale_of(adapter: Adapter, module: str, rank: int) -> float:
     return alpha / (math.sqrt(rank) if config.use_rslora else rank)
 
 
-def find_changes(adapter: Adapter) -> dict[str, Change]:
+def find_changes(adapter: Adapter, transposed: Container[str] = ()) -> dict[str, Change]:
     """Changes by name of the base's tensor.
+
+    Args:
+        adapter: of the base.
+        transposed: modules whose weight is (in, out). The model tells: PEFT goes by it too, and writes into the one
+            setting of an adapter, fan_in_fan_out, what its last module was.
 
     Raises:
         ModelError: a pair lacks one half, or a tensor belongs to no method known here.
@@ -129,11 +135,13 @@ def find_changes(adapter: Adapter) -> dict[str, Change]:
         else:
             changes.setdefault(name.replace(".base_layer.", "."), Change()).replacement = tensor
     for module, parts in sorted(modules.items()):
-        _add_update(adapter, changes, module, parts)
+        _add_update(adapter, changes, module, parts, module in transposed)
     return changes
 
 
-def _add_update(adapter: Adapter, changes: dict[str, Change], module: str, parts: dict[str, torch.Tensor]) -> None:
+def _add_update(
+    adapter: Adapter, changes: dict[str, Change], module: str, parts: dict[str, torch.Tensor], transposed: bool
+) -> None:
     embedding = "lora_embedding_A" in parts or "lora_embedding_B" in parts
     names = ("lora_embedding_A", "lora_embedding_B") if embedding else ("lora_A", "lora_B")
     for half in names:
@@ -147,7 +155,7 @@ def _add_update(adapter: Adapter, changes: dict[str, Change], module: str, parts
         )
     change = changes.setdefault(f"{module}.weight", Change())
     change.scale = scale_of(adapter, module, down.shape[0])
-    transposed = embedding or adapter.config.fan_in_fan_out
+    transposed = transposed or embedding
     change.left, change.right = (down.T, up.T) if transposed else (up, down)
     magnitude = parts.get("lora_magnitude_vector")
     if (magnitude is not None) != adapter.config.use_dora:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from transformers.pytorch_utils import Conv1D
 
 from trsr_dist.bases import BaseName
 from trsr_dist.config.sections import PromptSection
@@ -99,7 +100,8 @@ def prepare(
     entries = {entry.name: entry for entries in by_file for entry in entries}
     config = load_config(model)
     structure = read_structure(model, config)
-    changes = find_changes(adapter)
+    transposed = {name for name, module in structure.model.named_modules() if isinstance(module, Conv1D)}
+    changes = find_changes(adapter, transposed)
     attach(structure.model, adapter)
     changes = {structure.stored(name, entries): change for name, change in changes.items()}
     tied = {structure.stored(one, entries): structure.stored(other, entries) for one, other in structure.tied.items()}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Container
+import re
+from collections.abc import Collection, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, HfApi
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
 from trsr_dist.bases import ORIGIN
@@ -17,6 +18,7 @@ from trsr_dist.errors import ModelError, RunError
 from trsr_dist.files import read_json
 from trsr_dist.log import get_logger, show
 from trsr_dist.merge.card import FILL_IN, find_evaluation, is_evaluation_of, keep_answers, model_card
+from trsr_dist.merge.output import TOKENIZER
 from trsr_dist.model.artifacts import PROVENANCE, read_provenance
 from trsr_dist.run import MANIFEST, read_manifest
 
@@ -27,6 +29,15 @@ NAMES_OF_BASE = {
     "tokenizer_config.json": "name_or_path",
 }
 """File, and the key in it."""
+OF_A_MODEL = re.compile(
+    rf"(adapter_config\.json|(model|pytorch_model|adapter_model)[^/]*\.(safetensors|bin|index\.json)|({'|'.join(TOKENIZER)})[^/]*)"
+)
+"""Files that decide what is loaded: beside a new model, those of an earlier one would be."""
+UNREACHABLE = HfHubHTTPError.__bases__
+"""What the hub's client raises without an answer: the error of its HTTP library, and OSError."""
+HUB_PARTS = 2
+"""Of a hub id at most: owner and name."""
+ADDRESS = re.compile(r"/|https?://")
 
 log = get_logger("push")
 
@@ -48,12 +59,14 @@ class PushOptions:
 def push(folder: Path, options: PushOptions, api: HfApi) -> str:
     """Upload a folder of ``tools/merge_lora.py``, whole or not at all; returns the commit's address.
 
-    The card gets the evaluation's figures and keeps what its owner has filled in. Paths of this machine in
-    provenance.json are cut to their last part; PEFT's and transformers' own files name the base as the card does.
+    The card gets the evaluation's figures and keeps what its owner has filled in. Paths of this machine and addresses
+    of servers in provenance.json are cut to their last part; PEFT's and transformers' own files name the base as the
+    card does. Weights, tokenizer and adapter settings of an earlier push that are not in this one are deleted by the
+    same commit.
 
     Raises:
         ModelError: it is no such folder, or not all of it is there.
-        RunError: the evaluation is of another model, or the hub refuses.
+        RunError: the evaluation is of another model, or the hub refuses or cannot be reached.
     """
     files = complete_files(folder)
     provenance = without_paths(read_json(folder / PROVENANCE))
@@ -79,23 +92,37 @@ def push(folder: Path, options: PushOptions, api: HfApi) -> str:
 
 
 def _upload(options: PushOptions, operations: list[CommitOperationAdd], api: HfApi) -> str:
-    name = options.repository
+    name, old = options.repository, []
     try:
         if api.repo_exists(name):
             log.info("%s exists and keeps its visibility", name)
+            old = stale_files(api.list_repo_files(name), {operation.path_in_repo for operation in operations})
         else:
             api.create_repo(name, private=not options.public)
-        commit = api.create_commit(name, operations, commit_message="Upload by trsr_dist")
+        if old:
+            log.info("deleted by this commit, since they are of an earlier model: %s", ", ".join(old))
+        deletions = [CommitOperationDelete(path) for path in old]
+        commit = api.create_commit(name, [*operations, *deletions], commit_message="Upload by trsr_dist")
     except LocalTokenNotFoundError:
         raise RunError("no token for the hub: set HF_TOKEN, or run `hf auth login`") from None
     except HFValidationError as error:
         raise RunError(f"--repo {name}: {error}; expected owner/name") from None
-    except (HfHubHTTPError, OSError) as error:
+    except HfHubHTTPError as error:
         raise RunError(
             f"{name}: the hub refused, nothing was committed: {error}; check the name and the token's rights"
         ) from error
+    except UNREACHABLE as error:
+        raise RunError(
+            f"{name}: the hub at {api.endpoint} gave no answer ({error}); check the network and HF_ENDPOINT, then run "
+            "it again"
+        ) from error
     log.info("pushed %d files: %s", len(operations), commit.commit_url)
     return commit.commit_url
+
+
+def stale_files(present: Collection[str], pushed: Container[str]) -> list[str]:
+    """Files of an earlier model that would be loaded beside or in place of the pushed one."""
+    return sorted(name for name in present if name not in pushed and OF_A_MODEL.fullmatch(name))
 
 
 def complete_files(folder: Path) -> dict[str, int]:
@@ -137,21 +164,25 @@ def json_text(value: dict[str, Any]) -> str:
 def base_of(folder: Path, given: str) -> str:
     """Hub id of the base: as given, as recorded, or what a fetched base was made from; a path's last part otherwise."""
     recorded = read_json(folder / PROVENANCE)["base"]["name_or_path"]
-    if given or not Path(recorded).is_absolute():
-        return given or recorded
+    if given:
+        return given
     if (folder / ORIGIN).is_file():
         return read_json(folder / ORIGIN)["model"]
+    path = Path(recorded)
+    if not (path.is_absolute() or recorded.startswith(".") or len(path.parts) > HUB_PARTS or path.is_dir()):
+        return recorded
     log.warning("the base is known as a folder, %s; --base-model names it on the hub", recorded)
     return Path(recorded).name
 
 
 def without_paths(value: Any) -> Any:
-    """The same with absolute paths cut to their last part: they tell of this machine and help nobody else."""
+    """The same with absolute paths and addresses of servers cut to their last part: they tell of this machine and
+    network and help nobody else."""
     if isinstance(value, dict):
         return {key: without_paths(item) for key, item in value.items()}
     if isinstance(value, list):
         return [without_paths(item) for item in value]
-    return Path(value).name if isinstance(value, str) and value.startswith("/") else value
+    return Path(value).name if isinstance(value, str) and ADDRESS.match(value) else value
 
 
 def evaluation_of(folder: Path, given: Path | None) -> dict[str, Any] | None:

@@ -202,7 +202,7 @@ def add_lora(
         init: kaiming or gaussian, A's distribution.
 
     Raises:
-        ConfigError: a target is not in the model.
+        ConfigError: a target is not in the model, or none that could be merged.
     """
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
     if isinstance(targets, list):
@@ -218,6 +218,12 @@ def add_lora(
     )
     torch.manual_seed(seed)
     inject_adapter_in_model(config, model, ADAPTER)
+    if config.target_parameters:  # PEFT adds those of the experts to all linear modules
+        raise ConfigError(
+            f"lora.target_modules={target_modules}: of this mixture-of-experts model that is LoRA on bare parameters "
+            f"too ({', '.join(sorted(config.target_parameters))}), which cannot be merged; name modules, such as those "
+            f"of the attention: {sorted(config.target_modules)}"
+        )
     dtype = model.get_input_embeddings().weight.dtype
     for name, parameter in model.named_parameters():
         is_lora = "lora_" in name
