@@ -198,7 +198,7 @@ def read_initial(place: str, lora: dict[str, Any], base: BaseSource, fingerprint
         check_checkpoint(folder)
         folder = folder / "adapter"
     if not (folder / ADAPTER_CONFIG).is_file():
-        raise ModelError(f"train.init_adapter={place}: no {ADAPTER_CONFIG} there; name a PEFT adapter")
+        raise ModelError(f"train.init_adapter={place}: no {ADAPTER_CONFIG} there; name the folder of a PEFT adapter")
     adapter = read_adapter(folder)
     path, config = folder / ADAPTER_CONFIG, adapter.config
     if not isinstance(config, LoraConfig):
