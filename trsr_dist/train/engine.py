@@ -115,7 +115,8 @@ def check_gradients(engine: Engine) -> None:
     if dead:
         raise ModelError(
             f"{len(dead)} LoRA layers received no gradient in the first step with a loss, the first is {dead[0]}: the "
-            "backward pass does not reach them; check lora.target_modules and train.activation_checkpointing with this model"
+            "backward pass does not reach them; check lora.target_modules and train.activation_checkpointing with this "
+            "model"
         )
 
 
