@@ -120,25 +120,51 @@ class TestZeroConfig:
         with pytest.raises(ConfigError, match=rf"{key}.*train\."):
             read_zero_config(path)
 
-    @pytest.mark.parametrize("values", [{"offload_optimizer": None}, {"reduce_bucket_size": "auto"}])
-    def test_a_value_that_is_left_open_is_refused(self, tmp_path: Path, values: dict) -> None:
+    @pytest.mark.parametrize(
+        "values",
+        [
+            {"offload_optimizer": None},
+            {"reduce_bucket_size": "auto"},
+            {"reduce_bucket_size": 1.5},
+            {"overlap_comm": 1},
+            {"offload_param": {"device": "gpu"}},
+            {"offload_optimizer": {"pin_memory": "yes"}},
+        ],
+    )
+    def test_a_value_that_is_left_open_or_wrong_is_refused(self, tmp_path: Path, values: dict) -> None:
         path = tmp_path / "ds.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": 2} | values}))
         with pytest.raises(ConfigError, match=rf"zero_optimization.{next(iter(values))} is .*leave it out"):
             read_zero_config(path)
 
     @pytest.mark.parametrize(
-        "settings",
+        ("key", "value"),
         [
-            {"data_types": {"grad_accum_dtype": "fp32"}, "zero_optimization": {"stage": 1}},
-            {"zero_optimization": {"stage": 2, "compute_grad_norm": False}},
+            ("data_types", {"grad_accum_dtype": "fp32"}),  # sums in an optimizer that no checkpoint is made for
+            ("communication_data_type", "fp16"),  # other sums over ranks
+            ("gradient_allreduce_op", "sum"),  # gradients as many times too large as there are ranks
+            ("managed_gradient_accumulation", False),  # a step a row
+            ("zero_optimization.compute_grad_norm", False),
+            ("zero_optimization.zero_quantized_gradients", True),
+            ("zero_optimization.reduce_bucket", 5e7),  # a typo
+            ("zero_optimization.offload_optimizer", {"device": "cpu", "ratio": 0.5}),
         ],
     )
-    def test_what_breaks_a_training_later_is_refused(self, tmp_path: Path, settings: dict) -> None:
-        path = tmp_path / "ds.json"
-        path.write_text(json.dumps(settings))
-        with pytest.raises(ConfigError, match=r"ds\.json: .*(grad_accum_dtype|compute_grad_norm).*remove it here"):
+    def test_what_would_train_otherwise_or_break_later_is_refused(self, tmp_path: Path, key: str, value: Any) -> None:
+        path, zero = tmp_path / "ds.json", {"stage": 2}
+        section, _, name = key.rpartition(".")
+        path.write_text(
+            json.dumps(
+                {"zero_optimization": zero | ({name: value} if section else {})} | ({} if section else {name: value})
+            )
+        )
+        with pytest.raises(ConfigError, match=rf"ds\.json: .*{name}.*unsupported.*remove it here"):
             read_zero_config(path)
+
+    def test_what_deepspeed_prints_may_be_set(self, tmp_path: Path) -> None:
+        path = tmp_path / "ds.json"
+        path.write_text(json.dumps({"zero_optimization": {"stage": 2}, "wall_clock_breakdown": True}))
+        assert read_zero_config(path)["wall_clock_breakdown"]
 
     @pytest.mark.parametrize("text", ["{", "{}", '{"zero_optimization": {"stage": 4}}'])
     def test_broken_files_are_named(self, tmp_path: Path, text: str) -> None:

@@ -67,6 +67,11 @@ def start_many_times(rank: int, world_size: int, run: Path) -> dict[str, Any]:
     found["same targets"] = start(run, lora={"target_modules": ["o_proj", "k_proj", "v_proj", "q_proj"]}, **longer)
     found["force"] = start(run, True, train={"max_steps": 1})
     found["kept after force"] = checkpoints(run)
+    early = {"learning_rate": 1e-30, "evaluate_every_steps": 1, "evaluate_users": 2, "early_stopping_patience": 1}
+    found["early end"] = (start(run, True, train=early | {"max_steps": 4}), checkpoints(run)[-1])
+    found["more steps"] = start(run, train=early | {"max_steps": 5})
+    found["more patience"] = start(run, train=early | {"max_steps": 3, "early_stopping_patience": 2})
+    found["kept after more patience"] = checkpoints(run)[-1]
     return found
 
 
@@ -88,6 +93,14 @@ def test_a_finished_training_with_other_settings_is_not_taken_for_this_one(found
     assert "train.learning_rate=0.005, now 1e-06; use another run.dir, --force" in found["other rate"]
     assert "steps=2, now 1" in found["fewer steps"]
     assert found["rate on record"] == 5e-3
+
+
+def test_more_steps_after_an_early_end_need_more_patience(found: dict) -> None:
+    assert found["early end"] == ("0", "step-000002")
+    assert "steps=4, now 5" in found["more steps"]
+    assert "a larger train.early_stopping_patience" in found["more steps"]
+    assert "train.max_steps" not in found["more steps"], "they would change nothing"
+    assert found["more patience"] == "0" and found["kept after more patience"] == "step-000003"
 
 
 def test_a_checkpoint_keeps_its_base_and_its_adapter(found: dict, run: Path) -> None:

@@ -7,6 +7,7 @@ where 010 is 8, 1:30 is 90, 1e-4 is a text, 2024-01-02 a date and the last of tw
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,33 @@ OWNED = {
 }
 """Keys of a DeepSpeed config that have an owner in the run's config."""
 
+PRINTING = ("comms_logger", "dump_state", "flops_profiler", "memory_breakdown", "wall_clock_breakdown")
+"""Keys that change what DeepSpeed prints, and nothing else."""
 OFFLOADS = ("offload_optimizer", "offload_param")
+FLAGS = (
+    "allgather_partitions", "contiguous_gradients", "overlap_comm", "reduce_scatter", "round_robin_gradients",
+    "stage3_gather_16bit_weights_on_model_save",
+)  # fmt: skip
+SIZES = (
+    "allgather_bucket_size", "reduce_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
+    "stage3_model_persistence_threshold", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
+    "sub_group_size",
+)  # fmt: skip
+OFFLOAD_KEYS = {
+    "device": "device", "nvme_path": "path", "pin_memory": "flag", "fast_init": "flag", "pipeline_read": "flag",
+    "pipeline_write": "flag", "buffer_count": "size", "buffer_size": "size", "max_in_cpu": "size",
+}  # fmt: skip
+KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "flag": (lambda value: type(value) is bool, "true or false"),
+    "size": (lambda value: type(value) in (int, float) and value >= 0 and value % 1 == 0, "a whole number"),
+    "path": (lambda value: isinstance(value, str), "a path"),
+    "device": (lambda value: value in ("none", "cpu", "nvme"), "none, cpu or nvme"),
+}
+"""Of values: a test, and its words for messages."""
+UNSUPPORTED = (
+    "unknown or unsupported: such a file holds ZeRO's stage, buckets and offload, since other keys change what is "
+    "trained or how its state is divided; remove it here"
+)
 ODD_NUMBER = re.compile(r"[-+]?(0[0-7_]+|\d[\d_]*(:[0-5]?\d)+(\.\d*)?)$")
 """Octal without 0o, or sexagesimal."""
 TIMESTAMP = "tag:yaml.org,2002:timestamp"
@@ -62,8 +89,8 @@ def read_zero_config(path: str | Path, key: str = "train.deepspeed_config") -> d
         key: the setting that names it, for messages.
 
     Raises:
-        ConfigError: missing, not JSON, without a ZeRO stage, with a value left open, or with a setting that the run's
-            config owns.
+        ConfigError: missing, not JSON, without a ZeRO stage, with a setting that the run's config owns, or with a key
+            or value that is not supported.
     """
     path = Path(path)
     if not path.exists() or path.is_dir():
@@ -77,24 +104,33 @@ def read_zero_config(path: str | Path, key: str = "train.deepspeed_config") -> d
     for name in settings:
         if name in OWNED:
             raise ConfigError(f"{path}: {name!r} has its owner in the run's config: set {OWNED[name]}, remove it here")
-    if "data_types" in settings:
-        raise ConfigError(
-            f"{path}: 'data_types' (grad_accum_dtype) would sum gradients in another precision than train.precision, "
-            "in an optimizer of DeepSpeed that no checkpoint is made for; remove it here"
-        )
-    if settings.get("zero_optimization", {}).get("compute_grad_norm", True) is not True:
-        raise ConfigError(
-            f"{path}: zero_optimization.compute_grad_norm is not true, but each step shows the norm of its gradients; "
-            "remove it here"
-        )
-    for name, value in settings.get("zero_optimization", {}).items():
-        if value is None or value == "auto" or (name in OFFLOADS and not isinstance(value, dict)):
-            expected = 'an object such as {"device": "cpu"}' if name in OFFLOADS else "a value"
-            raise ConfigError(f"{path}: zero_optimization.{name} is {value!r}, expected {expected}; or leave it out")
-    stage = settings.get("zero_optimization", {}).get("stage")
+        if name != "zero_optimization" and name not in PRINTING:
+            raise ConfigError(f"{path}: {name!r} is {UNSUPPORTED}")
+    zero = settings.get("zero_optimization", {})
+    stage = zero.get("stage")
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         raise ConfigError(f"{path}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
+    for name, value in zero.items():
+        if name != "stage" and (error := _wrong_value(name, value)):
+            raise ConfigError(f"{path}: zero_optimization.{name} is {error}")
     return settings
+
+
+def _wrong_value(name: str, value: Any) -> str:
+    """What is wrong with a key of ``zero_optimization``; empty where nothing is."""
+    if name not in OFFLOADS:
+        return _wrong_kind(value, dict.fromkeys(FLAGS, "flag").get(name) or dict.fromkeys(SIZES, "size").get(name))
+    if not isinstance(value, dict):
+        return f'{value!r}, expected an object such as {{"device": "cpu"}}; or leave it out'
+    errors = {key: _wrong_kind(found, OFFLOAD_KEYS.get(key)) for key, found in value.items()}
+    return next((f"an object whose {key!r} is {error}" for key, error in errors.items() if error), "")
+
+
+def _wrong_kind(value: Any, kind: str | None) -> str:
+    if kind is None:
+        return UNSUPPORTED
+    is_right, words = KINDS[kind]
+    return "" if is_right(value) else f"{value!r}, expected {words}; or leave it out"
 
 
 class Loader(yaml.SafeLoader):

@@ -80,9 +80,13 @@ class TrainerState:
             return replace(self, validation=validation)
         return replace(self, validation=validation, best_value=None, best_step=0, num_bad_evaluations=0)
 
+    def has_lost_patience(self, patience: int) -> bool:
+        """Whether `patience` validations in a row were no better (0: never)."""
+        return bool(patience) and self.num_bad_evaluations >= patience
+
     def is_over(self, num_steps: int, patience: int) -> bool:
-        """Whether all steps are made, or `patience` validations in a row were no better (0: never)."""
-        return self.step >= num_steps or bool(patience) and self.num_bad_evaluations >= patience
+        """Whether all steps are made, or the patience is lost."""
+        return self.step >= num_steps or self.has_lost_patience(patience)
 
 
 @dataclass(frozen=True, slots=True)

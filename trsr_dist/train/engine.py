@@ -93,11 +93,12 @@ class Engine:
 
 
 def check_gradients(engine: Engine) -> None:
-    """Every LoRA B must have received a gradient, before the first step: none does where the graph was cut.
+    """Every LoRA B must have received a gradient, before the first update: none does where the graph was cut.
 
     Experts are left out: the first rows may have been routed past one.
 
-    All ranks call it, after the last backward pass of the first step.
+    All ranks call it, after the last backward pass of the first step with a loss: one of 0, as of damaged users that
+    are left out, has gradients of 0.
 
     Raises:
         ModelError: names the layers without one.
@@ -113,8 +114,9 @@ def check_gradients(engine: Engine) -> None:
             dead.append(name)
     if dead:
         raise ModelError(
-            f"{len(dead)} LoRA layers received no gradient in the first step, the first is {dead[0]}: the backward "
-            "pass does not reach them; check lora.target_modules and train.activation_checkpointing with this model"
+            f"{len(dead)} LoRA layers received no gradient in the first step with a loss, the first is {dead[0]}: the "
+            "backward pass does not reach them; check lora.target_modules and train.activation_checkpointing with this "
+            "model"
         )
 
 

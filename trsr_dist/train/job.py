@@ -88,8 +88,9 @@ def _train(
         check_base(checkpoint, prepared.model.name, prepared.fingerprint)
         is_auto = config.train.precision == "auto"  # on another machine it may be another one
         is_validated = prepared.validator is None or not state.awaits_validation
-        if is_validated and state.is_over(prepared.num_steps, config.train.early_stopping_patience):
-            check_finished(checkpoint, settings, leave_out="train.precision" if is_auto else "")
+        patience = config.train.early_stopping_patience
+        if is_validated and state.is_over(prepared.num_steps, patience):
+            check_finished(checkpoint, settings, patience, leave_out="train.precision" if is_auto else "")
             distributed.on_rank_zero(lambda: run.write_config("train", dump_config(config), only_missing=True))
             log.info("%s: finished; nothing to do (--force redoes it)", checkpoint.folder)
             return Ending(True, "")

@@ -144,21 +144,25 @@ def check_settings(checkpoint: Checkpoint, settings: dict[str, Any], marks: dict
         log.warning("%s was %r up to step %d, now it is %r", key, before, checkpoint.state.step, now)
 
 
-def check_finished(checkpoint: Checkpoint, settings: dict[str, Any], leave_out: str = "") -> None:
+def check_finished(checkpoint: Checkpoint, settings: dict[str, Any], patience: int, leave_out: str = "") -> None:
     """A finished training that is left alone must be the one that was asked for.
 
     Args:
         checkpoint: its last one.
         settings: of this run.
+        patience: ``train.early_stopping_patience``.
         leave_out: a setting that nobody asked for.
 
     Raises:
         RunError: names the first setting that differs.
     """
+    more = "a larger train.max_steps or train.num_epochs"
+    if checkpoint.state.has_lost_patience(patience):  # more steps would not make it go on
+        more = "a larger train.early_stopping_patience (0: never stop early)"
     for key, before, now in _changes(checkpoint, {key: now for key, now in settings.items() if key != leave_out}):
         raise RunError(
             f"{checkpoint.folder}: this finished training was made with {key}={before!r}, now {now!r}; use another "
-            "run.dir, --force to train from the start, or a larger train.max_steps or train.num_epochs to go on"
+            f"run.dir, --force to train from the start, or {more} to go on"
         )
 
 

@@ -145,13 +145,13 @@ class Trainer:
         waited = time.perf_counter() - started
         own, bad_users = self._runner.backward(step)
         own.wait_seconds = waited
-        if not self._gradients_checked:
-            check_gradients(self._engine)
-            self._gradients_checked = True
         # The last one that is due before leaving may have to wait for another.
         self._control.reasons.walltime.saw("save", 2 * self._saving.write_seconds)
         reason = "a checkpoint was not written" if self._saving.has_failed else self._control.reasons.reason()
         total = self._runner.reduce(step, own, bool(reason))
+        if total.loss and not self._gradients_checked:
+            check_gradients(self._engine)
+            self._gradients_checked = True
         self._control.heartbeat.at(step.state.step, UPDATE)
         s = self._settings
         rate = learning_rate(self.state.step, s.num_steps, s.learning_rate, s.warmup_ratio, s.schedule)
