@@ -39,8 +39,9 @@ PRINTING = ("comms_logger", "dump_state", "flops_profiler", "memory_breakdown", 
 """Keys that change what DeepSpeed prints, and nothing else."""
 OFFLOADS = ("offload_optimizer", "offload_param")
 FLAGS = (
-    "allgather_partitions", "contiguous_gradients", "overlap_comm", "reduce_scatter", "round_robin_gradients",
-    "stage3_gather_16bit_weights_on_model_save",
+    "allgather_partitions", "contiguous_gradients", "ignore_unused_parameters", "log_trace_cache_warnings",
+    "memory_efficient_linear", "overlap_comm", "reduce_scatter", "round_robin_gradients",
+    "stage3_gather_16bit_weights_on_model_save", "use_multi_rank_bucket_allreduce",
 )  # fmt: skip
 SIZES = (
     "allgather_bucket_size", "reduce_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
@@ -48,14 +49,13 @@ SIZES = (
     "sub_group_size",
 )  # fmt: skip
 OFFLOAD_KEYS = {
-    "device": "device", "nvme_path": "path", "pin_memory": "flag", "fast_init": "flag", "pipeline_read": "flag",
-    "pipeline_write": "flag", "buffer_count": "size", "buffer_size": "size", "max_in_cpu": "size",
+    "device": "device", "pin_memory": "flag", "fast_init": "flag", "buffer_count": "size", "buffer_size": "size",
+    "max_in_cpu": "size",
 }  # fmt: skip
 KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "flag": (lambda value: type(value) is bool, "true or false"),
     "size": (lambda value: type(value) in (int, float) and value >= 0 and value % 1 == 0, "a whole number"),
-    "path": (lambda value: isinstance(value, str), "a path"),
-    "device": (lambda value: value in ("none", "cpu", "nvme"), "none, cpu or nvme"),
+    "device": (lambda value: value in ("none", "cpu"), "none or cpu"),
 }
 """Of values: a test, and its words for messages."""
 UNSUPPORTED = (
