@@ -30,8 +30,11 @@ from trsr_dist.data import jsonl, published, source, tables
 from trsr_dist.data import prepare as job
 from trsr_dist.data.parts import part_of_name
 from trsr_dist.data.shared import SharedWork
+from trsr_dist.data.source import Counts
 from trsr_dist.errors import DataError, TrsrError
-from trsr_dist.files import remove_folder, sha256_of
+from trsr_dist.files import remove_folder, sha256_of, write_json
+from trsr_dist.leases import LeaseFolder
+from trsr_dist.liveness import Owner
 
 USERS = 30
 SMALL = ["data.unknown_items=skip", "data.candidates=popularity"]
@@ -227,6 +230,16 @@ def test_a_bad_row_is_named_as_by_one_task(
     run = tmp_path / "together"
     assert [(run / f"error-{number}").read_text() for number in range(2)] == [str(found.value)] * 2
     assert not (run / "histories").exists() and not list((tmp_path / "alone").iterdir())
+
+
+def test_what_another_task_is_making_does_not_count(tmp_path: Path) -> None:
+    """Nor is it an error where it has been renamed meanwhile."""
+    work = SharedWork(tmp_path, LeaseFolder(tmp_path / "leases", Owner.myself(), 60.0), Counts())
+    for name, number in {"log-000000": 3, ".log-000001.tmp-host-1-1-0a": 4}.items():
+        (tmp_path / name).mkdir()
+        write_json(tmp_path / name / "facts.json", {"facts": None, "counts": {"users_read": number}, "error": None})
+    (tmp_path / ".log-000002.tmp-host-1-1-0b").mkdir()
+    assert work.total() == {"users_read": 3} and not work.has_failed()
 
 
 def test_each_raw_file_is_read_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

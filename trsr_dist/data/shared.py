@@ -24,6 +24,8 @@ T = TypeVar("T")
 FACTS = "facts.json"
 HISTORIES = "histories"
 """Lease of those who change what stands beside the pieces."""
+ALL = "[!.]*"
+"""Phases; what begins with a point is being made."""
 MORE_PATIENT = 1.5
 """From one look at what others make to the next."""
 
@@ -98,13 +100,13 @@ class SharedWork:
     def total(self) -> Counts:
         """Counts of all pieces."""
         total = Counts()
-        for record in self._records("*"):
+        for record in self._records(ALL):
             total.update(record["counts"])
         return total
 
     def has_failed(self) -> bool:
         """Whether a piece has found the input wrong."""
-        return any(record["error"] for record in self._records("*"))
+        return any(record["error"] for record in self._records(ALL))
 
     def _records(self, *phases: str) -> list[dict[str, Any]]:
         paths = [path for phase in phases for path in sorted(self.folder.glob(f"{phase}-*/{FACTS}"))]
