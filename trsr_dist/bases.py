@@ -36,6 +36,11 @@ class BaseName:
     """Empty where the source records none."""
 
 
+def is_path(name: str) -> bool:
+    """Whether a model's name can only be a path: a hub id is a name, or owner/name."""
+    return Path(name).is_absolute() or name.startswith(".") or len(Path(name).parts) > 2
+
+
 def base_folder(base: BaseName, run: Path | None, remedy: str, with_code: bool = False) -> Path:
     """The base's local folder, checked; a hub model is fetched (weights, config, tokenizer) into the hub cache first.
 
@@ -57,7 +62,7 @@ def base_folder(base: BaseName, run: Path | None, remedy: str, with_code: bool =
             if (folder / CONFIG).is_file() or (folder / ADAPTER_CONFIG).is_file():
                 check_base(folder)
                 return folder
-        if candidates[0].is_absolute() or candidates[0].is_dir():
+        if is_path(base.name_or_path) or candidates[0].is_dir():
             found = f"no {CONFIG} in it" if candidates[0].is_dir() else "no such model folder"
             raise ModelError(f"base {base.name_or_path!r}: {found}; {remedy}")
         folder = fetch(base, remedy, BASE_FILES + CODE_FILES if with_code else BASE_FILES)

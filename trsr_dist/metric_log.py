@@ -112,8 +112,8 @@ def _has(row: Mapping[str, Any], start: str) -> bool:
 
 def _ends_in_line_feed(path: Path) -> bool:
     with open(path, "rb") as stream:
-        size = stream.seek(0, os.SEEK_END)
-        return not size or os.pread(stream.fileno(), 1, size - 1) == b"\n"
+        stream.seek(max(0, stream.seek(0, os.SEEK_END) - 1))
+        return stream.read() in (b"", b"\n")
 
 
 def read_metrics(run_dir: Path) -> Iterator[dict[str, Any]]:

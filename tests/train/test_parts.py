@@ -134,7 +134,9 @@ class TestZeroConfig:
     def test_a_value_that_is_left_open_or_wrong_is_refused(self, tmp_path: Path, values: dict) -> None:
         path = tmp_path / "ds.json"
         path.write_text(json.dumps({"zero_optimization": {"stage": 2} | values}))
-        with pytest.raises(ConfigError, match=rf"zero_optimization.{next(iter(values))} is .*leave it out"):
+        with pytest.raises(
+            ConfigError, match=rf"zero_optimization\.{next(iter(values))}.*: input should .*found .*leave the key out"
+        ):
             read_zero_config(path)
 
     @pytest.mark.parametrize(
@@ -158,7 +160,9 @@ class TestZeroConfig:
                 {"zero_optimization": zero | ({name: value} if section else {})} | ({} if section else {name: value})
             )
         )
-        with pytest.raises(ConfigError, match=rf"ds\.json: .*{name}.*unsupported.*remove it here"):
+        with pytest.raises(
+            ConfigError, match=rf"ds\.json: .*{name}.*: extra inputs are not permitted.*leave the key out"
+        ):
             read_zero_config(path)
 
     def test_what_deepspeed_prints_may_be_set(self, tmp_path: Path) -> None:

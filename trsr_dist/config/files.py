@@ -7,11 +7,12 @@ where 010 is 8, 1:30 is 90, 1e-4 is a text, 2024-01-02 a date and the last of tw
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Required
 
 import yaml
+from pydantic import ConfigDict, Field
+from typing_extensions import TypedDict
 from yaml.constructor import ConstructorError
 
 from trsr_dist.errors import ConfigError, DataError
@@ -35,37 +36,67 @@ OWNED = {
 }
 """Keys of a DeepSpeed config that have an owner in the run's config."""
 
-PRINTING = ("comms_logger", "dump_state", "flops_profiler", "memory_breakdown", "wall_clock_breakdown")
-"""Keys that change what DeepSpeed prints, and nothing else."""
 OFFLOADS = ("offload_optimizer", "offload_param")
-FLAGS = (
-    "allgather_partitions", "contiguous_gradients", "ignore_unused_parameters", "log_trace_cache_warnings",
-    "memory_efficient_linear", "overlap_comm", "reduce_scatter", "round_robin_gradients",
-    "stage3_gather_16bit_weights_on_model_save", "use_multi_rank_bucket_allreduce",
-)  # fmt: skip
-SIZES = (
-    "allgather_bucket_size", "reduce_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance",
-    "stage3_model_persistence_threshold", "stage3_param_persistence_threshold", "stage3_prefetch_bucket_size",
-    "sub_group_size",
-)  # fmt: skip
-OFFLOAD_KEYS = {
-    "device": "device", "pin_memory": "flag", "fast_init": "flag", "buffer_count": "size", "buffer_size": "size",
-    "max_in_cpu": "size",
-}  # fmt: skip
-KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "flag": (lambda value: type(value) is bool, "true or false"),
-    "size": (lambda value: type(value) in (int, float) and value >= 0 and value % 1 == 0, "a whole number"),
-    "device": (lambda value: value in ("none", "cpu"), "none or cpu"),
-}
-"""Of values: a test, and its words for messages."""
-UNSUPPORTED = (
-    "unknown or unsupported: such a file holds ZeRO's stage, buckets and offload, since other keys change what is "
-    "trained or how its state is divided; remove it here"
-)
 ODD_NUMBER = re.compile(r"[-+]?(0[0-7_]+|\d[\d_]*(:[0-5]?\d)+(\.\d*)?)$")
 """Octal without 0o, or sexagesimal."""
 TIMESTAMP = "tag:yaml.org,2002:timestamp"
 FLOAT = "tag:yaml.org,2002:float"
+
+
+Size = Annotated[float, Field(ge=0, multiple_of=1)]
+"""Such as 5e8, which is no int in JSON."""
+NO_OTHERS = ConfigDict(extra="forbid")
+
+
+class Offload(TypedDict, total=False):
+    """Where DeepSpeed keeps state; not NVMe, of which no checkpoint can be made."""
+
+    __pydantic_config__ = NO_OTHERS
+    device: Literal["none", "cpu"]
+    pin_memory: bool
+    fast_init: bool
+    buffer_count: Size
+    buffer_size: Size
+    max_in_cpu: Size
+
+
+class Zero(TypedDict, total=False):
+    """ZeRO's mechanics; other keys of DeepSpeed change what is trained, or how its state is divided."""
+
+    __pydantic_config__ = NO_OTHERS
+    stage: Required[Annotated[int, Field(ge=0, le=3)]]
+    offload_optimizer: Offload
+    offload_param: Offload
+    allgather_bucket_size: Size
+    allgather_partitions: bool
+    contiguous_gradients: bool
+    ignore_unused_parameters: bool
+    log_trace_cache_warnings: bool
+    memory_efficient_linear: bool
+    overlap_comm: bool
+    reduce_bucket_size: Size
+    reduce_scatter: bool
+    round_robin_gradients: bool
+    stage3_gather_16bit_weights_on_model_save: bool
+    stage3_max_live_parameters: Size
+    stage3_max_reuse_distance: Size
+    stage3_model_persistence_threshold: Size
+    stage3_param_persistence_threshold: Size
+    stage3_prefetch_bucket_size: Size
+    sub_group_size: Size
+    use_multi_rank_bucket_allreduce: bool
+
+
+class DeepSpeedFile(TypedDict, total=False):
+    """All that a file of ``ds_configs/`` may hold: mechanics, and what DeepSpeed prints."""
+
+    __pydantic_config__ = NO_OTHERS
+    zero_optimization: Required[Zero]
+    comms_logger: Any
+    dump_state: Any
+    flops_profiler: Any
+    memory_breakdown: Any
+    wall_clock_breakdown: Any
 
 
 def find_file(name: str) -> Path:
@@ -96,41 +127,16 @@ def read_zero_config(path: str | Path, key: str = "train.deepspeed_config") -> d
     if not path.exists() or path.is_dir():
         raise ConfigError(f"{key}={path}: no such file; the shipped ones are named such as ds_configs/zero1.json")
     try:
-        settings = parse_json(read_text(path), object, unique=True)
-    except (DataError, UnicodeDecodeError, OSError) as error:
-        raise ConfigError(f"{key}={path}: {str(error).removeprefix(f'{path}: ')}") from None
-    if not isinstance(settings, dict) or not isinstance(settings.get("zero_optimization", {}), dict):
-        raise ConfigError(f"{path}: expected an object that holds an object 'zero_optimization'")
-    for name in settings:
-        if name in OWNED:
+        text = read_text(path)
+        settings = parse_json(text, unique=True)
+        for name in (name for name in settings if name in OWNED):
             raise ConfigError(f"{path}: {name!r} has its owner in the run's config: set {OWNED[name]}, remove it here")
-        if name != "zero_optimization" and name not in PRINTING:
-            raise ConfigError(f"{path}: {name!r} is {UNSUPPORTED}")
-    zero = settings.get("zero_optimization", {})
-    stage = zero.get("stage")
-    if type(stage) is not int or stage not in (0, 1, 2, 3):
-        raise ConfigError(f"{path}: zero_optimization.stage is {stage!r}, expected 0, 1, 2 or 3")
-    for name, value in zero.items():
-        if name != "stage" and (error := _wrong_value(name, value)):
-            raise ConfigError(f"{path}: zero_optimization.{name} is {error}")
+        parse_json(text, DeepSpeedFile)
+    except (DataError, UnicodeDecodeError, OSError) as error:
+        problem = str(error).removeprefix(f"{path}: ")
+        remedy = "such a file holds ZeRO's stage, buckets and offload: correct the value, or leave the key out"
+        raise ConfigError(f"{key}={path}: {problem}; {remedy}") from None
     return settings
-
-
-def _wrong_value(name: str, value: Any) -> str:
-    """What is wrong with a key of ``zero_optimization``; empty where nothing is."""
-    if name not in OFFLOADS:
-        return _wrong_kind(value, dict.fromkeys(FLAGS, "flag").get(name) or dict.fromkeys(SIZES, "size").get(name))
-    if not isinstance(value, dict):
-        return f'{value!r}, expected an object such as {{"device": "cpu"}}; or leave it out'
-    errors = {key: _wrong_kind(found, OFFLOAD_KEYS.get(key)) for key, found in value.items()}
-    return next((f"an object whose {key!r} is {error}" for key, error in errors.items() if error), "")
-
-
-def _wrong_kind(value: Any, kind: str | None) -> str:
-    if kind is None:
-        return UNSUPPORTED
-    is_right, words = KINDS[kind]
-    return "" if is_right(value) else f"{value!r}, expected {words}; or leave it out"
 
 
 class Loader(yaml.SafeLoader):

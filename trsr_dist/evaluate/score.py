@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from trsr_dist import distributed
-from trsr_dist.bases import BaseName
+from trsr_dist.bases import BaseName, is_path
 from trsr_dist.config.files import find_file, read_zero_config
 from trsr_dist.environment import Ranks, array_task, detect_ranks
 from trsr_dist.errors import ConfigError, DataError, ModelError, RunError
@@ -72,9 +72,8 @@ def check_place(name: str) -> None:
         ModelError: it is not.
     """
     path = Path(name)
-    is_path = path.is_absolute() or name.startswith(".") or len(path.parts) > 2
     is_beside = len(path.parts) == 2 and path.parent.is_dir()
-    if (is_path or is_beside) and not path.is_dir():
+    if (is_path(name) or is_beside) and not path.is_dir():
         raise ModelError(f"--model {name}: no such folder; name a merged folder, a checkpoint or an adapter")
 
 

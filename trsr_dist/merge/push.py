@@ -13,7 +13,7 @@ from typing import Any
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError
 
-from trsr_dist.bases import ORIGIN
+from trsr_dist.bases import ORIGIN, is_path
 from trsr_dist.errors import ModelError, RunError
 from trsr_dist.files import read_json
 from trsr_dist.log import get_logger, show
@@ -35,8 +35,6 @@ OF_A_MODEL = re.compile(
 """Files that decide what is loaded: beside a new model, those of an earlier one would be."""
 UNREACHABLE = HfHubHTTPError.__bases__
 """What the hub's client raises without an answer: the error of its HTTP library, and OSError."""
-HUB_PARTS = 2
-"""Of a hub id at most: owner and name."""
 ADDRESS = re.compile(r"/|https?://")
 
 log = get_logger("push")
@@ -168,8 +166,7 @@ def base_of(folder: Path, given: str) -> str:
         return given
     if (folder / ORIGIN).is_file():
         return read_json(folder / ORIGIN)["model"]
-    path = Path(recorded)
-    if not (path.is_absolute() or recorded.startswith(".") or len(path.parts) > HUB_PARTS or path.is_dir()):
+    if not (is_path(recorded) or Path(recorded).is_dir()):
         return recorded
     log.warning("the base is known as a folder, %s; --base-model names it on the hub", recorded)
     return Path(recorded).name
