@@ -16,11 +16,11 @@ from tests.data.raw import (
     write_mind,
 )
 from tests.kills import check_stage
-from trsr_dist.data.histories import with_more_targets
 from trsr_dist.data.logs import KnownUser
 from trsr_dist.data.prepare import prepare
+from trsr_dist.data.samples import earlier_samples, with_more_targets
 from trsr_dist.data.store import HistoryStore, UserRow
-from trsr_dist.errors import RunError
+from trsr_dist.errors import DataError, RunError
 from trsr_dist.files import read_json
 from trsr_dist.hashing import hash64
 from trsr_dist.run import SPLITS
@@ -262,6 +262,66 @@ def test_train_users_may_have_several_targets(tmp_path: Path) -> None:
         list(found) for found in single.sequences("train", 50)
     ]
     assert list(store.catalogue.column("popularity")) == list(single.catalogue.column("popularity"))
+
+
+@pytest.mark.parametrize("strategy", ["uniform", "targets", "popularity"])
+def test_train_users_may_have_earlier_samples(tmp_path: Path, strategy: str) -> None:
+    """Each reads what came before its targets, and no item of the user is a negative; nothing else changes."""
+    write_mind(tmp_path)
+    shared = ["data.train_targets=2", "data.min_history=1", f"data.candidates={strategy}", "train.pool_size=8"]
+    assert prepare(make_config(tmp_path, "mind", *shared, f"run.dir={tmp_path / 'single'}")) == 0
+    single = HistoryStore(tmp_path / "single" / "histories")
+    store = run(tmp_path, "mind", *shared, "data.train_prefixes=3")
+    users = users_of(store)
+    train = [user for user, (split, _) in users_of(single).items() if split == "train"]
+    assert users.keys() - users_of(single).keys() == {f"{user}~{number}" for user in train for number in (1, 2)}
+    for user in train:
+        own = clicks(int(user[1:]))
+        for name, start, stop in ((user, 4, 6), (f"{user}~1", 2, 4), (f"{user}~2", 1, 2)):
+            split, row = users[name]
+            assert split == "train" and row.time == users[user][1].time
+            assert ids(store, row.history) == own[:start]
+            assert ids(store, row.candidates[: sum(row.labels)]) == own[start:stop]
+            assert not {*ids(store, row.candidates[sum(row.labels) :])} & {*own}
+    for split in SPLITS:
+        ours, theirs = (sorted(map(list, found.sequences(split, 50))) for found in (store, single))
+        assert ours == theirs
+        for column in ("history", "targets"):
+            assert store.count_items(split, column).tolist() == single.count_items(split, column).tolist()
+    assert [users[user] for split in ("valid", "test") for user in single.names(split)] == [
+        (split, single.user(split, i)) for split in ("valid", "test") for i in range(single.num_users(split))
+    ]
+    for column in ("popularity", "first_seen"):
+        assert store.catalogue.column(column).tolist() == single.catalogue.column(column).tolist()
+
+
+def test_a_key_like_that_of_an_earlier_sample(tmp_path: Path) -> None:
+    raw = write_mind(tmp_path)
+    log = raw / "behaviors.tsv"
+    log.write_text(log.read_text().replace("\tU3\t", "\tU3~1\t"))
+    with pytest.raises(DataError, match=r"user 'U3~1'.*data.train_prefixes"):
+        run(tmp_path, "mind", "data.train_prefixes=2")
+    store = run(tmp_path, "mind")
+    assert "U3~1" in users_of(store) and len(store.sequences("train", 9)) == store.num_users("train")
+
+
+@pytest.mark.parametrize(
+    ("history", "num_samples", "num_targets", "min_history", "expected"),
+    [
+        ([1, 2, 3, 4], 0, 1, 1, []),
+        ([1, 2, 3, 4], 2, 1, 1, [([1, 2, 3], [4]), ([1, 2], [3])]),
+        ([1, 2, 3, 4], 9, 1, 3, [([1, 2, 3], [4])]),
+        ([1, 2, 3, 4], 9, 2, 1, [([1, 2], [3, 4]), ([1], [2])]),
+        ([1, 2, 1, 1], 9, 2, 1, [([1], [2])]),
+        ([1], 9, 2, 0, []),
+    ],
+)
+def test_earlier_samples(
+    history: list[int], num_samples: int, num_targets: int, min_history: int, expected: list
+) -> None:
+    found = earlier_samples(KnownUser("u", history, [9], 5, []), num_samples, num_targets, min_history)
+    assert [(user.history, user.targets) for user in found] == expected
+    assert [user.user for user in found] == [f"u~{number}" for number in range(1, 1 + len(found))]
 
 
 @pytest.mark.parametrize(

@@ -200,6 +200,11 @@ def _of_the_data(config: Config) -> Iterator[str]:
         yield "data.missed_targets=skip leaves out users whose target a data.candidates_file misses: name that file"
     if min(data.split) < 0 or not data.split[0]:
         yield f"data.split={list(data.split)}: shares are not negative, and train's is at least 1"
+    if data.train_prefixes > 1 and data.candidates == "impressions":
+        yield (
+            f"data.train_prefixes={data.train_prefixes} with data.candidates=impressions: what was shown with earlier "
+            "items is not known; choose other candidates, or set it to 1"
+        )
     shares = dict(zip(("train", "valid", "test"), data.split, strict=True))
     if not shares[config.evaluate.split]:
         yield (

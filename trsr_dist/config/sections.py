@@ -117,6 +117,9 @@ class DataSection(Section):
     train_targets: int = Field(1, ge=1)
     """Train users' latest items that are positives, where data.min_history items remain before them: more to learn from
     few users, which costs only extra suffix tokens. Valid and test users keep their own target."""
+    train_prefixes: int = Field(1, ge=1)
+    """Samples of a train user, each cut earlier: its train_targets positives are the items before the next one's, and
+    its prompt reads what came before them. Each costs as much as another user."""
     split: tuple[int, int, int] = (10, 1, 1)
     """Shares of train, valid and test users, from a hash of the user key."""
     split_by: Literal["user", "time"] = "user"

@@ -25,6 +25,7 @@ from trsr_dist.data.logs import KnownUser, UserColumns
 from trsr_dist.data.parts import hash64_many
 from trsr_dist.data.ragged import Ragged
 from trsr_dist.data.retrieved import RetrievedLists
+from trsr_dist.data.samples import Samples
 from trsr_dist.data.source import BLOCK_BYTES, Counts, shown
 from trsr_dist.data.store import ITEM_SCHEMA, ROWS_PER_BATCH, USER_SCHEMA, ArrowRows, ArrowWriter
 from trsr_dist.errors import DataError
@@ -62,12 +63,6 @@ class CandidateRules:
         return self.evaluation_negatives * num_targets, self.evaluation_negatives * num_targets
 
 
-def count_clicks(users: UserColumns, splits: np.ndarray, num_items: int) -> np.ndarray:
-    """int64 [splits, 2, items]: of a split's users, how often each item stands in their histories and targets."""
-    columns, groups = ("history", "targets"), (splits == place for place in range(len(SPLITS)))
-    return np.stack([[users.count(column, group, num_items) for column in columns] for group in groups])
-
-
 def check_times(times: np.ndarray, setting: str) -> None:
     """Refuse a setting that needs times where the data has none.
 
@@ -98,7 +93,7 @@ class CandidateMaker:
     Args:
         rules: how.
         times: int64 [users], of all users.
-        clicks: int64 [splits, 2, items], see ``count_clicks``.
+        clicks: int64 [splits, 2, items], see ``Samples.count_clicks``.
         items: the spooled catalogue.
         first_seen: int64 [items], see ``UserColumns.first_seen``.
         retrieved: lists of the valid and test users; None: they are drawn too.
@@ -262,18 +257,19 @@ def _merged(matrix: np.ndarray, is_plain: np.ndarray, others: Ragged) -> Ragged:
 
 
 def write_split(
-    folder: Path, split: str, users: UserColumns, maker: CandidateMaker, max_history: int, counts: Counts
+    folder: Path, split: str, samples: Samples, maker: CandidateMaker, max_history: int, counts: Counts
 ) -> dict[str, int]:
-    """Write a part of a split's users, and what the hash of all candidate lists is taken of; returns the part's facts:
-    users, items, positives."""
+    """Write a part of a split's samples, and what the hash of all candidate lists is taken of; returns the part's
+    facts: users, items, positives."""
     facts = {"users": 0, "history_items": 0, "candidates": 0, "positives": 0}
     with ArrowWriter(folder / f"{split}.arrow", USER_SCHEMA) as writer, open(folder / f"{split}.lists", "wb") as lists:
-        for start in range(0, len(users), ROWS_PER_BATCH):
-            found = users.take(np.arange(start, min(start + ROWS_PER_BATCH, len(users))))
+        for start in range(0, len(samples.users), ROWS_PER_BATCH):
+            rows = np.arange(start, min(start + ROWS_PER_BATCH, len(samples.users)))
+            found, lengths = samples.users.take(rows), samples.lengths[rows]
             candidates, labels = maker.make_all(found, split, counts)
             kept = np.flatnonzero(candidates.lengths)
             found, candidates, labels = found.take(kept), candidates.take(kept), labels.take(kept)
-            history = found.history.latest(max_history)
+            history = found.history.first(lengths[kept]).latest(max_history)
             columns = [column.arrow() for column in (history, candidates, labels)]
             writer.add_columns([found.names.cast(pa.string()), *columns, pa.array(found.times)])
             lists.write(_as_json(found.names, candidates, labels))

@@ -24,19 +24,19 @@ from trsr_dist.data.assembly import (
     CandidateMaker,
     CandidateRules,
     check_times,
-    count_clicks,
     join_split,
     write_items,
     write_split,
 )
 from trsr_dist.data.candidates import split_by_time, split_by_user
-from trsr_dist.data.histories import HistoryRules, admit_all, with_more_targets
+from trsr_dist.data.histories import HistoryRules, admit_all
 from trsr_dist.data.interactions import Interactions
 from trsr_dist.data.items import REMOVED, CatalogueRules
 from trsr_dist.data.jsonl import JsonlReader
 from trsr_dist.data.logs import BITS_OF_A_ROW, LAST, NEVER, ItemCodes, UserColumns, gather, unit_table
 from trsr_dist.data.parts import hash64_many, hash_range, part_of_name, read_part, write_parts
 from trsr_dist.data.retrieved import RetrievedLists
+from trsr_dist.data.samples import SampleRules, Samples, check_keys
 from trsr_dist.data.shared import OrderedError, SharedWork
 from trsr_dist.data.source import Counts, Reader
 from trsr_dist.data.store import ITEM_SCHEMA, ITEMS, ArrowRows, ArrowWriter, checksums
@@ -169,6 +169,8 @@ class Build:
         logs = gather(read_part(self._tables("log", self._num_units), part), self._reader.repeats, counts)
         id_of = self._unknown_id if data.unknown_items == "fail" else None
         users = admit_all(logs, self._reader.log_file, rules, counts, id_of)
+        if data.train_prefixes > 1:
+            check_keys(users)
         names = users.names.to_pylist()
         found = hash64_many(names)
         table = users.table().append_column("hash", pa.array(found))
@@ -176,14 +178,14 @@ class Build:
         write_parts(folder / TABLE, table, hash_range(found, self._num_parts), self._num_parts)
 
     def _make_clicks(self, number: int, folder: Path) -> None:
-        (users, splits), num_items = self._range(number), len(self._items)
-        np.save(folder / CLICKS, count_clicks(users, splits, num_items))
-        np.save(folder / FIRST_SEEN, users.first_seen(num_items))
+        samples, num_items = self._range(number), len(self._items)
+        np.save(folder / CLICKS, samples.count_clicks(num_items))
+        np.save(folder / FIRST_SEEN, samples.first_seen(num_items))
 
     def _make_candidates(self, maker: CandidateMaker, number: int, folder: Path) -> dict[str, Any]:
-        (users, splits), facts = self._range(number), {}
+        samples, facts = self._range(number), {}
         for place, split in enumerate(SPLITS):
-            own = users.take(np.flatnonzero(splits == place))
+            own = samples.take(np.flatnonzero(samples.splits == place))
             try:
                 facts[split] = write_split(folder, split, own, maker, self._data.max_history, self._work.counts)
             except DataError as error:
@@ -199,18 +201,13 @@ class Build:
         found = (self._work.facts("log", number) or {} for number in range(self._num_units))
         return next(ids[str(code)] for facts in found if str(code) in (ids := facts.get("unknown", {})))
 
-    def _range(self, number: int) -> tuple[UserColumns, np.ndarray]:
-        """The kept users of a range, in the order of their key's hash, and their splits."""
+    def _range(self, number: int) -> Samples:
+        """Of the kept users of a range."""
         data, (start, stop) = self._data, self._kept.starts[number : number + 2]
         batches, splits = read_part(self._tables("users", self._num_parts), number), self._kept.splits[start:stop]
         order = np.argsort(np.concatenate([batch.column("hash").to_numpy() for batch in batches]), kind="stable")
         users = UserColumns.from_arrow(batches).take(order[: stop - start])
-        if data.train_targets > 1:
-            everyone = [users.user(place) for place in range(len(users))]
-            for place in np.flatnonzero(splits == SPLITS.index("train")).tolist():
-                everyone[place] = with_more_targets(everyone[place], data.train_targets, data.min_history)
-            users = UserColumns.from_users(everyone)
-        return users, splits
+        return Samples.of(users, splits, SampleRules(data.train_targets, data.train_prefixes, data.min_history))
 
     def _choose(self) -> KeptUsers:
         """Keep the first ``max_users`` by their key's hash (0: all), and split them."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -117,18 +117,6 @@ def apply_rules(
     elif repeated:
         counts["users_with_repeated_target_kept"] += 1
     return KnownUser(user.user, history, targets, user.time, [row for row in shown if row not in targets])
-
-
-def with_more_targets(user: KnownUser, num_targets: int, min_history: int) -> KnownUser:
-    """The history's latest items join the targets, oldest first, until there are ``num_targets``.
-
-    At least ``min_history`` items, and one, remain; an item that was met before is no target.
-    """
-    remaining = max(min_history, 1, len(user.history) - max(num_targets - len(user.targets), 0))
-    history, moved = user.history[:remaining], user.history[remaining:]
-    known = set(history)
-    targets = [item for item in dict.fromkeys([*moved, *user.targets]) if item not in known or item in user.targets]
-    return replace(user, history=history, targets=targets)
 
 
 def _skip(reason: str, counts: Counts) -> None:

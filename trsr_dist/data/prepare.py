@@ -20,7 +20,7 @@ from trsr_dist.data.jsonl import LAYOUTS, JsonlReader
 from trsr_dist.data.published import AmazonReader, MindReader
 from trsr_dist.data.shared import SharedWork, exclusively
 from trsr_dist.data.source import COMPRESSED, Counts, LineReader, Reader, find_raw, listed, open_raw
-from trsr_dist.data.store import POOLS, check_files
+from trsr_dist.data.store import POOLS, PREFIXES, check_files
 from trsr_dist.data.tables import find_table, is_parquet, unpacked_name
 from trsr_dist.data.times import parsed_as
 from trsr_dist.environment import task_number
@@ -202,6 +202,8 @@ def _settings(config: Config) -> dict[str, object]:
             del settings[name]
     if not config.data.candidates_file:
         del settings["missed_targets"]
+    if config.data.train_prefixes == 1:
+        del settings[PREFIXES]
     settings["seed"] = config.run.seed
     if holds_locales(config.data):
         settings[POOLS] = "locale"

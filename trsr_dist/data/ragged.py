@@ -69,6 +69,10 @@ class Ragged:
         """The lists of some rows (int64)."""
         return self._gathered(self.ends[rows], self.lengths[rows])
 
+    def first(self, lengths: np.ndarray) -> Ragged:
+        """The first values of each list: as many as int64 [lists] says, which is no more than there are."""
+        return self._gathered(self.ends[:-1], lengths)
+
     def latest(self, most: int) -> Ragged:
         """The last ``most`` values of each list; 0: all."""
         if not most:

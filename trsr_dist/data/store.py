@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from trsr_dist.errors import DataError
 from trsr_dist.files import remedy_of, sha256_of
@@ -28,6 +29,10 @@ KEPT_BATCHES = 4
 KEPT_ITEMS = 65_536
 """That are in memory as Python values, the last ones read."""
 ITEMS = "items.arrow"
+PREFIXES = "train_prefixes"
+"""In the manifest's settings, where train users have more than one sample."""
+EARLIER = r"~[0-9]+$"
+"""How the keys of such samples end, but for each user's latest one."""
 REMEDY = "run tools/prepare_data.py --force"
 POOLS = "pools"
 """In the manifest's settings, where the negatives of every strategy have the target's category."""
@@ -53,7 +58,7 @@ USER_SCHEMA = pa.schema(
 
 @dataclass(frozen=True, slots=True)
 class UserRow:
-    """A user of a split; items are rows of the catalogue."""
+    """A sample of a user of a split; items are rows of the catalogue."""
 
     user: str
     history: list[int]
@@ -205,7 +210,8 @@ class Catalogue(ArrowRows):
 
 
 class HistoryStore:
-    """What ``prepare`` wrote. Users of a split stand in the order of their key's hash.
+    """What ``prepare`` wrote. Users of a split stand in the order of their key's hash, the earlier samples of train
+    users (``data.train_prefixes``) among them.
 
     Args:
         folder: ``RUN/histories``.
@@ -222,22 +228,26 @@ class HistoryStore:
         self.manifest_hash = manifest_hash(folder)
         if check:
             check_files(folder)
-        self.within_category = POOLS in read_manifest(folder).get("settings", {})
+        settings = read_manifest(folder).get("settings", {})
+        self.within_category = POOLS in settings
         """Negatives of every strategy have the target's category."""
+        self._has_earlier = {"train"} if PREFIXES in settings else set()
         self.catalogue = Catalogue(folder / ITEMS)
         self._users = {split: ArrowRows(folder / f"{split}.arrow") for split in SPLITS}
 
     def num_users(self, split: str) -> int:
+        """Samples of a split: of a user one, of train users up to ``data.train_prefixes``."""
         return len(self._users[split])
 
     def names(self, split: str) -> Iterator[str]:
-        """All users of a split, in order."""
+        """Of all samples of a split, in order."""
         return (user for batch in self._users[split].batches for user in batch.column("user").to_pylist())
 
     def count_items(self, split: str, column: str) -> np.ndarray:
-        """int64 [items]: how often each item stands in the split's histories, or is among its ``targets``."""
+        """int64 [items]: how often each item stands in the split's histories, or is among its ``targets``. Of a user's
+        samples the latest counts, as for ``sequences``."""
         total = np.zeros(len(self.catalogue), np.int64)
-        for batch in self._users[split].batches:
+        for batch in self._latest(split):
             items = _targets(batch)[0] if column == "targets" else batch.column("history").flatten().to_numpy()
             total += np.bincount(items, minlength=len(total))
         return total
@@ -245,13 +255,21 @@ class HistoryStore:
     def sequences(self, split: str, max_items: int) -> list[np.ndarray]:
         """Of each user the latest items, int32 [at most ``max_items``], oldest first, the targets last."""
         found = []
-        for batch in self._users[split].batches:
+        for batch in self._latest(split):
             (targets, counts), histories = _targets(batch), batch.column("history")
             parts = np.split(targets, np.cumsum(counts)[:-1])
             items, lengths = histories.flatten().to_numpy(), histories.value_lengths().to_numpy()
             for history, target in zip(np.split(items, np.cumsum(lengths)[:-1]), parts, strict=True):
                 found.append(np.concatenate([history, target])[-max_items:])
         return found
+
+    def _latest(self, split: str) -> Iterator[pa.RecordBatch]:
+        """The users, each once."""
+        for batch in self._users[split].batches:
+            if split in self._has_earlier:
+                yield batch.filter(pc.invert(pc.match_substring_regex(batch.column("user"), EARLIER)))
+            else:
+                yield batch
 
     def user(self, split: str, index: int) -> UserRow:
         return UserRow(*self._users[split].row(index))
