@@ -198,7 +198,7 @@ def local_source(source: BaseSource) -> BaseSource:
 def load_causal(
     source: BaseSource, dtype: torch.dtype, config: PretrainedConfig | None = None, **options: Any
 ) -> PreTrainedModel:
-    """A model with all its weights; says so where no GPU is there for a large one.
+    """A model with all its weights.
 
     Args:
         source: which.
@@ -217,15 +217,19 @@ def load_causal(
             **local.options, **options,
         )  # fmt: skip
     _refuse_missing(local, sorted(info["missing_keys"]))
+    return model
+
+
+def warn_without_gpu(model: PreTrainedModel, name: str) -> None:
+    """Say so where no GPU is there for a large model that a stage is to run for long."""
     count = model.num_parameters()
     if count > TOY_PARAMETERS and not torch.cuda.is_available():
         log.info(
             "no GPU is seen: the %.2f billion parameters of %s run on CPU cores, far slower; under Slurm ask for GPUs, "
             "see slurm/site.sh",
             count / 1e9,
-            source.name_or_path,
+            name,
         )
-    return model
 
 
 def load_classifier(folder: Path, dtype: torch.dtype) -> PreTrainedModel:

@@ -19,8 +19,8 @@ from trsr_dist import pretrained
 from trsr_dist.errors import ConfigError
 from trsr_dist.files import read_json, write_json
 from trsr_dist.log import setup_logging
-from trsr_dist.model.loading import open_model
-from trsr_dist.pretrained import BaseSource, load_causal, max_positions
+from trsr_dist.model.loading import load_base, open_model
+from trsr_dist.pretrained import BaseSource, max_positions
 
 
 def test_a_large_model_without_a_gpu_is_said_once(
@@ -31,7 +31,7 @@ def test_a_large_model_without_a_gpu_is_said_once(
     for rank, limit in ((0, 100_000_000), (0, 1000), (1, 1000)):
         monkeypatch.setattr(pretrained, "TOY_PARAMETERS", limit)
         setup_logging(rank)
-        load_causal(BaseSource(str(base)), torch.float32)
+        load_base(BaseSource(str(base)), torch.float32, torch.device("cpu"))
     said = capsys.readouterr()
     assert (said.out + said.err).count("no GPU is seen") == 1
 

@@ -50,6 +50,7 @@ from trsr_dist.pretrained import (
     load_tokenizer,
     local_source,
     max_positions,
+    warn_without_gpu,
 )
 from trsr_dist.prompts.builder import PromptBuilder
 
@@ -276,6 +277,7 @@ def load_base(
     if source.quantization != "none":
         options = {"quantization_config": _quantization(source.quantization, dtype), "device_map": {"": device}}
     model = load_causal(source, dtype, config, **options).requires_grad_(False)
+    warn_without_gpu(model, source.name_or_path)
     return model if source.quantization != "none" else model.to(device)
 
 

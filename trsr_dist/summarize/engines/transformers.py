@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicCache
 from trsr_dist.environment import leave_out_cudnn
 from trsr_dist.errors import DataError, ModelError
 from trsr_dist.log import get_logger
-from trsr_dist.pretrained import BaseSource, load_causal, load_tokenizer, local_source, max_positions
+from trsr_dist.pretrained import BaseSource, load_causal, load_tokenizer, local_source, max_positions, warn_without_gpu
 from trsr_dist.summarize.engines.encoding import PromptEncoder, naming_setting
 from trsr_dist.summarize.engines.slots import Slots
 from trsr_dist.summarize.quality import turn_place
@@ -100,6 +100,7 @@ class TransformersEngine:
             source = local_source(BaseSource(settings.model, settings.revision, settings.trust_remote_code))
             tokenizer = load_tokenizer(source)
             model = load_causal(source, getattr(torch, precision)).to(device).eval()
+        warn_without_gpu(model, settings.model)
         return cls(model, PromptEncoder.of(tokenizer, settings), settings.max_in_flight)
 
     def submit(self, request: Request) -> None:
