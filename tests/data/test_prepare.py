@@ -265,13 +265,16 @@ def test_train_users_may_have_several_targets(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "targets", "popularity"])
-def test_train_users_may_have_earlier_samples(tmp_path: Path, strategy: str) -> None:
+def test_train_users_may_have_earlier_samples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], strategy: str
+) -> None:
     """Each reads what came before its targets, and no item of the user is a negative; nothing else changes."""
     write_mind(tmp_path)
     shared = ["data.train_targets=2", "data.min_history=1", f"data.candidates={strategy}", "train.pool_size=8"]
     assert prepare(make_config(tmp_path, "mind", *shared, f"run.dir={tmp_path / 'single'}")) == 0
     single = HistoryStore(tmp_path / "single" / "histories")
     store = run(tmp_path, "mind", *shared, "data.train_prefixes=3")
+    assert f"items, samples train {3 * single.num_users('train')} / " in capsys.readouterr().out
     users = users_of(store)
     train = [user for user, (split, _) in users_of(single).items() if split == "train"]
     assert users.keys() - users_of(single).keys() == {f"{user}~{number}" for user in train for number in (1, 2)}
