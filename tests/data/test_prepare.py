@@ -298,6 +298,16 @@ def test_train_users_may_have_earlier_samples(
         assert store.catalogue.column(column).tolist() == single.catalogue.column(column).tolist()
 
 
+@pytest.mark.parametrize("more", ["data.train_targets=3", "data.train_prefixes=3"])
+def test_clicks_of_items_met_again_count_however_many_targets_there_are(tmp_path: Path, more: str) -> None:
+    records = [{**row, "history": [*row["history"], row["history"][0]]} for row in user_records()]
+    write_jsonl(tmp_path, records)
+    assert prepare(make_config(tmp_path, "jsonl", f"run.dir={tmp_path / 'single'}")) == 0
+    single, store = HistoryStore(tmp_path / "single" / "histories"), run(tmp_path, "jsonl", more)
+    for column in ("popularity", "first_seen"):
+        assert store.catalogue.column(column).tolist() == single.catalogue.column(column).tolist()
+
+
 def test_a_key_like_that_of_an_earlier_sample(tmp_path: Path) -> None:
     raw = write_mind(tmp_path)
     log = raw / "behaviors.tsv"
