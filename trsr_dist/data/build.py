@@ -10,7 +10,7 @@ candidates   of a range: its users with their candidates, split by split
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -241,8 +241,9 @@ class Build:
     def _retrieved(self, rows: Mapping[str, int]) -> RetrievedLists | None:
         if self._lists is None:
             return None
-        policies = self._data.unknown_items, self._data.missed_targets
-        return RetrievedLists(self._lists.log_file, self._lists.candidates(), rows, *policies, self._own_counts)
+        policies, lines = (self._data.unknown_items, self._data.missed_targets), self._lists.lines
+        lists = replace(self._lists, lines=replace(lines, counts=self._own_counts))
+        return RetrievedLists(lists.log_file, lists.candidates(), rows, *policies, self._own_counts)
 
     def _unknown(self) -> tuple[str, float]:
         """What there is to say about unknown items, and their share."""
