@@ -285,3 +285,13 @@ def test_a_doubled_column_of_parquet_is_refused(tmp_path: Path, name: str) -> No
         pq.write_table(twice, raw / f"{kind}.parquet")
     with pytest.raises(DataError, match=rf"{name}\.parquet: column '(title|item)' stands twice; remove or rename one"):
         prepare(make_config(tmp_path, "table"))
+
+
+def test_a_doubled_field_of_recbole_is_refused(tmp_path: Path) -> None:
+    """Its two columns differ by their types alone, which are no part of a field's name."""
+    raw = tmp_path / "raw_files"
+    raw.mkdir()
+    (raw / "x.item").write_text("item_id:token\ttitle:token_seq\ttitle:token\na\tA\tB\n")
+    (raw / "x.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\nu\ta\t881250949\n")
+    with pytest.raises(DataError, match=r"x\.item:1: column 'title' stands twice"):
+        prepare(make_config(tmp_path, "recbole"))

@@ -70,11 +70,7 @@ def table_rows(path: Path, lines: LineReader) -> Iterator[TableRow]:
     if is_parquet(path):
         batches = parquet_batches(path, ROWS_AT_A_TIME)
         return chain.from_iterable(enumerate(batch.to_pylist(), row) for row, batch in batches)
-    rows = csv_rows(path, lines, (), **DIALECTS[_ending(path)])
-    if _ending(path) not in ATOMIC:
-        return rows
-    # A header of RecBole names types too: user_id:token.
-    return ((row, {name.partition(":")[0]: cell for name, cell in cells.items()}) for row, cells in rows)
+    return csv_rows(path, lines, (), **DIALECTS[_ending(path)])
 
 
 def csv_rows(path: Path, lines: LineReader, required: tuple[str, ...], **dialect: Any) -> Iterator[TableRow]:
@@ -88,6 +84,8 @@ def csv_rows(path: Path, lines: LineReader, required: tuple[str, ...], **dialect
     records = csv.reader((line for _, line in lines.read(path)), strict=True, **dialect)
     try:
         header = tuple(next(records, ()))
+        if _ending(path) in ATOMIC:  # a header of RecBole names types too: user_id:token
+            header = tuple(name.partition(":")[0] for name in header)
         if missing := [name for name in required if name not in header]:
             raise DataError(
                 f"{path}:1: no column {missing[0]!r}; found {listed(header) or 'nothing'}, expected at least "
