@@ -24,7 +24,7 @@ from trsr_dist.data.histories import HistoryRules, admit_all
 from trsr_dist.data.items import REMOVED, CatalogueRules
 from trsr_dist.data.logs import ItemCodes, KnownUser, UserColumns, UserLogs, gather, unit_table
 from trsr_dist.data.published import mind_seconds
-from trsr_dist.data.samples import SampleRules, Samples
+from trsr_dist.data.samples import SampleRules, Samples, count_clicks
 from trsr_dist.data.source import RawItem
 from trsr_dist.errors import DataError
 from trsr_dist.hashing import hash64, random_stream
@@ -293,7 +293,7 @@ class TestColumns:
         assert users.count("targets", np.arange(10) != 5, 6).tolist() == [1, 5, 1, 1, 1, 0]
         assert users.count("shown", everyone, 6).tolist() == [0, 1, 1, 1, 0, 0]
         splits = np.where(np.arange(10) % 2, 2, 0)
-        clicks = Samples.of(users, splits, SampleRules(1, 1, 1)).count_clicks(6)
+        clicks = count_clicks(users, splits, Samples.of(users, splits, SampleRules(1, 1, 1)), 6)
         assert clicks[0].tolist() == [users.count(name, splits == 0, 6).tolist() for name in ("history", "targets")]
         assert clicks.sum(axis=0)[0].tolist() == [6, 2, 1, 1, 1, 0]
 

@@ -265,13 +265,16 @@ def test_train_users_may_have_several_targets(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "targets", "popularity"])
-def test_train_users_may_have_earlier_samples(tmp_path: Path, strategy: str) -> None:
+def test_train_users_may_have_earlier_samples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], strategy: str
+) -> None:
     """Each reads what came before its targets, and no item of the user is a negative; nothing else changes."""
     write_mind(tmp_path)
     shared = ["data.train_targets=2", "data.min_history=1", f"data.candidates={strategy}", "train.pool_size=8"]
     assert prepare(make_config(tmp_path, "mind", *shared, f"run.dir={tmp_path / 'single'}")) == 0
     single = HistoryStore(tmp_path / "single" / "histories")
     store = run(tmp_path, "mind", *shared, "data.train_prefixes=3")
+    assert f"items, samples train {3 * single.num_users('train')} / " in capsys.readouterr().out
     users = users_of(store)
     train = [user for user, (split, _) in users_of(single).items() if split == "train"]
     assert users.keys() - users_of(single).keys() == {f"{user}~{number}" for user in train for number in (1, 2)}
@@ -291,6 +294,16 @@ def test_train_users_may_have_earlier_samples(tmp_path: Path, strategy: str) -> 
     assert [users[user] for split in ("valid", "test") for user in single.names(split)] == [
         (split, single.user(split, i)) for split in ("valid", "test") for i in range(single.num_users(split))
     ]
+    for column in ("popularity", "first_seen"):
+        assert store.catalogue.column(column).tolist() == single.catalogue.column(column).tolist()
+
+
+@pytest.mark.parametrize("more", ["data.train_targets=3", "data.train_prefixes=3"])
+def test_clicks_of_items_met_again_count_however_many_targets_there_are(tmp_path: Path, more: str) -> None:
+    records = [{**row, "history": [*row["history"], row["history"][0]]} for row in user_records()]
+    write_jsonl(tmp_path, records)
+    assert prepare(make_config(tmp_path, "jsonl", f"run.dir={tmp_path / 'single'}")) == 0
+    single, store = HistoryStore(tmp_path / "single" / "histories"), run(tmp_path, "jsonl", more)
     for column in ("popularity", "first_seen"):
         assert store.catalogue.column(column).tolist() == single.catalogue.column(column).tolist()
 

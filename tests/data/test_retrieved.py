@@ -146,6 +146,23 @@ def test_what_may_be_left_out_is_counted(tmp_path: Path) -> None:
     assert HELD_OUT not in lists_of(store, "test") and lists_of(store, "test")
 
 
+def test_replaced_bytes_are_counted(tmp_path: Path) -> None:
+    write(tmp_path, rows())
+    path = tmp_path / "raw_files" / "lists.jsonl"
+    path.write_bytes(path.read_bytes().replace(b'{"user"', b'{"note": "\xff", "user"', 5))
+    run(tmp_path, "jsonl", LISTS, "data.encoding_errors=replace")
+    assert manifest(tmp_path)["counts"]["lines_with_replaced_bytes"] == 5
+
+
+def test_users_who_are_left_out_are_not_among_those_whose_target_is_added(tmp_path: Path) -> None:
+    write(tmp_path, [row for row in rows() if int(row["user"][1:]) % 3])
+    store = run(tmp_path, "jsonl", LISTS, "data.too_few_negatives=skip")
+    for split in ("valid", "test"):
+        users = lists_of(store, split)
+        assert manifest(tmp_path)["counts"][f"{split}_users_with_missed_target"] == sum(not user % 2 for user in users)
+        assert users and all(user % 3 for user in users)
+
+
 def test_a_missing_file_is_named(tmp_path: Path) -> None:
     write(tmp_path, rows())
     with pytest.raises(DataError, match=r"other\.jsonl: missing \(found there: .*lists\.jsonl"):

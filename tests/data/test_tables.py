@@ -268,3 +268,30 @@ def test_settings_of_other_formats_are_refused(tmp_path: Path) -> None:
     for setting in ("data.locale=UK", "data.behaviors_file=b.tsv", "data.sessions_file=s.csv"):
         with pytest.raises(ConfigError, match=rf"{setting.partition('=')[0]} is for data\.format=.*, not for table"):
             prepare(make_config(tmp_path, "table", setting))
+
+
+@pytest.mark.parametrize("name", ["items", "interactions"])
+def test_a_doubled_column_of_parquet_is_refused(tmp_path: Path, name: str) -> None:
+    """Arrow reads both, Python's records would hold the last one alone."""
+    tables = {
+        "items": {"id": ["a", "b"], "title": ["A", "B"]},
+        "interactions": {"user": ["u", "u"], "item": ["a", "b"], "time": [9, 10]},
+    }
+    raw = tmp_path / "raw_files"
+    raw.mkdir()
+    for kind, columns in tables.items():
+        table = pa.table(columns)
+        twice = table.append_column("title" if kind == "items" else "item", [["b", "a"]]) if kind == name else table
+        pq.write_table(twice, raw / f"{kind}.parquet")
+    with pytest.raises(DataError, match=rf"{name}\.parquet: column '(title|item)' stands twice; remove or rename one"):
+        prepare(make_config(tmp_path, "table"))
+
+
+def test_a_doubled_field_of_recbole_is_refused(tmp_path: Path) -> None:
+    """Its two columns differ by their types alone, which are no part of a field's name."""
+    raw = tmp_path / "raw_files"
+    raw.mkdir()
+    (raw / "x.item").write_text("item_id:token\ttitle:token_seq\ttitle:token\na\tA\tB\n")
+    (raw / "x.inter").write_text("user_id:token\titem_id:token\ttimestamp:float\nu\ta\t881250949\n")
+    with pytest.raises(DataError, match=r"x\.item:1: column 'title' stands twice"):
+        prepare(make_config(tmp_path, "recbole"))

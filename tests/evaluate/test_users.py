@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.raw import make_config, write_amazon
+from tests.data.raw import make_config, write_amazon, write_jsonl
 from tests.evaluate.world import numbers_of, parts_of, scores_of, write_config
 from trsr_dist.data.prepare import prepare
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import DataError
+from trsr_dist.evaluate.evaluation import Evaluation
 from trsr_dist.evaluate.job import evaluate
 from trsr_dist.evaluate.users import (
     DrawnLists,
@@ -26,6 +27,7 @@ from trsr_dist.evaluate.users import (
     targets_of,
 )
 from trsr_dist.records import Candidate, Sample
+from trsr_dist.run import RunFolder
 
 SAMPLE = Sample("a", "do", "likes tea", ("t1", "t2"), (Candidate("x", "text", 1), Candidate("y", "other", 0)))
 OTHER = Sample("b", "do", "likes jazz", ("j1",), (Candidate("z", "third", 1),))
@@ -93,6 +95,24 @@ def test_negatives_keep_to_the_targets_locale_where_there_are_several(tmp_path: 
         row = store.user("test", index)
         found = {candidate.item[:3] for candidate in lists.candidates(row.user)}
         assert found == {store.catalogue.id(row.history[0])[:3]}
+
+
+@pytest.mark.parametrize("protocol", ["popularity", "targets"])
+@pytest.mark.parametrize(("split", "month"), [("valid", 2), ("test", 3)])
+def test_negatives_are_as_old_as_the_targets_where_splits_are_by_time(
+    tmp_path: Path, protocol: str, split: str, month: int
+) -> None:
+    """Each month has other items: a target's age tells nothing."""
+    months = [(15 * (i // 30), i % 13) for i in range(120)]
+    rows = [{"history": [f"N{first}"], "target": f"N{first + 1 + i}", "time": 1000 + first} for first, i in months]
+    write_jsonl(tmp_path, [{"user": f"u{number}", **row} for number, row in enumerate(rows)])
+    config = make_config(tmp_path, "jsonl", "data.split_by=time", f"evaluate.split={split}")
+    prepare(config)
+    store = HistoryStore(tmp_path / "run" / "histories")
+    draws = Evaluation(config, RunFolder(tmp_path / "run"), "", tmp_path).draws()
+    lists = DrawnLists(protocol, store, StoredSplit(store, split), **draws, seed=0)
+    for user in store.names(split):
+        assert {int(candidate.item[1:]) // 15 for candidate in lists.candidates(user)} == {month}
 
 
 def test_too_few_items_are_an_error(store: HistoryStore) -> None:

@@ -113,7 +113,8 @@ class DataSection(Section):
     missed_targets: Literal["add", "skip"] = "add"
     """A target that candidates_file misses: it joins the list, or its user is left out; counted either way."""
     seen_before_target: bool = False
-    """Draw negatives only among items that someone had consumed or was shown before the target's time."""
+    """Draw negatives only among items that someone had consumed or was shown before the target's time; of a train user
+    with several targets or samples, before the latest one's."""
     train_targets: int = Field(1, ge=1)
     """Train users' latest items that are positives, where data.min_history items remain before them: more to learn from
     few users, which costs only extra suffix tokens. Valid and test users keep their own target."""

@@ -93,7 +93,7 @@ class CandidateMaker:
     Args:
         rules: how.
         times: int64 [users], of all users.
-        clicks: int64 [splits, 2, items], see ``Samples.count_clicks``.
+        clicks: int64 [splits, 2, items], see ``count_clicks``.
         items: the spooled catalogue.
         first_seen: int64 [items], see ``UserColumns.first_seen``.
         retrieved: lists of the valid and test users; None: they are drawn too.

@@ -10,7 +10,7 @@ candidates   of a range: its users with their candidates, split by split
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from trsr_dist.data.jsonl import JsonlReader
 from trsr_dist.data.logs import BITS_OF_A_ROW, LAST, NEVER, ItemCodes, UserColumns, gather, unit_table
 from trsr_dist.data.parts import hash64_many, hash_range, part_of_name, read_part, write_parts
 from trsr_dist.data.retrieved import RetrievedLists
-from trsr_dist.data.samples import SampleRules, Samples, check_keys
+from trsr_dist.data.samples import SampleRules, Samples, check_keys, count_clicks
 from trsr_dist.data.shared import OrderedError, SharedWork
 from trsr_dist.data.source import Counts, Reader
 from trsr_dist.data.store import ITEM_SCHEMA, ITEMS, ArrowRows, ArrowWriter, checksums
@@ -178,12 +178,12 @@ class Build:
         write_parts(folder / TABLE, table, hash_range(found, self._num_parts), self._num_parts)
 
     def _make_clicks(self, number: int, folder: Path) -> None:
-        samples, num_items = self._range(number), len(self._items)
-        np.save(folder / CLICKS, samples.count_clicks(num_items))
-        np.save(folder / FIRST_SEEN, samples.first_seen(num_items))
+        (users, splits), num_items = self._range(number), len(self._items)
+        np.save(folder / CLICKS, count_clicks(users, splits, self._samples(users, splits), num_items))
+        np.save(folder / FIRST_SEEN, users.first_seen(num_items))
 
     def _make_candidates(self, maker: CandidateMaker, number: int, folder: Path) -> dict[str, Any]:
-        samples, facts = self._range(number), {}
+        samples, facts = self._samples(*self._range(number)), {}
         for place, split in enumerate(SPLITS):
             own = samples.take(np.flatnonzero(samples.splits == place))
             try:
@@ -201,13 +201,16 @@ class Build:
         found = (self._work.facts("log", number) or {} for number in range(self._num_units))
         return next(ids[str(code)] for facts in found if str(code) in (ids := facts.get("unknown", {})))
 
-    def _range(self, number: int) -> Samples:
-        """Of the kept users of a range."""
-        data, (start, stop) = self._data, self._kept.starts[number : number + 2]
+    def _samples(self, users: UserColumns, splits: np.ndarray) -> Samples:
+        data = self._data
+        return Samples.of(users, splits, SampleRules(data.train_targets, data.train_prefixes, data.min_history))
+
+    def _range(self, number: int) -> tuple[UserColumns, np.ndarray]:
+        """The kept users of a range, in the order of their key's hash, and their splits."""
+        start, stop = self._kept.starts[number : number + 2]
         batches, splits = read_part(self._tables("users", self._num_parts), number), self._kept.splits[start:stop]
         order = np.argsort(np.concatenate([batch.column("hash").to_numpy() for batch in batches]), kind="stable")
-        users = UserColumns.from_arrow(batches).take(order[: stop - start])
-        return Samples.of(users, splits, SampleRules(data.train_targets, data.train_prefixes, data.min_history))
+        return UserColumns.from_arrow(batches).take(order[: stop - start]), splits
 
     def _choose(self) -> KeptUsers:
         """Keep the first ``max_users`` by their key's hash (0: all), and split them."""
@@ -238,8 +241,9 @@ class Build:
     def _retrieved(self, rows: Mapping[str, int]) -> RetrievedLists | None:
         if self._lists is None:
             return None
-        policies = self._data.unknown_items, self._data.missed_targets
-        return RetrievedLists(self._lists.log_file, self._lists.candidates(), rows, *policies, self._own_counts)
+        policies, lines = (self._data.unknown_items, self._data.missed_targets), self._lists.lines
+        lists = replace(self._lists, lines=replace(lines, counts=self._own_counts))
+        return RetrievedLists(lists.log_file, lists.candidates(), rows, *policies, self._own_counts)
 
     def _unknown(self) -> tuple[str, float]:
         """What there is to say about unknown items, and their share."""

@@ -385,8 +385,9 @@ def _plan(config: Config, run: RunFolder, files: dict[str, Path]) -> str:
 def _report(folder: Path) -> None:
     facts = read_manifest(folder)
     sizes = {split: facts["splits"][split]["users"] for split in SPLITS}
-    users = " / ".join(f"{split} {size}" for split, size in sizes.items())
-    log.info("%s: %d items, users %s; %s", folder, facts["num_items"], users, describe(Counts(facts["counts"])))
+    told = " / ".join(f"{split} {size}" for split, size in sizes.items())
+    what, counts = "samples" if PREFIXES in facts["settings"] else "users", describe(Counts(facts["counts"]))
+    log.info("%s: %d items, %s %s; %s", folder, facts["num_items"], what, told, counts)
     for split, size in sizes.items():
         if not size:
             log.warning("the %s split has no user; give more users, or other shares in data.split", split)

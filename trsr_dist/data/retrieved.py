@@ -61,11 +61,12 @@ class RetrievedLists:
     def negatives(self, user: KnownUser, split: str, counts: Counts) -> list[int] | None:
         """The user's candidates beside targets and history; None: the user is left out, since a target is missed."""
         found = self._lists.get(user.user, array("i"))
-        if not set(user.targets) <= set(found):
-            counts[f"{split}_users_with_missed_target"] += 1
-            if self._skips_missed:
-                return None
         excluded = {*user.targets, *user.history}
         negatives = [row for row in found if row not in excluded]
+        if not set(user.targets) <= set(found):
+            # To a list without other candidates no target is added: its user is left out, see data.too_few_negatives.
+            counts[f"{split}_users_with_missed_target"] += self._skips_missed or bool(negatives)
+            if self._skips_missed:
+                return None
         counts["candidates_in_a_history"] += len(set(found).difference(negatives, user.targets))
         return negatives

@@ -34,14 +34,12 @@ class Samples:
     """int64 [samples]: items of the history before the targets, which are all that a prompt reads."""
     splits: np.ndarray
     """int8 [samples], indices into SPLITS."""
-    is_latest: np.ndarray
-    """bool [samples]: true of one sample of each user."""
 
     @classmethod
     def of(cls, users: UserColumns, splits: np.ndarray, rules: SampleRules) -> Samples:
         """One sample of each valid or test user, of train users those that the rules ask for."""
         if rules.train_targets == rules.train_prefixes == 1:
-            return cls(users, users.history.lengths, splits, np.ones(len(users), bool))
+            return cls(users, users.history.lengths, splits)
         rows: list[KnownUser] = []
         lengths, owners = [], []
         for place in range(len(users)):
@@ -54,30 +52,23 @@ class Samples:
             owners += [place] * len(found)
             rows += [found[0], *(replace(sample, history=everything) for sample in found[1:])]
         order = np.argsort(hash64_many(row.user for row in rows), kind="stable")
-        is_latest = np.diff(owners, prepend=-1).astype(bool)
         taken = UserColumns.from_users(rows).take(order)
-        return cls(
-            taken, np.array(lengths, np.int64)[order], splits[np.array(owners, np.int64)[order]], is_latest[order]
-        )
+        return cls(taken, np.array(lengths, np.int64)[order], splits[np.array(owners, np.int64)[order]])
 
     def take(self, rows: np.ndarray) -> Samples:
         """Some of them (int64)."""
-        return Samples(self.users.take(rows), self.lengths[rows], self.splits[rows], self.is_latest[rows])
+        return Samples(self.users.take(rows), self.lengths[rows], self.splits[rows])
 
-    def count_clicks(self, num_items: int) -> np.ndarray:
-        """int64 [splits, 2, items]: of a split's users, how often they met each item, and as which: in the history
-        alone, or as a target of a sample."""
-        found = []
-        for place in range(len(SPLITS)):
-            group = self.splits == place
-            targets = self.users.count("targets", group, num_items)
-            earlier = self.users.count("targets", group & ~self.is_latest, num_items)
-            found.append([self.users.count("history", group & self.is_latest, num_items) - earlier, targets])
-        return np.array(found)
 
-    def first_seen(self, num_items: int) -> np.ndarray:
-        """See ``UserColumns.first_seen``."""
-        return self.users.take(np.flatnonzero(self.is_latest)).first_seen(num_items)
+def count_clicks(users: UserColumns, splits: np.ndarray, samples: Samples, num_items: int) -> np.ndarray:
+    """int64 [splits, 2, items]: of a split's users, how often they met each item, and as which: in the history alone,
+    or as a target of a sample."""
+    found = []
+    for place in range(len(SPLITS)):
+        met = sum(users.count(column, splits == place, num_items) for column in ("history", "targets"))
+        targets = samples.users.count("targets", samples.splits == place, num_items)
+        found.append([met - targets, targets])
+    return np.array(found)
 
 
 def with_more_targets(user: KnownUser, num_targets: int, min_history: int) -> KnownUser:

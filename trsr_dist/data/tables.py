@@ -70,11 +70,7 @@ def table_rows(path: Path, lines: LineReader) -> Iterator[TableRow]:
     if is_parquet(path):
         batches = parquet_batches(path, ROWS_AT_A_TIME)
         return chain.from_iterable(enumerate(batch.to_pylist(), row) for row, batch in batches)
-    rows = csv_rows(path, lines, (), **DIALECTS[_ending(path)])
-    if _ending(path) not in ATOMIC:
-        return rows
-    # A header of RecBole names types too: user_id:token.
-    return ((row, {name.partition(":")[0]: cell for name, cell in cells.items()}) for row, cells in rows)
+    return csv_rows(path, lines, (), **DIALECTS[_ending(path)])
 
 
 def csv_rows(path: Path, lines: LineReader, required: tuple[str, ...], **dialect: Any) -> Iterator[TableRow]:
@@ -88,13 +84,14 @@ def csv_rows(path: Path, lines: LineReader, required: tuple[str, ...], **dialect
     records = csv.reader((line for _, line in lines.read(path)), strict=True, **dialect)
     try:
         header = tuple(next(records, ()))
+        if _ending(path) in ATOMIC:  # a header of RecBole names types too: user_id:token
+            header = tuple(name.partition(":")[0] for name in header)
         if missing := [name for name in required if name not in header]:
             raise DataError(
                 f"{path}:1: no column {missing[0]!r}; found {listed(header) or 'nothing'}, expected at least "
                 f"{', '.join(required)}; give the file its header"
             )
-        if twice := [name for name in header if name and header.count(name) > 1]:
-            raise DataError(f"{path}:1: column {twice[0]!r} stands twice; remove or rename one of the two")
+        _check_distinct(f"{path}:1", header)
         row = records.line_num + 1
         for cells in records:
             if cells:
@@ -113,6 +110,11 @@ def csv_rows(path: Path, lines: LineReader, required: tuple[str, ...], **dialect
         raise DataError(f"{path}:{records.line_num}: {what}") from None
 
 
+def _check_distinct(place: str, columns: Sequence[str]) -> None:
+    if twice := [name for name in columns if name and columns.count(name) > 1]:
+        raise DataError(f"{place}: column {twice[0]!r} stands twice; remove or rename one of the two")
+
+
 def parquet_batches(
     path: Path, num_rows: int, names: Sequence[str] | None = None, groups: Sequence[int] | None = None, row: int = 1
 ) -> Iterator[tuple[int, pa.Table]]:
@@ -128,11 +130,13 @@ def parquet_batches(
         row: number of the first row that is read.
 
     Raises:
-        DataError: the file is damaged.
+        DataError: the file is damaged, or has a column twice.
     """
     with open_raw(path) as stream:
         try:
-            for batch in pq.ParquetFile(stream).iter_batches(num_rows, row_groups=groups, columns=names):
+            file = pq.ParquetFile(stream)
+            _check_distinct(str(path), file.schema_arrow.names)
+            for batch in file.iter_batches(num_rows, row_groups=groups, columns=names):
                 found = pa.Table.from_batches([batch])
                 yield row, _plain(found.select(names) if names else found)
                 row += len(batch)

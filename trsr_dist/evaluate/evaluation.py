@@ -114,11 +114,12 @@ class Evaluation:
         }
 
     def draws(self) -> dict[str, Any]:
-        """How the further candidate lists are drawn."""
+        """How the further candidate lists are drawn. Splits of different times share no clicks, see CandidateMaker."""
+        by_time = read_manifest(self.run.histories).get("settings", {}).get("split_by") == "time"
         return {
             "num_negatives": self.config.evaluate.negatives_per_positive,
             "seen_before_target": self.config.data.seen_before_target,
-        }
+        } | ({"clicks_of": [self.split]} if by_time else {})
 
     def settings(self) -> dict[str, Any]:
         """What the results depend on beside the inputs."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -81,6 +81,7 @@ class DrawnLists:
         num_negatives: per positive.
         seen_before_target: only items that someone had met before the user's target.
         seed: of the draws and the order.
+        clicks_of: splits whose users' clicks or targets are drawn from.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class DrawnLists:
         num_negatives: int,
         seen_before_target: bool,
         seed: int,
+        clicks_of: Sequence[str] = HELD_OUT,
     ) -> None:
         self._protocol = protocol
         self._store = store
@@ -99,7 +101,7 @@ class DrawnLists:
         self._seed = seed
         first_seen = first_times(store) if seen_before_target else None
         categories = store.catalogue.strings("category") if store.within_category else None
-        self._pool_of = pools_of(item_weights(protocol, store), first_seen, categories)
+        self._pool_of = pools_of(item_weights(protocol, store, clicks_of), first_seen, categories)
 
     def stored(self, user: str) -> StoredUser:
         """The user's row and the rows of the drawn candidates, shuffled.
@@ -126,12 +128,12 @@ class DrawnLists:
         return tuple(Candidate(catalogue.id(i), catalogue.text(i), int(i in targets)) for i in found.candidates)
 
 
-def item_weights(protocol: str, store: HistoryStore) -> np.ndarray:
+def item_weights(protocol: str, store: HistoryStore, clicks_of: Sequence[str] = HELD_OUT) -> np.ndarray:
     """How likely each item is drawn, as in the preparation: float64, shape (num_items,)."""
     if protocol == "uniform":
         return np.ones(len(store.catalogue))
     columns = ("history", "targets") if protocol == "popularity" else ("targets",)
-    return sum(store.count_items(split, column) for split in HELD_OUT for column in columns).astype(np.float64)
+    return sum(store.count_items(split, column) for split in clicks_of for column in columns).astype(np.float64)
 
 
 def first_times(store: HistoryStore) -> np.ndarray:
