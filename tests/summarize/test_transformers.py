@@ -18,7 +18,7 @@ from tests.summarize.world import ROOT, engine_settings
 from trsr_dist.errors import ModelError
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.engines.encoding import PromptEncoder
-from trsr_dist.summarize.engines.transformers import TransformersEngine, is_out_of_memory
+from trsr_dist.summarize.engines.transformers import Sequence, TransformersEngine, is_out_of_memory
 from trsr_dist.summarize.quality import clean
 from trsr_dist.summarize.requests import Completion, Request
 
@@ -99,6 +99,13 @@ def test_the_end_token_ends_a_text_and_the_limit_cuts_it(model: object) -> None:
     stopping = engine(model)
     stopping._stop_ids |= {first}
     assert not answers(stopping, [Request("k", requests[0].prompt, 50)])["k"].cut
+
+
+@pytest.mark.parametrize("title", ["**Updated Summary:** ", "Here is what the user likes:\n\n**Summary:** "])
+def test_a_title_ends_no_plain_text(model: object, title: str) -> None:
+    ids = tokenizer()(f"{title}The user likes tea.\n\nSummary: The user")["input_ids"]
+    written = engine(model)._ended(Sequence(Request("k", SummaryPrompt("say it"), len(ids)), [], tokens=ids))
+    assert clean(written.text) == ("The user likes tea.", False) and not written.cut
 
 
 def test_long_prompts_are_trimmed_to_true_tokens(model: object) -> None:
