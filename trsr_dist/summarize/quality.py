@@ -11,7 +11,7 @@ from trsr_dist.words import has_text, split_words, word_spans
 TURN_MARKERS = ("[Summaries]", "[Items]", SUMMARY_CUE, "[Candidate]", "\nUser:", "\nHuman:", "\nAssistant:", "<|")
 """Text after one of these belongs to a turn that the model made up."""
 STOPS = tuple(f"\n{marker}" if marker == SUMMARY_CUE else marker for marker in TURN_MARKERS)
-"""Where servers end a text: at the cue on a line of its own, for within a line it may be a title."""
+"""Where servers end a text: at the cue only where it begins a line, for elsewhere it may be a title."""
 TITLE = re.compile(r"^[\W_]*(?:[\w'-]+ ){0,5}(?:Summary:[\W_]*)+", re.MULTILINE)
 """A heading that chat models like to begin with, such as ``**Updated Summary:**``."""
 HEADING = re.compile(r"#.*|\*\*.*\*\*")
