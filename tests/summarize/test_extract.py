@@ -56,7 +56,7 @@ def test_fields_of_products() -> None:
     assert extract(SummaryPrompt("", (), (text,)), 20).startswith("dark blue, Sonorous; words: ")
 
 
-@pytest.mark.parametrize("text", ["2020", "no", "a: b", "plain words; not: fields"])
+@pytest.mark.parametrize("text", ["2020", "no", ";", "a: b", "plain words; not: fields"])
 def test_any_text_gives_some_summary(text: str) -> None:
     assert extract(SummaryPrompt("", (), (text,)), 10)
     assert extract(SummaryPrompt("", (text,), ()), 10)
@@ -68,6 +68,10 @@ def test_terms_that_end_as_a_count_does_are_read_back_as_they_are() -> None:
     once = extract(SummaryPrompt("", (), items), 50)
     assert once == "drama/Alien (1979) (2), drama/Heat (1995) (1)"
     assert extract(SummaryPrompt("", (once, once), ()), 50) == "drama/Alien (1979) (4), drama/Heat (1995) (2)"
+    bare = extract(SummaryPrompt("", (), ("It (2017), Up (2009)",)), 50)
+    assert bare == "It (2017) (1), Up (2009) (1)", "a text in which nothing tells, taken as it is"
+    both = extract(SummaryPrompt("", (bare, bare), ("Space Jam", "Space Odyssey")), 50)
+    assert both == "It (2017) (2), Up (2009) (2); words: space (2), odyssey"
     topic = extract(SummaryPrompt("", (), ("kind: Passwords: why; title: Tech",)), 50)
     assert extract(SummaryPrompt("", (topic,), ()), 50) == topic == "Passwords: why/Tech"
     assert extract(SummaryPrompt("", (), ("kind: a\nbc",)), 50) == "a\nbc", "any text is a term"

@@ -39,7 +39,7 @@ from trsr_dist.summarize.engines.build import (
     recorded_commit,
     revision_to_load,
 )
-from trsr_dist.summarize.job import Job, Task, summarize
+from trsr_dist.summarize.job import Job, Task, sample_config, summarize
 from trsr_dist.summarize.plans.graph import raw_text
 
 USERS = {"train": 20, "valid": 3, "test": 3}
@@ -238,18 +238,25 @@ def test_a_hub_model_is_known_by_its_commit(tmp_path: Path, monkeypatch: pytest.
     (folder / "refs" / "main").write_text(commit)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    _, config = prepared(tmp_path, engine="transformers", model="some/model")
+    root, config = prepared(tmp_path, engine="transformers", model="some/model", temperature=1)
     assert hub_commit(load_config(config).summarize) == commit
     assert hub_commit(load_config(config, [f"summarize.revision={'b' * 40}"]).summarize) == "b" * 40
     with pytest.raises(ModelError, match="other/model"):
         hub_commit(load_config(config, ["summarize.model=other/model"]).summarize)
     settings = load_config(config).summarize
     assert recorded_commit(settings, tmp_path / "summaries") == commit
+
+    def of_sample(number: int) -> str:
+        parts = sample_config(load_config(config), number), RunFolder(root).sample(number)
+        return Job(*parts, HistoryStore(root / "histories"), Task.detect(), False, ("train",)).identity["fingerprint"]
+
+    assert of_sample(0) == commit
     (folder / "snapshots" / commit).rename(folder / "snapshots" / ("c" * 40))
     (folder / "refs" / "main").write_text("c" * 40)
     assert hub_commit(settings) == "c" * 40 and recorded_commit(settings, tmp_path / "summaries") == commit
     identity = engine_identity(settings, "some/model", 0, tmp_path / "summaries")
     assert identity["fingerprint"] == revision_to_load(settings, identity) == commit
+    assert of_sample(1) == commit, "all samples of a run have one writer"
 
 
 def test_a_tensor_that_changes_makes_another_model(tmp_path: Path) -> None:

@@ -287,6 +287,8 @@ def test_plain_style_uses_the_completions_protocol_with_stop_strings() -> None:
     path, body, _ = server.requests[0]
     assert path == "/v1/completions" and body["stop"] and body["temperature"] == 0 and "seed" not in body
     assert done[0].text == expected(1)[0]
+    assert any(stop in "It likes tea.\n\nSummary: x" for stop in body["stop"]), "a turn that the model makes up"
+    assert not any(stop in "**Updated Summary:** It likes tea." for stop in body["stop"]), "a title"
 
 
 @pytest.mark.parametrize("counts", [True, False])

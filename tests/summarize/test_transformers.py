@@ -6,6 +6,7 @@ import copy
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from tests.summarize.world import ROOT, engine_settings
 from trsr_dist.errors import ModelError
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.summarize.engines.encoding import PromptEncoder
-from trsr_dist.summarize.engines.transformers import TransformersEngine, is_out_of_memory
+from trsr_dist.summarize.engines.transformers import Sequence, TransformersEngine, is_out_of_memory
 from trsr_dist.summarize.quality import clean
 from trsr_dist.summarize.requests import Completion, Request
 
@@ -99,6 +100,27 @@ def test_the_end_token_ends_a_text_and_the_limit_cuts_it(model: object) -> None:
     stopping = engine(model)
     stopping._stop_ids |= {first}
     assert not answers(stopping, [Request("k", requests[0].prompt, 50)])["k"].cut
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_numbers_that_are_not_finite_make_no_text(temperature: float) -> None:
+    """As float16 gives them with models that were trained in bfloat16: argmax takes them for the largest."""
+    broken = small_model()
+    broken.get_input_embeddings().weight.data[tokenizer()("\u30c6")["input_ids"][1]] = float("nan")
+    bad = Request("bad", SummaryPrompt("say it", (), ("\u30c6" * 400,)), 5, temperature)
+    good = sorted(ragged(6, temperature=temperature, seed=1), key=lambda request: len(request.prompt.text()))
+    done = answers(engine(broken, slots=2), [bad, *good, replace(bad, key="bad too")], at_once=2)
+    assert {key for key, completion in done.items() if completion.error} == {"bad", "bad too"}
+    assert "summarize.precision" in done["bad"].error and not done["bad"].text
+    alone = answers(engine(small_model(), slots=2), good)
+    assert [done[request.key] for request in good] == [alone[request.key] for request in good]
+
+
+@pytest.mark.parametrize("title", ["**Updated Summary:** ", "Here is what the user likes:\n\n**Summary:** "])
+def test_a_title_ends_no_plain_text(model: object, title: str) -> None:
+    ids = tokenizer()(f"{title}The user likes tea.\n\nSummary: The user")["input_ids"]
+    written = engine(model)._ended(Sequence(Request("k", SummaryPrompt("say it"), len(ids)), [], tokens=ids))
+    assert clean(written.text) == ("The user likes tea.", False) and not written.cut
 
 
 def test_long_prompts_are_trimmed_to_true_tokens(model: object) -> None:

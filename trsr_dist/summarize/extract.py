@@ -26,7 +26,7 @@ from trsr_dist.words import (
     split_words,
 )
 
-EXTRACT_VERSION = 3
+EXTRACT_VERSION = 4
 """Raised whenever the texts change; part of their keys."""
 SHORT_WORDS = 3
 """A field's value of up to this many words is a topic, a longer one is free text."""
@@ -96,8 +96,14 @@ def extract(prompt: SummaryPrompt, max_words: int) -> str:
             terms.add(terms.topics, topic)
         for word in words:
             terms.add(terms.words, word)
-    text = write_summary(terms, max_words)
-    return text or cut_words(" ".join(" ".join((*prompt.previous, *prompt.items)).split()), max_words)
+    return write_summary(terms, max_words) or plain_text(prompt, max_words)
+
+
+def plain_text(prompt: SummaryPrompt, max_words: int) -> str:
+    """The texts themselves, where nothing in them tells."""
+    text = cut_words(" ".join(" ".join((*prompt.previous, *prompt.items)).split()), max_words)
+    parts = (text.strip(" ;") or text).split(", ")
+    return ", ".join(_counted(part, dict.fromkeys(parts, 1)) if part else part for part in parts)
 
 
 @lru_cache(MAX_ITEMS)

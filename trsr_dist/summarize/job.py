@@ -138,8 +138,9 @@ class Job:
         self.run_folder = run
         self.store = store
         self.task = task
-        self.model = RunFolder(Path(config.run.dir)).resolve(config.summarize.model)
-        self.identity = engine_identity(config.summarize, self.model, config.run.seed, run.summaries)
+        whole = RunFolder(Path(config.run.dir))  # a sample's own folder knows neither the model nor its commit
+        self.model = whole.resolve(config.summarize.model)
+        self.identity = engine_identity(config.summarize, self.model, config.run.seed, whole.summaries)
         self.settings = shard_settings(config, self.identity)
         self.inputs = {"histories": store.manifest_hash}
         self.digest = digest([self.settings, self.inputs])

@@ -10,6 +10,8 @@ from trsr_dist.words import has_text, split_words, word_spans
 
 TURN_MARKERS = ("[Summaries]", "[Items]", SUMMARY_CUE, "[Candidate]", "\nUser:", "\nHuman:", "\nAssistant:", "<|")
 """Text after one of these belongs to a turn that the model made up."""
+STOPS = tuple(f"\n{marker}" if marker == SUMMARY_CUE else marker for marker in TURN_MARKERS)
+"""Where servers end a text: at the cue only where it begins a line, for elsewhere it may be a title."""
 TITLE = re.compile(r"^[\W_]*(?:[\w'-]+ ){0,5}(?:Summary:[\W_]*)+", re.MULTILINE)
 """A heading that chat models like to begin with, such as ``**Updated Summary:**``."""
 HEADING = re.compile(r"#.*|\*\*.*\*\*")
@@ -27,8 +29,10 @@ REPEAT_MIN_WORDS = 12
 
 
 def turn_place(text: str) -> int | None:
-    """Where a turn that the model made up begins; None where there is none."""
-    return min((place for place in (text.find(marker, 1) for marker in TURN_MARKERS) if place > 0), default=None)
+    """Where a turn that the model made up begins; None where there is none. A title that opens the text is none."""
+    title = TITLE.search(text)
+    first = title.end() if title and is_announced(text[: title.start()].strip()) else 1
+    return min((place for place in (text.find(marker, first) for marker in TURN_MARKERS) if place > 0), default=None)
 
 
 def answer(text: str) -> str:
@@ -42,12 +46,15 @@ def answer(text: str) -> str:
 
 
 def is_preamble(text: str) -> bool:
-    """Whether nothing, or a mere announcement, stands before the title: it ends in a colon, or is a heading or one
-    short line."""
-    if turn_place(text) is not None:
-        return False
+    """Whether nothing, or a mere announcement, stands before the title: ``is_announced``, or one short line."""
     is_short = "\n" not in text and len(split_words(text)) <= PREAMBLE_WORDS
-    return is_short or text.rstrip("*_ ").endswith(":") or HEADING.fullmatch(text) is not None
+    return is_announced(text) or (is_short and turn_place(text) is None)
+
+
+def is_announced(text: str) -> bool:
+    """Whether nothing, a heading, or what ends in a colon stands before the title."""
+    opens = not text or text.rstrip("*_ ").endswith(":") or HEADING.fullmatch(text) is not None
+    return opens and turn_place(text) is None
 
 
 def clean(text: str) -> tuple[str, bool]:

@@ -22,7 +22,7 @@ from trsr_dist.printable import HALVES
 from trsr_dist.prompts.encoder import Encoder, for_any_tokenizer
 from trsr_dist.prompts.text import SummaryPrompt
 from trsr_dist.prompts.trimming import trim_prompt
-from trsr_dist.summarize.quality import TURN_MARKERS
+from trsr_dist.summarize.quality import STOPS
 from trsr_dist.summarize.requests import WHOLE, Completion, EngineSettings, Request
 
 TEMPLATE_TOKENS = 64
@@ -214,7 +214,7 @@ class OpenAIEngine:
             )
             ask = partial(self._client.chat.completions.create, messages=[{"role": "user", "content": text}])
         else:
-            options["stop"] = list(TURN_MARKERS[:NUM_STOPS])
+            options["stop"] = list(STOPS[:NUM_STOPS])
             ask = partial(self._client.completions.create, prompt=text)
         while True:
             named = {self._instead.get(name, name): value for name, value in options.items()}

@@ -63,6 +63,11 @@ class Slots(Cache):
         self.lengths.pop()
         self._set_positions()
 
+    def wipe(self, row: int) -> None:
+        """Forget a row's numbers that are not finite: a later sequence there masks them, but 0 times NaN is NaN."""
+        for layer in self.layers:
+            layer.keys[row], layer.values[row] = 0, 0
+
     def clear(self) -> None:
         """Give the memory back now: layers and cache refer to each other, and a garbage collection may be far."""
         for layer in self.layers:

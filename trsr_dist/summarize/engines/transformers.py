@@ -32,6 +32,10 @@ OUT_OF_MEMORY = (
     "HIP out of memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
+NOT_FINITE = (
+    "the model's logits are not finite; try another summarize.precision (models trained in bfloat16 often overflow in "
+    "float16)"
+)
 STOP_CHECK_TOKENS = 8
 """Between two looks for a stop string."""
 
@@ -198,13 +202,17 @@ class TransformersEngine:
             logits: [sequences, vocabulary].
             first: position of the first one.
         """
-        choices = logits.argmax(-1).tolist()
+        largest = logits.argmax(-1, keepdim=True)
+        is_finite, choices = logits.gather(-1, largest).isfinite().tolist(), largest.tolist()
         for row in range(len(choices) - 1, -1, -1):
             sequence = self._active[first + row]
-            if sequence.request.temperature:
-                choices[row] = sample(logits[row], sequence)
-            sequence.tokens.append(choices[row])
-            completion = self._ended(sequence)
+            if not is_finite[row][0]:
+                self._slots.wipe(first + row)
+                completion = Completion(sequence.request.key, error=NOT_FINITE)
+            else:
+                token = sample(logits[row], sequence) if sequence.request.temperature else choices[row][0]
+                sequence.tokens.append(token)
+                completion = self._ended(sequence)
             if completion is not None:
                 self._done.append(completion)
                 self._slots.drop(first + row)

@@ -12,7 +12,7 @@ from trsr_dist.bases import read_model_config
 from trsr_dist.errors import ConfigError, DataError, ModelError
 from trsr_dist.pretrained import BaseSource, load_tokenizer
 from trsr_dist.summarize.engines.encoding import PromptEncoder, naming_setting
-from trsr_dist.summarize.quality import TURN_MARKERS
+from trsr_dist.summarize.quality import STOPS
 from trsr_dist.summarize.requests import WHOLE, Completion, EngineSettings, Request
 
 try:
@@ -77,7 +77,7 @@ class VllmEngine:
             max_tokens=request.max_new_tokens,
             temperature=request.temperature,
             seed=request.seed if request.temperature else None,
-            stop=None if self.encoder.style == "chat" else list(TURN_MARKERS),
+            stop=None if self.encoder.style == "chat" else list(STOPS),
             output_kind=RequestOutputKind.FINAL_ONLY,
         )
         try:
