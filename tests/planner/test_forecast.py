@@ -180,6 +180,16 @@ def test_a_summary_is_counted_at_its_longest(config: Path) -> None:
     assert 200 < found[300] - found[100] < 4 * 200, "a byte-level tokenizer takes up to four tokens for one of a word's"
 
 
+def test_an_evaluation_of_some_users_is_planned_for_them_alone(config: Path) -> None:
+    found = []
+    for number in (0, 3, 100):
+        (stage,) = planned(config, "evaluate", overrides=(f"evaluate.max_users={number}",))
+        found.append(stage.on(cluster(1)))
+    everyone, some, more = found
+    assert (everyone.work.num_users, some.work.num_users) == (9, 3) and more == everyone
+    assert some.flops == pytest.approx(everyone.flops / 3, rel=0.01)
+
+
 def asked_for(*options: str) -> Cluster:
     return cluster_of(cluster_options(ArgumentParser()).parse_args(options))
 

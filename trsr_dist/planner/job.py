@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -268,7 +269,9 @@ def evaluate_stage(config: Config, inputs: Inputs) -> PlannedStage:
         divided=bool(evaluate.deepspeed_config),
         shares_prefix=inputs.shares_prefix,
     )
-    shape, work = inputs.shape, split_work(inputs.lengths(evaluate.split), evaluate.row_tokens, None, config.run.seed)
+    lengths = inputs.lengths(evaluate.split)
+    asked = replace(lengths, num_users=min(evaluate.max_users or lengths.num_users, lengths.num_users))
+    shape, work = inputs.shape, split_work(asked, evaluate.row_tokens, None, config.run.seed)
     return PlannedStage(
         "evaluate",
         partial(forecast_scoring, shape, work, settings),
