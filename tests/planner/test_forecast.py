@@ -180,6 +180,25 @@ def test_a_summary_is_counted_at_its_longest(config: Path) -> None:
     assert 200 < found[300] - found[100] < 4 * 200, "a byte-level tokenizer takes up to four tokens for one of a word's"
 
 
+def test_summaries_are_planned_in_the_precision_that_the_engine_takes(config: Path) -> None:
+    cores = Cluster(Hardware("CPU core", 1e11, 10**10, 1e10, 1e9, is_cpu=True), 1, 2, 0.5)
+    found = {}
+    for precision, engine, on in (
+        ("auto", "transformers", cluster(1)),
+        ("float16", "vllm", cluster(1)),
+        ("float32", "transformers", cluster(1)),
+        ("auto", "transformers", cores),
+        ("float32", "openai", cluster(1)),
+    ):
+        overrides = (f"summarize.precision={precision}", f"summarize.engine={engine}")
+        (stage,) = planned(config, "summarize", overrides=overrides)
+        found[precision, engine, on.hardware.is_cpu] = stage.on(on)
+    sizes = [forecast.weight_bytes / LLAMA_70B.num_parameters for forecast in found.values()]
+    assert sizes == [2, 2, 4, 4, 2], "a server has a precision of its own"
+    half, _, whole, *_ = found.values()
+    assert whole.key_value_bytes == 2 * half.key_value_bytes and whole.cost.seconds > 1.5 * half.cost.seconds
+
+
 def test_an_evaluation_of_some_users_is_planned_for_them_alone(config: Path) -> None:
     found = []
     for number in (0, 3, 100):

@@ -200,6 +200,7 @@ def summarize_stage(config: Config, inputs: Inputs) -> PlannedStage:
         domain=config.domain,
         num_in_flight=s.max_in_flight,
         engine=s.engine,
+        precision="auto" if s.engine == "openai" else s.precision,  # such a server has its own
         samples=s.samples,
     )
     work = summary_work(inputs.store, settings)
