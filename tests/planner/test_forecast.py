@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
@@ -314,6 +316,14 @@ def test_a_dry_run_is_the_stages_plan(config: Path, script: str, stage: str) -> 
     assert done.returncode == 0, done.stderr
     assert "# plan\ncluster    2 x 8 h100" in done.stdout and f"\n{stage}" in done.stdout
     assert tree_hash(config.parent) == before
+
+
+def test_a_plan_is_all_that_is_printed(config: Path) -> None:
+    """In a new process, since libraries warn as they are imported."""
+    command = [sys.executable, "tools/plan.py", "--config", config, "--stage", "evaluate", "--nodes", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert done.stdout.startswith("cluster    2 x 8 h100")
 
 
 def test_what_is_missing_is_named(config: Path) -> None:
