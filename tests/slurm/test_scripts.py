@@ -274,10 +274,13 @@ def test_a_stage_waits_for_all_elements_of_an_array_in_the_queue(tmp_path: Path)
         write(tmp_path / name, f"#!/bin/sh\n{lines}\n")
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    said = bash(f"slurm/pipeline.sh {CONFIG} run.dir={tmp_path}/run", PATH=path, TRSR_SITE="slurm/site.sh")
+    site = {"TRSR_SITE": "slurm/site.sh", "TRSR_PREPARE_OPTIONS": "--array=0-3"}
+    said = bash(f"slurm/pipeline.sh {CONFIG} run.dir={tmp_path}/run", PATH=path, **site)
     assert "summarize: job 100 is in the queue already" in said
-    base = next(line for line in (tmp_path / "asked").read_text().splitlines() if "single.sbatch base" in line)
+    lines = (tmp_path / "asked").read_text().splitlines()
+    prepare, base = (next(line for line in lines if f"single.sbatch {stage}" in line) for stage in ("prepare", "base"))
     assert "--dependency=afterok:100 " in base
+    assert "--array=0-3" in prepare and "--array" not in base, "of several that make one base all but one would fail"
 
 
 class Outputs:
