@@ -33,6 +33,7 @@ from trsr_dist.planner.stages import (
     LAYER_SECONDS,
     PlannedStage,
     ScoringSettings,
+    SummaryForecast,
     TrainingForecast,
     TrainingSettings,
     forecast_scoring,
@@ -184,20 +185,15 @@ def test_a_summary_is_counted_at_its_longest(config: Path) -> None:
 
 def test_summaries_are_planned_in_the_precision_that_the_engine_takes(config: Path) -> None:
     cores = Cluster(Hardware("CPU core", 1e11, 10**10, 1e10, 1e9, is_cpu=True), 1, 2, 0.5)
-    found = {}
-    for precision, engine, on in (
-        ("auto", "transformers", cluster(1)),
-        ("float16", "vllm", cluster(1)),
-        ("float32", "transformers", cluster(1)),
-        ("auto", "transformers", cores),
-        ("float32", "openai", cluster(1)),
-    ):
+
+    def forecast(precision: str, engine: str, on: Cluster) -> SummaryForecast:
         overrides = (f"summarize.precision={precision}", f"summarize.engine={engine}")
-        (stage,) = planned(config, "summarize", overrides=overrides)
-        found[precision, engine, on.hardware.is_cpu] = stage.on(on)
-    sizes = [forecast.weight_bytes / LLAMA_70B.num_parameters for forecast in found.values()]
-    assert sizes == [2, 2, 4, 4, 2], "a server has a precision of its own"
-    half, _, whole, *_ = found.values()
+        return planned(config, "summarize", overrides=overrides)[0].on(on)
+
+    half, whole = (forecast(precision, "transformers", cluster(1)) for precision in ("auto", "float32"))
+    others = [forecast(*case) for case in (("auto", "transformers", cores), ("float32", "openai", cluster(1)))]
+    sizes = [found.weight_bytes / LLAMA_70B.num_parameters for found in (half, whole, *others)]
+    assert sizes == [2, 4, 4, 2], "a server has a precision of its own"
     assert whole.key_value_bytes == 2 * half.key_value_bytes and whole.cost.seconds > 1.5 * half.cost.seconds
 
 
@@ -333,8 +329,9 @@ def test_what_is_missing_is_named(config: Path) -> None:
     for stage in ("summarize", "train"):
         with pytest.raises(RunError, match="nowhere/histories"):
             planned(config, stage, overrides=elsewhere)
-    with pytest.raises(ConfigError, match=r"train: 16 devices \(2 x 8\) would share train\.rows_per_step=8; raise it"):
-        in_words(planned(config, "train"), cluster(2))
+    refused = r"train: 8 devices \(1 x 8\) would share train\.rows_per_step=2; raise it, .* or --devices-per-node"
+    with pytest.raises(ConfigError, match=refused):
+        in_words(planned(config, "train", overrides=("train.rows_per_step=2",)), cluster(1))
     with pytest.raises(ConfigError, match=r"model\.name_or_path is empty"):
         planned(config, "train", overrides=("model.name_or_path=",))
 

@@ -64,7 +64,7 @@ class PlannedStage:
         if self.most_devices is not None and cluster.world_size > self.most_devices:
             raise ConfigError(
                 f"{self.name}: {cluster.world_size} devices ({cluster.num_nodes} x {cluster.devices_per_node}) would "
-                f"share {self.limit}={self.most_devices}; raise it, or plan with fewer --nodes"
+                f"share {self.limit}={self.most_devices}; raise it, or plan with fewer --nodes or --devices-per-node"
             )
 
 
