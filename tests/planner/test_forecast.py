@@ -193,7 +193,7 @@ def test_summaries_are_planned_in_the_precision_that_the_engine_takes(config: Pa
     half, whole = (forecast(precision, "transformers", cluster(1)) for precision in ("auto", "float32"))
     others = [forecast(*case) for case in (("auto", "transformers", cores), ("float32", "openai", cluster(1)))]
     sizes = [found.weight_bytes / LLAMA_70B.num_parameters for found in (half, whole, *others)]
-    assert sizes == [2, 4, 4, 2], "a server has a precision of its own"
+    assert sizes == [2, 4, 4, 2], "a server has chosen by itself"
     assert whole.key_value_bytes == 2 * half.key_value_bytes and whole.cost.seconds > 1.5 * half.cost.seconds
 
 
