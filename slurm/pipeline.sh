@@ -49,7 +49,7 @@ stage() {
 stage prepare "$TRSR_PREPARE_OPTIONS" slurm/single.sbatch prepare
 stage summarize "$TRSR_SUMMARIZE_OPTIONS" "$TRSR_SUMMARIZE_SCRIPT"
 if [ "$(setting model.name_or_path)" = RUN/base ]; then
-  stage base "$TRSR_PREPARE_OPTIONS" slurm/single.sbatch base
+  stage base "$TRSR_MERGE_OPTIONS" slurm/single.sbatch base
 fi
 stage train "$TRSR_TRAIN_OPTIONS" slurm/train.sbatch
 stage merge "$TRSR_MERGE_OPTIONS" slurm/single.sbatch merge

@@ -11,8 +11,10 @@ progress_files() (
     -printf '%P %s\n' 2>/dev/null || true
 )
 
-# progress_mark: the same as one word
-progress_mark() { progress_files | sort | cksum | tr ' ' -; }
+# progress_mark: the same as one word, with the finished pieces of a preparation: to --force they are nothing new yet
+progress_mark() {
+  { progress_files; run=$run/.histories.work progress_files 2>/dev/null || true; } | sort | cksum | tr ' ' -
+}
 
 # without_used_force: once --force has brought something new, a restart that honoured it again would remove just that
 without_used_force() {

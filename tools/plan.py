@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import argparse
 
-from trsr_dist.cli import cluster_options, config_parser, parse_config, run_command
+from trsr_dist.environment import prepare_process
+
+prepare_process()
+
+from trsr_dist.cli import cluster_options, config_parser, parse_config, run_command  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from argparse import ArgumentParser
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +33,7 @@ from trsr_dist.planner.stages import (
     LAYER_SECONDS,
     PlannedStage,
     ScoringSettings,
+    SummaryForecast,
     TrainingForecast,
     TrainingSettings,
     forecast_scoring,
@@ -180,6 +183,30 @@ def test_a_summary_is_counted_at_its_longest(config: Path) -> None:
     assert 200 < found[300] - found[100] < 4 * 200, "a byte-level tokenizer takes up to four tokens for one of a word's"
 
 
+def test_summaries_are_planned_in_the_precision_that_the_engine_takes(config: Path) -> None:
+    cores = Cluster(Hardware("CPU core", 1e11, 10**10, 1e10, 1e9, is_cpu=True), 1, 2, 0.5)
+
+    def forecast(precision: str, engine: str, on: Cluster) -> SummaryForecast:
+        overrides = (f"summarize.precision={precision}", f"summarize.engine={engine}")
+        return planned(config, "summarize", overrides=overrides)[0].on(on)
+
+    half, whole = (forecast(precision, "transformers", cluster(1)) for precision in ("auto", "float32"))
+    others = [forecast(*case) for case in (("auto", "transformers", cores), ("float32", "openai", cluster(1)))]
+    sizes = [found.weight_bytes / LLAMA_70B.num_parameters for found in (half, whole, *others)]
+    assert sizes == [2, 4, 4, 2], "a server has chosen by itself"
+    assert whole.key_value_bytes == 2 * half.key_value_bytes and whole.cost.seconds > 1.5 * half.cost.seconds
+
+
+def test_an_evaluation_of_some_users_is_planned_for_them_alone(config: Path) -> None:
+    found = []
+    for number in (0, 3, 100):
+        (stage,) = planned(config, "evaluate", overrides=(f"evaluate.max_users={number}",))
+        found.append(stage.on(cluster(1)))
+    everyone, some, more = found
+    assert (everyone.work.num_users, some.work.num_users) == (9, 3) and more == everyone
+    assert some.flops == pytest.approx(everyone.flops / 3, rel=0.01)
+
+
 def asked_for(*options: str) -> Cluster:
     return cluster_of(cluster_options(ArgumentParser()).parse_args(options))
 
@@ -287,6 +314,14 @@ def test_a_dry_run_is_the_stages_plan(config: Path, script: str, stage: str) -> 
     assert tree_hash(config.parent) == before
 
 
+def test_a_plan_is_all_that_is_printed(config: Path) -> None:
+    """In a new process, since libraries warn as they are imported."""
+    command = [sys.executable, "tools/plan.py", "--config", config, "--stage", "evaluate", "--nodes", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    assert done.stdout.startswith("cluster    2 x 8 h100")
+
+
 def test_what_is_missing_is_named(config: Path) -> None:
     with pytest.raises(ConfigError, match="'merge': expected one of summarize, train, evaluate"):
         planned(config, "merge")
@@ -294,8 +329,9 @@ def test_what_is_missing_is_named(config: Path) -> None:
     for stage in ("summarize", "train"):
         with pytest.raises(RunError, match="nowhere/histories"):
             planned(config, stage, overrides=elsewhere)
-    with pytest.raises(ConfigError, match=r"train: 16 devices \(2 x 8\) would share train\.rows_per_step=8; raise it"):
-        in_words(planned(config, "train"), cluster(2))
+    refused = r"train: 8 devices \(1 x 8\) would share train\.rows_per_step=2; raise it, .* or --devices-per-node"
+    with pytest.raises(ConfigError, match=refused):
+        in_words(planned(config, "train", overrides=("train.rows_per_step=2",)), cluster(1))
     with pytest.raises(ConfigError, match=r"model\.name_or_path is empty"):
         planned(config, "train", overrides=("model.name_or_path=",))
 

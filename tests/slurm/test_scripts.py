@@ -52,6 +52,21 @@ def test_progress_is_seen_however_the_run_folder_is_spelled(tmp_path: Path, spel
     assert mark() != before
 
 
+def test_a_preparation_makes_progress_piece_by_piece(tmp_path: Path) -> None:
+    """A piece counts when it is whole; --force, which would remove it, holds until the histories are there."""
+    logs, work = tmp_path / "logs" / "prepare-1", tmp_path / ".histories.work"
+    write(tmp_path / "logs" / "prepare-1" / "forced")
+    mark = lambda: bash("progress_mark", run=str(tmp_path))  # noqa: E731
+    before = mark()
+    for name in ("leases/log-1", ".claims/1-a-2", "work-a1/.log-000000.tmp-node1-1-2-3/facts.json"):
+        write(work / name)
+    assert mark() == before
+    write(work / "work-a1" / "log-000000" / "facts.json")
+    assert mark() != before
+    script = 'settings=(--config C --force)\nwithout_used_force\necho "${settings[*]}"'
+    assert bash(script, restart="1", run=str(tmp_path), logs=str(logs)) == "--config C --force"
+
+
 def test_a_cut_off_count_of_idle_restarts_starts_at_zero(tmp_path: Path) -> None:
     write(tmp_path / "progress", "")
     bash("count_idle_restarts", run=str(tmp_path), logs=str(tmp_path), TRSR_IDLE_RESTARTS="3")
@@ -259,10 +274,13 @@ def test_a_stage_waits_for_all_elements_of_an_array_in_the_queue(tmp_path: Path)
         write(tmp_path / name, f"#!/bin/sh\n{lines}\n")
         (tmp_path / name).chmod(0o755)
     path = f"{tmp_path}:{Path(sys.executable).parent}:{os.environ['PATH']}"
-    said = bash(f"slurm/pipeline.sh {CONFIG} run.dir={tmp_path}/run", PATH=path, TRSR_SITE="slurm/site.sh")
+    site = {"TRSR_SITE": "slurm/site.sh", "TRSR_PREPARE_OPTIONS": "--array=0-3"}
+    said = bash(f"slurm/pipeline.sh {CONFIG} run.dir={tmp_path}/run", PATH=path, **site)
     assert "summarize: job 100 is in the queue already" in said
-    base = next(line for line in (tmp_path / "asked").read_text().splitlines() if "single.sbatch base" in line)
+    lines = (tmp_path / "asked").read_text().splitlines()
+    prepare, base = (next(line for line in lines if f"single.sbatch {stage}" in line) for stage in ("prepare", "base"))
     assert "--dependency=afterok:100 " in base
+    assert "--array=0-3" in prepare and "--array" not in base, "of several that make one base all but one would fail"
 
 
 class Outputs:

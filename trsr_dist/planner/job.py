@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,7 @@ def summarize_stage(config: Config, inputs: Inputs) -> PlannedStage:
         domain=config.domain,
         num_in_flight=s.max_in_flight,
         engine=s.engine,
+        precision="auto" if s.engine == "openai" else s.precision,  # such a server has its own
         samples=s.samples,
     )
     work = summary_work(inputs.store, settings)
@@ -268,7 +270,9 @@ def evaluate_stage(config: Config, inputs: Inputs) -> PlannedStage:
         divided=bool(evaluate.deepspeed_config),
         shares_prefix=inputs.shares_prefix,
     )
-    shape, work = inputs.shape, split_work(inputs.lengths(evaluate.split), evaluate.row_tokens, None, config.run.seed)
+    lengths = inputs.lengths(evaluate.split)
+    asked = replace(lengths, num_users=min(evaluate.max_users or lengths.num_users, lengths.num_users))
+    shape, work = inputs.shape, split_work(asked, evaluate.row_tokens, None, config.run.seed)
     return PlannedStage(
         "evaluate",
         partial(forecast_scoring, shape, work, settings),

@@ -36,6 +36,7 @@ ZERO_SETTINGS = {
 DIVIDED = 3
 """The first stage that divides the weights, which a quantized base cannot be."""
 SUMMARY_PRECISION = "bfloat16"
+"""Of ``summarize.precision=auto`` on GPUs, and of servers."""
 LAYER_SECONDS = {"transformers": 1e-3}
 """By engine: host's time of a layer in a decoding step, as measured beside an H200 (docs/gpu_results.md). Servers
 replay graphs of kernels, which costs the host next to nothing."""
@@ -63,7 +64,7 @@ class PlannedStage:
         if self.most_devices is not None and cluster.world_size > self.most_devices:
             raise ConfigError(
                 f"{self.name}: {cluster.world_size} devices ({cluster.num_nodes} x {cluster.devices_per_node}) would "
-                f"share {self.limit}={self.most_devices}; raise it, or plan with fewer --nodes"
+                f"share {self.limit}={self.most_devices}; raise it, or plan with fewer --nodes or --devices-per-node"
             )
 
 
@@ -83,14 +84,20 @@ class SummaryForecast:
 def forecast_summaries(
     shape: ModelShape, work: SummaryWork, settings: SummarySettings, cluster: Cluster
 ) -> SummaryForecast:
-    """Memory and cost, in bfloat16."""
-    weights = weight_bytes(shape, SUMMARY_PRECISION)
-    most = key_value_bytes(shape, settings.num_in_flight * settings.most_tokens, SUMMARY_PRECISION)
-    cost = generation_cost(cluster, generation(shape, work, settings.num_in_flight, settings.engine))
+    """Memory and cost."""
+    precision = settings.precision
+    if precision == "auto":
+        precision = "float32" if cluster.hardware.is_cpu else SUMMARY_PRECISION
+    weights = weight_bytes(shape, precision)
+    most = key_value_bytes(shape, settings.num_in_flight * settings.most_tokens, precision)
+    generated = generation(shape, work, settings.num_in_flight, settings.engine, precision)
+    cost = generation_cost(cluster.computing_in(precision), generated)
     return SummaryForecast(work, weights, most, cost)
 
 
-def generation(shape: ModelShape, work: SummaryWork, num_in_flight: int, engine: str) -> Generation:
+def generation(
+    shape: ModelShape, work: SummaryWork, num_in_flight: int, engine: str, precision: str = SUMMARY_PRECISION
+) -> Generation:
     """The work in operations and bytes. A new token reads its prompt and, on average, half of the answer.
 
     Args:
@@ -98,6 +105,7 @@ def generation(shape: ModelShape, work: SummaryWork, num_in_flight: int, engine:
         work: its prompts.
         num_in_flight: texts that are decoded at once.
         engine: of ``summarize.engine``; empty: the host's time counts for nothing.
+        precision: of weights, keys and values.
     """
     prompts = Workload(work.prompt_tokens, work.pairs, work.num_prompts, work.num_users)
     context = (work.prompt_tokens + work.new_tokens / 2) / max(1, work.num_prompts)
@@ -106,8 +114,8 @@ def generation(shape: ModelShape, work: SummaryWork, num_in_flight: int, engine:
         prefill_flops=forward_flops(shape, prompts),
         num_new_tokens=work.new_tokens,
         flops_per_token=forward_flops(shape, token) + 2 * shape.hidden_size * shape.vocab_size,
-        weight_bytes=weight_bytes(shape, SUMMARY_PRECISION),
-        context_bytes=key_value_bytes(shape, round(context), SUMMARY_PRECISION),
+        weight_bytes=weight_bytes(shape, precision),
+        context_bytes=key_value_bytes(shape, round(context), precision),
         num_in_flight=num_in_flight,
         num_units=work.num_units,
         step_seconds=shape.num_layers * LAYER_SECONDS.get(engine, 0.0),

@@ -195,6 +195,8 @@ class SummarySettings:
     domain: str
     num_in_flight: int
     engine: str
+    precision: str = "auto"
+    """Of the model's weights."""
     samples: int = 0
     """Above 0: this many summaries of each train user, in place of one for the users of all splits."""
 
