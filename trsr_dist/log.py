@@ -25,7 +25,8 @@ def get_logger(name: str) -> logging.Logger:
 
 
 def setup_logging(rank: int = 0, stage: str = "") -> None:
-    """Rank 0 writes information to standard output; the others only warnings, to standard error."""
+    """Rank 0 writes information to standard output; the others only warnings, to standard error. So what all ranks
+    find alike is information, even where it warns: it is told once."""
     logger = logging.getLogger("trsr")
     logger.handlers.clear()
     logger.propagate = False

@@ -28,6 +28,7 @@ from trsr_dist.config.files import read_zero_config
 from trsr_dist.config.sections import DataSection
 from trsr_dist.environment import Ranks
 from trsr_dist.errors import CheckpointError, ConfigError, RunError
+from trsr_dist.log import setup_logging
 from trsr_dist.metric_log import MetricLog, read_metrics
 from trsr_dist.train import lifecycle
 from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState, read_checkpoint
@@ -51,6 +52,7 @@ from trsr_dist.train.lifecycle import (
 from trsr_dist.train.losses import listwise_sum, pairwise_sum
 from trsr_dist.train.meter import Sums, count_pairs, scalars
 from trsr_dist.train.monitor import Monitor, Progress
+from trsr_dist.train.start import check_settings
 from trsr_dist.train.step import learning_rate
 
 ROOT = Path(__file__).parents[2]
@@ -199,6 +201,17 @@ class TestCheckpoints:
         assert found.state.step == 7
         assert found.tensors[f"weight/{NAME}"].eq(7).all()
         assert (tmp_path / "latest").read_text().strip() == "step-000007"
+
+    @pytest.mark.parametrize(("rank", "times"), [(0, 1), (1, 0)])
+    def test_what_all_ranks_find_alike_is_told_once(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], rank: int, times: int
+    ) -> None:
+        setup_logging(rank, "train")
+        found = read_checkpoint(self.save(CheckpointFolder(tmp_path, 2), 7))
+        found.state.settings = {"steps": 9}
+        check_settings(found, {"steps": 8}, {})
+        said = capsys.readouterr()
+        assert (said.out + said.err).count("steps was 9 up to step 7, now it is 8") == times
 
     def test_old_ones_go_but_not_the_best(self, tmp_path: Path) -> None:
         folder = CheckpointFolder(tmp_path, 2)

@@ -172,7 +172,7 @@ def open_teacher(config: Config, run: RunFolder, shards: ShardSet) -> CandidateT
         scores_folder(shards.folder, model_identity(name, config.model.revision)), shards.manifest_hash, remedy
     )
     if teacher.manifest["trained_on_these_shards"] is False:
-        log.warning(
+        log.info(
             "train.teacher=%s was trained on other shards: what it says may tell of the valid and test users", name
         )
     return teacher

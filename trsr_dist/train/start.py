@@ -141,7 +141,7 @@ def check_settings(checkpoint: Checkpoint, settings: dict[str, Any], marks: dict
                 f"{checkpoint.folder}: made with {key}={before!r}, now {now!r}, which its weights do not fit; go on "
                 "with the former, use another run.dir, or --force to train from the start"
             )
-        log.warning("%s was %r up to step %d, now it is %r", key, before, checkpoint.state.step, now)
+        log.info("%s was %r up to step %d, now it is %r", key, before, checkpoint.state.step, now)
 
 
 def check_finished(checkpoint: Checkpoint, settings: dict[str, Any], patience: int, leave_out: str = "") -> None:

@@ -193,7 +193,7 @@ class Trainer:
                 f"{text}; {self._num_bad_steps} such steps in a row, train.max_bad_steps allows "
                 f"{self._settings.max_bad_steps}: lower train.learning_rate, or look at these users' texts"
             )
-        log.warning(text)
+        log.info(text)
 
     def _is_due(self, every: int) -> bool:
         return bool(every) and (self.state.step % every == 0 or self.state.step == self._settings.num_steps)

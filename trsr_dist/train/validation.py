@@ -141,7 +141,7 @@ class Validator:
         if damaged and not self._leave_out:
             raise DataError(damaged[0])
         if damaged or bad:
-            log.warning("validation leaves out %d users, the first: %s", len(damaged + bad), (damaged + bad)[0])
+            log.info("validation leaves out %d users, the first: %s", len(damaged + bad), (damaged + bad)[0])
 
 
 def score_parts(scorers: list[PartScorer], forward: ScoreRow) -> None:
