@@ -11,6 +11,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -208,7 +209,7 @@ class TestCheckpoints:
     ) -> None:
         setup_logging(rank, "train")
         found = read_checkpoint(self.save(CheckpointFolder(tmp_path, 2), 7))
-        found.state.settings = {"steps": 9}
+        found = replace(found, state=replace(found.state, settings={"steps": 9}))
         check_settings(found, {"steps": 8}, {})
         said = capsys.readouterr()
         assert (said.out + said.err).count("steps was 9 up to step 7, now it is 8") == times
