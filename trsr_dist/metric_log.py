@@ -66,7 +66,7 @@ class MetricLog:
         run_dir.mkdir(parents=True, exist_ok=True)
         self._stage = stage
         self._fence = fence
-        path = run_dir / METRICS
+        self._path = path = run_dir / METRICS
         if purge_step is not None and path.exists():
             rows = _whole_rows(path.read_text(encoding="utf-8", errors="replace").splitlines())
             kept = [row for row in rows if row["stage"] != stage or row["step"] < purge_step]
@@ -75,9 +75,9 @@ class MetricLog:
                 kept = [row for row in kept if (row["stage"], row["step"]) != again or not _has(row, redone)]
             with atomic_file(path) as stream:
                 stream.writelines(json.dumps(row) + "\n" for row in kept)
-        self._rows = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        if not _ends_in_line_feed(path):  # else the first row would become part of a torn one
-            self._rows.write("\n")
+        with open(path, "a", encoding="utf-8") as rows:
+            if not _ends_in_line_feed(path):  # else the first row would become part of a torn one
+                rows.write("\n")
         self._trackers = trackers
 
     def write(self, step: int, scalars: dict[str, float]) -> None:
@@ -90,7 +90,8 @@ class MetricLog:
             self._fence()
         scalars = {name: value for name, value in scalars.items() if math.isfinite(value)}
         row: dict[str, Any] = {"stage": self._stage, "step": step, "time": round(time.time(), 3), **scalars}
-        self._rows.write(json.dumps(row) + "\n")
+        with open(self._path, "a", encoding="utf-8") as rows:  # a resumed stage may have replaced the file
+            rows.write(json.dumps(row) + "\n")
         for tracker in self._trackers:
             tracker.put("scalars", scalars, step)
 
@@ -100,8 +101,7 @@ class MetricLog:
             tracker.put("figure", name, figure, step)
 
     def close(self, settings: Mapping[str, Any] | None = None, final: Mapping[str, float] | None = None) -> None:
-        """Write the rest; hyperparameters and final metrics go to the trackers."""
-        self._rows.close()
+        """Hyperparameters and final metrics go to the trackers, which write the rest."""
         for tracker in self._trackers:
             tracker.close(settings or {}, final or {})
 

@@ -34,6 +34,18 @@ def test_a_resumed_stage_takes_out_what_it_makes_again(tmp_path: Path) -> None:
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == len(rows) == 11
 
 
+def test_a_stage_that_runs_beside_a_resumed_one_loses_no_row(tmp_path: Path) -> None:
+    """Such as the summaries of the test users, while a training on those of the train split begins again."""
+    write(tmp_path, "train", range(1, 4), 2.0)
+    summarize = MetricLog(tmp_path, "summarize")
+    summarize.write(1, {"summarize/users": 1.0})
+    write(tmp_path, "train", range(3, 5), 3.0, purge_step=3)
+    summarize.write(2, {"summarize/users": 2.0})
+    summarize.close()
+    rows = [(row["stage"], row["step"]) for row in read_metrics(tmp_path)]
+    assert sorted(rows) == [("summarize", 1), ("summarize", 2), *(("train", step) for step in range(1, 5))]
+
+
 def test_a_torn_row_spoils_none_that_follows(tmp_path: Path) -> None:
     """Of a stage that makes nothing again, such as the evaluation, whose only row it would be."""
     (tmp_path / "metrics.jsonl").write_text('{"stage": "summarize", "step": 8, "summ')

@@ -81,6 +81,14 @@ def test_scores_are_compared_on_the_runs_own_users(checkpoint: Path, tmp_path: P
     assert (figures["prompts"], figures["num_users"], figures["num_prompts"]) == ("shards/valid", 2, 12)
 
 
+def test_a_split_without_users_is_passed_over(checkpoint: Path, tmp_path: Path) -> None:
+    """As data.split=[10,0,1] makes it."""
+    write_split_manifest(tmp_path / "run" / "shards" / "valid", [], {}, {})
+    merge(checkpoint, tmp_path / "merged", MergeOptions(verify="scores"))
+    figures = read_json(tmp_path / "merged" / "provenance.json")["merge"]["verification"]["scores"]
+    assert figures["prompts"] == "built-in prompts"
+
+
 def test_loads_with_nothing_but_transformers(checkpoint: Path, tmp_path: Path) -> None:
     merge(checkpoint, tmp_path / "merged", WEIGHTS_ONLY)
     code = (

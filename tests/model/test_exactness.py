@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config
 
@@ -163,6 +164,23 @@ def test_separate_prompts_in_bfloat16_have_no_rounded_scores(cap: float | None) 
             assert found.dtype == torch.float32 and not torch.equal(found, found.bfloat16().float())
             assert float((found - exact).abs().max()) < 0.1 * float(exact.abs().max())
     assert cap is None or float(exact.abs().max()) < cap
+
+
+@pytest.mark.parametrize("settings", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])
+def test_an_adapted_head_in_bfloat16_has_no_rounded_scores(settings: dict) -> None:
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(model_config())
+    base.lm_head.weight.data *= 100
+    model = get_peft_model(base, LoraConfig(**{"target_modules": ["q_proj"]} | settings))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, 0, 0.1)
+    row = make_row()
+    with torch.no_grad():
+        exact = recommender(model.get_base_model(), "cpu").eval()(RowInputs(row, CPU), "pair")
+        found = recommender(model.bfloat16().get_base_model(), "cpu").eval()(RowInputs(row, CPU), "pair")
+    assert found.dtype == torch.float32 and not torch.equal(found, found.bfloat16().float())
+    assert float((found - exact).abs().max()) < 0.1 * float(exact.abs().max())
 
 
 @pytest.mark.parametrize("kind", CONFIGS)

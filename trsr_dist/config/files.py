@@ -76,7 +76,7 @@ class Zero(TypedDict, total=False):
     overlap_comm: bool
     reduce_bucket_size: Size
     reduce_scatter: bool
-    round_robin_gradients: bool
+    round_robin_gradients: Literal[False]
     stage3_gather_16bit_weights_on_model_save: bool
     stage3_max_live_parameters: Size
     stage3_max_reuse_distance: Size

@@ -188,8 +188,9 @@ def sample_users(builder: PromptBuilder, samples: Sequence[Sample]) -> list[Toke
 def users_to_compare(run: Path | None, num_users: int, domain: str) -> tuple[list[Sample], str]:
     """Users of a run's held-out split, those of valid before those of test, or built-in ones; and which they are."""
     for split in ("valid", "test") if run is not None else ():
-        if (RunFolder(run).split(split) / MANIFEST).is_file():
-            return read_users(RunFolder(run).split(split), num_users), f"shards/{split}"
+        folder = RunFolder(run).split(split)
+        if (folder / MANIFEST).is_file() and (users := read_users(folder, num_users)):
+            return users, f"shards/{split}"
     return built_in_samples(domain)[:num_users], "built-in prompts"
 
 

@@ -12,6 +12,7 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
 from trsr_dist.environment import leave_out_cudnn
+from trsr_dist.model.adapters import unadapted
 from trsr_dist.model.attention.backends import NAME, Attend, build_backend, register
 from trsr_dist.model.attention.layout import Layout
 from trsr_dist.model.inputs import RowInputs, TextTargets
@@ -45,15 +46,17 @@ class Recommender(nn.Module):
             last = causal.model.layers[-1]
             last.forward = partial(_answer_states, last, last.forward)
             self.attend = build_backend(backend)
-        # The frozen head's rows of yes and no, float32, (2, hidden_size); None where it is quantized or adapted. Here
-        # and not when they are first needed: under ZeRO-3 this is a collective of all ranks.
+        # The frozen head's rows of yes and no, float32, (2, hidden_size); None where it is quantized. Here and not when
+        # they are first needed: under ZeRO-3 this is a collective of all ranks.
         self._answer_rows = self._answer_bias = None
         head = causal.get_output_embeddings()
-        if type(head) is nn.Linear:
-            self._answer_rows = answer_rows(head.weight, answer_ids)
-            self._answer_bias = None if head.bias is None else answer_rows(head.bias, answer_ids)
-            if backend is None:
-                head.register_forward_hook(self._answers_in_float32)
+        frozen = unadapted(head)
+        self._is_adapted = frozen is not head
+        if type(frozen) is nn.Linear:
+            self._answer_rows = answer_rows(frozen.weight, answer_ids)
+            self._answer_bias = None if frozen.bias is None else answer_rows(frozen.bias, answer_ids)
+            if backend is None or self._is_adapted:
+                frozen.register_forward_hook(self._answers_in_float32)
 
     @property
     def device(self) -> torch.device:
@@ -94,7 +97,7 @@ class Recommender(nn.Module):
 
     def pair_logits(self, states: torch.Tensor) -> torch.Tensor:
         """float32 logits of yes and no: only these two rows of the output head are multiplied, in full precision."""
-        if self._answer_rows is None:
+        if self._answer_rows is None or self._is_adapted:
             return self.causal.lm_head(states)[:, list(self.answer_ids)].float()
         return self._exact_logits(states)
 
@@ -103,8 +106,8 @@ class Recommender(nn.Module):
         return linear(states.float(), self._answer_rows.to(states.device), bias)
 
     def _answers_in_float32(self, head: nn.Module, args: tuple[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
-        """A hook for heads whose logits the model goes on with (it may scale or cap them): in 16 bits those of 16 and
-        more are multiples of 1/8, so that most candidates of a user would be tied."""
+        """A hook for heads whose logits the model or an adapter goes on with (it may scale, cap or add to them): in 16
+        bits those of 16 and more are multiples of 1/8, so that most candidates of a user would be tied."""
         if logits.dtype == torch.float32:
             return logits
         logits = logits.float()
