@@ -120,12 +120,6 @@ def test_a_dry_run_reads_sizes_only_and_writes_nothing(tmp_path: Path) -> None:
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
 
-@pytest.mark.parametrize(("nodes", "utilization"), [(0, 0.4), (1, 0.0), (1, 40.0)])
-def test_a_cluster_that_cannot_be_is_refused(nodes: int, utilization: float) -> None:
-    with pytest.raises(ConfigError, match="expected"):
-        Cluster(hardware("h100"), nodes, 8, utilization)
-
-
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
     """A run with histories only, and a model of 70 billion weights that has a config and a tokenizer only."""

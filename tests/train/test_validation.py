@@ -15,7 +15,7 @@ from trsr_dist.errors import ModelError
 from trsr_dist.evaluate.job import evaluate
 from trsr_dist.files import read_json, write_json
 from trsr_dist.metric_log import read_metrics
-from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState
+from trsr_dist.train.checkpoints import CheckpointFolder
 
 EVERY, NUM_STEPS = 3, 12
 NUM_USERS = 25
@@ -190,11 +190,3 @@ def test_a_kill_before_the_mark_loses_no_best_checkpoint(unlucky: tuple) -> None
     assert codes["unmarked"] == [-9, 0]
     assert (folder / "unmarked" / "checkpoints" / "best").read_text().strip() == f"step-{2 * EVERY:06d}"
     assert (folder / "unmarked" / "checkpoints" / f"step-{2 * EVERY:06d}").is_dir()
-
-
-def test_another_metric_or_other_users_have_no_best_yet() -> None:
-    state = TrainerState(6, 6, {}, best_value=0.7, best_step=3, num_bad_evaluations=1, validation={"metric": "auc"})
-    assert state.under({"metric": "auc"}) == state
-    other = state.under({"metric": "mrr@3"})
-    assert (other.best_value, other.best_step, other.num_bad_evaluations) == (None, 0, 0)
-    assert other.validated(0.1).best_step == 6
