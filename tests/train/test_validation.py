@@ -9,6 +9,7 @@ import pytest
 
 from tests.evaluate.world import make_run, write_config
 from tests.spawn import run_ranks
+from tests.train.world import train_all
 from trsr_dist.cli import EXIT_REQUEUE
 from trsr_dist.config import load_config
 from trsr_dist.errors import ModelError
@@ -33,13 +34,6 @@ TRAIN = {
     "timeout_seconds": 120,
 }
 STAGES = (2, 3)
-
-
-def train_all(rank: int, world_size: int, runs: list[Path]) -> None:
-    from trsr_dist.train.job import train
-
-    for run in runs:
-        assert train(load_config(run / "config.yaml")) == 0
 
 
 def prepare(run: Path, source: Path, stage: int, **train: Any) -> Path:
