@@ -198,10 +198,6 @@ class Catalogue(ArrowRows):
     def category(self, row: int) -> str:
         return self.value(2, row)
 
-    def popularity(self, row: int) -> int:
-        """Clicks of train users: their histories and targets."""
-        return self.value(3, row)
-
     def numbers(self) -> dict[str, tuple[int, int]]:
         """Of every item, by its id: popularity, and Unix seconds at which the first user is known to have met it (0
         where nobody did, or without times)."""
