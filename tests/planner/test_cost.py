@@ -83,6 +83,7 @@ def fields_of(seconds: float, one_device_seconds: float) -> object:
 
 def test_generation_by_hand() -> None:
     work = Generation(1000.0, 100, 7.0, 400, 5.0, num_in_flight=4, num_units=7)
+    assert work.step_seconds == 0
     for changed, decoding in (
         ({}, 100 * (400 / 4 + 5) / 50),
         ({"step_seconds": 40.0}, 1000),
