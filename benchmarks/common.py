@@ -19,6 +19,14 @@ from typing import Any
 from trsr_dist.planner.flops import Workload, triangle
 
 LIBRARIES = ("torch", "peft", "safetensors.torch", "transformers.models.llama.modeling_llama")
+LLAMA2_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "vocab_size": 32000,
+}
 HEADER = ("suite", "case", "measure", "value", "unit", "spread", "bound", "share", "note")
 
 

@@ -16,7 +16,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from benchmarks.common import Row, rate_row, ratio_row, separate_workload, shared_workload
+from benchmarks.common import LLAMA2_7B, Row, rate_row, ratio_row, separate_workload, shared_workload
 from benchmarks.ways import ANSWERS, INSTRUCTION, LORA_RANK, TARGETS, make_user, row_work, suffix_lengths
 from trsr_dist.config.sections import LoraSection
 from trsr_dist.model.adapters import add_lora
@@ -29,15 +29,7 @@ from trsr_dist.planner.shape import ModelShape
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import pack_row
 
-LLAMA_2_7B = LlamaConfig(
-    hidden_size=4096,
-    intermediate_size=11008,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-    vocab_size=32000,
-    max_position_embeddings=4096,
-)
+LLAMA_2_7B = LlamaConfig(**LLAMA2_7B, max_position_embeddings=4096)
 TINY = LlamaConfig(
     hidden_size=64,
     intermediate_size=128,

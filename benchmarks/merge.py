@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
 
-from benchmarks.common import Row, in_child, peak_bytes, rate_row, ratio_row, timed
+from benchmarks.common import LLAMA2_7B, Row, in_child, peak_bytes, rate_row, ratio_row, timed
 from trsr_dist.files import sync_path, write_json
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
@@ -26,14 +26,6 @@ Shapes = dict[str, tuple[int, ...]]
 REPEATS = 3
 NUM_LAYERS = 2
 SHARD_BYTES = 5 * 10**9
-LLAMA2_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 32,
-    "vocab_size": 32000,
-}
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 
 

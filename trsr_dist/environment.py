@@ -100,10 +100,10 @@ def array_task(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
     return _number(env, "SLURM_ARRAY_TASK_ID") - first, _number(env, "SLURM_ARRAY_TASK_COUNT", 1)
 
 
-def task_number(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
+def task_number() -> tuple[int, int]:
     """Number of this process among all tasks of a stage that share its work through the run folder, and how many there
     are: the ranks of all tasks of a Slurm array."""
-    ranks, (part, num_parts) = detect_ranks(environment), array_task(environment)
+    ranks, (part, num_parts) = detect_ranks(), array_task()
     return part * ranks.world_size + ranks.rank, num_parts * ranks.world_size
 
 

@@ -2,8 +2,6 @@ import errno
 import fcntl
 import os
 import secrets
-import subprocess
-import sys
 from pathlib import Path
 from typing import IO
 
@@ -14,7 +12,6 @@ from trsr_dist.files import (
     atomic_file,
     atomic_folder,
     read_json,
-    recover_folder,
     resumable_file,
     sha256_of,
     temporary_name,
@@ -62,33 +59,6 @@ def test_a_folder_that_cannot_be_replaced_stays(tmp_path: Path, monkeypatch: pyt
         (folder / "f").write_text("two")
     assert (path / "f").read_text() == "one"
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
-
-
-def test_what_a_process_killed_between_two_renames_left_is_found_again(tmp_path: Path) -> None:
-    code = (
-        "import os, sys, signal\nfrom pathlib import Path\nfrom trsr_dist import files\n"
-        "rename, path = os.rename, Path(sys.argv[1])\n"
-        "def die(source, target):\n"
-        "    rename(source, target)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "path.mkdir()\n(path / 'f').write_text('one')\nos.rename = die\n"
-        "with files.atomic_folder(path) as folder:\n    (folder / 'f').write_text('two')\n"
-    )
-    path = tmp_path / "o[u]t"
-    assert subprocess.run([sys.executable, "-c", code, str(path)]).returncode == -9
-    assert not path.exists()
-    recover_folder(path)
-    assert (path / "f").read_text() == "one"
-
-
-def test_a_killed_writer_leaves_nothing_under_the_final_name(tmp_path: Path) -> None:
-    code = (
-        "import os, sys, signal\nfrom trsr_dist.files import atomic_file\n"
-        "with atomic_file(sys.argv[1]) as f:\n    f.write('half'); f.flush(); os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "x")])
-    assert done.returncode == -9
-    assert not (tmp_path / "x").exists()
 
 
 def test_json_errors_name_the_file(tmp_path: Path) -> None:

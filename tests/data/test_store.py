@@ -80,7 +80,7 @@ def rows_of(store: HistoryStore, split: str) -> list[UserRow]:
 def test_columns_equal_the_rows(folder: Path) -> None:
     store = HistoryStore(folder)
     items, catalogue = range(len(store.catalogue)), store.catalogue
-    assert catalogue.column("popularity").tolist() == [catalogue.popularity(item) for item in items]
+    assert catalogue.column("popularity").tolist() == [catalogue.value(3, item) for item in items]
     assert catalogue.column("first_seen").tolist() == [catalogue.value(4, item) for item in items]
     assert catalogue.strings("text") == [catalogue.text(item) for item in items]
     for split in SPLITS:

@@ -57,12 +57,12 @@ def test_metrics_equal_a_plain_count(alone: Path, ranks: dict[str, int]) -> None
 def test_slices_are_the_users_of_that_kind(run: Path, alone: Path, ranks: dict[str, int]) -> None:
     store = HistoryStore(run / "histories")
     users = [store.user("test", index) for index in range(store.num_users("test"))]
-    catalogue = store.catalogue
+    catalogue, popularity = store.catalogue, store.catalogue.column("popularity")
     category = {row.user: catalogue.category(row.candidates[row.labels.index(1)]) for row in users}
     slices = {(row["slice"], row["value"]): row for row in numbers_of(alone)["slices"]}
     assert {kind for kind, _ in slices} >= {"history length", "summary scheme", "trimmed", "target"}
     assert slices["summary scheme", "hierarchical"]["num_users"] == NUM_USERS
-    seen = [r.user for r in users if catalogue.popularity(r.candidates[r.labels.index(1)])]
+    seen = [r.user for r in users if popularity[r.candidates[r.labels.index(1)]]]
     row = slices["target", "seen in training"]
     assert row["num_users"] == len(seen) < NUM_USERS
     assert row["metrics"]["recall@3"] == pytest.approx(sum(ranks[user] <= 3 for user in seen) / len(seen))

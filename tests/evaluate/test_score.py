@@ -13,7 +13,6 @@ from tests.merge.models import load, make_base
 from tests.shards.world import make_sample
 from tests.tokenizers import byte_level
 from trsr_dist.errors import DataError
-from trsr_dist.evaluate.metrics import user_metrics
 from trsr_dist.evaluate.parts import PartScorer, score_samples
 from trsr_dist.model.attention.backends import choose_backend
 from trsr_dist.model.recommender import Recommender, score_row
@@ -75,17 +74,6 @@ def test_thousands_of_candidates_of_one_user(base: Path, builder: PromptBuilder)
     assert np.isfinite(found).all()
     assert len(np.unique(found)) > 2000
     np.testing.assert_allclose(found[chosen], score_alone(base, builder, sample, chosen), atol=1e-4)
-
-
-def test_several_positives_follow_the_definitions(base: Path, builder: PromptBuilder) -> None:
-    sample = make_sample(3, num_negatives=9)
-    candidates = tuple(replace(c, label=int(place % 4 == 0)) for place, c in enumerate(sample.candidates))
-    scores = score_with(base, builder, [replace(sample, candidates=candidates)], 4096)[0]
-    labels = np.array([c.label for c in candidates])
-    order = np.argsort(-scores)
-    recall = user_metrics(scores, labels, (5,))[0]
-    assert labels.sum() == 3
-    assert recall == pytest.approx(labels[order[:5]].sum() / 3)
 
 
 def test_users_without_a_positive_and_scores_that_are_no_numbers_are_named(builder: PromptBuilder) -> None:

@@ -33,12 +33,6 @@ def test_interval_covers_the_truth_about_95_times_in_100() -> None:
     assert 178 <= covered <= 199
 
 
-def test_equal_seeds_give_equal_intervals() -> None:
-    values = np.random.default_rng(3).random((50, 4))
-    assert (bootstrap_interval(values, 250, 7) == bootstrap_interval(values, 250, 7)).all()
-    assert (bootstrap_interval(values, 250, 7) != bootstrap_interval(values, 250, 8)).any()
-
-
 def test_p_values_of_no_difference_and_of_a_clear_one() -> None:
     stream = np.random.default_rng(4)
     one = stream.random((300, 2))
@@ -119,13 +113,6 @@ def test_correction_undoes_the_training_ratio() -> None:
 def test_extreme_scores_do_not_overflow() -> None:
     with np.errstate(all="raise"):
         assert probabilities(np.array([-1e5, 0.0, 1e5])).tolist() == [0.0, 0.5, 1.0]
-
-
-def test_bins_count_everything_once() -> None:
-    scores = np.linspace(-8, 8, 999)
-    bins = calibration(scores, (scores > 0).astype(int), None)["raw"]["bins"]
-    assert sum(entry["count"] for entry in bins) == 999
-    assert bins[-1]["high"] == pytest.approx(1.0)
 
 
 def test_probabilities_and_priors_by_hand() -> None:

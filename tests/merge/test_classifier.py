@@ -19,7 +19,6 @@ from transformers import (
     pipeline,
 )
 
-from tests.kills import check_stage
 from tests.merge.models import TARGETS, load, make_adapter, make_base, make_checkpoint, rename_tensors, seal, tensors_of
 from tests.merge.test_ties import TYING, UNTYING
 from tests.spawn import run_script
@@ -290,16 +289,6 @@ def test_another_head_is_another_setting(checkpoint: Path, tmp_path: Path) -> No
         merge(checkpoint, output, causal)
     with pytest.raises(TrsrError, match="leave it out, or --head"):
         merge(checkpoint, tmp_path / "adapter", MergeOptions(head="classifier", adapter_only=True))
-
-
-def test_killed_at_every_change_while_a_classifier_takes_the_place(checkpoint: Path, tmp_path: Path) -> None:
-    output = tmp_path / "merged"
-    check_stage(
-        output,
-        lambda: merge(checkpoint, output, MergeOptions(verify="weights")),
-        lambda: merge(checkpoint, output, MergeOptions(head="classifier", verify="weights", force=True)),
-        lambda: merge(checkpoint, output, MergeOptions(verify="weights", force=True)),
-    )
 
 
 def test_command_line(checkpoint: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from tests.merge.engine_ranks import train_stages
 from tests.merge.models import load, make_base, random_peft_model
+from tests.model.test_adapters import Planted
 from tests.spawn import run_ranks
 from trsr_dist.errors import CheckpointError
 from trsr_dist.merge.inputs import MergeOptions
@@ -75,16 +76,6 @@ def test_a_lost_rank_is_noticed(trained: Path, tmp_path: Path) -> None:
     sorted((lost / "global_step2").glob("*_optim_states.pt"))[-1].unlink()
     with pytest.raises(CheckpointError, match="missing or damaged|is incomplete"):
         find_source(lost).read()
-
-
-class Planted:
-    """Runs a command where it is unpickled."""
-
-    def __init__(self, mark: Path) -> None:
-        self.mark = mark
-
-    def __reduce__(self) -> tuple:
-        return os.mkdir, (str(self.mark),)
 
 
 @pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"])

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -40,93 +39,8 @@ def adapter(checkpoint: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(checkpoint / "adapter", tmp_path / "adapter"))
 
 
-def edit_tensors(checkpoint: Path, edit: Callable[[dict[str, torch.Tensor]], object]) -> None:
-    tensors = load_file(checkpoint / ADAPTER)
-    edit(tensors)
-    save_file(tensors, checkpoint / ADAPTER)
-    seal(checkpoint)
-
-
-def edit_config(checkpoint: Path, **values: object) -> None:
-    write_json(checkpoint / CONFIG, read_json(checkpoint / CONFIG) | values)
-    seal(checkpoint)
-
-
 def first(tensors: dict[str, torch.Tensor], part: str) -> str:
     return next(name for name in sorted(tensors) if part in name)
-
-
-def poison(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[first(tensors, "lora_A")][0, 0] = float("nan")
-
-
-def empty(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[first(tensors, "lora_B")] = torch.zeros(0)
-
-
-def clear(tensors: dict[str, torch.Tensor]) -> None:
-    for name in tensors:
-        if "lora_B" in name:
-            tensors[name].zero_()
-
-
-def half(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors[first(tensors, "lora_A")]
-
-
-def lose(tensors: dict[str, torch.Tensor]) -> None:
-    for part in ("lora_A", "lora_B"):
-        del tensors[first(tensors, f"layers.1.self_attn.q_proj.{part}")]
-
-
-def add(tensors: dict[str, torch.Tensor]) -> None:
-    for part in ("lora_A", "lora_B"):
-        name = first(tensors, f"layers.1.self_attn.q_proj.{part}")
-        tensors[name.replace("self_attn.q_proj", "mlp.up_proj")] = tensors[name].clone()
-
-
-def other_rank(tensors: dict[str, torch.Tensor]) -> None:
-    for part, dim in (("lora_A", 0), ("lora_B", 1)):
-        name = first(tensors, part)
-        tensors[name] = tensors[name].narrow(dim, 0, 2).contiguous()
-
-
-@pytest.mark.parametrize(
-    ("edit", "message"),
-    [
-        (poison, "NaN or infinity"),
-        (empty, "is empty"),
-        (clear, "every LoRA B is zero"),
-        (half, "has no lora_A"),
-        (lose, "layers.1.self_attn.q_proj.lora_A.weight is missing"),
-        (add, "layers.1.mlp.up_proj.lora_A.weight has no place in the model"),
-        (other_rank, "has rank 2, adapter_config.json says 4"),
-    ],
-)
-def test_damaged_adapter_tensors(
-    edit: Callable[[dict[str, torch.Tensor]], object], message: str, checkpoint: Path, tmp_path: Path
-) -> None:
-    edit_tensors(checkpoint, edit)
-    refuses(checkpoint, tmp_path / "merged", message)
-
-
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ({"peft_type": "LOHA"}, "unknown settings"),
-        ({"peft_type": "NEW"}, "peft_type is 'NEW'"),
-        ({"bias": "all"}, "bias='all'"),
-        ({"init_lora_weights": "pissa_niter_4"}, "changes the base itself"),
-        ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"use_dora": True}, "use_dora=True"),
-        ({"some_new_method": True}, "some_new_method"),
-        ({"layers_pattern": "h", "layers_to_transform": None}, "layers_pattern"),
-    ],
-)
-def test_methods_are_refused_by_name(values: dict[str, object], message: str, checkpoint: Path, tmp_path: Path) -> None:
-    edit_config(checkpoint, **values)
-    refuses(checkpoint, tmp_path / "merged", message)
 
 
 def refuses(source: Path, output: Path, message: str, options: MergeOptions = WEIGHTS_ONLY) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.merge import LLAMA2_7B, write_adapter, write_base
+from benchmarks.common import LLAMA2_7B
+from benchmarks.merge import write_adapter, write_base
 from tests.tokenizers import byte_level
 
 SMALL = LLAMA2_7B | {"hidden_size": 1024, "intermediate_size": 2752, "num_hidden_layers": 4}

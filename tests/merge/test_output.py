@@ -1,10 +1,8 @@
 """The written folder: laid out as servers expect, loaded by nothing but transformers."""
 
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -161,19 +159,3 @@ def test_command_line(checkpoint: Path, tmp_path: Path) -> None:
     done = run_script(*common, "--max-shard-size", "0.02MB")
     assert done.returncode == 0 and "largest difference" in done.stdout and "pairs change order" in done.stdout
     assert AutoTokenizer.from_pretrained(merged).chat_template
-
-
-def test_killed_merge_leaves_the_old_output(checkpoint: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run" / "merged"
-    merge(checkpoint, output, WEIGHTS_ONLY)
-    before = {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()}
-    again = command("--checkpoint", checkpoint, "--output", output, "--force", "--dtype", "float32")
-    process = subprocess.Popen(again, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while not list(output.parent.glob(".merged.tmp-*")) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert {path.name: path.read_bytes() for path in output.iterdir() if path.is_file()} == before
-    merge(checkpoint, output, MergeOptions(dtype="float32", verify="weights", force=True))
-    assert not list(output.parent.glob(".merged.*"))

@@ -85,6 +85,7 @@ FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "rank": (lambda tensors: one(tensors, lambda t: t[:-1].contiguous()), r"size mismatch|expected \(rank"),
     "whole numbers": (lambda tensors: one(tensors, lambda t: t.int()), "no tensor of floating type"),
     "nothing": (lambda tensors: {}, "holds no tensors"),
+    "empty": (lambda tensors: one(tensors, lambda t: t[:0]), "is empty"),
     "untrained": (
         lambda tensors: {k: v * 0 if "lora_B" in k else v for k, v in tensors.items()},
         "every LoRA B is zero",
@@ -125,6 +126,7 @@ def test_damaged_files_are_named(base: Path, adapter: Path, content: bytes) -> N
         ({"init_lora_weights": "pissa"}, "changes the base itself"),
         ({"megatron_config": {"a": 1}, "megatron_core": "antigravity"}, "Megatron layers"),
         ({"alora_invocation_tokens": [1]}, "activated LoRA"),
+        ({"layers_pattern": "h"}, "layers_pattern"),
         ({"target_modules": ["no_such_layer"]}, "not found in the base model|do not fit"),
     ],
 )

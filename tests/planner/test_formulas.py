@@ -273,10 +273,12 @@ def test_the_catalogue_is_that_of_the_data_sheets() -> None:
     ("name", "found"),
     [
         ("NVIDIA H100 80GB HBM3", "h100"),
+        ("NVIDIA H200", "h200"),
         ("NVIDIA A100-SXM4-80GB", "a100-80gb"),
         ("NVIDIA A100-PCIE-40GB", "a100-40gb"),
         ("Tesla V100-SXM2-32GB", "v100-32gb"),
         ("Tesla V100-SXM2-16GB", None),
+        ("Tesla K80", None),
         ("NVIDIA H1000", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA H100 PCIe", None),

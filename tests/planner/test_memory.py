@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig
 
 from benchmarks.ways import ANSWERS, make_user
+from tests.planner.step_memory import CONFIG
 from trsr_dist.config.sections import LoraSection
 from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.inputs import RowInputs
@@ -33,15 +34,6 @@ from trsr_dist.planner.shape import ATTENTION_MODULES, ModelShape
 from trsr_dist.pretrained import BaseSource
 from trsr_dist.rows import pack_row
 from trsr_dist.train import model as train_model
-
-CONFIG = LlamaConfig(
-    hidden_size=256,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    intermediate_size=704,
-    vocab_size=2048,
-)
 
 
 def kept_bytes(targets: tuple[str, ...] | str, answers_only: bool, dropout: float) -> tuple[int, int]:

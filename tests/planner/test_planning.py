@@ -1,7 +1,5 @@
 """The planner's counts against real models and against a count by brute force."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -12,12 +10,10 @@ from transformers.models.auto import AutoModelForCausalLM
 
 from benchmarks.common import separate_workload, shared_workload
 from tests.model.world import make_row
-from trsr_dist.errors import ConfigError, ModelError
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.planner.flops import Workload, forward_flops, last_layer_savings, training_flops
-from trsr_dist.planner.hardware import hardware
-from trsr_dist.planner.memory import StepSettings, ZeroSetting, bytes_sent_per_step, rank_memory, recommend
+from trsr_dist.planner.memory import StepSettings
 from trsr_dist.planner.shape import ATTENTION_MODULES, ModelShape
 
 SIZES = {
@@ -118,55 +114,3 @@ def test_sharing_saves_more_with_more_candidates() -> None:
         return training_flops(shape, separate, 100) / training_flops(shape, shared, 100)
 
     assert 1 < gain(2) < gain(5) < gain(21) < 21
-
-
-def test_each_zero_stage_needs_less_memory_than_the_one_before() -> None:
-    """On a short row: on a long one the inputs that stage 3 keeps weigh more than the weights of a small model."""
-    shape = ModelShape.from_config(CONFIGS["llama"].to_dict())
-    devices = [rank_memory(shape, 10_000, STEP, ZeroSetting(stage), 8).device for stage in (0, 1, 2, 3)]
-    assert devices == sorted(devices, reverse=True)
-    assert len(set(devices)) == 4
-    offloaded = rank_memory(shape, 10_000, STEP, ZeroSetting(2, offload_optimizer=True), 8)
-    assert offloaded.host == 10_000 * 12 // 8
-
-
-def test_the_recommendation_is_the_first_that_fits() -> None:
-    config = {
-        "hidden_size": 8192,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "intermediate_size": 28672,
-        "vocab_size": 128256,
-    }
-    shape = ModelShape.from_config(config)
-    step = replace(STEP, row_tokens=4096)
-    choices = {f"zero{stage}": rank_memory(shape, 40_000_000, step, ZeroSetting(stage), 16) for stage in (1, 2, 3)}
-    assert recommend(choices, 78 * 10**9) == "zero3"
-    assert recommend(choices, 10 * 10**9) == ""
-    assert recommend(choices, 400 * 10**9) == "zero1"
-
-
-def test_communication_by_stage() -> None:
-    shape = ModelShape.from_config(CONFIGS["llama"].to_dict())
-    assert bytes_sent_per_step(shape, 1000, 1, 3, 1, "bfloat16") == 0
-    assert bytes_sent_per_step(shape, 1000, 2, 2, 1, "bfloat16") == 2000
-    assert bytes_sent_per_step(shape, 1000, 2, 3, 1, "bfloat16") == 2000 + 2 * shape.num_parameters
-
-
-def test_bad_input_is_named() -> None:
-    with pytest.raises(ModelError, match="num_hidden_layers"):
-        ModelShape.from_config({"hidden_size": 4})
-    with pytest.raises(ModelError, match="c_attn"):
-        ModelShape.from_config(CONFIGS["llama"].to_dict()).num_lora_parameters(8, ("c_attn",))
-    with pytest.raises(ConfigError, match="h1000"):
-        hardware("h1000")
-    with pytest.raises(ConfigError, match="found flops, memory, expected flops, memory, bandwidth, node, network"):
-        hardware("flops=1e12,memory=1e9")
-    with pytest.raises(ConfigError, match="fast"):
-        hardware("flops=fast,memory=1e9,bandwidth=1e9,node=1e9,network=1e9")
-
-
-def test_hardware_can_be_described() -> None:
-    found = hardware("flops=400e12,memory=96e9,bandwidth=4e12,node=300e9,network=50e9")
-    assert (found.flops_per_second, found.memory_bytes, found.network_bytes_per_second) == (400e12, 96e9, 50e9)

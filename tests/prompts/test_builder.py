@@ -1,5 +1,4 @@
 import copy
-import dataclasses
 from datetime import datetime
 
 import pytest
@@ -7,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.tokenizers import byte_level, word_level
-from trsr_dist.errors import DataError, ModelError
+from trsr_dist.errors import ModelError
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.prompts.text import WORDINGS, SummaryPrompt, block_instruction, recommend_instruction, recommend_text
 from trsr_dist.records import Candidate, Sample
@@ -84,37 +83,11 @@ def test_one_candidate_leaves_one_token_of_suffix() -> None:
     assert common_prefix_length([[1, 2], [1, 2, 3]]) == 1
 
 
-def test_trimming_drops_the_oldest_recent_item_first() -> None:
-    whole = PromptBuilder(byte_level(), max_tokens=2000)
-    sample = make_sample()
-    length = longest(whole.build(sample))
-    user = PromptBuilder(byte_level(), max_tokens=length - 1).build(sample)
-    assert user.trims == {"recent_dropped": 1}
-    kept = dataclasses.replace(sample, recent=sample.recent[1:])
-    assert user.suffixes == whole.build(kept).suffixes and user.prefix == whole.build(kept).prefix
-
-
-def test_trimming_goes_on_with_the_summary_then_all_item_texts() -> None:
-    sample = make_sample(words=60)
-    limit = longest(PromptBuilder(byte_level(), max_tokens=9999).build(make_sample(words=8, recent=1, summary_words=0)))
-    user = PromptBuilder(byte_level(), max_tokens=limit, max_candidate_tokens=5000).build(sample)
-    assert longest(user) <= limit
-    assert user.trims["recent_dropped"] == 3
-    assert user.trims["summary_words_cut"] == 12
-    assert user.trims["item_words_cut"] > 100
-    assert len(set(user.suffixes)) == 3, "candidates stay distinct"
-
-
 def test_long_items_are_capped_and_counted() -> None:
     sample = make_sample(words=100)
     user = PromptBuilder(byte_level(), max_tokens=9999, max_candidate_tokens=20).build(sample)
     assert user.trims == {"candidates_capped": 3, "recent_capped": 4}
     assert max(map(len, user.suffixes)) < 40
-
-
-def test_a_limit_below_the_instruction_is_an_error() -> None:
-    with pytest.raises(DataError, match=r"user 'u1'.*raise prompt.max_tokens"):
-        PromptBuilder(byte_level(), max_tokens=20).build(make_sample())
 
 
 def test_recent_items_of_the_builder_bound_those_of_the_sample() -> None:

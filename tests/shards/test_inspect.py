@@ -284,12 +284,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
 
 def stored_sample(store: HistoryStore, split: str, index: int) -> Sample:
     row, items = store.user(split, index), store.catalogue
-    candidates = tuple(
-        Candidate(items.id(i), items.text(i), label) for i, label in zip(row.candidates, row.labels, strict=True)
-    )
     recent = tuple(items.text(i) for i in row.history[-3:])
     history = {"history": [items.id(i) for i in row.history]}
-    return Sample(row.user, "Would the user choose it?", "likes things", recent, candidates, history)
+    return Sample(row.user, "Would the user choose it?", "likes things", recent, store.candidates(row), history)
 
 
 def call(*arguments: object) -> subprocess.CompletedProcess[str]:

@@ -9,7 +9,7 @@ import pytest
 
 from trsr_dist.hashing import random_stream
 from trsr_dist.shards.order import Order, mix, permute
-from trsr_dist.shards.packing import choose_candidates, deal, pack, split_unit
+from trsr_dist.shards.packing import choose_candidates, deal, pack
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 64, 1000, 1025])
@@ -95,24 +95,6 @@ def first_fit_decreasing(tokens: list[int], capacity: int) -> int:
         else:
             spaces.append(capacity - size)
     return len(spaces)
-
-
-def test_chunks_repeat_the_prefix_and_fit() -> None:
-    suffixes = [30, 50, 20, 60, 10, 10]
-    chunks = split_unit(40, suffixes, 120)
-    assert chunks == [(0, 2), (2, 3), (3, 6)] or all(40 + sum(suffixes[a:b]) <= 120 for a, b in chunks)
-    assert [number for a, b in chunks for number in range(a, b)] == list(range(6))
-
-
-def test_draws_are_without_replacement_keep_positives_and_know_the_user_only() -> None:
-    keys = np.array([11, 22, 33], dtype=np.uint64)
-    starts = np.array([0, 5, 6, 12])
-    labels = np.array([0, 1, 0, 0, 0, 1, 1, 0, 0, 1, 0, 0], dtype=bool)
-    chosen = choose_candidates(keys, starts, labels, 2, seed=5)
-    counts = [int(chosen[a:b].sum()) for a, b in zip(starts[:-1], starts[1:], strict=True)]
-    assert counts == [3, 1, 6] and chosen[labels].all()
-    alone = choose_candidates(keys[:1], starts[:2], labels[:5], 2, seed=5)
-    assert alone.tolist() == chosen[:5].tolist()
 
 
 def test_every_negative_is_drawn_equally_often() -> None:

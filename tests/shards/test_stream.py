@@ -141,22 +141,10 @@ def _answers(step: Step) -> Iterator[tuple[str, tuple, list[int]]]:
 
 def test_state_of_other_settings_is_refused(shards: ShardSet) -> None:
     state = next(iter(TrainStream(shards, make_builder(), SETTINGS))).state
-    for change in (
-        {"row_tokens": 700},
-        {"seed": 4},
-        {"shards": "other"},
-        {"plan": "other"},
-        {"negatives_per_positive": 1},
-    ):
-        with pytest.raises(CheckpointError, match=next(iter(change))):
-            TrainStream(shards, make_builder(), SETTINGS, state=StreamState.from_dict(state.to_dict() | change))
+    with pytest.raises(CheckpointError, match="seed"):
+        TrainStream(shards, make_builder(), SETTINGS, state=StreamState.from_dict(state.to_dict() | {"seed": 4}))
     with pytest.raises(CheckpointError, match="another version of this package"):
         StreamState.from_dict(state.to_dict() | {"unknown": 1})
-
-
-def test_a_row_shorter_than_a_prompt_is_refused(shards: ShardSet) -> None:
-    with pytest.raises(ConfigError, match=r"train\.row_tokens=64: the longest prompt has"):
-        TrainStream(shards, make_builder(), PackingSettings(64, 2, 1, 0))
 
 
 def test_candidates_that_do_not_fit_are_cut_in_chunks(tmp_path: Path) -> None:

@@ -17,20 +17,22 @@ from trsr_dist.summarize.engines.openai import OpenAIEngine, log
 from trsr_dist.summarize.requests import Completion, Request
 
 
-def failing_first(status: int) -> Answer:
+def at_first(bad: Answer) -> Answer:
+    """Good from a request's second try on."""
+
     def answer(handler: Handler, body: dict, tries: int) -> None:
-        if tries == 1:
-            handler.reply({"error": {"message": "not now"}}, status, {"Retry-After": "0.01"})
-        else:
-            good(handler, body, tries)
+        (bad if tries == 1 else good)(handler, body, tries)
 
     return answer
 
 
-def cut_off_first(handler: Handler, body: dict, tries: int) -> None:
-    if tries > 1:
-        good(handler, body, tries)
-        return
+def failing(status: int) -> Answer:
+    return lambda handler, body, tries: handler.reply(
+        {"error": {"message": "not now"}}, status, {"Retry-After": "0.01"}
+    )
+
+
+def cut_off(handler: Handler, body: dict, tries: int) -> None:
     handler.send_response(200)
     handler.send_header("Content-Length", "1000")
     handler.end_headers()
@@ -46,24 +48,12 @@ def slow_first(handler: Handler, body: dict, tries: int) -> None:
     good(handler, body, tries)
 
 
-def malformed_first(data: bytes) -> Answer:
-    def answer(handler: Handler, body: dict, tries: int) -> None:
-        if tries == 1:
-            handler.reply(data)
-        else:
-            good(handler, body, tries)
-
-    return answer
+def malformed(data: bytes) -> Answer:
+    return lambda handler, body, tries: handler.reply(data)
 
 
-def broken_off_first(ending: str) -> Answer:
-    def answer(handler: Handler, body: dict, tries: int) -> None:
-        if tries == 1:
-            reply_with(handler, "The user likes", ending)
-        else:
-            good(handler, body, tries)
-
-    return answer
+def broken_off(ending: str) -> Answer:
+    return lambda handler, body, tries: reply_with(handler, "The user likes", ending)
 
 
 def reply_with(handler: Handler, text: str | None, ending: str | None) -> None:
@@ -99,23 +89,23 @@ def expected(number: int = 3) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "answer",
+    "trouble",
     [
         good,
-        failing_first(500),
-        failing_first(503),
-        failing_first(429),
-        cut_off_first,
-        malformed_first(b"<html>busy</html>"),
-        malformed_first(b'{"choices": []}'),
-        malformed_first(b'{"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": null}}]}'),
-        malformed_first(b'{"object": "error"}'),
-        broken_off_first("abort"),
-        broken_off_first("content_filter"),
+        failing(500),
+        failing(503),
+        failing(429),
+        cut_off,
+        malformed(b"<html>busy</html>"),
+        malformed(b'{"choices": []}'),
+        malformed(b'{"choices": [{"index": 0, "finish_reason": "stop", "message": {"content": null}}]}'),
+        malformed(b'{"object": "error"}'),
+        broken_off("abort"),
+        broken_off("content_filter"),
     ],
 )
-def test_texts_arrive_in_spite_of_trouble(answer: Answer) -> None:
-    with serving(answer) as server:
+def test_texts_arrive_in_spite_of_trouble(trouble: Answer) -> None:
+    with serving(at_first(trouble)) as server:
         done = ask(engine(server))
     assert [completion.text for completion in done] == expected()
     assert [(completion.prompt_tokens, completion.new_tokens, completion.error) for completion in done] == [
@@ -140,7 +130,7 @@ def test_a_server_that_is_too_slow_for_good_blames_no_request() -> None:
 
 
 def test_a_text_that_is_broken_off_for_good_is_no_summary() -> None:
-    with serving(lambda handler, body, tries: reply_with(handler, "The user likes", "content_filter")) as server:
+    with serving(broken_off("content_filter")) as server:
         (done,) = ask(engine(server, max_retries=1), 1)
     assert not done.text and "content_filter" in done.error and len(server.requests) == 2
 
@@ -154,10 +144,7 @@ def test_texts_end_in_the_words_of_several_servers(ending: str | None) -> None:
 
 def test_what_was_answered_before_the_server_was_lost_is_handed_out() -> None:
     def answer(handler: Handler, body: dict, tries: int) -> None:
-        if "xx" in body["messages"][0]["content"]:
-            handler.reply({"error": {"message": "gone"}}, 503, {"Retry-After": "0.01"})
-        else:
-            good(handler, body, tries)
+        (failing(503) if "xx" in body["messages"][0]["content"] else good)(handler, body, tries)
 
     with serving(answer) as server:
         client = engine(server, max_retries=0, max_in_flight=1)
@@ -180,7 +167,7 @@ def test_a_request_that_fails_for_good_is_one_completion_with_its_reason() -> No
 
 def test_a_request_that_cuts_its_own_connection_is_to_blame_itself() -> None:
     def answer(handler: Handler, body: dict, tries: int) -> None:
-        cut_off_first(handler, body, 1 if "xx" in body["messages"][0]["content"] else 2)
+        (cut_off if "xx" in body["messages"][0]["content"] else good)(handler, body, tries)
 
     with serving(answer) as server:
         done = ask(engine(server, max_retries=1))
@@ -207,10 +194,10 @@ def test_the_address_may_come_from_the_environment(monkeypatch: pytest.MonkeyPat
 
 
 def test_a_server_that_stays_down_or_talks_nonsense_is_reported() -> None:
-    with serving(lambda handler, body, tries: handler.reply({"error": {}}, 500, {"Retry-After": "0.01"})) as server:
+    with serving(failing(500)) as server:
         assert "500" in ask(engine(server, max_retries=1), 1)[0].error
         assert len(server.requests) == 2
-    with serving(lambda handler, body, tries: handler.reply(b"nonsense")) as server:
+    with serving(malformed(b"nonsense")) as server:
         assert "malformed" in ask(engine(server, max_retries=1), 1)[0].error
 
 
@@ -316,11 +303,8 @@ def test_long_prompts_are_trimmed_by_the_servers_count(counts: bool) -> None:
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
 def test_an_outage_blames_no_request(status: int) -> None:
-    def out_of_order(handler: Handler, body: dict, tries: int) -> None:
-        handler.reply({"error": {"message": "not now"}}, status, {"Retry-After": "0.01"})
-
     remedy = "lower summarize.max_in_flight or raise summarize.max_retries" if status == 429 else "start the server"
-    with serving(out_of_order) as server:
+    with serving(failing(status)) as server:
         with pytest.raises(EngineError, match=f"{status}.*{remedy} and run"):
             ask(engine(server, max_retries=1), 1)
         with pytest.raises(EngineError, match=f"{status}.*{remedy} and run"):  # in counting tokens, too

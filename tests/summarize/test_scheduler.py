@@ -97,14 +97,6 @@ def test_users_are_admitted_only_as_room_appears(tmp_path: Path) -> None:
     assert finished == 100
 
 
-def test_a_second_run_makes_no_call(tmp_path: Path) -> None:
-    first = run(LateEngine(8), tmp_path, users(30))
-    engine = LateEngine(8)
-    second = run(engine, tmp_path, users(30), "second")
-    assert engine.log == []
-    assert second == first
-
-
 def test_only_new_blocks_are_generated_when_a_user_gains_items(tmp_path: Path) -> None:
     def grown(length: int, plan: Callable) -> Callable[[], Work | None]:
         items = [f"item {i}" for i in range(length)]
@@ -118,24 +110,6 @@ def test_only_new_blocks_are_generated_when_a_user_gains_items(tmp_path: Path) -
         assert len(engine.log) == expected
 
 
-def test_equal_prompts_are_generated_once(tmp_path: Path) -> None:
-    works = iter([Work(user, hierarchical(10, 5, 3), [f"i{i}" for i in range(10)]) for user in range(5)])
-    engine = LateEngine(32)
-    results = run(engine, tmp_path, lambda: next(works, None))
-    assert len(engine.log) == 3 and len(results) == 5
-
-
-def test_one_users_failure_is_that_users_alone(tmp_path: Path) -> None:
-    def answer(request: Request) -> Completion:
-        if "u3i0 " in request.prompt.text().replace("\n", " "):
-            return Completion(request.key, error="refused")
-        return Completion(request.key, echo(request.prompt))
-
-    results = run(LateEngine(8, answer), tmp_path, users(10))
-    assert {tag for tag, result in results.items() if result.failure} == {3}
-    assert "refused" in results[3].failure.reason
-
-
 def test_the_failure_told_does_not_depend_on_the_order_of_completions(tmp_path: Path) -> None:
     def answer(request: Request) -> Completion:
         block = next(iter(request.prompt.items), "")
@@ -146,67 +120,6 @@ def test_the_failure_told_does_not_depend_on_the_order_of_completions(tmp_path: 
         results = run(LateEngine(capacity, answer), tmp_path / str(capacity), users(10))
         assert results[4].failure.node == 2 and results[4].failure.reason == "refused u4i10"
         assert [tag for tag, result in results.items() if result.failure] == [4]
-
-
-def test_a_faulty_text_is_tried_once_more_with_sampling(tmp_path: Path) -> None:
-    def answer(request: Request) -> Completion:
-        return Completion(request.key, "Likes tennis." if request.temperature else "", new_tokens=1)
-
-    engine = LateEngine(4, answer)
-    works = iter([Work("u", hierarchical(5, 5, 3), list("abcde"))])
-    (result,) = run(engine, tmp_path, lambda: next(works, None)).values()
-    assert [request.temperature > 0 for request in engine.log] == [False, True]
-    assert engine.log[1].seed != engine.log[0].seed
-    assert result.records[0]["text"] == "Likes tennis." and result.records[0]["sampled"]
-
-
-def test_a_fault_that_stays_is_flagged_and_an_empty_text_fails(tmp_path: Path) -> None:
-    texts = {"a": "", "b": "the user likes " * 10, "c": "<think>So, the user"}
-
-    def answer(request: Request) -> Completion:
-        (item,) = request.prompt.items
-        return Completion(request.key, texts[item], cut=item == "c")
-
-    works = iter([Work(name, hierarchical(1, 5, 3), [name]) for name in "abc"])
-    engine = LateEngine(4, answer)
-    results = run(engine, tmp_path, lambda: next(works, None))
-    assert "no text" in results["a"].failure.reason and "thoughts" not in results["a"].failure.reason
-    assert "thoughts took all of summarize.max_new_tokens=50" in results["c"].failure.reason
-    assert results["b"].records[0]["flags"] == ["repetition"]
-    assert len(engine.log) == 6
-
-
-def test_a_plan_without_nodes_needs_no_engine(tmp_path: Path) -> None:
-    works = (Work(number, (), ["a"]) for number in range(1000))
-    engine = LateEngine(4)
-    results = run(engine, tmp_path, lambda: next(works, None))
-    assert len(results) == 1000 and engine.log == []
-
-
-def test_users_who_wait_for_one_prompt_are_not_admitted_without_end(tmp_path: Path) -> None:
-    works = (Work(user, hierarchical(3, 5, 3), ["a", "b", "c"]) for user in range(1000))
-    admitted = 0
-
-    def counting() -> Work | None:
-        nonlocal admitted
-        admitted += 1
-        return next(works, None)
-
-    results = scheduler(LateEngine(4), tmp_path).run(counting)
-    next(results)
-    assert admitted <= 16
-    assert sum(1 for _ in results) == 999
-
-
-def test_a_retry_that_fails_leaves_the_first_text(tmp_path: Path) -> None:
-    def answer(request: Request) -> Completion:
-        if request.temperature:
-            return Completion(request.key, error="out of memory")
-        return Completion(request.key, "the user likes " * 10)
-
-    works = iter([Work("u", hierarchical(1, 5, 3), ["a"])])
-    (result,) = run(LateEngine(4, answer), tmp_path, lambda: next(works, None)).values()
-    assert result.records[0]["flags"] == ["repetition"] and "sampled" not in result.records[0]
 
 
 def test_a_text_that_only_meets_the_limit_is_asked_for_once(tmp_path: Path) -> None:

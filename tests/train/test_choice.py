@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.disks import closed_to_others
 from trsr_dist.errors import CheckpointError, RunError
 from trsr_dist.files import read_json, sha256_of, write_json
 from trsr_dist.model import artifacts
@@ -100,6 +101,7 @@ class TestFolders:
         tensors = {f"{kind}/{NAME}": torch.rand(2, 3) for kind in ("weight", "exp_avg", "exp_avg_sq")}
         state = at(7, best_value=0.5, best_step=3, num_bad_evaluations=2, validation=VALIDATION, seconds=1.5)
         path = CheckpointFolder(tmp_path, 2).save(tensors, state, {"r": 4}, {"train": {"step": 7}})
+        assert closed_to_others(path.rglob("*")) == []
         found = read_checkpoint(path)
         assert found.state == state and found.provenance == {"train": {"step": 7}} and found.folder == path
         assert found.tensors.keys() == tensors.keys()
@@ -241,10 +243,12 @@ class TestFolders:
         ):
             read_checkpoint(path)
 
-    def test_one_value_that_is_not_finite_is_enough(self, tmp_path: Path) -> None:
-        tensors = {f"weight/{NAME}": torch.tensor([1.0, float("nan")])}
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_one_value_that_is_not_finite_is_enough(self, tmp_path: Path, value: float) -> None:
+        tensors = {f"weight/{NAME}": torch.tensor([1.0, value])}
         with pytest.raises(CheckpointError, match="not finite"):
             CheckpointFolder(tmp_path, 3).save(tensors, at(1), {}, {})
+        assert not list(tmp_path.iterdir())
 
     def test_an_empty_tensor_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match=r"lora_B.* is empty or not finite"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.spawn import run_ranks
-from tests.train.world import NUM_STEPS, link_run, losses_of, make_config, make_run, plain_losses
+from tests.train.world import NUM_STEPS, link_run, losses_of, make_config, plain_losses, train_all
 from trsr_dist.config import load_config
 
 OFFLOAD = {"device": "cpu"}
@@ -21,19 +21,6 @@ STAGES = {
     "zero3_offload": {"stage": 3, "offload_optimizer": OFFLOAD, "offload_param": OFFLOAD},
 }
 STEPS_BY_RANKS = {1: 10, 2: NUM_STEPS, 4: 10}
-
-
-def train_all(rank: int, world_size: int, runs: list[Path]) -> None:
-    """One after the other, in one process group."""
-    from trsr_dist.train.job import train
-
-    for run in runs:
-        assert train(load_config(run / "config.yaml")) == 0
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")

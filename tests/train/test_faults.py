@@ -16,7 +16,7 @@ from tests.disks import FULL, mounted_disk
 from tests.spawn import run_script
 from tests.train.jobs import Job, is_alive, wait_until
 from tests.train.stuck import STUCK_STEP
-from tests.train.world import link_run, losses_of, make_config, make_run
+from tests.train.world import link_run, losses_of, make_config
 from trsr_dist.cli import EXIT_REQUEUE
 from trsr_dist.train.checkpoints import CheckpointFolder
 from trsr_dist.train.lifecycle import EXIT_STUCK
@@ -27,11 +27,6 @@ TIMEOUT_SECONDS = 8
 HANG_SECONDS = 5
 HOST = os.uname().nodename
 Start = Callable[..., Job]
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""The parts of the training that need no ranks: schedule, losses, DeepSpeed's config, checkpoints, reasons to stop."""
+"""The parts of the training that need no ranks: DeepSpeed's config, checkpoints, reasons to stop."""
 
 from __future__ import annotations
 
@@ -20,7 +20,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.disks import closed_to_others
 from tests.kills import killed_at_every_change
 from tests.model.world import make_row
 from tests.train.jobs import wait_until
@@ -50,58 +49,12 @@ from trsr_dist.train.lifecycle import (
     read_heartbeats,
     stuck_ranks,
 )
-from trsr_dist.train.losses import listwise_sum, pairwise_sum
-from trsr_dist.train.meter import Sums, count_pairs, scalars
+from trsr_dist.train.meter import Sums, count_pairs
 from trsr_dist.train.monitor import Monitor, Progress
 from trsr_dist.train.start import check_settings
-from trsr_dist.train.step import learning_rate
 
 ROOT = Path(__file__).parents[2]
 NAME = "model.layers.0.self_attn.q_proj.lora_B.default.weight"
-
-
-class TestSchedule:
-    def test_warms_up_and_falls_to_nothing(self) -> None:
-        rates = [learning_rate(step, 100, 1.0, 0.1, "linear") for step in range(100)]
-        assert rates[0] > 0
-        assert rates[:10] == sorted(rates[:10])
-        assert rates[10] == max(rates) == 1.0
-        assert rates[10:] == sorted(rates[10:], reverse=True)
-        assert 0 < rates[-1] < 0.02
-
-    @pytest.mark.parametrize(("schedule", "middle"), [("linear", 0.5), ("cosine", 0.5), ("constant", 1.0)])
-    def test_shapes(self, schedule: str, middle: float) -> None:
-        assert learning_rate(50, 100, 1.0, 0.0, schedule) == pytest.approx(middle)
-
-
-class TestLosses:
-    """Two users: the first has two positives."""
-
-    scores = torch.tensor([2.0, 1.0, 0.5, -1.0, 0.3, 0.7])
-    labels = torch.tensor([1, 1, 0, 0, 0, 1])
-    group = torch.tensor([0, 0, 0, 0, 1, 1])
-
-    def test_pairwise_is_the_mean_over_pairs_summed_over_users(self) -> None:
-        def loss(high: float, low: float) -> float:
-            return -torch.nn.functional.logsigmoid(torch.tensor(float(high - low))).item()
-
-        first = (loss(2, 0.5) + loss(2, -1) + loss(1, 0.5) + loss(1, -1)) / 4
-        expected = first + loss(0.7, 0.3)
-        assert pairwise_sum(self.scores, self.labels, self.group).item() == pytest.approx(expected, rel=1e-6)
-
-    def test_listwise_is_the_mean_over_positives_summed_over_users(self) -> None:
-        one, two = self.scores[:4].log_softmax(0), self.scores[4:].log_softmax(0)
-        expected = -(one[0] + one[1]).item() / 2 - two[1].item()
-        assert listwise_sum(self.scores, self.labels, self.group).item() == pytest.approx(expected, rel=1e-6)
-
-    @pytest.mark.parametrize("loss", [pairwise_sum, listwise_sum])
-    def test_users_do_not_touch_each_other(self, loss) -> None:  # noqa: ANN001
-        parts = [loss(self.scores[s], self.labels[s], self.group[s] - g) for g, s in ((0, slice(4)), (1, slice(4, 6)))]
-        assert loss(self.scores, self.labels, self.group).item() == pytest.approx(sum(parts).item(), rel=1e-6)
-
-    @pytest.mark.parametrize("loss", [pairwise_sum, listwise_sum])
-    def test_a_user_without_positives_costs_nothing(self, loss) -> None:  # noqa: ANN001
-        assert loss(self.scores, torch.zeros(6, dtype=torch.int64), self.group).item() == 0
 
 
 class TestZeroConfig:
@@ -196,14 +149,6 @@ class TestCheckpoints:
         tensors = {f"{kind}/{NAME}": torch.full((2, 3), float(step)) for kind in ("weight", "exp_avg", "exp_avg_sq")}
         return folder.save(tensors, TrainerState(step, step, {"epoch": 0}), {"peft_type": "LORA"}, {"train": {}})
 
-    def test_round_trip(self, tmp_path: Path) -> None:
-        path = self.save(CheckpointFolder(tmp_path, 2), 7)
-        assert closed_to_others(path.rglob("*")) == []
-        found = read_checkpoint(path)
-        assert found.state.step == 7
-        assert found.tensors[f"weight/{NAME}"].eq(7).all()
-        assert (tmp_path / "latest").read_text().strip() == "step-000007"
-
     @pytest.mark.parametrize(("rank", "times"), [(0, 1), (1, 0)])
     def test_what_all_ranks_find_alike_is_told_once(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str], rank: int, times: int
@@ -214,14 +159,6 @@ class TestCheckpoints:
         check_settings(found, {"steps": 8}, {})
         said = capsys.readouterr()
         assert (said.out + said.err).count("steps was 9 up to step 7, now it is 8") == times
-
-    def test_old_ones_go_but_not_the_best(self, tmp_path: Path) -> None:
-        folder = CheckpointFolder(tmp_path, 2)
-        folder.point("best", self.save(folder, 1))
-        for step in (2, 3, 4):
-            self.save(folder, step)
-        assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-000001", "step-000003", "step-000004"]
-        assert folder.newest().state.step == 4
 
     def test_a_million_steps_are_more_than_999900(self, tmp_path: Path) -> None:
         folder = CheckpointFolder(tmp_path, 2)
@@ -249,14 +186,6 @@ class TestCheckpoints:
         (self.save(folder, 1) / "state.json").unlink()
         with pytest.raises(CheckpointError, match="none of 1 checkpoints"):
             folder.newest()
-
-    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-    def test_values_that_are_not_finite_are_not_published(self, tmp_path: Path, value: float) -> None:
-        folder = CheckpointFolder(tmp_path, 3)
-        tensors = {f"{kind}/{NAME}": torch.full((2, 3), value) for kind in ("weight", "exp_avg", "exp_avg_sq")}
-        with pytest.raises(CheckpointError, match="not finite"):
-            folder.save(tensors, TrainerState(1, 1, {}), {}, {})
-        assert not list(tmp_path.iterdir())
 
     def test_a_superseded_run_cannot_publish(self, tmp_path: Path) -> None:
         def fence() -> None:
@@ -503,17 +432,6 @@ def test_a_torn_heartbeat_hides_no_other(tmp_path: Path) -> None:
     heartbeat.stop()
     (tmp_path / "heartbeats" / "rank-00003.json").touch()
     assert "rank 0 on here" in describe_ranks(tmp_path / "heartbeats")
-
-
-def test_sums_add_up_whatever_the_split() -> None:
-    row = make_row(12)
-    one, two = Sums(), Sums()
-    for sums, times in ((one, 2), (two, 1)):
-        for _ in range(times):
-            sums.add_row(row, 1000)
-    two.add(two)
-    assert one == two
-    assert scalars(one, 2.0, 6e9, 12e9)["train/mfu"] == pytest.approx(0.25)
 
 
 def test_steps_since_the_last_line_are_shown_at_the_end(tmp_path: Path) -> None:

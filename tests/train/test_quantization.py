@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.spawn import run_script
-from tests.train.world import link_run, losses_of, make_run, write_config
+from tests.train.world import link_run, losses_of, write_config
 from trsr_dist.errors import ConfigError
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
@@ -19,11 +19,6 @@ from trsr_dist.pretrained import BaseSource
 pytest.importorskip("bitsandbytes")
 STEPS = 6
 LAYERS = {"4bit": "Linear4bit", "8bit": "Linear8bitLt"}
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("source"))
 
 
 def train(run: Path, source: Path, kind: str) -> dict[int, float]:

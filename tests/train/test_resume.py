@@ -9,20 +9,12 @@ from pathlib import Path
 import pytest
 
 from tests.spawn import run_ranks
-from tests.train.world import link_run, losses_of, make_config, make_run
-from trsr_dist.config import load_config
+from tests.train.world import link_run, losses_of, make_config, train_all
 from trsr_dist.train.checkpoints import OPTIMIZER, WEIGHTS, read_checkpoint
 
 SAVED_STEP, NUM_STEPS = 5, 12
 LAST = f"step-{NUM_STEPS:06d}"
 DROPOUT = {"dropout": 0.1}
-
-
-def train_all(rank: int, world_size: int, runs: list[Path]) -> None:
-    from trsr_dist.train.job import train
-
-    for run in runs:
-        assert train(load_config(run / "config.yaml")) == 0
 
 
 def prepare(run: Path, source: Path, stage: int, start: Path | None = None) -> Path:
@@ -37,11 +29,6 @@ def prepare(run: Path, source: Path, stage: int, start: Path | None = None) -> P
         name = f"step-{SAVED_STEP:06d}"
         shutil.copytree(start / "checkpoints" / name, run / "checkpoints" / name)
     return run
-
-
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("source"))
 
 
 @pytest.fixture(scope="module")

@@ -56,11 +56,6 @@ def train_all(rank: int, world_size: int, runs: list[Path]) -> list[str]:
     return errors
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_run(tmp_path_factory.mktemp("source"))
-
-
 def derive(folder: Path, source: Path, name: str, /, **changes: dict[str, Any]) -> Path:
     run = link_run(folder / name, source)
     changes["train"] = STEPS | changes.get("train", {})

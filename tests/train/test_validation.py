@@ -9,13 +9,14 @@ import pytest
 
 from tests.evaluate.world import make_run, write_config
 from tests.spawn import run_ranks
+from tests.train.world import train_all
 from trsr_dist.cli import EXIT_REQUEUE
 from trsr_dist.config import load_config
 from trsr_dist.errors import ModelError
 from trsr_dist.evaluate.job import evaluate
 from trsr_dist.files import read_json, write_json
 from trsr_dist.metric_log import read_metrics
-from trsr_dist.train.checkpoints import CheckpointFolder, TrainerState
+from trsr_dist.train.checkpoints import CheckpointFolder
 
 EVERY, NUM_STEPS = 3, 12
 NUM_USERS = 25
@@ -33,13 +34,6 @@ TRAIN = {
     "timeout_seconds": 120,
 }
 STAGES = (2, 3)
-
-
-def train_all(rank: int, world_size: int, runs: list[Path]) -> None:
-    from trsr_dist.train.job import train
-
-    for run in runs:
-        assert train(load_config(run / "config.yaml")) == 0
 
 
 def prepare(run: Path, source: Path, stage: int, **train: Any) -> Path:
@@ -190,11 +184,3 @@ def test_a_kill_before_the_mark_loses_no_best_checkpoint(unlucky: tuple) -> None
     assert codes["unmarked"] == [-9, 0]
     assert (folder / "unmarked" / "checkpoints" / "best").read_text().strip() == f"step-{2 * EVERY:06d}"
     assert (folder / "unmarked" / "checkpoints" / f"step-{2 * EVERY:06d}").is_dir()
-
-
-def test_another_metric_or_other_users_have_no_best_yet() -> None:
-    state = TrainerState(6, 6, {}, best_value=0.7, best_step=3, num_bad_evaluations=1, validation={"metric": "auc"})
-    assert state.under({"metric": "auc"}) == state
-    other = state.under({"metric": "mrr@3"})
-    assert (other.best_value, other.best_step, other.num_bad_evaluations) == (None, 0, 0)
-    assert other.validated(0.1).best_step == 6

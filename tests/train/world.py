@@ -90,6 +90,14 @@ def start(run: Path, force: bool = False, /, **changes: dict[str, Any]) -> str:
         return f"{type(error).__name__}: {error}"
 
 
+def train_all(rank: int, world_size: int, runs: list[Path]) -> None:
+    """One after the other, in one process group."""
+    from trsr_dist.train.job import train
+
+    for run in runs:
+        assert train(load_config(run / "config.yaml")) == 0
+
+
 def losses_of(run: Path) -> dict[int, float]:
     """Loss of every step that was logged; of one that was made twice the later."""
     return {row["step"]: row["train/loss"] for row in read_metrics(run) if "train/loss" in row}

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from trsr_dist.errors import DataError
 from trsr_dist.files import remedy_of, sha256_of
-from trsr_dist.records import Item
+from trsr_dist.records import Candidate, Item
 from trsr_dist.run import MANIFEST, SPLITS, manifest_hash, read_manifest
 
 ROWS_PER_BATCH = 4096
@@ -198,10 +198,6 @@ class Catalogue(ArrowRows):
     def category(self, row: int) -> str:
         return self.value(2, row)
 
-    def popularity(self, row: int) -> int:
-        """Clicks of train users: their histories and targets."""
-        return self.value(3, row)
-
     def numbers(self) -> dict[str, tuple[int, int]]:
         """Of every item, by its id: popularity, and Unix seconds at which the first user is known to have met it (0
         where nobody did, or without times)."""
@@ -273,6 +269,11 @@ class HistoryStore:
 
     def user(self, split: str, index: int) -> UserRow:
         return UserRow(*self._users[split].row(index))
+
+    def candidates(self, row: UserRow) -> tuple[Candidate, ...]:
+        """A row's candidates, as text."""
+        items = map(self.catalogue.item, row.candidates)
+        return tuple(Candidate(item.id, item.text, label) for item, label in zip(items, row.labels, strict=True))
 
 
 def _targets(batch: pa.RecordBatch) -> tuple[np.ndarray, np.ndarray]:

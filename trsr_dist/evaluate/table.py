@@ -42,7 +42,7 @@ def format_table(title: str, columns: Sequence[str], rows: Sequence[tuple[str, S
     return "\n".join(text)
 
 
-def metric_table(results: Mapping[str, Any], metrics: Sequence[str], title: str) -> str:
+def metric_table(results: Mapping[str, Any], metrics: Sequence[str]) -> str:
     """The systems' metrics in the order of ``SYSTEMS``, and below them the personalization gain; of the baselines alone
     where no model was ranked."""
     systems = results["baselines"] | ({"model": results["metrics"]} if "metrics" in results else {})
@@ -50,14 +50,14 @@ def metric_table(results: Mapping[str, Any], metrics: Sequence[str], title: str)
     gain = results.get("personalization_gain")
     if gain:
         rows.append((GAIN, [f"{gain[metric]['mean']:+.4f}" for metric in metrics]))
-    return format_table(title, [column_title(metric) for metric in metrics], rows)
+    return format_table("system", [column_title(metric) for metric in metrics], rows)
 
 
 def list_table(entry: Mapping[str, Any], split: str, candidates: str) -> str:
     """The systems on one kind of candidate lists, and how many users and candidates those have."""
     names = [name for name in entry["baselines"]["random"] if name.split("@")[0] in FAMILIES]
     counts = f"{entry['num_users']} {split} users, {entry['num_candidates']} candidates"
-    return f"{counts}, negatives: {candidates}\n{metric_table(entry, names, 'system')}"
+    return f"{counts}, negatives: {candidates}\n{metric_table(entry, names)}"
 
 
 def protocol_rows(results: Mapping[str, Any], metric: str) -> list[dict[str, Any]]:

@@ -163,7 +163,6 @@ def open_model(
     attention: str = "auto",
     trust_remote_code: bool = False,
     zero_config: dict[str, Any] | None = None,
-    revision: str = "",
 ) -> LoadedModel:
     """Load a model for scoring. With ``zero_config`` all ranks call it, and run the model together.
 
@@ -175,14 +174,13 @@ def open_model(
         attention: back end of the shared-prefix attention.
         trust_remote_code: run model code from the hub.
         zero_config: of DeepSpeed's stage 3 (``scoring_config``): the ranks divide the weights; None: all of them here.
-        revision: of a hub id; empty: the default branch.
 
     Raises:
         CheckpointError: an incomplete or damaged checkpoint.
         ConfigError: a model that several ranks cannot divide.
         ModelError: the model cannot be read, or its tokenizer is not that of the training.
     """
-    prompts = open_prompts(name_or_path, prompt, trust_remote_code, revision)
+    prompts = open_prompts(name_or_path, prompt, trust_remote_code)
     model = load_weights(prompts, device, dtype, attention, zero_config)
     return LoadedModel(model, prompts.tokenizer, prompts.builder, prompts.provenance)
 

@@ -15,7 +15,7 @@ from trsr_dist.hashing import hash64
 from trsr_dist.planner.flops import Workload, triangle
 from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.prompts.text import recommend_instruction
-from trsr_dist.records import Candidate, Sample, TokenizedUser
+from trsr_dist.records import Sample, TokenizedUser
 from trsr_dist.rows import head_length
 from trsr_dist.run import SPLITS
 from trsr_dist.shards.codec import member_key
@@ -127,12 +127,9 @@ def expected_sample(
     store: HistoryStore, row: UserRow, domain: str, summary_of: Callable[[Sequence[str]], str], num_recent: int
 ) -> Sample:
     """A user's sample, as far as it is known before the summary is written; arguments as of ``history_lengths``."""
-    catalogue = store.catalogue
-    history = [catalogue.text(item) for item in row.history]
-    chosen = [catalogue.item(item) for item in row.candidates]
-    candidates = tuple(Candidate(item.id, item.text, label) for item, label in zip(chosen, row.labels, strict=True))
+    history = [store.catalogue.text(item) for item in row.history]
     recent = tuple(history[-num_recent:]) if num_recent else ()
-    return Sample(row.user, recommend_instruction(domain), summary_of(history), recent, candidates)
+    return Sample(row.user, recommend_instruction(domain), summary_of(history), recent, store.candidates(row))
 
 
 def _tokenized(users: Sequence[TokenizedUser], keys: np.ndarray, num_users: int, source: Source) -> PromptLengths:

@@ -96,9 +96,7 @@ def texts_of(builder: PromptBuilder, samples: Sequence[Sample], users: Sequence[
     """The prompts as text, by their token ids; without those that were trimmed, which are token ids of no text."""
     found: Texts = {}
     for sample, user in zip(samples, users, strict=True):
-        recent = sample.recent[-builder.recent_items :] if builder.recent_items else ()
-        for candidate, ids in zip(sample.candidates, whole(user), strict=True):
-            text = builder.render(sample.instruction, sample.summary, recent, candidate.text)
+        for text, ids in zip(builder.texts(sample), whole(user), strict=True):
             if builder.encode(text) == ids:
                 found[tuple(ids)] = text
     return found

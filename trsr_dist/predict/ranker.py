@@ -221,12 +221,7 @@ class Ranker:
 
     def prompts(self, request: Request) -> list[str]:
         """What the model reads, one text a candidate; trimming, which is done on tokens, left out."""
-        sample = self.sample(request)
-        recent = sample.recent[-self.builder.recent_items :] if self.builder.recent_items else ()
-        return [
-            self.builder.render(sample.instruction, sample.summary, recent, candidate.text)
-            for candidate in sample.candidates
-        ]
+        return self.builder.texts(self.sample(request))
 
     def sample(self, request: Request) -> Sample:
         """The request as a sample of a shard."""

@@ -82,6 +82,11 @@ class PromptBuilder:
         prompt = recommend_prompt(instruction, value(summary), [value(text) for text in recent], value(candidate))
         return self.encoder.text(prompt)
 
+    def texts(self, sample: Sample) -> list[str]:
+        """What the model reads, one text a candidate; trimming, which is done on tokens, left out."""
+        recent = sample.recent[-self.recent_items :] if self.recent_items else ()
+        return [self.render(sample.instruction, sample.summary, recent, one.text) for one in sample.candidates]
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a whole prompt as ``render`` gives it."""
         return self.encoder.ids([text])[0]

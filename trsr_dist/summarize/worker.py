@@ -18,7 +18,7 @@ from trsr_dist.leases import Lease, LeaseFolder
 from trsr_dist.log import get_logger
 from trsr_dist.printable import in_one_line
 from trsr_dist.prompts.text import recommend_instruction
-from trsr_dist.records import Candidate, Item, Sample
+from trsr_dist.records import Item, Sample
 from trsr_dist.summarize.plans.graph import Plan
 from trsr_dist.summarize.scheduler import Result, Work
 from trsr_dist.summarize.units import SplitWork
@@ -212,8 +212,7 @@ class Worker:
         return None
 
     def _sample(self, started: Started, result: Result) -> Sample:
-        catalogue, row, unit = self.store.catalogue, started.row, started.unit
-        chosen = [catalogue.item(item) for item in row.candidates]
+        row, unit = started.row, started.unit
         plan = self.recipe.plan(len(started.history))
         nodes = node_provenance(plan if result.records else (), result.records, started.history)
         unit.counts.update(
@@ -228,9 +227,7 @@ class Worker:
             instruction=recommend_instruction(self.recipe.domain),
             summary=result.records[-1]["text"] if result.records else self.recipe.text(texts),
             recent=tuple(texts[max(0, len(texts) - self.recipe.num_recent) :]),
-            candidates=tuple(
-                Candidate(item.id, item.text, label) for item, label in zip(chosen, row.labels, strict=True)
-            ),
+            candidates=self.store.candidates(row),
             provenance=self.recipe.provenance | nodes | facts | {"history": [item.id for item in started.history]},
         )
 
