@@ -110,7 +110,7 @@ def test_rankers_and_lists_read_columns_not_cells(
     rankers = build_rankers(store, ["popularity", "recency", "bm25"], 0, tmp_path).rankers
     items = list(range(len(store.catalogue)))
     assert rankers["recency"]([[0]], [items])[0].tolist() == expected.tolist()
-    weights = item_weights("popularity", store)
+    weights = item_weights("popularity", store, "test")
     assert weights.tolist() == np.bincount(held_out, minlength=len(items)).tolist()
     assert first_times(store).min() > 0
     DrawnLists("targets", store, split, 2, seen_before_target=True, seed=0)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.data.raw import make_config, write_amazon
+from tests.data.raw import make_config, write_amazon, write_jsonl
 from tests.evaluate.world import numbers_of, parts_of, scores_of, write_config
 from trsr_dist.data.prepare import prepare
 from trsr_dist.data.store import HistoryStore
@@ -43,7 +43,7 @@ def lists_of(store: HistoryStore, protocol: str, count: int = 6, seed: int = 0) 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_lists_hold_the_targets_and_nothing_of_the_history(store: HistoryStore, protocol: str) -> None:
-    lists, weights = lists_of(store, protocol), item_weights(protocol, store)
+    lists, weights = lists_of(store, protocol), item_weights(protocol, store, "test")
     for index in range(store.num_users("test")):
         row = store.user("test", index)
         drawn = lists.stored(row.user).candidates
@@ -72,7 +72,7 @@ def test_draws_depend_on_seed_protocol_and_user_alone(store: HistoryStore) -> No
 
 
 def test_popular_items_are_drawn_as_often_as_they_are_clicked(store: HistoryStore) -> None:
-    weights = item_weights("targets", store)
+    weights = item_weights("targets", store, "test")
     counts = np.zeros(len(weights))
     for seed in range(20):
         lists = lists_of(store, "targets", 3, seed)
@@ -93,6 +93,28 @@ def test_negatives_keep_to_the_targets_locale_where_there_are_several(tmp_path: 
         row = store.user("test", index)
         found = {candidate.item[:3] for candidate in lists.candidates(row.user)}
         assert found == {store.catalogue.id(row.history[0])[:3]}
+
+
+@pytest.mark.parametrize("protocol", ["targets", "popularity"])
+def test_splits_of_different_times_draw_from_their_own(tmp_path: Path, protocol: str) -> None:
+    """Each month has other items: with another month's among the negatives, age would tell the target."""
+    months = [15 * (user // 30) for user in range(120)]
+    records = [
+        {
+            "user": f"u{user}",
+            "history": [f"N{month + user % 2}"],
+            "target": f"N{month + 2 + user % 13}",
+            "time": user + 1,
+        }
+        for user, month in enumerate(months)
+    ]
+    write_jsonl(tmp_path, records)
+    prepare(make_config(tmp_path, "jsonl", "data.split_by=time"))
+    store = HistoryStore(tmp_path / "run" / "histories")
+    for split, month in (("valid", 2), ("test", 3)):
+        lists = DrawnLists(protocol, store, StoredSplit(store, split), 3, seen_before_target=False, seed=0)
+        for user in store.names(split):
+            assert {int(candidate.item[1:]) // 15 for candidate in lists.candidates(user)} == {month}
 
 
 def test_too_few_items_are_an_error(store: HistoryStore) -> None:

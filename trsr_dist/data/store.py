@@ -231,6 +231,7 @@ class HistoryStore:
         settings = read_manifest(folder).get("settings", {})
         self.within_category = POOLS in settings
         """Negatives of every strategy have the target's category."""
+        self.is_split_by_time = settings.get("split_by") == "time"
         self._has_earlier = {"train"} if PREFIXES in settings else set()
         self.catalogue = Catalogue(folder / ITEMS)
         self._users = {split: ArrowRows(folder / f"{split}.arrow") for split in SPLITS}

@@ -43,14 +43,14 @@ class StoredSplit:
 
     def __init__(self, store: HistoryStore, split: str) -> None:
         self._store = store
-        self._split = split
+        self.name = split
         self._places = {user: place for place, user in enumerate(store.names(split))}
 
     def row(self, user: str) -> UserRow:
         """A user's row."""
         if user not in self._places:
             raise self._stale(f"user {user!r} of the shards is not in the history store")
-        return self._store.user(self._split, self._places[user])
+        return self._store.user(self.name, self._places[user])
 
     def stored(self, user: str) -> StoredUser:
         """A user with the prepared candidates."""
@@ -68,14 +68,15 @@ class StoredSplit:
         return StoredUser(row, [ids[item] for item in items])
 
     def _stale(self, what: str) -> DataError:
-        return DataError(f"{self._split}: {what}; run launch/summarize.py again")
+        return DataError(f"{self.name}: {what}; run launch/summarize.py again")
 
 
 class DrawnLists:
     """One protocol's candidate list of any user of a split.
 
     Args:
-        protocol: ``uniform`` over the catalogue, by ``popularity`` among held-out users, or their ``targets``.
+        protocol: ``uniform`` over the catalogue, by ``popularity`` among held-out users, or their ``targets``; where
+            splits are by time, among those of the own split.
         store: histories and items.
         split: finds the users.
         num_negatives: per positive.
@@ -99,7 +100,7 @@ class DrawnLists:
         self._seed = seed
         first_seen = first_times(store) if seen_before_target else None
         categories = store.catalogue.strings("category") if store.within_category else None
-        self._pool_of = pools_of(item_weights(protocol, store), first_seen, categories)
+        self._pool_of = pools_of(item_weights(protocol, store, split.name), first_seen, categories)
 
     def stored(self, user: str) -> StoredUser:
         """The user's row and the rows of the drawn candidates, shuffled.
@@ -126,12 +127,13 @@ class DrawnLists:
         return tuple(Candidate(catalogue.id(i), catalogue.text(i), int(i in targets)) for i in found.candidates)
 
 
-def item_weights(protocol: str, store: HistoryStore) -> np.ndarray:
-    """How likely each item is drawn, as in the preparation: float64, shape (num_items,)."""
+def item_weights(protocol: str, store: HistoryStore, split: str) -> np.ndarray:
+    """How likely each item is drawn for a split's users, as in the preparation: float64, shape (num_items,)."""
     if protocol == "uniform":
         return np.ones(len(store.catalogue))
     columns = ("history", "targets") if protocol == "popularity" else ("targets",)
-    return sum(store.count_items(split, column) for split in HELD_OUT for column in columns).astype(np.float64)
+    splits = (split,) if store.is_split_by_time else HELD_OUT
+    return sum(store.count_items(name, column) for name in splits for column in columns).astype(np.float64)
 
 
 def first_times(store: HistoryStore) -> np.ndarray:
