@@ -135,14 +135,15 @@ def open_stream(
 
 
 def check_negatives(lengths: Lengths, wanted: int) -> None:
-    """A few users may have less to draw from, where the items were few; not the first ones taken together.
+    """A few users may have less to draw from, where the items were few; not the first ones taken together. Shards
+    without any negative were made so.
 
     Raises:
         ConfigError: less is drawn than the provenance would say.
     """
     labels = lengths.table([(0, min(FIRST_SAMPLES, lengths.facts.num_samples))]).labels
     kept = int((~labels).sum()) // max(int(labels.sum()), 1)
-    if kept < wanted:
+    if 0 < kept < wanted:
         raise ConfigError(
             f"train.negatives_per_positive={wanted}: the samples of {lengths.shards.folder} keep {kept} a positive; "
             "lower it, or prepare again with this value"
