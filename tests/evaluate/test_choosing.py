@@ -102,6 +102,13 @@ def test_the_sample_with_the_largest_share_of_the_target_is_learned(sampled: Pat
     assert not learned and not preferred
 
 
+def test_the_ranker_of_the_run_knows_no_held_out_user(sampled: Path) -> None:
+    """The samples' shards are others than those it was trained on; their users are not."""
+    for shards in sample_sets(sampled):
+        table = open_table(next(shards.folder.glob("scores-*")), shards.manifest_hash, "")
+        assert table.manifest["trained_on_these_shards"] is True
+
+
 def test_the_reward_is_the_listwise_share() -> None:
     scores, is_positive = np.log(np.float32([1, 2, 4, 3])), np.array([False, True, True, False])
     assert target_log_share(scores, is_positive) == pytest.approx((np.log(2 / 6) + np.log(4 / 8)) / 2)

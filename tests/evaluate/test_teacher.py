@@ -9,19 +9,22 @@ import numpy as np
 import pytest
 
 from tests.spawn import run_ranks
+from tests.tokenizers import byte_level
 from trsr_dist.config import load_config
+from trsr_dist.environment import Ranks
 from trsr_dist.errors import ConfigError, DataError, ModelError, RunError
 from trsr_dist.evaluate import passes
 from trsr_dist.evaluate.score_files import read_scores
 from trsr_dist.evaluate.teacher import choose_hard, mine_negatives, plan_scoring, score_shards
 from trsr_dist.model.loading import open_prompts
-from trsr_dist.run import manifest_hash
+from trsr_dist.prompts.builder import PromptBuilder
+from trsr_dist.run import RunFolder, manifest_hash
 from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.plan import PackingSettings, TrainPlan
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.shards.steps import Unit
 from trsr_dist.shards.tables import MINED, TABLE, open_table
-from trsr_dist.train.prepare import open_pool
+from trsr_dist.train.prepare import open_pool, open_stream
 
 NUM_PARTS = 3
 
@@ -141,6 +144,15 @@ def test_the_hardest_below_the_margin_stay_and_the_safest_fill_up() -> None:
     two = (np.arange(7) == 0) | (np.arange(7) == 4)
     assert np.flatnonzero(choose_hard(scores, two, 1, 1.0)[0]).tolist() == [0, 3, 4, 6], "below the lowest positive"
     assert choose_hard(scores - 70, positive, 2, 0.94)[0].tolist() == choose_hard(scores, positive, 2, 0.94)[0].tolist()
+
+
+def test_more_negatives_than_the_samples_keep_are_refused(run: Path) -> None:
+    """Fewer would be drawn than the provenance says, and the calibration be corrected by a wrong ratio."""
+    settings = ["train.negatives_per_positive=10", "train.pool_size=20"]
+    config = load_config(run / "config.yaml", [f"run.dir={run}", *settings])
+    builder = PromptBuilder(byte_level(chat=True), **config.prompt.model_dump())
+    with pytest.raises(ConfigError, match="negatives_per_positive=10: .* keep 6 a positive; .* prepare again"):
+        open_stream(config, RunFolder(run), Ranks(), builder, None)
 
 
 def test_a_mined_pool_is_drawn_from_and_bound_to_scores_and_settings(scored: Path, tmp_path: Path) -> None:

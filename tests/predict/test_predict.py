@@ -19,7 +19,7 @@ from tests.spawn import run_script
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import ConfigError, DataError, ModelError
 from trsr_dist.predict import Ranker, Request
-from trsr_dist.predict.lines import as_entry, check_lines
+from trsr_dist.predict.lines import as_entry, check_lines, parse_lines
 from trsr_dist.predict.ranker import HistorySettings
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import pack_row
@@ -218,6 +218,12 @@ def test_lines_that_no_reader_takes_are_named(tmp_path: Path, line: str, message
     (tmp_path / "in.jsonl").write_text(line + "\n")
     with pytest.raises(DataError, match=message):
         check_lines(tmp_path / "in.jsonl")
+
+
+def test_a_mark_before_the_first_line_is_no_part_of_it(tmp_path: Path) -> None:
+    """As in the logs; some editors write one."""
+    (tmp_path / "in.jsonl").write_text('{"summary": "s", "candidates": ["c"]}\r\n' * 2, encoding="utf-8-sig")
+    assert [problem for _, problem in parse_lines(tmp_path / "in.jsonl")] == ["", ""]
 
 
 def test_a_line_without_end_is_named(tmp_path: Path) -> None:

@@ -83,6 +83,17 @@ def test_candidates_that_end_the_prefix_elsewhere_read_it_too(model: Recommender
         assert_equal(cache, model, [request])
 
 
+def test_users_who_begin_alike_are_kept_whole(model: Recommender, tokens: list[int]) -> None:
+    """One candidate at a time, too: the instruction is what every prompt begins with."""
+    cache, users = PrefixCache(model, ROW_TOKENS, MANY_BYTES), [make_user(name, 80, (4,), 30) for name in "abc"]
+    for user in users:
+        cache.score_users([user])
+    tokens.clear()
+    for user in users:
+        assert_equal(cache, model, [others(user, 7)])
+    assert tokens[::2] == [7, 7, 7], "of each pass the second one is that of no cache"
+
+
 def test_long_requests_and_twins_read_what_their_first_row_left(model: Recommender, tokens: list[int]) -> None:
     cache, user = PrefixCache(model, ROW_TOKENS, MANY_BYTES), make_user("u", 90, (10,) * 40)
     cache.score_users([user])

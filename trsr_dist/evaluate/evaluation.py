@@ -187,7 +187,8 @@ def check_draws(job: Evaluation) -> None:
 
 def trained_on_these_shards(job: Evaluation, provenance: dict[str, Any]) -> bool | None:
     """Whether the model's train users are those of this run; None where that is unknown. Warns where they are not."""
-    recorded, folder = provenance.get("shards", {}).get("train"), job.run.split("train")
+    # Not those of ``job.run``, which of sampled summaries holds other texts of the same users.
+    recorded, folder = provenance.get("shards", {}).get("train"), RunFolder(Path(job.config.run.dir)).split("train")
     if not recorded or not (folder / MANIFEST).is_file():
         return None
     is_same = recorded == manifest_hash(folder)

@@ -8,6 +8,7 @@ out  {"id": "u1", "summary": "...", "ranked": [{"index": 0, "text": "title: Teap
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice, tee
@@ -104,6 +105,7 @@ def parse_lines(source: Path) -> Iterator[tuple[Line | None, str]]:
         raise DataError(f"{source}: {what}; expected a file of JSON lines with {', '.join(FIELDS)}")
     with open(source, "rb") as stream:
         for number, data in numbered_lines(stream, source):
+            data = data.removeprefix(BOM_UTF8) if number == 1 else data
             if not data.strip():
                 continue
             try:

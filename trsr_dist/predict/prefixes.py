@@ -111,7 +111,9 @@ class PrefixCache:
         """
         length = self._find(user.prefix)[1]
         rest = user.prefix[length:]
-        if len(rest) * len(user.suffixes) >= len(user.prefix):
+        # A user who is cut is not kept. All prompts begin with the same instruction, which is less than half of most:
+        # for that much of another user's, one with a single candidate is not cut.
+        if len(rest) * max(len(user.suffixes), 2) >= len(user.prefix):
             return user
         return replace(user, prefix=user.prefix[:length], suffixes=tuple(rest + suffix for suffix in user.suffixes))
 

@@ -16,6 +16,7 @@ from trsr_dist.prompts.builder import PromptBuilder
 from trsr_dist.records import RANKING_LOSSES
 from trsr_dist.run import RunFolder
 from trsr_dist.shards.cache import open_cache
+from trsr_dist.shards.lengths import Lengths
 from trsr_dist.shards.measure import Share
 from trsr_dist.shards.plan import PackingSettings
 from trsr_dist.shards.reader import ShardSet
@@ -26,6 +27,9 @@ from trsr_dist.train.checkpoints import Checkpoint
 from trsr_dist.train.model import ModelSetup, set_up_model
 from trsr_dist.train.start import InitialAdapter, read_by_all, read_initial
 from trsr_dist.train.validation import Validator
+
+FIRST_SAMPLES = 64
+"""That tell how many negatives the samples keep."""
 
 log = get_logger("train")
 
@@ -105,6 +109,7 @@ def open_stream(
     Raises:
         CheckpointError: the checkpoint belongs to other data or settings.
         DataError: the ranks find different shards, or would make different rows of them.
+        ConfigError: the samples keep fewer negatives than are to be drawn.
     """
     train = config.train
     shards = ShardSet(run.split("train"), open_cache(train.cache_dir, train.cache_gb), url=train.shards_url)
@@ -122,9 +127,27 @@ def open_stream(
         )
     except CheckpointError as error:
         raise CheckpointError(f"{checkpoint.folder}: {error}") from None
+    if checkpoint is None and train.pool == "all":
+        check_negatives(stream.plan.lengths, train.negatives_per_positive)
     teacher = "none" if stream.teacher is None else f"{stream.teacher.sha256[:12]}..."
     check_same(shards, f"rows of plan {stream.plan.identity} and teacher {teacher}")
     return stream
+
+
+def check_negatives(lengths: Lengths, wanted: int) -> None:
+    """A few users may have less to draw from, where the items were few; not the first ones taken together. Shards
+    without any negative were made so.
+
+    Raises:
+        ConfigError: less is drawn than the provenance would say.
+    """
+    labels = lengths.table([(0, min(FIRST_SAMPLES, lengths.facts.num_samples))]).labels
+    kept = int((~labels).sum()) // max(int(labels.sum()), 1)
+    if 0 < kept < wanted:
+        raise ConfigError(
+            f"train.negatives_per_positive={wanted}: the samples of {lengths.shards.folder} keep {kept} a positive; "
+            "lower it, or prepare again with this value"
+        )
 
 
 def check_same(shards: ShardSet, found: str) -> None:
