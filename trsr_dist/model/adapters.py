@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, inject_adapter_in_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
@@ -167,13 +165,6 @@ def attach(model: nn.Module, adapter: Adapter) -> PeftModel:
                 f"{adapter.folder}: {len(names)} tensors do not fit the base: {_shown(names[0])} {what}; {REMEDY}"
             )
     return peft
-
-
-def unadapted(module: nn.Module) -> nn.Module:
-    """The layer that an adapted one adds to, or has in its place (``modules_to_save``)."""
-    if isinstance(module, ModulesToSaveWrapper):
-        return module.modules_to_save[ADAPTER]
-    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def _shown(name: str) -> str:

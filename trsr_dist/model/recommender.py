@@ -12,7 +12,6 @@ from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import checkpoint
 
 from trsr_dist.environment import leave_out_cudnn
-from trsr_dist.model.adapters import unadapted
 from trsr_dist.model.attention.backends import NAME, Attend, build_backend, register
 from trsr_dist.model.attention.layout import Layout
 from trsr_dist.model.inputs import RowInputs, TextTargets
@@ -138,6 +137,13 @@ class Recommender(nn.Module):
         out = self.causal(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=ends.unique())
         kept = torch.searchsorted(ends.unique(), ends)
         return out.logits[torch.arange(len(ids), device=ids.device), kept]
+
+
+def unadapted(module: nn.Module) -> nn.Module:
+    """The layer that PEFT's layer adds to, or has in its place (``modules_to_save``); without an adapter the module."""
+    if hasattr(module, "modules_to_save"):
+        return module.modules_to_save[module.active_adapters[0]]
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def answer_rows(weight: nn.Parameter, answer_ids: tuple[int, int]) -> torch.Tensor:
