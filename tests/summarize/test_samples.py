@@ -50,7 +50,8 @@ def test_provenance_names_blocks_by_their_items_and_nodes_by_their_texts() -> No
 
 
 def test_a_sample_shows_the_latest_items_and_the_summary() -> None:
-    store = SimpleNamespace(catalogue=SimpleNamespace(item=lambda row: Item("x", "t")))
+    candidates = (Candidate("x", "t", 1),)
+    store = SimpleNamespace(candidates=lambda row: candidates if row.candidates == [3] else ())
     unit = OpenUnit(SplitWork(Path(), "train", 1, 1), 0, None, [])
     started = Started(unit, 0, UserRow("u", [0, 1, 2], [3], [1], 0), HISTORY, SampleFacts(0, 0))
 
@@ -60,6 +61,6 @@ def test_a_sample_shows_the_latest_items_and_the_summary() -> None:
 
     texts = tuple(item.text for item in HISTORY)
     assert [sample(number).recent for number in (0, 2, 3, 9)] == [(), texts[1:], texts, texts]
-    assert sample(2).summary == " + ".join(texts) and sample(2).candidates == (Candidate("x", "t", 1),)
+    assert sample(2).summary == " + ".join(texts) and sample(2).candidates == candidates
     told = {"scheme": "s", "blocks": [], "nodes": [], "flags": [], "sampled": 0, "words_cut": 0}
     assert sample(2).provenance == {**told, "history": ["a", "b", "c"]}
