@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from trsr_dist.data.candidates import (
     DRAWS_PER_ROUND,
     PoolOf,
+    clicks_of,
     draw_negatives,
     draw_shown,
     pools_of,
@@ -122,15 +123,10 @@ class CandidateMaker:
         if rules.strategy not in ("popularity", "targets"):
             self._pools = dict.fromkeys(SPLITS, pools_of(np.ones(len(items)), seen, categories))
             return
-        # Train users draw by train clicks, the others by held-out clicks. Then positives and negatives of a split come
-        # from the same clicks, and popularity, which is counted over train users, does not set them apart; by train
-        # clicks alone, held-out negatives would be those that chance made popular in train. Nor is a test target
-        # trained on as a negative. Splits of different times do not share clicks: the positives of test would be newer
-        # than its negatives, and those of valid older.
-        for splits in ((0,), (1,), (2,)) if rules.split_by == "time" else ((0,), (1, 2)):
-            columns = clicks[[*splits]].sum(axis=0)
+        for splits in {clicks_of(split, rules.split_by) for split in SPLITS}:
+            columns = clicks[[SPLITS.index(split) for split in splits]].sum(axis=0)
             pool = pools_of(columns[1] if rules.strategy == "targets" else columns.sum(axis=0), seen, categories)
-            self._pools |= {SPLITS[split]: pool for split in splits}
+            self._pools |= dict.fromkeys(splits, pool)
 
     def make_all(self, users: UserColumns, split: str, counts: Counts) -> tuple[Ragged, Ragged]:
         """Candidates and labels of many users; none where one is skipped for want of negatives.

@@ -11,6 +11,7 @@ import numpy as np
 
 from trsr_dist.data.parts import hash64_many
 
+HELD_OUT = ("valid", "test")
 DRAWS_PER_ROUND = 2
 """Per wanted item: few are excluded or drawn twice."""
 MAX_ROUNDS = 16
@@ -23,6 +24,18 @@ def split_by_user(users: Sequence[str], shares: Sequence[int]) -> np.ndarray:
     """
     points = hash64_many(users, before=["split"]) % np.uint64(sum(shares))
     return np.searchsorted(np.cumsum(shares), points, side="right").astype(np.int8)
+
+
+def clicks_of(split: str, split_by: str) -> tuple[str, ...]:
+    """Splits whose users' clicks or targets the negatives of a split are drawn from.
+
+    Train users draw by train clicks, the others by held-out clicks. Then positives and negatives of a split come from
+    the same clicks, and popularity, which is counted over train users, does not set them apart; by train clicks alone,
+    held-out negatives would be those that chance made popular in train. Nor is a test target trained on as a negative.
+    Splits of different times do not share clicks: the positives of test would be newer than its negatives, and those of
+    valid older.
+    """
+    return (split,) if split == "train" or split_by == "time" else HELD_OUT
 
 
 def split_by_time(times: np.ndarray, hashes: np.ndarray, shares: Sequence[int]) -> np.ndarray:

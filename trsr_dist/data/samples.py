@@ -1,4 +1,4 @@
-"""Which samples a user gives: targets, and where the history is cut before them. Pure."""
+"""Which samples a user gives: targets, and where the history is cut before them."""
 
 from __future__ import annotations
 

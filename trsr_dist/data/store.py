@@ -227,7 +227,7 @@ class HistoryStore:
         settings = read_manifest(folder).get("settings", {})
         self.within_category = POOLS in settings
         """Negatives of every strategy have the target's category."""
-        self._has_earlier = {"train"} if PREFIXES in settings else set()
+        self._has_earlier = PREFIXES in settings
         self.catalogue = Catalogue(folder / ITEMS)
         self._users = {split: ArrowRows(folder / f"{split}.arrow") for split in SPLITS}
 
@@ -262,7 +262,7 @@ class HistoryStore:
     def _latest(self, split: str) -> Iterator[pa.RecordBatch]:
         """The users, each once."""
         for batch in self._users[split].batches:
-            if split in self._has_earlier:
+            if split == "train" and self._has_earlier:
                 yield batch.filter(pc.invert(pc.match_substring_regex(batch.column("user"), EARLIER)))
             else:
                 yield batch

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from trsr_dist.config import Config, dump_config
+from trsr_dist.data.candidates import HELD_OUT, clicks_of
 from trsr_dist.errors import ConfigError
 from trsr_dist.evaluate.passes import ScoringPass, drawn_protocols, plan_passes
 from trsr_dist.evaluate.score_files import IDENTITY, ScoreFolder
@@ -114,12 +115,12 @@ class Evaluation:
         }
 
     def draws(self) -> dict[str, Any]:
-        """How the further candidate lists are drawn. Splits of different times share no clicks, see CandidateMaker."""
-        by_time = read_manifest(self.run.histories).get("settings", {}).get("split_by") == "time"
+        """How the further candidate lists are drawn."""
+        found = clicks_of(self.split, read_manifest(self.run.histories).get("settings", {}).get("split_by", ""))
         return {
             "num_negatives": self.config.evaluate.negatives_per_positive,
             "seen_before_target": self.config.data.seen_before_target,
-        } | ({"clicks_of": [self.split]} if by_time else {})
+        } | ({} if found == HELD_OUT else {"clicks_of": [*found]})
 
     def settings(self) -> dict[str, Any]:
         """What the results depend on beside the inputs."""

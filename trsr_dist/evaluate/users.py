@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from trsr_dist.data.candidates import draw_negatives, pools_of
+from trsr_dist.data.candidates import HELD_OUT, draw_negatives, pools_of
 from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.errors import DataError
 from trsr_dist.evaluate.passes import Change
@@ -16,7 +16,6 @@ from trsr_dist.records import Candidate, Sample
 from trsr_dist.shards.codec import Outline
 from trsr_dist.shards.reader import ShardSet
 
-HELD_OUT = ("valid", "test")
 NEVER = np.iinfo(np.int64).max
 
 
