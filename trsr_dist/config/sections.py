@@ -226,6 +226,8 @@ class ModelSection(Section):
     """Back end of the shared-prefix attention."""
     quantization: Annotated[Literal["none", "4bit", "8bit"], OnResume.REFUSED] = "none"
     """Load the frozen base through bitsandbytes (extra: quantization)."""
+    compile: bool = False
+    """Compile the decoder layers before a training's first step (minutes; needs a C++ compiler and Triton on GPUs)."""
 
 
 class LoraSection(Section):
@@ -288,8 +290,9 @@ class TrainSection(Section):
     an error in that file."""
     precision: Annotated[Literal["auto", "float32", "bfloat16"], OnResume.SAID] = "auto"
     """auto: bfloat16 on a GPU that has it, float32 on CPU."""
-    activation_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_checkpointing: bool | Literal["selective"] = True
+    """Recompute activations in the backward pass. true: all of a layer, the least memory, about a third more time;
+    selective: what is cheap, while products of matrices and the attention are kept; false: nothing."""
     num_workers: int = Field(1, ge=0)
     """Reader processes per rank; 0 reads in the training process."""
     shards_url: StorePath = ""

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trsr_dist.environment import leave_out_cudnn
 from trsr_dist.model.attention.backends import NAME, Attend, build_backend, register
@@ -20,6 +20,8 @@ from trsr_dist.rows import PackedRow
 Want = Literal["logits", "pair", "text"]
 SEPARATE_TOKENS = 8192
 """Tokens of a batch where prompts run as separate sequences."""
+MIN_ADAPTER_RATIO = 8
+"""From that on a product widens its input so much that computing it again is cheaper than keeping it: LoRA's B."""
 
 
 class Recommender(nn.Module):
@@ -174,18 +176,35 @@ def score_row(model: nn.Module, row: PackedRow, device: torch.device) -> np.ndar
     return (pair[:, 0] - pair[:, 1]).cpu().numpy()
 
 
-def enable_recomputation(model: nn.Module) -> None:
+def enable_recomputation(model: nn.Module, selective: bool = False) -> None:
     """Activation checkpointing (Chen et al., arXiv 1604.06174) without reentrant autograd: keeps layers' inputs only.
 
-    The last layer at the answers alone keeps its activations, which would be computed again at once; versions of
-    transformers that recompute a layer's call instead of its ``forward`` (5.17) recompute that one too.
+    With ``selective`` also what is costly to compute: the attention and the products of the base's matrices, so that
+    norms, activations and the adapters' products are computed again. The last layer at the answers alone keeps its
+    activations, which would be computed again at once; versions of transformers that recompute a layer's call instead
+    of its ``forward`` (5.17) recompute that one too.
     """
     # transformers renamed the method in version 5.2x.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    options: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, model.config))
+    enable(options)
     # transformers also makes the embeddings' output require gradients, for reentrant autograd. Without that, no
     # gradient is computed below the first adapter.
     model.disable_input_require_grads()
+
+
+def _policy(config: Any, ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """What a layer keeps: outputs that cost many operations a number. An MLP's output is no one's input in it."""
+    if operator is torch.ops.trsr_dist.tree_attention.default:
+        return CheckpointPolicy.MUST_SAVE
+    if operator not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    inner, outer = args[-1].shape
+    is_adapter = outer >= MIN_ADAPTER_RATIO * inner
+    is_mlp_output = (inner, outer) == (config.intermediate_size, config.hidden_size)
+    return CheckpointPolicy.PREFER_RECOMPUTE if is_adapter or is_mlp_output else CheckpointPolicy.MUST_SAVE
 
 
 def _answer_states(

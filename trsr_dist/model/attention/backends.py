@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import AttentionInterface
 
 from trsr_dist.errors import ConfigError
 from trsr_dist.model.attention import cpu, gpu
-from trsr_dist.model.attention.cascade import Cascade, HeadCopies, Kernel
+from trsr_dist.model.attention.cascade import Kernel, register_kernel, tree_attention
 from trsr_dist.model.attention.layout import Layout
 
 NAME = "trsr_tree"
@@ -43,6 +44,7 @@ def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim
     return name
 
 
+@cache
 def build_backend(name: str) -> Attend:
     """The function of a back end that ``choose_backend`` gave."""
     return _BUILDERS[name]()
@@ -56,15 +58,12 @@ def cascade(kernel: Kernel, copies_head: bool = True) -> Attend:
         copies_head: whether it takes causal segments with more keys than queries.
     """
 
+    number = register_kernel(kernel, copies_head)
+
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, answers_only: bool, scale: float
     ) -> torch.Tensor:
-        if answers_only:
-            return Cascade.apply(q, k, v, layout.answer_calls, kernel, scale)
-        if not (copies_head and layout.head):
-            return Cascade.apply(q, k, v, layout.calls, kernel, scale)
-        k, v = HeadCopies.apply(k, layout), HeadCopies.apply(v, layout)
-        return Cascade.apply(q, k, v, layout.copied_calls, kernel, scale)
+        return tree_attention(q, k, v, layout.code, number, answers_only, scale)[0]
 
     return attend
 
