@@ -33,6 +33,7 @@ INSTALL = [
 
 EXTRAS = {
     "flash-attn": ["flash-attn>=2.7"],
+    "flash-attn-4": ["flash-attn-4>=4.0.0b36"],
     "openai": ["openai>=2"],
     "stores": ["aiohttp>=3.9"],
     "completion": ["shtab>=1.7"],

@@ -222,8 +222,9 @@ class ModelSection(Section):
     """Pinned revision of a hub model; empty: the default branch."""
     trust_remote_code: bool = False
     """Run model code from the hub. Off unless you have read that code."""
-    attention: Literal["auto", "flash_attn", "torch", "flex", "cpu", "dense"] = "auto"
-    """Back end of the shared-prefix attention."""
+    attention: Literal["auto", "flash_attn", "flash_attn_4", "torch", "flex", "cpu", "dense"] = "auto"
+    """Back end of the shared-prefix attention; auto: the fastest of flash_attn, torch, cpu and dense that runs here
+    and gives the results of exact attention on a row, forward and backward."""
     quantization: Annotated[Literal["none", "4bit", "8bit"], OnResume.REFUSED] = "none"
     """Load the frozen base through bitsandbytes (extra: quantization)."""
     compile: bool = False

@@ -172,8 +172,8 @@ class Scorer:
         if self._device.type == "cpu":
             # Matrix products split their sums by threads: one thread gives the same digits for any number of ranks.
             torch.set_num_threads(1)
-        dtype, attention = getattr(torch, self._job.precision), self._job.config.model.attention
-        self._model = load_weights(self._prompts, self._device, dtype, attention, self._zero)
+        dtype, settings = getattr(torch, self._job.precision), self._job.config.model
+        self._model = load_weights(self._prompts, self._device, dtype, settings.attention, self._zero, settings.compile)
 
     def run(self, folders: dict[str, ScoreFolder]) -> None:
         """Score what is missing of all passes; the weights are given back at the end."""

@@ -5,16 +5,16 @@ from __future__ import annotations
 import time
 
 import torch
+from torch import nn
 from torch._dynamo.utils import counters
 
 from trsr_dist.errors import ConfigError, ModelError
 from trsr_dist.log import get_logger
 from trsr_dist.model.inputs import RowInputs
-from trsr_dist.model.recommender import Recommender
 from trsr_dist.records import TokenizedUser
 from trsr_dist.rows import PackedRow, pack_row
 
-COMPILABLE = ("flash_attn", "torch", "cpu")
+COMPILABLE = ("flash_attn", "flash_attn_4", "torch", "cpu")
 """Back ends of the attention that are one operator for the compiler."""
 
 log = get_logger("model")
@@ -37,23 +37,23 @@ def check_compilable(backend: str | None, quantization: str, zero_stage: int) ->
         raise ConfigError(f"model.compile=true: {reason}, or set model.compile=false")
 
 
-def compile_layers(model: Recommender, compiler: str = "inductor") -> None:
+def compile_layers(model: nn.Module, compiler: str = "inductor") -> None:
     """Compile the decoder layers when they run first, for rows of any length.
 
     Args:
-        model: with shared prefixes.
+        model: a ``Recommender`` with shared prefixes.
         compiler: of PyTorch's (``torch.compiler.list_backends``).
     """
     for layer in model.causal.model.layers:
         layer.compile(dynamic=True, backend=compiler)
 
 
-def warm_up(model: Recommender, answers_only: bool) -> None:
-    """Run a short row forward and backward, and forward alone, so that all code is compiled before the first step, in
-    which a rank that compiles for minutes would be taken for one that hangs.
+def warm_up(model: nn.Module, answers_only: bool) -> None:
+    """Run a short row forward and backward, where there is something to train, and forward alone: all code is compiled
+    before the first step, in which a rank that compiles for minutes would be taken for one that hangs.
 
     Args:
-        model: with compiled layers; its parameters have no gradients.
+        model: a ``Recommender`` with compiled layers; its parameters have no gradients so far.
         answers_only: whether the training's last layer runs at the answers alone.
 
     Raises:
@@ -63,7 +63,8 @@ def warm_up(model: Recommender, answers_only: bool) -> None:
     inputs = RowInputs(_warm_up_row(), model.device)
     was_training = model.training
     try:
-        model.train().states(inputs, answers_only).float().square().mean().backward()
+        if any(parameter.requires_grad for parameter in model.parameters()):
+            model.train().states(inputs, answers_only).float().square().mean().backward()
         with torch.no_grad():
             model.eval().states(inputs, answers_only=True)
     except torch.OutOfMemoryError:

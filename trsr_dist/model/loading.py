@@ -39,7 +39,8 @@ from trsr_dist.model.artifacts import (
     read_provenance,
     run_of,
 )
-from trsr_dist.model.attention.backends import choose_backend
+from trsr_dist.model.attention.self_check import Heads, choose_checked
+from trsr_dist.model.compilation import check_compilable, compile_layers, warm_up
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.model.zero3 import check_equal_calls, load_divided, scoring_engine
 from trsr_dist.pretrained import (
@@ -202,13 +203,17 @@ def load_weights(
     dtype: torch.dtype,
     attention: str = "auto",
     zero_config: dict[str, Any] | None = None,
+    compiled: bool = False,
 ) -> nn.Module:
-    """A ``Recommender``, or DeepSpeed's engine around one; arguments and errors as of ``open_model``."""
+    """A ``Recommender``, or DeepSpeed's engine around one; arguments and errors as of ``open_model``. With ``compiled``
+    its layers are, before this returns."""
     place, builder, device = prompts.found, prompts.builder, torch.device(device)
     adapter = None if place.adapter is None else read_adapter(place.adapter)
     source = local_source(BaseSource(place.base, place.revision, prompts.trust_remote_code))
     config = load_config(source)
     backend = shared_backend(config, attention, device, dtype, builder.max_tokens)
+    if compiled:
+        check_compilable(backend, "none", 0 if zero_config is None else 3)
     if zero_config is None:
         base = load_base(source, dtype, device, config)
     else:
@@ -216,6 +221,9 @@ def load_weights(
         base = load_base_divided(source, dtype, zero_config)
     causal = base if adapter is None else attach(base, adapter).get_base_model()
     model = Recommender(causal, builder.answer_ids, backend).requires_grad_(False).eval()
+    if compiled:
+        compile_layers(model)
+        warm_up(model, answers_only=True)
     return model if zero_config is None else scoring_engine(model, zero_config)
 
 
@@ -350,8 +358,10 @@ def shared_backend(
         log.info("prompts run as separate sequences: %s", reason)
         return None
     text = config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return choose_backend(name, device, dtype, head_dim)
+    num_heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    heads = Heads(num_heads, getattr(text, "num_key_value_heads", None) or num_heads, head_dim)
+    return choose_checked(name, device, dtype, heads)
 
 
 def why_not_shared(config: PretrainedConfig, max_tokens: int) -> str:
