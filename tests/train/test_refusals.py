@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tests.spawn import run_ranks
 from tests.train.world import FEW_STEPS, make_run, start
 from tests.train.world import start as train_here
+from trsr_dist.cli import EXIT_REQUEUE
 from trsr_dist.errors import CheckpointError
 from trsr_dist.files import sha256_of
 from trsr_dist.shards.plan import TrainPlan
@@ -72,6 +73,10 @@ def start_many_times(rank: int, world_size: int, run: Path) -> dict[str, Any]:
     found["more steps"] = start(run, train=early | {"max_steps": 5})
     found["more patience"] = start(run, train=early | {"max_steps": 3, "early_stopping_patience": 2})
     found["kept after more patience"] = checkpoints(run)[-1]
+    other = early | {"best_metric": "mrr@3", "evaluate_every_steps": 9}
+    found["best before"] = best.read_text()
+    found["other metric"] = (start(run, train=other | {"max_steps": 3, "early_stopping_patience": 2}), best.read_text())
+    found["on by it"] = (start(run, train=other | {"max_steps": 9, "walltime_seconds": 0.1}), checkpoints(run))
     return found
 
 
@@ -101,6 +106,13 @@ def test_more_steps_after_an_early_end_need_more_patience(found: dict) -> None:
     assert "a larger train.early_stopping_patience" in found["more steps"]
     assert "train.max_steps" not in found["more steps"], "they would change nothing"
     assert found["more patience"] == "0" and found["kept after more patience"] == "step-000003"
+
+
+def test_the_best_by_one_metric_is_not_taken_for_that_by_another(found: dict) -> None:
+    assert found["other metric"][1] == found["best before"], "what is refused changes nothing"
+    assert "train.best_metric='ndcg@10', now 'mrr@3'; use another run.dir" in found["other metric"][0]
+    code, kept = found["on by it"]
+    assert code == str(EXIT_REQUEUE) and "step-000004" in kept and "best" not in kept, "nothing was ranked by it yet"
 
 
 def test_a_checkpoint_keeps_its_base_and_its_adapter(found: dict, run: Path) -> None:

@@ -307,7 +307,7 @@ class TrainSection(Section):
     """Steps between rankings of the validation users; 0: never."""
     evaluate_users: int = Field(1000, ge=0)
     """Validation users ranked in training, the first of the split; 0: all."""
-    best_metric: str = "ndcg@10"
+    best_metric: Annotated[str, OnResume.SAID] = "ndcg@10"
     """Validation metric that names the best checkpoint."""
     early_stopping_patience: int = Field(0, ge=0)
     """Stop after this many evaluations without a better best_metric; 0: never."""

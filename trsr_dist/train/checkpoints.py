@@ -167,6 +167,12 @@ class CheckpointFolder:
         if self._best() in {folder.name for folder in self._later(checkpoint.folder)}:
             (self.root / "best").unlink()
 
+    def forget_best(self) -> None:
+        """No checkpoint is the best: none was validated by the metric and on the users of now."""
+        if name := self._best():
+            log.info("%s was the best by another metric or other users; none is until the next validation", name)
+            (self.root / "best").unlink()
+
     def point(self, name: str, folder: Path) -> None:
         """Make ``latest`` or ``best`` name a checkpoint."""
         with atomic_file(self.root / name) as stream:
