@@ -16,6 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests.shards.world import flip_byte
 from tests.spawn import run_ranks
 from tests.train.world import FEW_STEPS, make_run, start
 from tests.train.world import start as train_here
@@ -216,3 +217,22 @@ def test_no_rank_trains_or_ranks_with_other_shards(found: dict, run: Path) -> No
             words = rf"/{split}: rank 1 on {host} finds manifest \w+\.\.\..*, rank 0 on {host} manifest"
             assert re.match(rf"DataError: .*{words}", rank[split])
         assert re.match(r"DataError: .*/train: rank 1 on .* finds rows of plan 0123 and teacher", rank["plan"])
+
+
+def train_on_damage(rank: int, world_size: int, run: Path) -> list[str]:
+    """Each start makes one step, until one ends otherwise."""
+    skip = {"data_errors": "skip", "max_data_errors": 5, "max_steps": 9, "walltime_seconds": 0.1}
+    found = [start(run, train=skip)]
+    if rank == 0:
+        shards = ShardSet(run / "shards" / "train")
+        for number in range(6):
+            flip_byte(shards.path(0), int(shards.shard(0).rows[number]["offset"]) + 9)
+    while len(found) < 9 and found[-1] == str(EXIT_REQUEUE):
+        found.append(start(run, train=skip))
+    return found
+
+
+def test_samples_left_out_are_counted_over_ranks_and_starts(tmp_path: Path) -> None:
+    one, two = run_ranks(train_on_damage, 2, make_run(tmp_path, num_users=20))
+    assert one == two and len(one) > 3
+    assert re.search(r"DataError: .*sample \d .*; that makes [6-9], train.max_data_errors allows 5$", one[-1])

@@ -321,7 +321,7 @@ class TrainSection(Section):
     data_errors: Literal["fail", "skip"] = "fail"
     """A damaged sample stops the run, or is replaced by an empty one and counted."""
     max_data_errors: int = Field(100, ge=0)
-    """With data_errors: skip, more than this many stop the run."""
+    """With data_errors: skip, more than this many stop the run; those of all ranks and of earlier starts count."""
     max_bad_steps: int = Field(5, ge=0)
     """Steps with a non-finite loss or gradient are skipped; more than this many in a row stop the run."""
     walltime_seconds: float = Field(0, ge=0)

@@ -61,6 +61,8 @@ class TrainerState:
     validation: dict[str, Any] | None = None
     """What the best value depends on: metric, users."""
     skipped_steps: int = 0
+    data_errors: int = 0
+    """Damaged samples that were left out."""
     seconds: float = 0.0
     """Of training, over all starts."""
     settings: dict[str, Any] | None = None
