@@ -311,7 +311,7 @@ class TrainSection(Section):
     """Steps between rankings of the validation users; 0: never."""
     evaluate_users: int = Field(1000, ge=0)
     """Validation users ranked in training, the first of the split; 0: all."""
-    best_metric: str = "ndcg@10"
+    best_metric: Annotated[str, OnResume.SAID] = "ndcg@10"
     """Validation metric that names the best checkpoint."""
     early_stopping_patience: int = Field(0, ge=0)
     """Stop after this many evaluations without a better best_metric; 0: never."""
@@ -325,7 +325,7 @@ class TrainSection(Section):
     data_errors: Literal["fail", "skip"] = "fail"
     """A damaged sample stops the run, or is replaced by an empty one and counted."""
     max_data_errors: int = Field(100, ge=0)
-    """With data_errors: skip, more than this many stop the run."""
+    """With data_errors: skip, more than this many stop the run; those of all ranks and of earlier starts count."""
     max_bad_steps: int = Field(5, ge=0)
     """Steps with a non-finite loss or gradient are skipped; more than this many in a row stop the run."""
     walltime_seconds: float = Field(0, ge=0)
