@@ -227,7 +227,8 @@ class HistoryStore:
         settings = read_manifest(folder).get("settings", {})
         self.within_category = POOLS in settings
         """Negatives of every strategy have the target's category."""
-        self._has_earlier = PREFIXES in settings
+        self.has_earlier = PREFIXES in settings
+        """Train users have several samples."""
         self.catalogue = Catalogue(folder / ITEMS)
         self._users = {split: ArrowRows(folder / f"{split}.arrow") for split in SPLITS}
 
@@ -262,9 +263,9 @@ class HistoryStore:
     def _latest(self, split: str) -> Iterator[pa.RecordBatch]:
         """The users, each once."""
         for batch in self._users[split].batches:
-            if split == "train" and self._has_earlier:
-                yield batch.filter(pc.invert(pc.match_substring_regex(batch.column("user"), EARLIER)))
-            else:
+            if split == "train" and self.has_earlier:
+                batch = batch.filter(pc.invert(pc.match_substring_regex(batch.column("user"), EARLIER)))
+            if batch.num_rows:
                 yield batch
 
     def user(self, split: str, index: int) -> UserRow:
