@@ -7,9 +7,11 @@ manifest.json                  settings, input hashes, counts, candidate hashes,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -270,6 +272,17 @@ class HistoryStore:
 
     def user(self, split: str, index: int) -> UserRow:
         return UserRow(*self._users[split].row(index))
+
+    def first_users(self, split: str, most: int) -> list[list[UserRow]]:
+        """The samples of each of the split's first users."""
+        if split != "train" or not self.has_earlier:
+            return [[self.user(split, index)] for index in range(min(most, self.num_users(split)))]
+        latest = (name for name in self.names(split) if not re.search(EARLIER, name))
+        found: dict[str, list[UserRow]] = {name: [] for name in islice(latest, most)}
+        for index, name in enumerate(self.names(split)):
+            if (user := re.sub(EARLIER, "", name)) in found:
+                found[user].append(self.user(split, index))
+        return list(found.values())
 
     def candidates(self, row: UserRow) -> tuple[Candidate, ...]:
         """A row's candidates, as text."""
