@@ -17,7 +17,7 @@ from trsr_dist.log import get_logger
 from trsr_dist.model.artifacts import model_identity
 from trsr_dist.run import MANIFEST, RunFolder, check_inputs, manifest_hash, read_manifest
 
-REMEDY = "use another --output, or --force to score again"
+REMEDY = "use another --output, or --force to score again (in a Slurm array: remove the folder)"
 
 log = get_logger("evaluate")
 
