@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -174,6 +176,24 @@ def test_full_text_loss_equals_separate_sequences(backend: str) -> None:
 def test_separate_fallback_equals_the_oracle() -> None:
     model, row = make_model(model_config()), make_row(12)
     assert_equal(run(recommender(model, None), row), one_by_one(model, row))
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [1.0 + n for n in range(8)]},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_separate_prompts_of_other_lengths_leave_the_rotary_scaling_alone(scaling: dict) -> None:
+    rope = scaling | {"rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    model, row = make_model(model_config(rope_parameters=rope, max_position_embeddings=64)), make_row()
+    with torch.no_grad():
+        found = recommender(model, None)(RowInputs(row, CPU), "logits")
+        prompts = [torch.tensor(prompt)[None] for prompt in separate_prompts(row)]
+        alone = [copy.deepcopy(model)(input_ids=prompt).logits[0, -1] for prompt in prompts]
+    torch.testing.assert_close(found, torch.stack(alone), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("cap", [None, 30.0])

@@ -41,7 +41,7 @@ from trsr_dist.model.artifacts import (
 )
 from trsr_dist.model.attention.self_check import Heads, choose_checked
 from trsr_dist.model.compilation import check_compilable, compile_layers, warm_up
-from trsr_dist.model.recommender import Recommender
+from trsr_dist.model.recommender import Recommender, length_limit
 from trsr_dist.model.zero3 import check_equal_calls, load_divided, scoring_engine
 from trsr_dist.pretrained import (
     BaseSource,
@@ -58,8 +58,6 @@ from trsr_dist.prompts.builder import PromptBuilder
 RESTORE = "restore it"
 PROVEN = ("llama", "mistral", "qwen2", "qwen3")
 """Values of ``model_type``. Their layers have q, k, v and o projections, optional norms of q and k, and a gated MLP."""
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Rotary scalings that change with the longest position of a call, so that a row's prompts would touch each other."""
 
 log = get_logger("model")
 
@@ -374,9 +372,8 @@ def why_not_shared(config: PretrainedConfig, max_tokens: int) -> str:
     window = int(getattr(text, "sliding_window", None) or 0) if slides else 0
     if window and max_tokens > window:
         return f"its sliding window of {window} tokens is shorter than a prompt of {max_tokens} (prompt.max_tokens)"
-    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in LENGTH_DEPENDENT_ROPE:
-        return f"its rotary scaling {rope!r} depends on the longest prompt of a row"
+    if length_limit(config):
+        return f"its rotary scaling {text.rope_parameters['rope_type']!r} depends on the longest prompt of a row"
     return ""
 
 

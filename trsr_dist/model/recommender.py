@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -10,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import PretrainedConfig
 
 from trsr_dist.environment import leave_out_cudnn
 from trsr_dist.model.attention.backends import NAME, Attend, build_backend, register
@@ -22,6 +25,8 @@ SEPARATE_TOKENS = 8192
 """Tokens of a batch where prompts run as separate sequences."""
 MIN_ADAPTER_RATIO = 8
 """From that on a product widens its input so much that computing it again is cheaper than keeping it: LoRA's B."""
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Rotary scalings that change with the longest position of a call, so that its prompts touch each other."""
 
 
 class Recommender(nn.Module):
@@ -39,6 +44,7 @@ class Recommender(nn.Module):
         self.causal = causal
         self.answer_ids = answer_ids
         self.shares_prefix = backend is not None
+        self._length_limit = length_limit(causal.config)
         if backend is not None:
             register()
             causal.set_attn_implementation(NAME)
@@ -132,17 +138,36 @@ class Recommender(nn.Module):
     def _separate(self, inputs: RowInputs, want: Want) -> torch.Tensor:
         if want == "text":
             raise ValueError("the loss of the full text needs shared prefixes")
-        ids, mask = inputs.separate
-        size = max(1, SEPARATE_TOKENS // ids.shape[1])
-        batches = zip(ids.split(size), mask.split(size), strict=True)
-        logits = torch.cat([self._last_logits(*batch) for batch in batches])
+        logits = torch.cat([self._last_logits(*batch) for batch in self._batches(*inputs.separate)])
         return logits if want == "logits" else logits[:, list(self.answer_ids)].float()
+
+    def _batches(self, ids: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Padded prompts of shape (num_answers, longest), some at a time; each alone and unpadded where the longest
+        one would change the others."""
+        if not self._length_limit or ids.shape[1] < self._length_limit:
+            size = max(1, SEPARATE_TOKENS // ids.shape[1])
+            yield from zip(ids.split(size), mask.split(size), strict=True)
+            return
+        for place, length in enumerate(mask.sum(1).tolist()):
+            for module in self.causal.modules():
+                if getattr(module, "rope_type", "") == "dynamic":  # it keeps a long prompt's frequencies for later ones
+                    module(ids.float(), torch.zeros_like(ids[:1, :1]))
+            yield ids[place, None, :length], mask[place, None, :length]
 
     def _last_logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         ends = mask.sum(1) - 1
         out = self.causal(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=ends.unique())
         kept = torch.searchsorted(ends.unique(), ends)
         return out.logits[torch.arange(len(ids), device=ids.device), kept]
+
+
+def length_limit(config: PretrainedConfig) -> int:
+    """Tokens of a prompt up to which the rotary scaling is the same for all; 0: it depends on no length."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in LENGTH_DEPENDENT_ROPE:
+        return 0
+    return min(rope.get("original_max_position_embeddings") or sys.maxsize, text.max_position_embeddings)
 
 
 def unadapted(module: nn.Module) -> nn.Module:
