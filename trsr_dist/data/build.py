@@ -34,7 +34,7 @@ from trsr_dist.data.interactions import Interactions
 from trsr_dist.data.items import REMOVED, CatalogueRules
 from trsr_dist.data.jsonl import JsonlReader
 from trsr_dist.data.logs import BITS_OF_A_ROW, LAST, NEVER, ItemCodes, UserColumns, gather, unit_table
-from trsr_dist.data.parts import hash64_many, hash_range, part_of_name, read_part, write_parts
+from trsr_dist.data.parts import hash64_many, hash_range, part_of_name, read_columns, read_part, write_parts
 from trsr_dist.data.retrieved import RetrievedLists
 from trsr_dist.data.samples import SampleRules, Samples, check_keys, count_clicks
 from trsr_dist.data.shared import OrderedError, SharedWork
@@ -45,7 +45,7 @@ from trsr_dist.log import get_logger, progress
 from trsr_dist.records import UserLog
 from trsr_dist.run import SPLITS
 
-ITEM_SPOOL, TABLE, CLICKS, FIRST_SEEN = "items.spool", "table.arrow", "clicks.npy", "first_seen.npy"
+ITEM_SPOOL, TABLE, CLICKS = "items.spool", "table.arrow", "clicks.npz"
 LARGE_SHARE = 0.05
 """Of unknown items: from here on they are called the cause of an error."""
 
@@ -179,8 +179,10 @@ class Build:
 
     def _make_clicks(self, number: int, folder: Path) -> None:
         (users, splits), num_items = self._range(number), len(self._items)
-        np.save(folder / CLICKS, count_clicks(users, splits, self._samples(users, splits), num_items))
-        np.save(folder / FIRST_SEEN, users.first_seen(num_items))
+        clicks = count_clicks(users, splits, self._samples(users, splits), num_items)
+        first_seen = users.first_seen(num_items)
+        met = np.flatnonzero(clicks.any(axis=(0, 1)) | (first_seen < NEVER))  # of a large catalogue few
+        np.savez(folder / CLICKS, met=met, clicks=clicks[:, :, met], first_seen=first_seen[met])
 
     def _make_candidates(self, maker: CandidateMaker, number: int, folder: Path) -> dict[str, Any]:
         samples, facts = self._samples(*self._range(number)), {}
@@ -214,25 +216,19 @@ class Build:
 
     def _choose(self) -> KeptUsers:
         """Keep the first ``max_users`` by their key's hash (0: all), and split them."""
-        data, paths = self._data, self._tables("users", self._num_parts)
-        found, ends = [], [0]
-        for number in range(self._num_parts):
-            batches = read_part(paths, number)
-            columns = [
-                np.concatenate([batch.column(name).to_numpy() for batch in batches])
-                for name in ("hash", "time", "split")
-            ]
-            order = np.argsort(columns[0], kind="stable")
-            found.append([column[order] for column in columns])
-            ends.append(ends[-1] + len(order))
-        self._num_users = ends[-1]
+        data, names = self._data, ("hash", "time", "split")
+        tables = [read_columns(path, names) for path in self._tables("users", self._num_parts)]
+        keys, times, splits = (np.concatenate(column) for column in zip(*tables, strict=True))
+        self._num_users = len(keys)
         if not self._num_users:
             left_out = describe(self._work.total())
             raise DataError(
                 f"{self._reader.log_file}: no user is left ({left_out}); widen data.min_history and the like"
             )
         kept = min(data.max_users or self._num_users, self._num_users)
-        keys, times, splits = (np.concatenate(column)[:kept] for column in zip(*found, strict=True))
+        ends = np.append(0, np.cumsum(np.bincount(hash_range(keys, self._num_parts), minlength=self._num_parts)))
+        order = np.argsort(keys, kind="stable")[:kept]
+        keys, times, splits = keys[order], times[order], splits[order]
         if data.split_by == "time":
             check_times(times, "data.split_by=time")
             splits = split_by_time(times, keys, data.split)
@@ -257,11 +253,13 @@ class Build:
         return f"{self._reader.log_file}: {what}", share
 
     def _make_all_candidates(self, retrieved: RetrievedLists | None) -> None:
-        folders = [self._work.path("clicks", number) for number in range(self._num_parts)]
-        clicks, first_seen = np.load(folders[0] / CLICKS), np.load(folders[0] / FIRST_SEEN)
-        for folder in folders[1:]:
-            clicks += np.load(folder / CLICKS)
-            np.minimum(first_seen, np.load(folder / FIRST_SEEN), out=first_seen)
+        num_items = len(self._items)
+        clicks, first_seen = np.zeros((len(SPLITS), 2, num_items), np.int64), np.full(num_items, NEVER)
+        for number in range(self._num_parts):
+            part = np.load(self._work.path("clicks", number) / CLICKS)
+            met = part["met"]
+            clicks[:, :, met] += part["clicks"]
+            first_seen[met] = np.minimum(first_seen[met], part["first_seen"])
         self._clicks = clicks, first_seen
         maker = CandidateMaker(
             candidate_rules(self._config), self._kept.times, clicks, self._items, first_seen, retrieved
