@@ -230,8 +230,9 @@ class JsonlReader:
             return unix_seconds(value, self.time_format, counts)
         except (TypeError, ValueError, OverflowError):
             expected = "Unix seconds or ISO 8601; repair the row, or name the form with data.time_format"
-            if self.time_format:
-                expected = f"a time as data.time_format={self.time_format!r} or Unix seconds; repair the row"
+            if self.time_format:  # of text, numbers too: 20240131 may be of that form
+                number = "" if isinstance(value, str) else " or Unix seconds"
+                expected = f"a time as data.time_format={self.time_format!r}{number}; repair the row"
             raise DataError(f"{place}: time {shown(value)}, expected {expected}") from None
 
     def _records(self, path: Path) -> Iterator[Row]:
