@@ -183,6 +183,15 @@ def test_an_adapted_head_in_bfloat16_has_no_rounded_scores(settings: dict) -> No
     assert float((found - exact).abs().max()) < 0.1 * float(exact.abs().max())
 
 
+def test_the_answers_loss_in_bfloat16_is_of_no_rounded_logits() -> None:
+    """The difference of its two logits is that of which the other losses are made."""
+    model, row = make_model(model_config(), torch.bfloat16), make_row()
+    model.lm_head.weight.data *= 100
+    with torch.no_grad():
+        logits, pair = (recommender(model, "cpu")(RowInputs(row, CPU), want) for want in ("logits", "pair"))
+    assert pair.abs().max() > 16 and torch.equal(logits[:, list(ANSWERS)], pair)
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_bfloat16_is_as_near_to_float32_as_separate_sequences_are(kind: str) -> None:
     row = make_row(12)

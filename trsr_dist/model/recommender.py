@@ -79,7 +79,9 @@ class Recommender(nn.Module):
         if want == "pair":
             return self.pair_logits(states)
         if want == "logits":
-            return self.causal.lm_head(states)
+            head = self.causal.lm_head
+            logits = head(states)
+            return logits if self._is_adapted else self._answers_in_float32(head, (states,), logits)
         assert targets is not None
         return self._text_loss(states, targets)
 
@@ -105,9 +107,11 @@ class Recommender(nn.Module):
         return linear(states.float(), self._answer_rows.to(states.device), bias)
 
     def _answers_in_float32(self, head: nn.Module, args: tuple[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
-        """A hook for heads whose logits the model or an adapter goes on with (it may scale, cap or add to them): in 16
-        bits those of 16 and more are multiples of 1/8, so that most candidates of a user would be tied."""
-        if logits.dtype == torch.float32:
+        """In 16 bits logits of 16 and more are multiples of 1/8, so that most candidates of a user would be tied.
+
+        Also a hook, for heads whose logits the model or an adapter goes on with: it may scale, cap or add to them.
+        """
+        if logits.dtype == torch.float32 or self._answer_rows is None:
             return logits
         logits = logits.float()
         logits[..., list(self.answer_ids)] = self._exact_logits(args[0])
