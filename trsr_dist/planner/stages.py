@@ -95,9 +95,7 @@ def forecast_summaries(
     return SummaryForecast(work, weights, most, cost)
 
 
-def generation(
-    shape: ModelShape, work: SummaryWork, num_in_flight: int, engine: str, precision: str = SUMMARY_PRECISION
-) -> Generation:
+def generation(shape: ModelShape, work: SummaryWork, num_in_flight: int, engine: str, precision: str) -> Generation:
     """The work in operations and bytes. A new token reads its prompt and, on average, half of the answer.
 
     Args:
