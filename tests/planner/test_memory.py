@@ -155,7 +155,7 @@ def test_keys_and_values_are_those_of_the_cache() -> None:
     config = LlamaConfig(**CONFIG.to_dict())
     model, cache = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), DynamicCache(config=config)
     with torch.no_grad():
-        model(torch.zeros(3, 40, dtype=torch.long), past_key_values=cache)
+        model(torch.zeros(3, 40, dtype=torch.long), None, None, cache)
     found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert key_value_bytes(ModelShape.from_config(CONFIG.to_dict()), 3 * 40, "float32") == found
 
