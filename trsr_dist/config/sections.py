@@ -224,6 +224,9 @@ class ModelSection(Section):
     """Run model code from the hub. Off unless you have read that code."""
     attention: Literal["auto", "flash_attn", "torch", "flex", "cpu", "dense"] = "auto"
     """Back end of the shared-prefix attention."""
+    kernels: Literal["auto", "none", "liger"] = "auto"
+    """Liger-Kernel's fused norms, gated MLPs and rotary positions in training (extra: liger); auto: on a GPU that has
+    them."""
     quantization: Annotated[Literal["none", "4bit", "8bit"], OnResume.REFUSED] = "none"
     """Load the frozen base through bitsandbytes (extra: quantization)."""
 

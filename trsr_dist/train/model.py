@@ -18,6 +18,7 @@ from trsr_dist.environment import Ranks, available_memory_bytes, return_large_bl
 from trsr_dist.errors import ConfigError, TrsrError
 from trsr_dist.log import get_logger
 from trsr_dist.model.adapters import adapter_config, add_lora
+from trsr_dist.model.kernels import choose_kernels, use_kernels
 from trsr_dist.model.loading import load_base, load_base_divided, resolve_precision, shared_backend
 from trsr_dist.model.recommender import Recommender, enable_recomputation
 from trsr_dist.model.zero3 import check_equal_calls
@@ -49,6 +50,8 @@ class ModelSetup:
     precision: str
     backend: str | None
     """Of the shared-prefix attention."""
+    fused: bool
+    """Whether norms, MLPs and rotary positions run on Liger's kernels."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -70,6 +73,7 @@ def set_up_model(config: Config, run: RunFolder, ranks: Ranks) -> ModelSetup:
     precision = resolve_precision(train.precision, device)
     dtype = getattr(torch, precision)
     backend = shared_backend(model_config, config.model.attention, device, dtype, builder.max_tokens)
+    fused = choose_kernels(config.model.kernels, device, model_config)
     rows_per_rank = -(-train.rows_per_step // ranks.world_size)
     zero_config = complete_zero_config(
         settings, rows_per_rank, ranks.world_size, precision, train.max_grad_norm, device.type == "cuda"
@@ -82,7 +86,7 @@ def set_up_model(config: Config, run: RunFolder, ranks: Ranks) -> ModelSetup:
                 "weights cannot be divided; take ds_configs/zero1.json"
             )
         check_equal_calls(backend, ranks.world_size)
-    return ModelSetup(source, name, model_config, builder, zero, zero_config, precision, backend)
+    return ModelSetup(source, name, model_config, builder, zero, zero_config, precision, backend, fused)
 
 
 def base_source(config: Config, run: RunFolder, ranks: Ranks) -> tuple[BaseSource, str]:
@@ -122,6 +126,9 @@ def build_model(config: Config, ranks: Ranks, setup: ModelSetup) -> tuple[Recomm
     layers = add_lora(base, config.run.seed, **config.lora.model_dump())
     if config.train.activation_checkpointing:
         enable_recomputation(base)
+    if setup.fused:
+        log.info("norms, MLPs and rotary positions run on the kernels of liger-kernel (model.kernels)")
+        use_kernels(base)
     model = Recommender(base, setup.builder.answer_ids, setup.backend)
     return model, adapter_config(layers, setup.name, config.model.revision)
 
