@@ -24,6 +24,7 @@ DATA ?=
 FORMAT ?= mind
 MODEL ?= $(HOME)/.cache/trsr_dist/smollm2-135m-instruct
 SERVER ?= $(HOME)/.cache/trsr_dist/vllm
+KERNELS ?= $(HOME)/.cache/trsr_dist/kernels
 STORES ?= $(HOME)/.cache/trsr_dist/s3fs
 REAL_RUN ?= runs/real-$(FORMAT)
 # As many ranks as configs/smollm2.yaml has rows in a step, at most.
@@ -31,7 +32,7 @@ DEVICES := $(if $(GPU),$(or $(filter 1 2,$(shell nvidia-smi --list-gpus 2>/dev/n
 REAL = --config configs/smollm2.yaml "run.dir=$(REAL_RUN)" run.seed=$(SEED) data.format=$(FORMAT) "data.path=$(DATA)" \
   "model.name_or_path=$(MODEL)" $(SET)
 
-.PHONY: help env quickstart real real-server test test-long test-slurm test-stores test-real test-serve soak chaos mutants fuzz lint format bench wheels gpu-check clean
+.PHONY: help env quickstart real real-server test test-long test-slurm test-stores test-kernels test-real test-serve soak chaos mutants fuzz lint format bench wheels gpu-check clean
 
 help:  ## list the goals
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -86,6 +87,10 @@ test-serve: env  ## what vLLM serves against our scores (make real-server instal
 test-stores: env  ## raw files and shards on moto's S3: s3fs wants an older python-dateutil, so it lies in a folder
 	$(BIN)/pip install --quiet --target "$(STORES)" s3fs==2026.9.0 'moto[s3]==5.2.5' flask==3.1.3 flask-cors==6.0.5
 	PYTHONPATH="$(STORES)" $(BIN)/python -m pytest -rs $(wildcard tests/*/test_stores.py)
+
+test-kernels: env  ## Liger's kernels in Triton's interpreter on the CPU (1 GB, in a folder: PyTorch for CPUs brings no Triton)
+	$(BIN)/pip install --quiet --no-deps --target "$(KERNELS)" -c constraints.txt liger-kernel triton==3.9.0
+	TRITON_INTERPRET=1 PYTHONPATH="$(KERNELS)" $(BIN)/python -m pytest -rs tests/model/test_liger.py
 
 soak: env  ## the long fault runs
 	$(BIN)/python -m pytest -m soak

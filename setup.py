@@ -41,6 +41,7 @@ EXTRAS = {
     "mlflow": ["mlflow>=3"],
     "trackio": ["trackio>=0.20"],
     "quantization": ["bitsandbytes>=0.46.1"],
+    "liger": ["liger-kernel>=0.8"],
     "gguf": ["gguf>=0.17"],
     "trl": ["trl>=1"],
     "dev": [

@@ -23,6 +23,7 @@ from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.attention.backends import choose_backend
 from trsr_dist.model.compilation import compile_layers, warm_up
 from trsr_dist.model.inputs import RowInputs
+from trsr_dist.model.kernels import choose_kernels, use_kernels
 from trsr_dist.model.recommender import Recommender, enable_recomputation
 from trsr_dist.planner.flops import forward_flops, training_flops
 from trsr_dist.planner.memory import StepSettings, ZeroSetting, rank_memory
@@ -198,6 +199,24 @@ class Bench:
             ratio_row("gpu", case, "gain of the last layer at the answers", layer, ours),
             ratio_row("gpu", case, "gain of the instruction once a row", instruction, ours),
         ]
+
+    def fused(self, count: int) -> list[Row]:
+        """Tokens a second on Liger's kernels over those on the stock layers.
+
+        Raises:
+            ConfigError: they cannot run here.
+        """
+        choose_kernels("liger", self._setting.device, self._setting.config)
+        plain = self._shared_step(self._users(count))
+
+        def step() -> None:
+            bound = use_kernels(self.model.causal)
+            plain()
+            for module in bound:
+                del module.forward
+
+        times = times_in_turns((plain, step), self._setting.device)
+        return [ratio_row("gpu", f"train 1+{count - 1}", "gain of fused kernels", *times)]
 
     def kernels(self, count: int) -> list[Row]:
         """Where the time of a training step goes: the kernels that take longest, and the time that the GPU idles."""

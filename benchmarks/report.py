@@ -18,7 +18,10 @@ from benchmarks.common import Row, as_json, markdown
 from trsr_dist.errors import RunError
 from trsr_dist.files import atomic_file, write_json
 
-PACKAGES = ("torch", "deepspeed", "transformers", "peft", "flash-attn", "bitsandbytes", "vllm", "webdataset")
+PACKAGES = (
+    *("torch", "deepspeed", "transformers", "peft"),
+    *("flash-attn", "bitsandbytes", "liger-kernel", "vllm", "webdataset"),
+)
 ROOT = Path(__file__).parents[1]
 ONE_TEST_SECONDS, TEST_SECONDS, ALL_SECONDS = 160, 280, 480
 """A test is ended after the first, all tests after the second; no measurement begins after the third."""

@@ -227,6 +227,11 @@ def leave_out_cudnn() -> None:
     torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def interprets_triton() -> bool:
+    """Whether Triton runs its kernels as Python code on the CPU, for tests."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def expand_home(path: str) -> str:
     """A path as a user writes it in a setting; a leading ``~`` or ``~name`` is a home folder, as in a shell.
 

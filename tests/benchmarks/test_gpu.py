@@ -34,8 +34,14 @@ def test_every_measurement_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = gpu.run(1.0)
     assert gpu.is_complete(rows)
     missing = [row for row in rows if math.isnan(row.value)]
-    assert {row.case.split(", ")[-1] for row in missing} == {"flash_attn", "flash_attn_4", "torch", "flex"}
-    assert all(row.note.startswith("not run: model.attention=") for row in missing)
+    assert {row.case.split(", ")[-1] for row in missing} == {
+        "flash_attn",
+        "flash_attn_4",
+        "torch",
+        "flex",
+        "fused kernels",
+    }
+    assert all(row.note.startswith(("not run: model.attention=", "not run: model.kernels=")) for row in missing)
     measures = {(row.case, row.measure) for row in rows}
     for case in ("train 1+1", "train 1+4", "train 1+20", "score 1+20", "train 1+1, recomputed selectively"):
         assert (case, "users a second") in measures

@@ -98,15 +98,18 @@ def test_a_failing_compiler_is_named() -> None:
 
 
 @pytest.mark.parametrize(
-    ("backend", "quantization", "stage", "reason"),
+    ("backend", "quantization", "stage", "kernels", "reason"),
     [
-        ("torch", "none", 3, "ZeRO stage 3"),
-        ("torch", "4bit", 1, "model.quantization=4bit"),
-        ("flex", "none", 1, "here it is flex"),
-        (None, "none", 1, "needs shared prefixes"),
+        ("torch", "none", 3, "auto", "ZeRO stage 3"),
+        ("torch", "4bit", 1, "auto", "model.quantization=4bit"),
+        ("flex", "none", 1, "auto", "here it is flex"),
+        (None, "none", 1, "auto", "needs shared prefixes"),
+        ("torch", "none", 1, "liger", "no need of model.kernels=liger"),
     ],
 )
-def test_what_cannot_be_compiled_is_refused(backend: str | None, quantization: str, stage: int, reason: str) -> None:
-    check_compilable("torch", "none", 2)
+def test_what_cannot_be_compiled_is_refused(
+    backend: str | None, quantization: str, stage: int, kernels: str, reason: str
+) -> None:
+    check_compilable("torch", "none", 2, "auto")
     with pytest.raises(ConfigError, match=f"model.compile=true: .*{reason}.*or set model.compile=false"):
-        check_compilable(backend, quantization, stage)
+        check_compilable(backend, quantization, stage, kernels)

@@ -20,7 +20,7 @@ COMPILABLE = ("flash_attn", "flash_attn_4", "torch", "cpu")
 log = get_logger("model")
 
 
-def check_compilable(backend: str | None, quantization: str, zero_stage: int) -> None:
+def check_compilable(backend: str | None, quantization: str, zero_stage: int, kernels: str) -> None:
     """Refuse what ``model.compile=true`` cannot serve.
 
     Raises:
@@ -31,6 +31,8 @@ def check_compilable(backend: str | None, quantization: str, zero_stage: int) ->
         reason = "ZeRO stage 3 gathers weights within a layer; take ds_configs/zero1.json or zero2.json"
     elif quantization != "none":
         reason = f"model.quantization={quantization} was not tested with it; set model.quantization=none"
+    elif kernels == "liger":
+        reason = "compiled layers have no need of model.kernels=liger; set model.kernels=auto"
     elif backend not in COMPILABLE:
         reason = f"it needs shared prefixes with model.attention in {', '.join(COMPILABLE)}, here it is {backend}"
     if reason:

@@ -211,7 +211,7 @@ def load_weights(
     config = load_config(source)
     backend = shared_backend(config, attention, device, dtype, builder.max_tokens)
     if compiled:
-        check_compilable(backend, "none", 0 if zero_config is None else 3)
+        check_compilable(backend, "none", 0 if zero_config is None else 3, "none")
     if zero_config is None:
         base = load_base(source, dtype, device, config)
     else:

@@ -19,6 +19,7 @@ from trsr_dist.errors import ConfigError, TrsrError
 from trsr_dist.log import get_logger
 from trsr_dist.model.adapters import adapter_config, add_lora
 from trsr_dist.model.compilation import check_compilable, compile_layers, warm_up
+from trsr_dist.model.kernels import choose_kernels, use_kernels
 from trsr_dist.model.loading import load_base, load_base_divided, resolve_precision, shared_backend
 from trsr_dist.model.recommender import Recommender, enable_recomputation
 from trsr_dist.model.zero3 import check_equal_calls
@@ -50,6 +51,8 @@ class ModelSetup:
     precision: str
     backend: str | None
     """Of the shared-prefix attention."""
+    fused: bool
+    """Whether norms, MLPs and rotary positions run on Liger's kernels."""
 
     @property
     def dtype(self) -> torch.dtype:
@@ -71,6 +74,7 @@ def set_up_model(config: Config, run: RunFolder, ranks: Ranks) -> ModelSetup:
     precision = resolve_precision(train.precision, device)
     dtype = getattr(torch, precision)
     backend = shared_backend(model_config, config.model.attention, device, dtype, builder.max_tokens)
+    fused = not config.model.compile and choose_kernels(config.model.kernels, device, model_config)
     rows_per_rank = -(-train.rows_per_step // ranks.world_size)
     zero_config = complete_zero_config(
         settings, rows_per_rank, ranks.world_size, precision, train.max_grad_norm, device.type == "cuda"
@@ -84,8 +88,8 @@ def set_up_model(config: Config, run: RunFolder, ranks: Ranks) -> ModelSetup:
             )
         check_equal_calls(backend, ranks.world_size)
     if config.model.compile:
-        check_compilable(backend, config.model.quantization, zero.stage)
-    return ModelSetup(source, name, model_config, builder, zero, zero_config, precision, backend)
+        check_compilable(backend, config.model.quantization, zero.stage, config.model.kernels)
+    return ModelSetup(source, name, model_config, builder, zero, zero_config, precision, backend, fused)
 
 
 def base_source(config: Config, run: RunFolder, ranks: Ranks) -> tuple[BaseSource, str]:
@@ -127,6 +131,9 @@ def build_model(config: Config, ranks: Ranks, setup: ModelSetup) -> tuple[Recomm
     # A compiler that sees forward and backward pass recomputes what is cheap by itself.
     if recompute is True or (recompute and not config.model.compile):
         enable_recomputation(base, selective=recompute == "selective")
+    if setup.fused:
+        log.info("norms, MLPs and rotary positions run on the kernels of liger-kernel (model.kernels)")
+        use_kernels(base)
     model = Recommender(base, setup.builder.answer_ids, setup.backend)
     if config.model.compile:
         compile_layers(model)
