@@ -18,7 +18,7 @@ LAUNCHER := PATH="$(CURDIR)/$(BIN):$$PATH" $(if $(GPU),,DS_ACCELERATOR=cpu) $(BI
 WHEELS := build/wheels
 GPU_PYTHON ?= 3.12
 CARRIED := hjson py-cpuinfo msgpack einops ninja psutil tqdm pydantic pydantic_core annotated-types typing-inspection \
-  typing_extensions webdataset braceexpand pytest pytest-timeout pluggy iniconfig Pygments
+  typing_extensions webdataset braceexpand pytest pytest-timeout pluggy iniconfig Pygments liger-kernel
 # The small real model, and what one calls a run of it.
 DATA ?=
 FORMAT ?= mind

@@ -77,6 +77,7 @@ def measurements(setting: Setting) -> list[tuple[str, Measure]]:
         ("train 1+4, profiled", lambda: bench().kernels(5)),
         ("train 1+4, further savings", lambda: bench().savings(5)),
         ("train 1+4, fused kernels", lambda: bench().fused(5)),
+        ("train 1+4, FP8 base", lambda: bench().quantized(5)),
         ("summarizing", lambda: generation(setting, rate(), bandwidth())),
         *kernels,
     ]

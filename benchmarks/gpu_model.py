@@ -22,6 +22,7 @@ from trsr_dist.config.sections import LoraSection
 from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.attention.backends import choose_backend
 from trsr_dist.model.compilation import compile_layers, warm_up
+from trsr_dist.model.fp8 import check_fp8, hold_in_fp8
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.kernels import choose_kernels, use_kernels
 from trsr_dist.model.recommender import Recommender, enable_recomputation
@@ -100,9 +101,13 @@ class Bench:
     Args:
         setting: of the model and its rows.
         rate: measured FLOP/s of a matrix product.
+        in_fp8: whether the base is held in FP8.
+
+    Raises:
+        ConfigError: it cannot be held so here.
     """
 
-    def __init__(self, setting: Setting, rate: float) -> None:
+    def __init__(self, setting: Setting, rate: float, in_fp8: bool = False) -> None:
         self._setting = setting
         self._rate = rate
         self.shape = ModelShape.from_config(setting.config.to_dict())
@@ -110,6 +115,9 @@ class Bench:
         with setting.device:
             causal = AutoModelForCausalLM.from_config(setting.config, dtype=setting.dtype)
         causal.requires_grad_(False)
+        if in_fp8:
+            check_fp8(setting.device, setting.dtype)
+            hold_in_fp8(causal, setting.device)
         add_lora(causal, 0, **LoraSection(r=LORA_RANK, dropout=0.0, target_modules=TARGETS).model_dump())
         head_dim = setting.config.hidden_size // setting.config.num_attention_heads
         self.backend = choose_backend("auto", setting.device, setting.dtype, head_dim)
@@ -217,6 +225,26 @@ class Bench:
 
         times = times_in_turns((plain, step), self._setting.device)
         return [ratio_row("gpu", f"train 1+{count - 1}", "gain of fused kernels", *times)]
+
+    def quantized(self, count: int) -> list[Row]:
+        """Tokens a second on a base in FP8 over those on the whole one, and how far the answers' log-odds move.
+
+        Raises:
+            ConfigError: there are no FP8 products here.
+        """
+        users, case = self._users(count), f"train 1+{count - 1}"
+        other = Bench(self._setting, self._rate, in_fp8=True)
+        times = times_in_turns((self._shared_step(users), other._shared_step(users)), self._setting.device)
+        inputs = RowInputs(pack_row(users), self._setting.device)
+        with torch.no_grad():
+            pairs = [bench.model(inputs, "pair") for bench in (self, other)]
+        whole, held = (pair[:, 0] - pair[:, 1] for pair in pairs)
+        moved = float((held - whole).square().mean().sqrt() / whole.std())
+        note = "root mean square, of the spread of random weights' log-odds"
+        return [
+            ratio_row("gpu", case, "gain of an FP8 base", *times),
+            Row("gpu", case, "log-odds moved by an FP8 base", moved, "", note),
+        ]
 
     def kernels(self, count: int) -> list[Row]:
         """Where the time of a training step goes: the kernels that take longest, and the time that the GPU idles."""

@@ -49,7 +49,7 @@ class BaseSource:
     revision: str = ""
     trust_remote_code: bool = False
     quantization: str = "none"
-    """none, 4bit or 8bit (bitsandbytes)."""
+    """none, 4bit or 8bit (bitsandbytes), or fp8."""
 
     @property
     def is_local(self) -> bool:

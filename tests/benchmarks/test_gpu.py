@@ -43,6 +43,8 @@ def test_every_measurement_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     assert all(row.note.startswith(("not run: model.attention=", "not run: model.kernels=")) for row in missing)
     measures = {(row.case, row.measure) for row in rows}
+    (moved,) = (row for row in rows if row.measure == "log-odds moved by an FP8 base")
+    assert 0 < moved.value < 0.5
     for case in ("train 1+1", "train 1+4", "train 1+20", "score 1+20", "train 1+1, recomputed selectively"):
         assert (case, "users a second") in measures
     assert {("compiled layers", f"gain in {name} 1+1") for name in ("training", "scoring")} < measures

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 NAMES = ("zero1", "zero2", "zero3", "zero3_offload")
 SAVED = "step-000008"
 DEVICES = ("gpu", "cpu")
-QUANTIZED = {"4bit": 0.1, "8bit": 0.05}
+QUANTIZED = {"4bit": 0.1, "8bit": 0.05, "fp8": 0.05}
 """How near their losses stay."""
 TRAIN = """
 import sys

@@ -160,7 +160,7 @@ def test_keys_and_values_are_those_of_the_cache() -> None:
     assert key_value_bytes(ModelShape.from_config(CONFIG.to_dict()), 3 * 40, "float32") == found
 
 
-@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit"])
+@pytest.mark.parametrize("quantization", ["none", "8bit", "4bit", "fp8"])
 def test_weights_are_those_of_the_loaded_base(quantization: str, tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
     AutoModelForCausalLM.from_config(CONFIG).to(torch.bfloat16).save_pretrained(tmp_path)
@@ -168,6 +168,7 @@ def test_weights_are_those_of_the_loaded_base(quantization: str, tmp_path: Path)
     base = load_base(source, torch.bfloat16, torch.device("cpu"))
     found = sum(parameter.nbytes for parameter in base.parameters())
     states = (getattr(parameter, "quant_state", None) for parameter in base.parameters())
+    found += sum(buffer.nbytes for name, buffer in base.named_buffers() if name.endswith("scales"))
     found += sum(state.absmax.nbytes + state.state2.absmax.nbytes for state in states if state is not None)
     planned = weight_bytes(ModelShape.from_config(CONFIG.to_dict()), "bfloat16", quantization)
     assert planned == pytest.approx(found, rel=0.002)

@@ -1,4 +1,4 @@
-"""QLoRA on bitsandbytes' CPU kernels: the base is quantized, the losses stay near, the adapter fits the whole base."""
+"""QLoRA on bitsandbytes' CPU kernels, FP8 on PyTorch's: losses stay near, the adapter fits the whole base."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ import pytest
 import torch
 
 from tests.spawn import run_script
-from tests.train.world import link_run, losses_of, write_config
+from tests.train.world import link_run, losses_of, make_config, write_config
+from trsr_dist.environment import Ranks
 from trsr_dist.errors import ConfigError
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
 from trsr_dist.model.loading import load_base
 from trsr_dist.pretrained import BaseSource
+from trsr_dist.run import RunFolder
+from trsr_dist.train.model import set_up_model
 
 pytest.importorskip("bitsandbytes")
 STEPS = 6
@@ -35,7 +38,7 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, f
     return train(tmp_path_factory.mktemp("whole") / "run", source, "none")
 
 
-@pytest.mark.parametrize(("kind", "near"), [("4bit", 0.1), ("8bit", 0.02)])
+@pytest.mark.parametrize(("kind", "near"), [("4bit", 0.1), ("8bit", 0.02), ("fp8", 0.05)])
 def test_losses_stay_near_and_the_adapter_merges(
     source: Path, whole: dict[int, float], tmp_path: Path, kind: str, near: float
 ) -> None:
@@ -51,6 +54,15 @@ def test_the_base_is_quantized(source: Path, kind: str) -> None:
     base = load_base(BaseSource(str(source / "base"), quantization=kind), torch.bfloat16, torch.device("cpu"))
     assert type(base.model.layers[0].self_attn.q_proj).__name__ == LAYERS[kind]
     assert not any(parameter.requires_grad for parameter in base.parameters())
+
+
+@pytest.mark.parametrize("kind", [*LAYERS, "fp8"])
+def test_divided_weights_cannot_be_quantized(source: Path, tmp_path: Path, kind: str) -> None:
+    run = link_run(tmp_path / "run", source)
+    model = {"name_or_path": "RUN/base", "quantization": kind}
+    config = make_config(run, model=model, train={"deepspeed_config": "ds_configs/zero3.json"})
+    with pytest.raises(ConfigError, match=f"model.quantization={kind} and ZeRO stage 3 exclude each other"):
+        set_up_model(config, RunFolder(run), Ranks(0, 1, 0, 1))
 
 
 def test_without_bitsandbytes_its_name_is_said(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -228,8 +228,9 @@ class ModelSection(Section):
     kernels: Literal["auto", "none", "liger"] = "auto"
     """Liger-Kernel's fused norms, gated MLPs and rotary positions in training (extra: liger); auto: on a GPU that has
     them."""
-    quantization: Annotated[Literal["none", "4bit", "8bit"], OnResume.REFUSED] = "none"
-    """Load the frozen base through bitsandbytes (extra: quantization)."""
+    quantization: Annotated[Literal["none", "4bit", "8bit", "fp8"], OnResume.REFUSED] = "none"
+    """Hold the frozen base's layers in fewer bits: 4bit and 8bit through bitsandbytes (extra: quantization); fp8: with
+    FP8 products, on GPUs from compute capability 8.9 on."""
     compile: bool = False
     """Compile the decoder layers before a training's first step (minutes; needs a C++ compiler and Triton on GPUs)."""
 

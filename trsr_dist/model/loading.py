@@ -41,6 +41,7 @@ from trsr_dist.model.artifacts import (
 )
 from trsr_dist.model.attention.self_check import Heads, choose_checked
 from trsr_dist.model.compilation import check_compilable, compile_layers, warm_up
+from trsr_dist.model.fp8 import hold_in_fp8
 from trsr_dist.model.recommender import Recommender, length_limit
 from trsr_dist.model.zero3 import check_equal_calls, load_divided, scoring_engine
 from trsr_dist.pretrained import (
@@ -212,6 +213,9 @@ def load_weights(
     backend = shared_backend(config, attention, device, dtype, builder.max_tokens)
     if compiled:
         check_compilable(backend, "none", 0 if zero_config is None else 3, "none")
+    held = prompts.provenance.get("config", {}).get("model", {}).get("quantization", "none")
+    if held != "none":
+        log.info("trained with model.quantization=%s; scored on the whole base", held)
     if zero_config is None:
         base = load_base(source, dtype, device, config)
     else:
@@ -275,14 +279,17 @@ def load_base(
         config: of ``load_config``; None: it is read.
 
     Raises:
+        ConfigError: the base cannot be quantized here.
         ModelError: the weights cannot be read.
     """
     options: dict[str, Any] = {}
-    if source.quantization != "none":
+    if source.quantization in ("4bit", "8bit"):
         options = {"quantization_config": _quantization(source.quantization, dtype), "device_map": {"": device}}
     model = load_causal(source, dtype, config, **options).requires_grad_(False)
+    if source.quantization == "fp8":
+        hold_in_fp8(model, device)
     warn_without_gpu(model, source.name_or_path)
-    return model if source.quantization != "none" else model.to(device)
+    return model if options else model.to(device)
 
 
 def load_base_divided(source: BaseSource, dtype: torch.dtype, zero_config: dict[str, Any]) -> nn.Module:

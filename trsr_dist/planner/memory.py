@@ -10,7 +10,7 @@ from trsr_dist.planner.shape import ModelShape
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """Of a number."""
-QUANTIZED_BITS = {"4bit": 4 + 8 / 64 + 32 / (64 * 256), "8bit": 8.0}
+QUANTIZED_BITS = {"4bit": 4 + 8 / 64 + 32 / (64 * 256), "8bit": 8.0, "fp8": 8.0}
 """Of a weight in a linear module. NF4 with double quantization (arXiv 2305.14314): an 8-bit scale for 64 weights, and a
 float32 one for 256 of these. LLM.int8 (arXiv 2208.07339): its scale of a row is not counted."""
 KEPT_BY_CPU = 3
@@ -96,12 +96,14 @@ def weight_bytes(shape: ModelShape, precision: str, quantization: str = "none") 
     Args:
         shape: the base model.
         precision: of what is not quantized: embeddings, output head, norms, biases.
-        quantization: of the linear modules of the layers; ``none``, ``4bit`` or ``8bit``.
+        quantization: of the linear modules of the layers; ``none``, ``4bit``, ``8bit`` or ``fp8``.
     """
     if quantization == "none":
         return shape.num_parameters * BYTES[precision]
     linear = shape.num_linear_parameters
     quantized = round(linear * QUANTIZED_BITS[quantization] / 8)
+    if quantization == "fp8":  # a float32 scale for each output
+        quantized += 4 * shape.num_layers * sum(outputs for _, outputs in shape.linears.values())
     return quantized + (shape.num_parameters - linear) * BYTES[precision]
 
 

@@ -19,6 +19,7 @@ from trsr_dist.errors import ConfigError, TrsrError
 from trsr_dist.log import get_logger
 from trsr_dist.model.adapters import adapter_config, add_lora
 from trsr_dist.model.compilation import check_compilable, compile_layers, warm_up
+from trsr_dist.model.fp8 import check_fp8
 from trsr_dist.model.kernels import choose_kernels, use_kernels
 from trsr_dist.model.loading import load_base, load_base_divided, resolve_precision, shared_backend
 from trsr_dist.model.recommender import Recommender, enable_recomputation
@@ -74,6 +75,8 @@ def set_up_model(config: Config, run: RunFolder, ranks: Ranks) -> ModelSetup:
     precision = resolve_precision(train.precision, device)
     dtype = getattr(torch, precision)
     backend = shared_backend(model_config, config.model.attention, device, dtype, builder.max_tokens)
+    if config.model.quantization == "fp8":
+        check_fp8(device, dtype)
     fused = not config.model.compile and choose_kernels(config.model.kernels, device, model_config)
     rows_per_rank = -(-train.rows_per_step // ranks.world_size)
     zero_config = complete_zero_config(
