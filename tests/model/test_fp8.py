@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from tests.merge.models import make_base
@@ -159,3 +160,28 @@ def test_a_model_without_such_layers() -> None:
     )
     with pytest.raises(ConfigError, match="no linear layers that it could hold"):
         hold_in_fp8(model, CPU)
+
+
+def test_selective_recomputation_runs_no_product_twice() -> None:
+    base = AutoModelForCausalLM.from_config(model_config())
+    hold_in_fp8(base, CPU)
+    add_lora(base, 0, **LORA)
+    counts = {}
+    for mode in (False, "selective", True):
+        reader = recommender(base, "cpu", mode)
+        with Products() as products:
+            run_row(reader, make_row(12))
+        counts[mode] = products.count
+    assert 0 < counts["selective"] == counts[False] < counts[True]
+
+
+class Products(TorchDispatchMode):
+    """Counts FP8 products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        self.count += func is torch.ops.aten._scaled_mm.default
+        return func(*args, **kwargs or {})

@@ -23,6 +23,8 @@ from trsr_dist.rows import PackedRow
 Want = Literal["logits", "pair", "text"]
 SEPARATE_TOKENS = 8192
 """Tokens of a batch where prompts run as separate sequences."""
+WEIGHTS_OF = {torch.ops.aten.mm.default: 1, torch.ops.aten.addmm.default: 2, torch.ops.aten._scaled_mm.default: 1}
+"""Products of matrices, and which of their operands has the weights."""
 MIN_ADAPTER_RATIO = 8
 """From that on a product widens its input so much that computing it again is cheaper than keeping it: LoRA's B."""
 LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
@@ -225,14 +227,16 @@ def enable_recomputation(model: nn.Module, selective: bool = False) -> None:
 
 
 def _policy(config: Any, ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """What a layer keeps: outputs that cost many operations a number. An MLP's output is no one's input in it."""
+    """What a layer keeps: outputs that cost many operations a number. An MLP's output is no one's input in it, and the
+    recomputation ends before it; where it is a function of our own, behind it."""
     if operator is torch.ops.trsr_dist.tree_attention.default:
         return CheckpointPolicy.MUST_SAVE
-    if operator not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+    if operator not in WEIGHTS_OF:
         return CheckpointPolicy.PREFER_RECOMPUTE
-    inner, outer = args[-1].shape
+    inner, outer = args[WEIGHTS_OF[operator]].shape
     is_adapter = outer >= MIN_ADAPTER_RATIO * inner
-    is_mlp_output = (inner, outer) == (config.intermediate_size, config.hidden_size)
+    is_native = operator is not torch.ops.aten._scaled_mm.default
+    is_mlp_output = is_native and (inner, outer) == (config.intermediate_size, config.hidden_size)
     return CheckpointPolicy.PREFER_RECOMPUTE if is_adapter or is_mlp_output else CheckpointPolicy.MUST_SAVE
 
 
