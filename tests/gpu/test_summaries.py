@@ -6,10 +6,34 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks.summarize import LARGE, answers_of, engine_of, generate, make_model, make_tokenizer, ragged
+from trsr_dist.summarize.engines.slots import Slots
+from trsr_dist.summarize.engines.steps import attend_by_length
 
-CUDA = torch.device("cuda")
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize("key_heads", [8, 2])
+def test_attention_by_length_is_that_with_a_mask(key_heads: int) -> None:
+    torch.manual_seed(0)
+    slots = Slots(1, 6, CUDA)
+    slots.columns, slots.lengths = 512, [3, 511, 200, 64]
+    (layer,) = slots.layers
+    one = torch.randn(6, key_heads, 1, 64, device=CUDA, dtype=torch.bfloat16)
+    layer.reserve(one, one, 6, 512)
+    layer.keys.normal_()
+    layer.values.normal_()
+    slots.begin([1, 2, 3, 4], is_exact=False, reads_all=False)
+    assert slots.extent == (6, 512)
+    query = torch.randn(6, 8, 1, 64, device=CUDA, dtype=torch.bfloat16)
+    keys, values = layer.update(one, one)
+    found, _ = attend_by_length(nn.Identity(), query, keys, values, slots.spans())
+    keys, values = (x.float().repeat_interleave(8 // key_heads, dim=1) for x in (keys, values))
+    expected = scaled_dot_product_attention(query.float(), keys, values, attn_mask=slots.mask(torch.float32))
+    torch.testing.assert_close(found.float(), expected.transpose(1, 2), atol=2e-2, rtol=2e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -6,7 +6,7 @@ Kernels are started one by one otherwise, which takes the host longer than the G
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from functools import cache, partial
 
 import torch
@@ -210,25 +210,13 @@ class CudaGraph:
         pool = [other._graph.pool() for other in others][:1]
         stream, before = side_stream(device), torch.cuda.current_stream(device)
         stream.wait_stream(before)
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream):  # the stream of before is back even where a capture cannot be ended
             function()  # libraries choose their kernels and allocate what they keep
             with refusing_waits():
                 function()  # a capture that fails leaves the allocator in disorder, so it is tried before
-            # ``torch.cuda.graph`` would also collect garbage, which takes longer than the rest.
-            torch.cuda.synchronize(device)
-            torch.cuda.empty_cache()  # while capturing, memory that is merely kept is not given back for want of some
-            self._record(function, pool)
+            with torch.cuda.graph(self._graph, *pool, stream=stream, capture_error_mode="thread_local"):
+                function()
         before.wait_stream(stream)
-
-    def _record(self, function: Replay, pool: list[tuple[int, int]]) -> None:
-        self._graph.capture_begin(*pool, capture_error_mode="thread_local")
-        try:
-            function()
-        except BaseException:
-            with suppress(RuntimeError):  # the first error tells more
-                self._graph.capture_end()
-            raise
-        self._graph.capture_end()
 
     def __call__(self) -> None:
         self._graph.replay()

@@ -219,11 +219,12 @@ class TransformersEngine:
         tokens = sequence.tokens
         by_token = tokens[-1] in self._stop_ids
         full = len(tokens) >= sequence.request.max_new_tokens
-        if not (by_token or full or len(tokens) % STOP_CHECK_TOKENS == 0):
+        # With a chat template the model ends its turn itself.
+        is_chat = self.encoder.style == "chat"
+        if not (by_token or full or (not is_chat and len(tokens) % STOP_CHECK_TOKENS == 0)):
             return None
         text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True)
-        # Where the next turn begins; with a chat template the model ends its turn itself.
-        stopped = None if self.encoder.style == "chat" else turn_place(text)
+        stopped = None if is_chat else turn_place(text)  # where the next turn begins
         if not (by_token or full or stopped is not None):
             return None
         cut = full and not by_token and stopped is None
