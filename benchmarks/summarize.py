@@ -197,8 +197,10 @@ def _schedule(engine: Engine, folder: Path, num_chains: int) -> dict[int, str]:
     return found
 
 
-def engine_of(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_slots: int) -> TransformersEngine:
-    return TransformersEngine(model, PromptEncoder(tokenizer, "plain", max(TOKENS_IN)), num_slots)
+def engine_of(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, num_slots: int, captures: bool = True
+) -> TransformersEngine:
+    return TransformersEngine(model, PromptEncoder(tokenizer, "plain", max(TOKENS_IN)), num_slots, captures)
 
 
 def answers_of(engine: TransformersEngine, requests: list[Request]) -> dict[str, Completion]:

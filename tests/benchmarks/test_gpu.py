@@ -50,7 +50,9 @@ def test_every_measurement_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {("compiled layers", f"gain in {name} 1+1") for name in ("training", "scoring")} < measures
     (engine,) = (row for row in rows if row.measure == "engine, 1 in flight")
     assert 0 < engine.value < engine.bound
-    assert "a step, 1 in flight" in {row.measure for row in rows}
+    found = {row.measure for row in rows}
+    assert {"a step, 1 in flight", "a step, 1 in flight, uncaptured", "captured / uncaptured, 1 in flight"} <= found
+    assert all(0 < row.value < 100 for row in rows if row.measure.startswith("host, a layer of a step"))
 
 
 def test_a_failure_costs_no_other_measurement(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -155,6 +155,8 @@ class SummarizeSection(Section):
     """Run model code from the hub. Off unless you have read that code."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Weights of the transformers engine; auto: bfloat16 on a GPU, float32 on CPU."""
+    cuda_graphs: bool = False
+    """The transformers engine starts the kernels of a decoding step with one call, on a GPU."""
     block_size: int = Field(5, ge=1)
     """Items per block (the paper: 5)."""
     fan_in: int = Field(8, ge=2)

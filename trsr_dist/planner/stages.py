@@ -38,8 +38,8 @@ DIVIDED = 3
 SUMMARY_PRECISION = "bfloat16"
 """Of ``summarize.precision=auto`` on GPUs, and of servers."""
 LAYER_SECONDS = {"transformers": 1e-3}
-"""By engine: host's time of a layer in a decoding step, as measured beside an H200 (docs/gpu_results.md). Servers
-replay graphs of kernels, which costs the host next to nothing."""
+"""By engine: host's time of a layer in a decoding step, as measured beside an H200 (docs/gpu_results.md) when this
+engine did not replay graphs of kernels yet. Servers do, which costs the host next to nothing."""
 
 
 @dataclass(frozen=True, slots=True)

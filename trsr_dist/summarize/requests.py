@@ -23,6 +23,7 @@ class EngineSettings:
     base_url: str
     trust_remote_code: bool
     precision: str
+    cuda_graphs: bool
     prompt_style: str
     chat_template_kwargs: Mapping[str, Any]
     max_prompt_tokens: int

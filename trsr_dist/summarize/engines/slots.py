@@ -6,11 +6,25 @@ Buffers are allocated once and written in place; the stock cache copies itself a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 GROWTH = 256
 """Columns added at a time."""
+LEAST_ROWS = 8
+STEPS_OF_LENGTH = 8
+"""Rounded extents: rows are a power of two, from the first on; columns a multiple of ``GROWTH``, or of this part of
+the next power of two. So there are few: 8 up to 2048 columns, 4 for each doubling beyond, times 5 for 128 rows."""
+
+
+class Extent(NamedTuple):
+    """Rows and columns that a step reads."""
+
+    rows: int
+    columns: int
 
 
 class Slots(Cache):
@@ -19,7 +33,7 @@ class Slots(Cache):
     Args:
         num_layers: layers of the model.
         num_slots: rows.
-        device: of the lengths.
+        device: of the inputs.
     """
 
     def __init__(self, num_layers: int, num_slots: int, device: torch.device) -> None:
@@ -29,10 +43,14 @@ class Slots(Cache):
         self.lengths: list[int] = []
         self.columns = 0
         """Columns allocated."""
-        self.positions = torch.empty(0, dtype=torch.long, device=device)
-        """Column that each active row writes next, int64 [active]."""
-        self.rows = self.positions
-        """0, 1, .. int64 [active]; not rebuilt in every layer."""
+        self.extent = Extent(0, 0)
+        """Of the step that was begun last."""
+        self.graphs: dict[Extent, Callable[[], None]] = {}
+        """Steps that were captured. They hold the addresses of these buffers, and go with them."""
+        self.outputs: tuple[torch.Tensor, ...] = ()
+        """Where the captured steps leave what they make, [slots, ...] each."""
+        self._inputs = torch.zeros(num_slots, 2, dtype=torch.long, device=device)
+        self._rows = torch.arange(num_slots, device=device)
 
     def admit(self, prefilled: DynamicCache, lengths: list[int], room: int) -> None:
         """Copy the rows of a prefilled, right-padded batch behind the active ones.
@@ -42,14 +60,15 @@ class Slots(Cache):
             lengths: true lengths.
             room: columns that the longest of these rows will need in all.
         """
-        self.columns = max(self.columns, -(-room // GROWTH) * GROWTH)
+        if room > self.columns:
+            self.graphs = {}
+            self.columns = _multiple(room, GROWTH)
         first = len(self.lengths)
         for layer, source in zip(self.layers, prefilled.layers, strict=True):
             layer.reserve(source.keys, source.values, self.num_slots, self.columns)
             layer.keys[first : first + len(lengths), :, : source.keys.shape[2]] = source.keys
             layer.values[first : first + len(lengths), :, : source.values.shape[2]] = source.values
         self.lengths += lengths
-        self._set_positions()
 
     def drop(self, row: int) -> None:
         """Free a row: the last active one moves into its place."""
@@ -61,7 +80,6 @@ class Slots(Cache):
                 layer.values[row, :, :length] = layer.values[last, :, :length]
         self.lengths[row] = length
         self.lengths.pop()
-        self._set_positions()
 
     def wipe(self, row: int) -> None:
         """Forget a row's numbers that are not finite: a later sequence there masks them, but 0 times NaN is NaN."""
@@ -70,25 +88,63 @@ class Slots(Cache):
 
     def clear(self) -> None:
         """Give the memory back now: layers and cache refer to each other, and a garbage collection may be far."""
+        self.graphs, self.outputs = {}, ()
         for layer in self.layers:
             layer.keys = layer.values = None
             layer.is_initialized = False
         self.lengths, self.columns = [], 0
 
-    def advance(self) -> None:
-        """Each active row has written one token."""
-        self.lengths = [length + 1 for length in self.lengths]
-        self.positions += 1
+    def begin(self, tokens: list[int], is_exact: bool, reads_all: bool = True) -> None:
+        """Hand in each active row's next token. Rows beyond them, where the extent is rounded, run along in their first
+        column, which whatever is admitted there writes again.
+
+        Args:
+            tokens: one for each active row.
+            is_exact: read no row and no column more than needed, else a rounded extent.
+            reads_all: all columns of an extent are read; it has all that there are otherwise.
+        """
+        needed = Extent(len(tokens), max(self.lengths) + 1 if is_exact or reads_all else self.columns)
+        self.extent = needed if is_exact else self._rounded(needed)
+        pairs = [*zip(tokens, self.lengths, strict=True)] + [(0, 0)] * (self.extent.rows - needed.rows)
+        # From pinned memory the copy does not wait for the GPU.
+        given = torch.tensor(pairs, pin_memory=self.device.type == "cuda")
+        self._inputs[: self.extent.rows].copy_(given, non_blocking=True)
+        self.rows, self.positions = self._rows[: self.extent.rows], self._inputs[: self.extent.rows, 1]
+
+    def inputs(self) -> dict[str, torch.Tensor]:
+        """Tokens and positions, [rows, 1]."""
+        ids, positions = self._inputs[: self.extent.rows].split(1, dim=1)
+        return {"input_ids": ids, "position_ids": positions}
 
     def mask(self, dtype: torch.dtype) -> torch.Tensor:
-        """Additive mask of the next token, [active, 1, 1, longest + 1]: it sees its own row's tokens and itself."""
-        seen = torch.arange(max(self.lengths) + 1, device=self.device) <= self.positions[:, None]
+        """Additive mask, [rows, 1, 1, columns]: a token sees its own row's tokens and itself."""
+        seen = torch.arange(self.extent.columns, device=self.device) <= self.positions[:, None]
         mask = torch.zeros(seen.shape, dtype=dtype, device=self.device).masked_fill_(~seen, torch.finfo(dtype).min)
         return mask[:, None, None, :]
 
-    def _set_positions(self) -> None:
-        self.positions = torch.tensor(self.lengths, dtype=torch.long, device=self.device)
-        self.rows = torch.arange(len(self.lengths), device=self.device)
+    def spans(self) -> torch.Tensor:
+        """In place of a mask: where each row's query begins, where its keys begin in units of a token, and how many of
+        them its token sees, int32 [3, 1, 1, rows + 1].
+
+        Raises:
+            RuntimeError: that depends on the layer.
+        """
+        distances = {layer.keys.stride(0) // layer.keys.stride(2) for layer in self.layers}
+        if len(distances) > 1:
+            raise RuntimeError("the model's layers differ in their number of heads")
+        rows = torch.arange(self.extent.rows + 1, dtype=torch.int32, device=self.device)
+        seen = torch.zeros_like(rows)
+        seen[:-1] = self.positions + 1
+        return torch.stack([rows, rows * distances.pop(), seen])[:, None, None]
+
+    def advance(self) -> None:
+        """Each active row has written one token."""
+        self.lengths = [length + 1 for length in self.lengths]
+
+    def _rounded(self, needed: Extent) -> Extent:
+        rows = max(LEAST_ROWS, _power_of_two(needed.rows))
+        columns = _multiple(needed.columns, max(GROWTH, _power_of_two(needed.columns) // STEPS_OF_LENGTH))
+        return Extent(min(rows, self.num_slots), min(columns, self.columns))
 
 
 class SlotLayer(CacheLayerMixin):
@@ -107,18 +163,18 @@ class SlotLayer(CacheLayerMixin):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write one token a row, hand out the active rows up to the longest."""
-        rows, positions = self._slots.rows, self._slots.positions
-        self.keys[rows, :, positions] = key_states[:, :, 0]
-        self.values[rows, :, positions] = value_states[:, :, 0]
-        longest = self.get_seq_length() + 1
-        return self.keys[: len(positions), :, :longest], self.values[: len(positions), :, :longest]
+        """Write one token a row, hand out what the step reads."""
+        slots = self._slots
+        self.keys[slots.rows, :, slots.positions] = key_states[:, :, 0]
+        self.values[slots.rows, :, slots.positions] = value_states[:, :, 0]
+        rows, columns = slots.extent
+        return self.keys[:rows, :, :columns], self.values[:rows, :, :columns]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.reserve(key_states, value_states, self._slots.num_slots, self._slots.columns)
 
     def get_seq_length(self) -> int:
-        return max(self._slots.lengths, default=0)
+        return self._slots.extent.columns - 1
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -134,3 +190,11 @@ def _widened(old: torch.Tensor | None, like: torch.Tensor, num_slots: int, colum
     if old is not None:
         new[:, :, : old.shape[2]] = old
     return new
+
+
+def _multiple(number: int, unit: int) -> int:
+    return -(-number // unit) * unit
+
+
+def _power_of_two(number: int) -> int:
+    return 1 << (number - 1).bit_length()

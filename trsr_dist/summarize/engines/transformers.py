@@ -9,11 +9,10 @@ from __future__ import annotations
 import sys
 from collections import deque
 from dataclasses import dataclass, field
-from inspect import signature
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import DynamicCache
 
 from trsr_dist.environment import leave_out_cudnn
 from trsr_dist.errors import DataError, ModelError
@@ -21,18 +20,13 @@ from trsr_dist.log import get_logger
 from trsr_dist.pretrained import BaseSource, load_causal, load_tokenizer, local_source, max_positions, warn_without_gpu
 from trsr_dist.summarize.engines.encoding import PromptEncoder, naming_setting
 from trsr_dist.summarize.engines.slots import Slots
+from trsr_dist.summarize.engines.steps import Steps, choose, is_out_of_memory
 from trsr_dist.summarize.quality import turn_place
 from trsr_dist.summarize.requests import Completion, EngineSettings, Request
 
 PREFILL_ROWS = 8
 PREFILL_WASTE = 1.25
 """Prompts are prefilled together while padding adds at most this factor."""
-OUT_OF_MEMORY = (
-    "can't allocate memory",
-    "CUDA error: out of memory",
-    "HIP out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)
 NOT_FINITE = (
     "the model's logits are not finite; try another summarize.precision (models trained in bfloat16 often overflow in "
     "float16)"
@@ -53,6 +47,12 @@ class Sequence:
     tokens: list[int] = field(default_factory=list)
     generator: torch.Generator | None = None
 
+    def random_stream(self) -> torch.Generator:
+        """Of the request's seed."""
+        if self.generator is None:
+            self.generator = torch.Generator().manual_seed(self.request.seed)
+        return self.generator
+
 
 class TransformersEngine:
     """Generates with a model of this process.
@@ -61,12 +61,13 @@ class TransformersEngine:
         model: a decoder with full attention in all layers, in eval mode.
         encoder: its tokenizer, with the prompt's style and limit.
         num_slots: sequences decoded at once.
+        captures: on a GPU, start the kernels of a decoding step with one call.
 
     Raises:
         ModelError: the model has layers that this engine's cache does not serve.
     """
 
-    def __init__(self, model: PreTrainedModel, encoder: PromptEncoder, num_slots: int) -> None:
+    def __init__(self, model: PreTrainedModel, encoder: PromptEncoder, num_slots: int, captures: bool = False) -> None:
         check_attention(model, encoder.max_prompt_tokens)
         leave_out_cudnn()
         self.capacity = 2 * num_slots
@@ -78,13 +79,12 @@ class TransformersEngine:
         ids = configured if isinstance(configured, list) else [configured]
         self._stop_ids = {token for token in (*ids, encoder.tokenizer.eos_token_id) if token is not None}
         self._context = context_tokens(model)
-        # transformers 5.24 renamed it; models with code of their own keep the old name.
-        self._cache_name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
         self._waiting: deque[Sequence] = deque()
         self._prefilling: list[Sequence] = []
         self._active: list[Sequence] = []
         self._done: list[Completion] = []
         self._slots = self._new_slots()
+        self._steps = Steps.on(model, captures)
 
     @classmethod
     def load(cls, settings: EngineSettings, local_rank: int = 0) -> TransformersEngine:
@@ -108,7 +108,7 @@ class TransformersEngine:
             tokenizer = load_tokenizer(source)
             model = load_causal(source, getattr(torch, precision)).to(device).eval()
         warn_without_gpu(model, settings.model)
-        return cls(model, PromptEncoder.of(tokenizer, settings), settings.max_in_flight)
+        return cls(model, PromptEncoder.of(tokenizer, settings), settings.max_in_flight, settings.cuda_graphs)
 
     def submit(self, request: Request) -> None:
         try:
@@ -175,43 +175,37 @@ class TransformersEngine:
         last = torch.tensor([length - 1 for length in lengths], device=self.model.device)
         wanted, place = torch.unique(last, return_inverse=True)
         cache = DynamicCache()
-        logits = self._run(cache, input_ids=ids.to(self.model.device), logits_to_keep=wanted)
+        logits = self._steps.logits(cache, input_ids=ids.to(self.model.device), logits_to_keep=wanted)
         room = max(length + s.request.max_new_tokens for length, s in zip(lengths, taken, strict=True))
         self._slots.admit(cache, lengths, room)
         self._active += taken
         self._prefilling = []
-        self._append(logits[torch.arange(len(taken)), place], len(self._active) - len(taken))
+        logits = logits[torch.arange(len(taken)), place]
+        self._append(choose(logits), logits, len(self._active) - len(taken))
 
     @torch.inference_mode()
     def _decode(self) -> None:
         """One token for every active sequence."""
-        ids = torch.tensor([[sequence.tokens[-1]] for sequence in self._active], device=self.model.device)
-        positions, mask = self._slots.positions[:, None], self._slots.mask(self.model.dtype)
-        logits = self._run(self._slots, input_ids=ids, position_ids=positions, attention_mask=mask)
+        choices, logits = self._steps.run(self._slots, [sequence.tokens[-1] for sequence in self._active])
         self._slots.advance()
-        self._append(logits[:, -1], 0)
+        self._append(choices, logits, 0)
 
-    def _run(self, cache: Cache, **inputs: torch.Tensor) -> torch.Tensor:
-        """The model's logits; it reads the cache, and writes to it."""
-        return self.model(**inputs, **{self._cache_name: cache}, use_cache=True).logits
-
-    def _append(self, logits: torch.Tensor, first: int) -> None:
+    def _append(self, choices: torch.Tensor, logits: torch.Tensor, first: int) -> None:
         """Add a token to the active sequences from ``first`` on; those that end leave their place.
 
         Args:
-            logits: [sequences, vocabulary].
+            choices: of the logits; -1 where they are not finite.
+            logits: [sequences or more, vocabulary].
             first: position of the first one.
         """
-        largest = logits.argmax(-1, keepdim=True)
-        is_finite, choices = logits.gather(-1, largest).isfinite().tolist(), largest.tolist()
-        for row in range(len(choices) - 1, -1, -1):
+        chosen = sample(choices.tolist(), logits, self._active[first:])
+        for row in range(len(chosen) - 1, -1, -1):
             sequence = self._active[first + row]
-            if not is_finite[row][0]:
+            if chosen[row] < 0:
                 self._slots.wipe(first + row)
                 completion = Completion(sequence.request.key, error=NOT_FINITE)
             else:
-                token = sample(logits[row], sequence) if sequence.request.temperature else choices[row][0]
-                sequence.tokens.append(token)
+                sequence.tokens.append(chosen[row])
                 completion = self._ended(sequence)
             if completion is not None:
                 self._done.append(completion)
@@ -223,11 +217,12 @@ class TransformersEngine:
         tokens = sequence.tokens
         by_token = tokens[-1] in self._stop_ids
         full = len(tokens) >= sequence.request.max_new_tokens
-        if not (by_token or full or len(tokens) % STOP_CHECK_TOKENS == 0):
+        # With a chat template the model ends its turn itself.
+        is_chat = self.encoder.style == "chat"
+        if not (by_token or full or (not is_chat and len(tokens) % STOP_CHECK_TOKENS == 0)):
             return None
         text = self.encoder.tokenizer.decode(tokens, skip_special_tokens=True)
-        # Where the next turn begins; with a chat template the model ends its turn itself.
-        stopped = None if self.encoder.style == "chat" else turn_place(text)
+        stopped = None if is_chat else turn_place(text)  # where the next turn begins
         if not (by_token or full or stopped is not None):
             return None
         cut = full and not by_token and stopped is None
@@ -254,17 +249,14 @@ class TransformersEngine:
         self._waiting.extendleft(reversed([Sequence(s.request, s.prompt, s.words_cut) for s in started]))
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether an allocation failed: on a GPU, within a library of the GPU, or on a CPU (these have no class)."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
-
-
-def sample(logits: torch.Tensor, sequence: Sequence) -> int:
-    """Draw a token, from the sequence's own random stream."""
-    if sequence.generator is None:
-        sequence.generator = torch.Generator().manual_seed(sequence.request.seed)
-    probabilities = (logits.float() / sequence.request.temperature).softmax(-1).cpu()
-    return int(torch.multinomial(probabilities, 1, generator=sequence.generator))
+def sample(choices: list[int], logits: torch.Tensor, sequences: list[Sequence]) -> list[int]:
+    """The token of each sequence: its choice or, with a temperature, one drawn from its own random stream."""
+    chosen = choices[: len(sequences)]
+    for temperature in {sequence.request.temperature for sequence in sequences} - {0}:
+        rows = [i for i, s in enumerate(sequences) if s.request.temperature == temperature and chosen[i] >= 0]
+        for row, probabilities in zip(rows, (logits[rows].float() / temperature).softmax(-1).cpu(), strict=True):
+            chosen[row] = int(torch.multinomial(probabilities, 1, generator=sequences[row].random_stream()))
+    return chosen
 
 
 def context_tokens(model: PreTrainedModel) -> int:
