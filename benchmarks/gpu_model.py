@@ -21,7 +21,7 @@ from benchmarks.ways import ANSWERS, INSTRUCTION, LORA_RANK, TARGETS, make_user,
 from trsr_dist.config.sections import LoraSection
 from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.attention.backends import choose_backend
-from trsr_dist.model.compilation import compile_layers, warm_up
+from trsr_dist.model.compilation import compile_layers
 from trsr_dist.model.fp8 import check_fp8, hold_in_fp8
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.kernels import choose_kernels, use_kernels
@@ -147,8 +147,7 @@ class Bench:
         """What compiled layers gain in training and in scoring, and what they cost before the first step."""
         users, device, layers = self._users(count), self._setting.device, self.model.causal.model.layers
         started = time.perf_counter()
-        compile_layers(self.model)
-        warm_up(self.model, answers_only=True)
+        compile_layers(self.model, answers_only=True)
         seconds = time.perf_counter() - started
         code = [layer._compiled_call_impl for layer in layers]
 

@@ -11,7 +11,7 @@ from torch._dynamo.utils import counters
 
 from tests.model.world import CONFIGS, CPU, make_model, make_row, make_user, model_config, recommender, relative, run
 from trsr_dist.errors import ConfigError, ModelError
-from trsr_dist.model.compilation import check_compilable, compile_layers, warm_up
+from trsr_dist.model.compilation import check_compilable, compile_layers
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.recommender import Recommender
 from trsr_dist.rows import PackedRow, pack_row
@@ -32,8 +32,7 @@ def _fresh() -> Iterator[None]:
 
 def compiled(model: torch.nn.Module, checkpointing: bool | str, compiler: str = QUICK) -> Recommender:
     found = recommender(model, "cpu", checkpointing)
-    compile_layers(found, compiler)
-    warm_up(found, answers_only=True)
+    compile_layers(found, answers_only=True, compiler=compiler)
     return found
 
 
@@ -92,9 +91,8 @@ def test_a_failing_compiler_is_named() -> None:
     def broken(graph: torch.fx.GraphModule, example: list[torch.Tensor]) -> None:
         raise RuntimeError("no C++ compiler was found\nand a long story")
 
-    compile_layers(model, broken)  # type: ignore[arg-type]
     with pytest.raises(ModelError, match=r"cannot be compiled here .*no C\+\+ compiler.*set model.compile=false"):
-        warm_up(model, answers_only=True)
+        compile_layers(model, True, broken)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

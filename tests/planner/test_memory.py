@@ -18,7 +18,7 @@ from benchmarks.ways import ANSWERS, make_user
 from tests.planner.step_memory import CONFIG
 from trsr_dist.config.sections import LoraSection
 from trsr_dist.model.adapters import add_lora
-from trsr_dist.model.compilation import compile_layers, warm_up
+from trsr_dist.model.compilation import compile_layers
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.loading import load_base
 from trsr_dist.model.recommender import Recommender, enable_recomputation
@@ -115,8 +115,7 @@ def test_a_step_holds_what_is_planned(recompute: bool | str, compiled: bool) -> 
         enable_recomputation(causal, selective=recompute == "selective")
     model = Recommender(causal, ANSWERS, "cpu").train()
     if compiled:
-        compile_layers(model)
-        warm_up(model, answers_only=True)
+        compile_layers(model, answers_only=True)
     row = pack_row([make_user(f"user {number}", 390, (12, 9), 20) for number in range(10)])
     inputs = RowInputs(row, torch.device("cpu"))
     model(inputs, "pair").square().mean().backward()

@@ -39,28 +39,22 @@ def check_compilable(backend: str | None, quantization: str, zero_stage: int, ke
         raise ConfigError(f"model.compile=true: {reason}, or set model.compile=false")
 
 
-def compile_layers(model: nn.Module, compiler: str = "inductor") -> None:
-    """Compile the decoder layers when they run first, for rows of any length.
+def compile_layers(model: nn.Module, answers_only: bool, compiler: str = "inductor") -> None:
+    """Compile the decoder layers, for rows of any length.
 
-    Args:
-        model: a ``Recommender`` with shared prefixes.
-        compiler: of PyTorch's (``torch.compiler.list_backends``).
-    """
-    for layer in model.causal.model.layers:
-        layer.compile(dynamic=True, backend=compiler)
-
-
-def warm_up(model: nn.Module, answers_only: bool) -> None:
-    """Run a short row forward and backward, where there is something to train, and forward alone: all code is compiled
+    A short row runs forward and backward, where there is something to train, and forward alone: all code is compiled
     before the first step, in which a rank that compiles for minutes would be taken for one that hangs.
 
     Args:
-        model: a ``Recommender`` with compiled layers; its parameters have no gradients so far.
+        model: a ``Recommender`` with shared prefixes; its parameters have no gradients so far.
         answers_only: whether the training's last layer runs at the answers alone.
+        compiler: of PyTorch's (``torch.compiler.list_backends``).
 
     Raises:
         ModelError: the layers cannot be compiled here.
     """
+    for layer in model.causal.model.layers:
+        layer.compile(dynamic=True, backend=compiler)
     started, breaks = time.monotonic(), counters["graph_break"].total()
     inputs = RowInputs(_warm_up_row(), model.device)
     was_training = model.training

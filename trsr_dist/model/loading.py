@@ -40,7 +40,7 @@ from trsr_dist.model.artifacts import (
     run_of,
 )
 from trsr_dist.model.attention.self_check import Heads, choose_checked
-from trsr_dist.model.compilation import check_compilable, compile_layers, warm_up
+from trsr_dist.model.compilation import check_compilable, compile_layers
 from trsr_dist.model.fp8 import hold_in_fp8
 from trsr_dist.model.recommender import Recommender, length_limit
 from trsr_dist.model.zero3 import check_equal_calls, load_divided, scoring_engine
@@ -224,8 +224,7 @@ def load_weights(
     causal = base if adapter is None else attach(base, adapter).get_base_model()
     model = Recommender(causal, builder.answer_ids, backend).requires_grad_(False).eval()
     if compiled:
-        compile_layers(model)
-        warm_up(model, answers_only=True)
+        compile_layers(model, answers_only=True)
     return model if zero_config is None else scoring_engine(model, zero_config)
 
 

@@ -18,7 +18,7 @@ from trsr_dist.environment import Ranks, available_memory_bytes, return_large_bl
 from trsr_dist.errors import ConfigError, TrsrError
 from trsr_dist.log import get_logger
 from trsr_dist.model.adapters import adapter_config, add_lora
-from trsr_dist.model.compilation import check_compilable, compile_layers, warm_up
+from trsr_dist.model.compilation import check_compilable, compile_layers
 from trsr_dist.model.fp8 import check_fp8
 from trsr_dist.model.kernels import choose_kernels, use_kernels
 from trsr_dist.model.loading import load_base, load_base_divided, resolve_precision, shared_backend
@@ -139,8 +139,7 @@ def build_model(config: Config, ranks: Ranks, setup: ModelSetup) -> tuple[Recomm
         use_kernels(base)
     model = Recommender(base, setup.builder.answer_ids, setup.backend)
     if config.model.compile:
-        compile_layers(model)
-        warm_up(model, answers_only=config.train.loss != "full_text")
+        compile_layers(model, answers_only=config.train.loss != "full_text")
     return model, adapter_config(layers, setup.name, config.model.revision)
 
 
