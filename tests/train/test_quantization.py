@@ -14,7 +14,7 @@ from trsr_dist.environment import Ranks
 from trsr_dist.errors import ConfigError
 from trsr_dist.merge.inputs import MergeOptions
 from trsr_dist.merge.job import merge
-from trsr_dist.model.loading import load_base
+from trsr_dist.model.loading import load_base, open_model
 from trsr_dist.pretrained import BaseSource
 from trsr_dist.run import RunFolder
 from trsr_dist.train.model import set_up_model
@@ -40,11 +40,19 @@ def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, f
 
 @pytest.mark.parametrize(("kind", "near"), [("4bit", 0.1), ("8bit", 0.02), ("fp8", 0.05)])
 def test_losses_stay_near_and_the_adapter_merges(
-    source: Path, whole: dict[int, float], tmp_path: Path, kind: str, near: float
+    source: Path,
+    whole: dict[int, float],
+    tmp_path: Path,
+    kind: str,
+    near: float,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     quantized = train(tmp_path / kind, source, kind)
     assert quantized != whole and sorted(quantized) == list(range(1, STEPS + 1))
     assert quantized == pytest.approx(whole, rel=near)
+    with caplog.at_level("INFO"):
+        open_model(str(tmp_path / kind / "checkpoints" / "latest"), "cpu", torch.float32, {})
+    assert f"trained with model.quantization={kind}; scored on the whole base" in caplog.text
     merge(tmp_path / kind / "checkpoints" / f"step-{STEPS:06d}", tmp_path / "merged", MergeOptions(verify="weights"))
     assert (tmp_path / "merged" / "config.json").is_file()
 
