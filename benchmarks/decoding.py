@@ -67,7 +67,7 @@ def _rows(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, number: i
         done = answers_of(engine, requests)
     shape = ModelShape.from_config(model.config.to_dict())
     work = work_of(requests, done)
-    planned = generation_cost(cluster, generation(shape, work, number, engine="")).seconds
+    planned = generation_cost(cluster, generation(shape, work, number, engine="", precision="bfloat16")).seconds
     case = f"{len(requests)} ragged prompts, {model.num_parameters() / 1e6:.1f}M weights"
     tokens, steps = work.new_tokens, [1000 * seconds for seconds in engine.step_seconds]
     rows = [

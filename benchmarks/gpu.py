@@ -25,7 +25,7 @@ from trsr_dist.model.attention.backends import build_backend, choose_backend
 from trsr_dist.model.attention.layout import Layout
 
 CANDIDATES = (2, 5, 21)
-BACKENDS = ("flash_attn", "torch", "flex", "dense")
+BACKENDS = ("flash_attn", "flash_attn_4", "torch", "flex", "dense")
 WRITER = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 24, "num_attention_heads": 16}
 """The summarizer's shape, 1.2 billion weights."""
 NUM_PROMPTS = 8
@@ -69,6 +69,8 @@ def measurements(setting: Setting) -> list[tuple[str, Measure]]:
         ("copy", lambda: [Row("gpu", "copy on the device", "rate", bandwidth() / 1e9, "GB/s", "read and written")]),
         *training,
         ("train 1+1, recomputed", lambda: bench().training(2, recompute=True)),
+        ("train 1+1, recomputed selectively", lambda: bench().training(2, recompute="selective")),
+        ("compiled layers", lambda: bench().compiled(2)),
         ("train 1+1, the alternatives", lambda: bench().alternatives(2)),
         ("train 1+20, the alternatives", lambda: bench().alternatives(21)),
         ("score 1+20", lambda: bench().scoring(21)),

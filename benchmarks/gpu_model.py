@@ -21,6 +21,7 @@ from benchmarks.ways import ANSWERS, INSTRUCTION, LORA_RANK, TARGETS, make_user,
 from trsr_dist.config.sections import LoraSection
 from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.attention.backends import choose_backend
+from trsr_dist.model.compilation import compile_layers, warm_up
 from trsr_dist.model.fp8 import check_fp8, hold_in_fp8
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.kernels import choose_kernels, use_kernels
@@ -52,6 +53,7 @@ TOP_KERNELS = 8
 
 
 Whole = Literal["nothing", "layer", "head"]
+Recompute = bool | Literal["selective"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,11 +127,11 @@ class Bench:
     def num_lora(self) -> int:
         return self.shape.num_lora_parameters(LORA_RANK, TARGETS)
 
-    def training(self, count: int, recompute: bool = False) -> list[Row]:
+    def training(self, count: int, recompute: Recompute = False) -> list[Row]:
         """A row of users with ``count`` candidates each, forward and backward."""
         users = self._users(count)
         if recompute:
-            enable_recomputation(self.model.causal)
+            enable_recomputation(self.model.causal, selective=recompute == "selective")
         step, on_gpu = self._shared_step(users), self._setting.device.type == "cuda"
         if on_gpu:
             torch.cuda.reset_peak_memory_stats()
@@ -138,7 +140,33 @@ class Bench:
         if recompute:
             disable = getattr(self.model.causal, "activation_checkpointing_disable", None)
             (disable or self.model.causal.gradient_checkpointing_disable)()
-        return self._rows(users, times, peak, f"train 1+{count - 1}{', recomputed' if recompute else ''}", recompute)
+        how = {False: "", True: ", recomputed", "selective": ", recomputed selectively"}[recompute]
+        return self._rows(users, times, peak, f"train 1+{count - 1}{how}", recompute)
+
+    def compiled(self, count: int) -> list[Row]:
+        """What compiled layers gain in training and in scoring, and what they cost before the first step."""
+        users, device, layers = self._users(count), self._setting.device, self.model.causal.model.layers
+        started = time.perf_counter()
+        compile_layers(self.model)
+        warm_up(self.model, answers_only=True)
+        seconds = time.perf_counter() - started
+        code = [layer._compiled_call_impl for layer in layers]
+
+        def using(chosen: list[object], run: Callable[[], object]) -> Callable[[], object]:
+            def step() -> None:
+                for layer, one in zip(layers, chosen, strict=True):
+                    layer._compiled_call_impl = one
+                run()
+
+            return step
+
+        train, score, none = self._shared_step(users), self._scoring_step(users), [None] * len(code)
+        rows = [Row("gpu", "compiled layers", "time before the first step", seconds, "s")]
+        for name, run in (("training", train), ("scoring", score)):
+            plain, fast = times_in_turns((using(none, run), using(code, run)), device)
+            rows.append(ratio_row("gpu", "compiled layers", f"gain in {name} 1+{count - 1}", plain, fast))
+        using(none, lambda: None)()
+        return rows
 
     def alternatives(self, count: int) -> list[Row]:
         """The same users as separate sequences: tightly padded one by one, and packed through the same kernels."""
@@ -162,9 +190,7 @@ class Bench:
         """Candidates of users ranked by one pass."""
         users = self._users(count)
         row = pack_row(users)
-        self.model.eval()
-        times = times_of(lambda: self.model(RowInputs(row, self._setting.device), "pair"), self._setting.device)
-        self.model.train()
+        times = times_of(self._scoring_step(users), self._setting.device)
         flops = forward_flops(self.shape, row_work(row), self.num_lora, answer_pairs=row.num_separate_tokens)
         bound, case = len(users) * self._rate / flops, f"score 1+{count - 1}"
         return [
@@ -264,13 +290,25 @@ class Bench:
 
         return step
 
+    def _scoring_step(self, users: list[TokenizedUser]) -> Callable[[], object]:
+        row = pack_row(users)
+
+        @torch.no_grad()
+        def step() -> None:
+            self.model.eval()(RowInputs(row, self._setting.device), "pair")
+            self.model.train()
+
+        return step
+
     def _separate_step(self, prompts: list[TokenizedUser]) -> Callable[[], object]:
         """One row whose users share nothing, for each begins with another token."""
         return self._shared_step(
             [replace(prompt, prefix=(100 + number, *prompt.prefix[1:])) for number, prompt in enumerate(prompts)]
         )
 
-    def _rows(self, users: list[TokenizedUser], times: list[float], peak: int, case: str, recompute: bool) -> list[Row]:
+    def _rows(
+        self, users: list[TokenizedUser], times: list[float], peak: int, case: str, recompute: Recompute
+    ) -> list[Row]:
         """The bound of the users is that of the matrix rate: its share is the MFU."""
         row = pack_row(users)
         flops = training_flops(self.shape, row_work(row), self.num_lora, answer_pairs=row.num_separate_tokens)

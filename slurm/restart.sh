@@ -7,7 +7,7 @@ LAST_SECONDS=300 # before a time limit: the signal that announces it may have co
 progress_files() (
   CDPATH='' cd -- "$run" || exit
   find . -type f -size +0 ! -path '*/.*/*' ! -name '.*' ! -path '*/leases/*' ! -path './logs/*' ! -path './config/*' \
-    ! -path './summaries/progress/*' ! -path './heartbeats/*' ! -path './tensorboard/*' ! -name metrics.jsonl "$@" \
+    ! -path '*/summaries/progress/*' ! -path './heartbeats/*' ! -path '*/tensorboard/*' ! -name metrics.jsonl "$@" \
     -printf '%P %s\n' 2>/dev/null || true
 )
 

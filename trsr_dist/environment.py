@@ -100,6 +100,22 @@ def array_task(environment: Mapping[str, str] | None = None) -> tuple[int, int]:
     return _number(env, "SLURM_ARRAY_TASK_ID") - first, _number(env, "SLURM_ARRAY_TASK_COUNT", 1)
 
 
+def array_share() -> tuple[int, int]:
+    """As ``array_task``, for work that is dealt out by these numbers.
+
+    Raises:
+        ConfigError: the array has gaps, so that what falls to the missing numbers would be nobody's.
+    """
+    index, count = array_task()
+    first, last = (_number(os.environ, f"SLURM_ARRAY_TASK_{end}", number) for end, number in (("MIN", 0), ("MAX", 0)))
+    if count > 1 and last and last - first + 1 != count:
+        raise ConfigError(
+            f"a Slurm array of {count} tasks from {first} to {last} has gaps, and its tasks share the work out by "
+            f"their numbers; submit --array=0-{count - 1}: what is done already is not done again"
+        )
+    return index, count
+
+
 def task_number() -> tuple[int, int]:
     """Number of this process among all tasks of a stage that share its work through the run folder, and how many there
     are: the ranks of all tasks of a Slurm array."""

@@ -71,6 +71,10 @@ class LeaseFolder:
         self._beat = self._beat or Beat(self.lease_seconds / BEATS_PER_TERM, self._touch_held)
         return lease
 
+    def taken(self) -> set[str]:
+        """Names of all locks that somebody has, or had and died, by one look into the folder."""
+        return set(os.listdir(self.folder))
+
     def is_held(self, lease: Lease) -> bool:
         """Whether this process still holds the lock: read from the folder."""
         if not lease.lost:

@@ -49,13 +49,20 @@ def _summarized(run: RunFolder, now: float) -> Iterator[str]:
     if reader is None:
         done = all((run.split(split) / MANIFEST).is_file() for split in SPLITS)
         yield f"summarize   {'done' if done else 'not begun'}"
-        return
+    else:
+        yield from _job("summarize", reader, now)
+    for folder in sorted(run.samples.glob("[0-9]*")):
+        if (reader := ProgressReader.latest(RunFolder(folder))) is not None:
+            yield from _job(f"sample {folder.name}", reader, now)
+
+
+def _job(name: str, reader: ProgressReader, now: float) -> Iterator[str]:
     overview = reader.read()
     working, eta = sum(task.state == "running" for task in overview.tasks), overview.eta_seconds
     state = f"{working} tasks at work" + (f", ETA {duration(eta)}" if eta is not None else "")
     if not working:
         state = "stopped: no task is at work; run the stage again to go on"
-    yield f"summarize   {'done' if overview.is_done else state}"
+    yield f"{name:<12}{'done' if overview.is_done else state}"
     share = overview.users_done / max(overview.num_users, 1)
     yield (
         f"            users: {overview.users_done} of {overview.num_users} done ({share:.1%}), {overview.in_flight} in "

@@ -34,13 +34,20 @@ def test_every_measurement_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = gpu.run(1.0)
     assert gpu.is_complete(rows)
     missing = [row for row in rows if math.isnan(row.value)]
-    assert {row.case.split(", ")[-1] for row in missing} == {"flash_attn", "torch", "flex", "fused kernels"}
+    assert {row.case.split(", ")[-1] for row in missing} == {
+        "flash_attn",
+        "flash_attn_4",
+        "torch",
+        "flex",
+        "fused kernels",
+    }
     assert all(row.note.startswith(("not run: model.attention=", "not run: model.kernels=")) for row in missing)
     measures = {(row.case, row.measure) for row in rows}
     (moved,) = (row for row in rows if row.measure == "log-odds moved by an FP8 base")
     assert 0 < moved.value < 0.5
-    for case in ("train 1+1", "train 1+4", "train 1+20", "score 1+20"):
+    for case in ("train 1+1", "train 1+4", "train 1+20", "score 1+20", "train 1+1, recomputed selectively"):
         assert (case, "users a second") in measures
+    assert {("compiled layers", f"gain in {name} 1+1") for name in ("training", "scoring")} < measures
     (engine,) = (row for row in rows if row.measure == "engine, 1 in flight")
     assert 0 < engine.value < engine.bound
     assert "a step, 1 in flight" in {row.measure for row in rows}

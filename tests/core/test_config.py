@@ -348,7 +348,6 @@ FREE_ON_RESUME = {
     "keep_checkpoints",
     "evaluate_every_steps",
     "evaluate_users",  # the trainer's state holds what the best value depends on
-    "best_metric",
     "early_stopping_patience",
     "log_every_steps",
     "timeout_seconds",

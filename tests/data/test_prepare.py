@@ -307,6 +307,14 @@ def test_clicks_of_items_met_again_count_however_many_targets_there_are(tmp_path
         assert store.catalogue.column(column).tolist() == single.catalogue.column(column).tolist()
 
 
+def test_users_whose_batch_holds_earlier_samples_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_mind(tmp_path)
+    monkeypatch.setattr("trsr_dist.data.store.ROWS_PER_BATCH", 1)
+    store = run(tmp_path, "mind", "data.train_prefixes=2")
+    found = store.sequences("train", 50)
+    assert len(found) == store.num_users("train") / 2 and min(map(len, found)) > 1
+
+
 def test_a_key_like_that_of_an_earlier_sample(tmp_path: Path) -> None:
     raw = write_mind(tmp_path)
     log = raw / "behaviors.tsv"

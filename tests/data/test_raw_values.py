@@ -87,6 +87,15 @@ def test_any_form_of_times_can_be_named(tmp_path: Path) -> None:
         prepare(make_config(tmp_path, "mind", "data.time_format='%Y'"))
 
 
+def test_a_number_that_is_text_has_no_other_form_than_the_named_one(tmp_path: Path) -> None:
+    """As in CSV files, whose cells are all text: the error does not say that such a number would do."""
+    form = "data.time_format='%d.%m.%Y %H:%M'"
+    with pytest.raises(DataError, match=r"time '1600000000', expected a time as data\.time_format='[^']*'; repair"):
+        only_user(tmp_path, interactions("1600000000"), form)
+    with pytest.raises(DataError, match=r"time None, expected a time as data\.time_format='[^']*' or Unix seconds;"):
+        only_user(tmp_path, interactions(None), form)
+
+
 def test_a_form_with_an_offset_can_be_named(tmp_path: Path) -> None:
     rows = interactions("13.09.20 14:26 +0200", "13.09.20 11:26 -0100", "13.09.20 13:26 +0000", "13.09.20 10:00 -0800")
     form = "data.time_format='%d.%m.%y %H:%M %z'"

@@ -8,8 +8,11 @@ import pytest
 from tests.data.raw import clicks, make_config, user_records, write_jsonl
 from tests.data.test_prepare import manifest, run
 from tests.data.test_tables import WRITERS
+from trsr_dist.data import prepare as job
+from trsr_dist.data import source
 from trsr_dist.data.candidates import split_by_user
 from trsr_dist.data.prepare import prepare
+from trsr_dist.data.retrieved import RetrievedLists
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import ConfigError, DataError
 from trsr_dist.evaluate.job import evaluate_baselines
@@ -74,6 +77,24 @@ def test_lists_take_the_place_of_drawn_ones(tmp_path: Path, name: str, lists: Ro
     assert name in manifest(tmp_path)["inputs"]
     prepare(make_config(tmp_path, "jsonl", f"run.dir={tmp_path / 'drawn'}"))
     assert lists_of(HistoryStore(tmp_path / "drawn" / "histories"), "train") == lists_of(store, "train")
+
+
+def test_no_task_keeps_the_lists_of_all_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of candidates for millions of users are more than a node's memory."""
+    write(tmp_path, rows())
+    whole = lists_of(run(tmp_path, "jsonl", LISTS), "valid", "test")
+    kept = []
+    negatives = RetrievedLists.negatives
+    monkeypatch.setattr(
+        RetrievedLists, "negatives", lambda self, *of: kept.append(len(self._lists)) or negatives(self, *of)
+    )
+    monkeypatch.setattr(job, "PART_BYTES", 200)
+    monkeypatch.setattr(source, "UNIT_BLOCKS", 1)
+    monkeypatch.setattr(source, "BLOCK_BYTES", 300)
+    settings = make_config(tmp_path, "jsonl", LISTS, f"run.dir={tmp_path / 'parts'}")
+    assert prepare(settings) == 0
+    assert lists_of(HistoryStore(tmp_path / "parts" / "histories"), "valid", "test") == whole
+    assert 0 < max(kept) < USERS / 2
 
 
 @pytest.mark.parametrize("policy", ["add", "skip"])

@@ -17,6 +17,7 @@ import pytest
 
 from tests.data.raw import (
     LENGTH,
+    NUM_ITEMS,
     behavior_line,
     clicks,
     make_config,
@@ -26,7 +27,7 @@ from tests.data.raw import (
     write_mind,
 )
 from trsr_dist.config import Config
-from trsr_dist.data import jsonl, published, source, tables
+from trsr_dist.data import build, jsonl, published, source, tables
 from trsr_dist.data import prepare as job
 from trsr_dist.data.parts import part_of_name
 from trsr_dist.data.shared import SharedWork
@@ -138,6 +139,44 @@ def dying_in(phase: str, record: Callable) -> Callable:
 
 def ends(*pids: int) -> list[int]:
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids]
+
+
+def test_what_is_counted_of_a_part_does_not_grow_with_the_catalogue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of millions of items hundreds of parts would each hold a copy."""
+    monkeypatch.setattr(job, "_tidy", lambda *_: None)
+    sizes = []
+    for num_items in (NUM_ITEMS, 30 * NUM_ITEMS):
+        folder = tmp_path / str(num_items)
+        write_jsonl(folder, single_clicks(), [{"id": f"N{item}", "text": f"Thing {item}"} for item in range(num_items)])
+        assert job.prepare(config_of(folder, "clicks", "run")) == 0
+        found = sorted((folder / "run").glob(".histories.work/*/clicks-*/*.np*"))
+        sizes.append([path.stat().st_size for path in found])
+    assert len(sizes[0]) > 3
+    assert sizes[0] == sizes[1]
+
+
+def test_users_are_chosen_with_one_look_at_each_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every task does this by itself: on a shared disk a million files would be opened for a thousand parts."""
+    opened, num_parts, is_choosing = [], [], []
+    plain_map, plain_choose = pa.memory_map, build.Build._choose
+
+    def counted_map(path: str, *arguments: object) -> pa.MemoryMappedFile:
+        opened.extend([path] * bool(is_choosing))
+        return plain_map(path, *arguments)
+
+    def watched_choose(self: build.Build) -> build.KeptUsers:
+        num_parts.append(self._num_parts)
+        is_choosing.append(True)
+        found = plain_choose(self)
+        is_choosing.clear()
+        return found
+
+    monkeypatch.setattr(pa, "memory_map", counted_map)
+    monkeypatch.setattr(build.Build, "_choose", watched_choose)
+    assert job.prepare(config_of(tmp_path, "clicks", "run")) == 0
+    assert len(opened) <= num_parts[0] > 3
 
 
 @pytest.mark.parametrize("name", FORMATS)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.data.raw import make_config, user_records, write_jsonl
+from trsr_dist.data.candidates import HELD_OUT
 from trsr_dist.data.prepare import prepare
 from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.errors import DataError, TrsrError
@@ -110,7 +111,7 @@ def test_rankers_and_lists_read_columns_not_cells(
     rankers = build_rankers(store, ["popularity", "recency", "bm25"], 0, tmp_path).rankers
     items = list(range(len(store.catalogue)))
     assert rankers["recency"]([[0]], [items])[0].tolist() == expected.tolist()
-    weights = item_weights("popularity", store)
+    weights = item_weights("popularity", store, HELD_OUT)
     assert weights.tolist() == np.bincount(held_out, minlength=len(items)).tolist()
     assert first_times(store).min() > 0
     DrawnLists("targets", store, split, 2, seen_before_target=True, seed=0)

@@ -1,6 +1,8 @@
 """Rankers that need no language model."""
 
+import gc
 import math
+from collections import Counter
 from dataclasses import astuple
 from pathlib import Path
 from unittest.mock import patch
@@ -39,6 +41,18 @@ def test_bm25_of_an_unrelated_or_empty_history_is_zero() -> None:
 
 def test_bm25_reads_words_without_case_and_punctuation() -> None:
     assert Bm25(["RED!", "red"])([0], [1])[0] == pytest.approx(Bm25(["red", "red"])([0], [1])[0])
+
+
+def test_bm25_keeps_no_terms_of_the_whole_catalogue() -> None:
+    """They take a kilobyte an item: of millions of items more than a node may have."""
+
+    def num_counters() -> int:
+        return sum(type(found) is Counter for found in gc.get_objects())
+
+    before = num_counters()
+    bm25 = Bm25([f"red {number}" for number in range(1000)])
+    assert num_counters() - before < 10
+    assert bm25([3], [4, 3]).argmax() == 1
 
 
 def test_users_are_ranked_without_reading_cells_one_by_one(tmp_path: Path) -> None:

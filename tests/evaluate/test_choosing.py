@@ -6,6 +6,8 @@ import json
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -15,11 +17,12 @@ from tests.spawn import run_ranks
 from tests.summarize.server import Handler, prompt_of, serving
 from trsr_dist.config import Config, load_config
 from trsr_dist.errors import ConfigError, DataError, RunError
-from trsr_dist.evaluate.choosing import choose_summaries, target_log_share
+from trsr_dist.evaluate.choosing import Exchange, choose_summaries, target_log_share, write_choice
 from trsr_dist.evaluate.teacher import score_shards
 from trsr_dist.pretrained import BaseSource, load_tokenizer
 from trsr_dist.prompts.encoder import Encoder
 from trsr_dist.prompts.text import Prompt
+from trsr_dist.records import Candidate, Sample
 from trsr_dist.run import RunFolder
 from trsr_dist.shards.inspect.job import Options, inspect_shards
 from trsr_dist.shards.reader import ShardSet
@@ -100,6 +103,33 @@ def test_the_sample_with_the_largest_share_of_the_target_is_learned(sampled: Pat
             assert pairs[0]["chosen"][0]["content"] == best.summary
             assert pairs[0]["rejected"][0]["content"] == worst.summary
     assert not learned and not preferred
+
+
+class Taught:
+    """Two samples of one user (``data.train_prefixes``), as one of the sampled summaries has them."""
+
+    def __init__(self, number: int) -> None:
+        candidates = (Candidate("a", "a", 1), Candidate("b", "b", 0))
+        samples = [Sample(user, "", "", (), candidates, {"history": []}) for user in ("u~1", "u")]
+        self.number, self.table = number, SimpleNamespace(values=np.float32([[number, 0], [-number, 0]]))
+        self.shards = MagicMock(read=samples.__getitem__, __len__=lambda _: 2, manifest=PLAIN)
+
+    def exchanges(self, sample: Sample, items: list[str]) -> list[Exchange]:
+        return [Exchange(prompt, f"{sample.user} {self.number}", False) for prompt in ("block", f"of {sample.user}")]
+
+
+PLAIN = {"settings": {"summarizer": {"prompt_style": "plain"}}}
+
+
+def test_what_a_users_samples_share_is_taught_once(tmp_path: Path) -> None:
+    """The texts of one are better for one target and worse for the other."""
+    store = SimpleNamespace(catalogue=SimpleNamespace(ids=[], text=None), has_earlier=True)
+    facts = write_choice(tmp_path, [Taught(0), Taught(1)], store, 0.0)
+    lines = {kind: (tmp_path / kind / "train.jsonl").read_text().splitlines() for kind in ("sft", "dpo")}
+    for kind in lines:
+        assert [json.loads(line)["prompt"] for line in lines[kind]] == ["block", "of u~1", "of u"]
+    assert [json.loads(line)["chosen"] for line in lines["dpo"]] == [" u~1 1", " u~1 1", " u 0"]
+    assert (facts["sft"], facts["dpo"]) == (3, 3)
 
 
 def test_the_ranker_of_the_run_knows_no_held_out_user(sampled: Path) -> None:

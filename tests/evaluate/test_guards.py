@@ -14,6 +14,7 @@ from trsr_dist.errors import ConfigError, DataError, ModelError, RunError
 from trsr_dist.evaluate import report
 from trsr_dist.evaluate.job import evaluate
 from trsr_dist.evaluate.score_files import ScoreFolder
+from trsr_dist.evaluate.teacher import score_shards
 from trsr_dist.files import read_json, write_json
 from trsr_dist.locks import CLAIMS
 from trsr_dist.metric_log import read_metrics
@@ -81,6 +82,35 @@ def test_force_removes_nothing_for_a_model_that_does_not_open(run: Path, done: P
     with pytest.raises(ModelError, match="not a safetensors file"):
         evaluate(few(run), str(broken), output=str(done), force=True)
     assert parts_of(done) == before and (done / "test.json").is_file()
+
+
+def test_an_array_is_told_which_folder_to_remove(run: Path, done: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tasks cannot be forced, each of which would remove what the others write."""
+    before = parts_of(done)
+    for name, value in (("ID", "0"), ("MIN", "0"), ("MAX", "1"), ("COUNT", "2")):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    with pytest.raises(RunError, match=r"done/test: made with input model=.*in a Slurm array: remove the folder"):
+        evaluate(few(run), "RUN/base", output=str(done))
+    with pytest.raises(ConfigError, match=rf"remove {done}/test and submit the array again without it"):
+        evaluate(few(run), "RUN/base", output=str(done), force=True)
+    with pytest.raises(ConfigError, match=rf"remove {run}/shards/train/scores-\S+ and submit the array again"):
+        score_shards(few(run), "RUN/merged", force=True)
+    assert parts_of(done) == before
+    shutil.rmtree(done / "test")
+    for task in ("0", "1"):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+        evaluate(few(run), "RUN/base", output=str(done))
+    assert numbers_of(done)["model"] == f"{run}/base" and parts_of(done) != before
+
+
+def test_an_array_with_gaps_shares_out_nothing(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tasks that failed are submitted again, and what they are dealt is not what they were dealt before."""
+    for name, value in (("MIN", "3"), ("MAX", "7"), ("COUNT", "2")):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    for task in ("3", "7"):
+        monkeypatch.setenv("SLURM_ARRAY_TASK_ID", task)
+        with pytest.raises(ConfigError, match="2 tasks from 3 to 7.* --array=0-1"):
+            evaluate(few(run), "RUN/merged", output=str(tmp_path))
 
 
 def test_a_job_with_other_settings_is_kept_out(

@@ -61,6 +61,16 @@ def test_any_number_of_ranks_gives_the_same_digits(together: Path, alone: Path, 
     assert len(set(values)) > len(values) // 2, "equal scores would say nothing"
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_compiled_layers_score_alike_and_are_not_mixed_with_others(run: Path, alone: Path, tmp_path: Path) -> None:
+    plain, compiled = load_config(run / "config.yaml"), write_config(run, "compiled.yaml", model={"compile": True})
+    assert evaluate(compiled, "RUN/merged", output=str(tmp_path)) == 0
+    assert scores_of(tmp_path) == pytest.approx(scores_of(alone), abs=1e-4)
+    with pytest.raises(RunError, match="compile"):
+        evaluate(plain, "RUN/merged", output=str(tmp_path))
+
+
 @pytest.mark.parametrize("together", [2], indirect=True)
 def test_an_adapter_over_divided_weights_scores_as_the_merged_model(together: Path, alone: Path) -> None:
     expected, found = scores_of(alone), scores_of(together / "adapter")

@@ -190,3 +190,12 @@ def test_many_users_share_few_outcomes() -> None:
     differences, counts = table.paired(*numbers)
     assert len(differences) < 4000
     assert counts @ differences == pytest.approx((values[0] - values[1]).sum(axis=0))
+
+
+def test_the_table_of_outcomes_is_put_together_once_for_all_slices() -> None:
+    """Among users whose lists have different lengths there are as many outcomes as users, and thousands of slices."""
+    table, labels = OutcomeTable((1,)), [np.array([1, 0, 0])]
+    first = table.add([np.array([3.0, 2.0, 1.0])], labels)
+    assert table.rows is table.rows
+    other = table.add([np.array([1.0, 2.0, 3.0])], labels)
+    assert [table.rows[number][0].item() for number in (*first, *other)] == [1.0, 0.0]

@@ -165,6 +165,8 @@ def test_a_mined_pool_is_drawn_from_and_bound_to_scores_and_settings(scored: Pat
         part.unlink()  # the table is enough
     with pytest.raises(RunError, match="not complete; run tools/mine_negatives.py"):
         open_pool(shards, 2)
+    with pytest.raises(ConfigError, match=r"--negatives 7: the samples of .*train keep 6 a positive"):
+        mine_negatives(config, "RUN/merged", 7, 0.95)
     assert mine_negatives(config, "RUN/merged", 3, 0.95) == 0
     made = (shards.folder / MINED / TABLE).read_bytes()
     pool = open_pool(shards, 2)

@@ -13,6 +13,7 @@ import pytest
 
 from tests.data.raw import make_config, write_amazon, write_jsonl
 from tests.evaluate.world import numbers_of, parts_of, scores_of, write_config
+from trsr_dist.data.candidates import HELD_OUT
 from trsr_dist.data.prepare import prepare
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import DataError
@@ -45,7 +46,7 @@ def lists_of(store: HistoryStore, protocol: str, count: int = 6, seed: int = 0) 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_lists_hold_the_targets_and_nothing_of_the_history(store: HistoryStore, protocol: str) -> None:
-    lists, weights = lists_of(store, protocol), item_weights(protocol, store)
+    lists, weights = lists_of(store, protocol), item_weights(protocol, store, HELD_OUT)
     for index in range(store.num_users("test")):
         row = store.user("test", index)
         drawn = lists.stored(row.user).candidates
@@ -74,7 +75,7 @@ def test_draws_depend_on_seed_protocol_and_user_alone(store: HistoryStore) -> No
 
 
 def test_popular_items_are_drawn_as_often_as_they_are_clicked(store: HistoryStore) -> None:
-    weights = item_weights("targets", store)
+    weights = item_weights("targets", store, HELD_OUT)
     counts = np.zeros(len(weights))
     for seed in range(20):
         lists = lists_of(store, "targets", 3, seed)

@@ -10,7 +10,7 @@ from trsr_dist.errors import ConfigError
 from trsr_dist.model.attention.backends import build_backend, choose_backend, dense_attention
 from trsr_dist.model.attention.layout import Layout
 
-BACKENDS = ["torch", "flash_attn", "flex"]
+BACKENDS = ["torch", "flash_attn", "flash_attn_4", "flex"]
 HEADS, KV_HEADS, HEAD_DIM = 8, 2, 128
 TOLERANCE = 1e-2
 """Relative L2 in bfloat16; the stand-in of the kernels reached 2e-3 to 5e-3."""

@@ -106,6 +106,12 @@ def test_one_that_fits_is_taken_in_all_ways(base: Path, adapter: Path) -> None:
         act()
 
 
+def test_a_copy_of_the_output_head_is_not_trained(base: Path, tmp_path: Path) -> None:
+    adapter = make_adapter(base, tmp_path / "tuned", target_modules=["q_proj", "lm_head"])
+    with pytest.raises(TrsrError, match=r"holds lm_head\.base_layer\.weight .*save_embedding_layers=False"):
+        ways(base, adapter)["train"]()
+
+
 @pytest.mark.parametrize("content", [b"", b"\0" * 100, b"\xff" * 8 + b"{}", b"{}"])
 def test_damaged_files_are_named(base: Path, adapter: Path, content: bytes) -> None:
     (adapter / WEIGHTS).write_bytes(content)

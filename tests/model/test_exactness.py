@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from tests.model.world import (
@@ -23,7 +26,8 @@ from tests.model.world import (
     run,
 )
 from trsr_dist.model.attention import backends
-from trsr_dist.model.attention.layout import Layout
+from trsr_dist.model.attention.cpu import CpuKernel
+from trsr_dist.model.attention.layout import Layout, decoded
 from trsr_dist.model.inputs import RowInputs, separate_prompts, text_targets
 from trsr_dist.rows import PackedRow, pack_row
 
@@ -70,16 +74,44 @@ def test_equal_with_recomputed_activations(backend: str) -> None:
 
 def test_recomputation_is_really_on(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    original = backends.Cascade.forward
-    counted = staticmethod(lambda *args: (calls.append(1), original(*args))[1])
-    monkeypatch.setattr(backends.Cascade, "forward", counted)
+    original = CpuKernel.forward
+    monkeypatch.setattr(CpuKernel, "forward", lambda *args: (calls.append(1), original(*args))[1])
     model, row = make_model(model_config()), make_row()
     run(recommender(model, "cpu"), row)
     without = len(calls)
     run(recommender(model, "cpu", checkpointing=True), row)
     # Older versions of transformers recompute a layer's whole call, the last one's at the answers too.
     last_is_too = type(model.model.layers[-1]).__call__ is not torch.nn.Module.__call__
-    assert (without, len(calls) - without) == (3, 5 + last_is_too), "the two layers below the last one run twice"
+    assert (without, len(calls) - without) == (6, 10 + 2 * last_is_too), "the two layers below the last one run twice"
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_selective_recomputation_runs_no_large_product_twice(kind: str) -> None:
+    """Attention and the products of the base's matrices run once; the adapters', which are narrow, run again."""
+    model, row = make_model(model_config(kind)), make_row(12)
+    counts = {mode: Counted() for mode in (False, True, "selective")}
+    for mode, count in counts.items():
+        reader = recommender(model, "cpu", mode)
+        with count:
+            found = run(reader, row)
+        assert_equal(found, one_by_one(model, row))
+    whole, every, selective = (counts[mode] for mode in (False, True, "selective"))
+    assert selective.attention == whole.attention < every.attention
+    assert selective.products == whole.products <= every.products - 2 * 6, "q, k, v, o, gate and up of two layers"
+
+
+class Counted(TorchDispatchMode):
+    """Counts forward attentions, and products by the base's matrices in forward direction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = self.products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        self.attention += func is torch.ops.trsr_dist.tree_attention.default
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.products += min(args[-1].shape) > 4 and args[-1].stride(0) == 1
+        return func(*args, **kwargs or {})
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -146,6 +178,24 @@ def test_separate_fallback_equals_the_oracle() -> None:
     assert_equal(run(recommender(model, None), row), one_by_one(model, row))
 
 
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {"rope_type": "dynamic", "factor": 4.0},
+        {"rope_type": "longrope", "factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [1.0 + n for n in range(8)]},
+    ],
+    ids=lambda scaling: scaling["rope_type"],
+)
+def test_separate_prompts_of_other_lengths_leave_the_rotary_scaling_alone(scaling: dict) -> None:
+    rope = scaling | {"rope_theta": 10000.0, "original_max_position_embeddings": 64}
+    model, row = make_model(model_config(rope_parameters=rope, max_position_embeddings=64)), make_row()
+    with torch.no_grad():
+        found = recommender(model, None)(RowInputs(row, CPU), "logits")
+        prompts = [torch.tensor(prompt)[None] for prompt in separate_prompts(row)]
+        alone = [copy.deepcopy(model)(input_ids=prompt).logits[0, -1] for prompt in prompts]
+    torch.testing.assert_close(found, torch.stack(alone), atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("cap", [None, 30.0])
 def test_separate_prompts_in_bfloat16_have_no_rounded_scores(cap: float | None) -> None:
     """Logits of 16 and more in bfloat16 are multiples of 1/8: most candidates of a user would be tied."""
@@ -183,6 +233,15 @@ def test_an_adapted_head_in_bfloat16_has_no_rounded_scores(settings: dict) -> No
     assert float((found - exact).abs().max()) < 0.1 * float(exact.abs().max())
 
 
+def test_the_answers_loss_in_bfloat16_is_of_no_rounded_logits() -> None:
+    """The difference of its two logits is that of which the other losses are made."""
+    model, row = make_model(model_config(), torch.bfloat16), make_row()
+    model.lm_head.weight.data *= 100
+    with torch.no_grad():
+        logits, pair = (recommender(model, "cpu")(RowInputs(row, CPU), want) for want in ("logits", "pair"))
+    assert pair.abs().max() > 16 and torch.equal(logits[:, list(ANSWERS)], pair)
+
+
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_bfloat16_is_as_near_to_float32_as_separate_sequences_are(kind: str) -> None:
     row = make_row(12)
@@ -214,7 +273,7 @@ class TestNegativeControls:
 
     def test_gradient_of_the_log_sum_exp_that_is_dropped(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """The obvious merge of FlashAttention 2's outputs: right forward, dq and dk wrong by percents."""
-        monkeypatch.setattr(backends.Cascade, "apply", _merge_without_gradient)
+        monkeypatch.setattr(backends, "tree_attention", _merge_without_gradient)
         model, row = make_model(model_config()), make_row()
         found, expected = run(recommender(model, "cpu"), row), one_by_one(model, row)
         torch.testing.assert_close(found[0], expected[0], atol=1e-5, rtol=0)
@@ -229,8 +288,10 @@ def _owners(layout: Layout) -> list[int]:
     return [user + 1 for user, total in enumerate(layout.suffix_totals) for _ in range(total)]
 
 
-def _merge_without_gradient(q, k, v, calls, kernel, scale):  # noqa: ANN001, ANN202
+def _merge_without_gradient(q, k, v, code, number, answers_only, scale):  # noqa: ANN001, ANN202
     """Each call differentiable by itself, as FlashAttention 2 is, and log-sum-exps taken for constants."""
+    layout, kernel = decoded(code, q.device), CpuKernel()
+    calls = layout.answer_calls if answers_only else layout.calls
 
     class One(torch.autograd.Function):
         @staticmethod
@@ -253,4 +314,4 @@ def _merge_without_gradient(q, k, v, calls, kernel, scale):  # noqa: ANN001, ANN
         old, new = ((x - total).exp().t()[..., None] for x in (lse[:, rows], part_lse))
         out = torch.cat([out[: rows.start], out[rows] * old + part * new, out[rows.stop :]])
         lse = torch.cat([lse[:, : rows.start], total, lse[:, rows.stop :]], dim=1)
-    return out
+    return out, lse

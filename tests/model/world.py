@@ -62,11 +62,11 @@ def make_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32, tar
     return base.to(dtype)
 
 
-def recommender(model: nn.Module, backend: str | None, checkpointing: bool = False) -> Recommender:
+def recommender(model: nn.Module, backend: str | None, checkpointing: bool | str = False) -> Recommender:
     """A copy of the model that reads rows, in training mode."""
     model = copy.deepcopy(model)
     if checkpointing:
-        enable_recomputation(model)
+        enable_recomputation(model, selective=checkpointing == "selective")
     return Recommender(model, ANSWERS, backend).train()
 
 

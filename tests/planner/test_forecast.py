@@ -21,6 +21,7 @@ from tests.tokenizers import byte_level
 from trsr_dist.cli import cluster_options
 from trsr_dist.config import load_config
 from trsr_dist.config.files import shipped_file
+from trsr_dist.data.prepare import prepare
 from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import ConfigError, RunError
 from trsr_dist.planner import here
@@ -44,6 +45,7 @@ from trsr_dist.planner.text import in_json, in_words
 from trsr_dist.planner.work import SummarySettings, shard_lengths, split_work, summary_work
 from trsr_dist.shards.measure import measure_lengths
 from trsr_dist.shards.plan import PackingSettings, TrainPlan
+from trsr_dist.summarize.progress import read_tasks
 
 LLAMA_70B = ModelShape(8192, 80, 64, 8, 128, 28672, 32000)
 STEP = StepSettings(8192, "bfloat16", True, ("q_proj", "v_proj"), answers_only=True, dropout=False)
@@ -361,6 +363,21 @@ def test_prompts_of_summaries_are_those_that_the_job_sends(config: Path) -> None
     launched = forecast_summaries(LLAMA_70B, work, replace(settings, engine="transformers"), cluster(1))
     least = work.new_tokens / 16 * 80 * LAYER_SECONDS["transformers"] / 8
     assert launched.cost.seconds > max(least, found.cost.seconds)
+
+
+@pytest.mark.parametrize("scheme", ["hierarchical", "recurrent"])
+def test_what_a_users_samples_share_is_made_once(tmp_path: Path, scheme: str) -> None:
+    """As the job makes it, which keeps texts by their prompts."""
+    rows = {"data": {"train_prefixes": 3, "split": [8, 1, 1]}, "demo": {"num_users": 60, "num_items": 300}}
+    path = write_config(tmp_path / "run", **rows, summarize={"scheme": scheme, "block_size": 3, "engine": "extractive"})
+    assert prepare(load_config(path)) == 0
+    store = HistoryStore(tmp_path / "run" / "histories")
+    work = summary_work(store, SummarySettings(scheme, 3, 8, 900, 40, 8, "news", 16, "extractive"))
+    run_here(path)
+    (task,) = read_tasks(next((tmp_path / "run" / "summaries" / "progress").iterdir()))
+    assert task.nodes > 1.5 * task.requests
+    assert work.num_prompts == pytest.approx(task.requests, rel=0.03), "a few texts of several users are equal"
+    assert len(store.first_users("train", 5)) == 5
 
 
 def test_a_quantized_base_cannot_be_divided(tmp_path: Path) -> None:

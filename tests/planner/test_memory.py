@@ -18,13 +18,15 @@ from benchmarks.ways import ANSWERS, make_user
 from tests.planner.step_memory import CONFIG
 from trsr_dist.config.sections import LoraSection
 from trsr_dist.model.adapters import add_lora
+from trsr_dist.model.compilation import compile_layers, warm_up
 from trsr_dist.model.inputs import RowInputs
 from trsr_dist.model.loading import load_base
-from trsr_dist.model.recommender import Recommender
+from trsr_dist.model.recommender import Recommender, enable_recomputation
 from trsr_dist.planner.hardware import CPU_PROCESS_BYTES
 from trsr_dist.planner.memory import (
     StepSettings,
     ZeroSetting,
+    activation_bytes,
     forward_bytes,
     key_value_bytes,
     rank_memory,
@@ -98,6 +100,33 @@ def test_freed_memory_is_returned_where_the_node_has_too_little(
     assert bool(calls) == is_scarce
 
 
+@pytest.mark.parametrize(
+    "compiled",
+    [False, pytest.param(True, marks=[pytest.mark.long, pytest.mark.timeout(900)])],
+    ids=["eager", "compiled"],
+)
+@pytest.mark.parametrize("recompute", [False, "selective", True])
+def test_a_step_holds_what_is_planned(recompute: bool | str, compiled: bool) -> None:
+    """A longer model, so that what a layer keeps outweighs what one layer needs at a time."""
+    config = LlamaConfig(**(CONFIG.to_dict() | {"num_hidden_layers": 8}))
+    causal = AutoModelForCausalLM.from_config(config)
+    add_lora(causal, 0, **LoraSection(r=4, dropout=0.0).model_dump())
+    if recompute is True or (recompute and not compiled):
+        enable_recomputation(causal, selective=recompute == "selective")
+    model = Recommender(causal, ANSWERS, "cpu").train()
+    if compiled:
+        compile_layers(model)
+        warm_up(model, answers_only=True)
+    row = pack_row([make_user(f"user {number}", 390, (12, 9), 20) for number in range(10)])
+    inputs = RowInputs(row, torch.device("cpu"))
+    model(inputs, "pair").square().mean().backward()
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        model(inputs, "pair").square().mean().backward()
+    step = StepSettings(row.num_tokens, "float32", recompute, ATTENTION_MODULES, True, False, compiled=compiled)
+    planned = activation_bytes(ModelShape.from_config(config.to_dict()), step, frozen_inputs=False)
+    assert planned == pytest.approx(peak_of(profiler), rel=0.15)
+
+
 @pytest.mark.parametrize("sizes", [{}, {"hidden_size": 512, "intermediate_size": 1408}, {"intermediate_size": 512}])
 def test_a_forward_pass_holds_what_is_planned(sizes: dict[str, int]) -> None:
     config = LlamaConfig(**(CONFIG.to_dict() | sizes))
@@ -126,7 +155,7 @@ def test_keys_and_values_are_those_of_the_cache() -> None:
     config = LlamaConfig(**CONFIG.to_dict())
     model, cache = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa"), DynamicCache(config=config)
     with torch.no_grad():
-        model(torch.zeros(3, 40, dtype=torch.long), past_key_values=cache)
+        model(torch.zeros(3, 40, dtype=torch.long), None, None, cache)
     found = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert key_value_bytes(ModelShape.from_config(CONFIG.to_dict()), 3 * 40, "float32") == found
 

@@ -89,6 +89,35 @@ def test_what_others_have_closed_makes_room(shards: ShardSet, tmp_path: Path) ->
     assert sum((tmp_path / "disk" / name).stat().st_size for name in copies(tmp_path / "disk")) <= limit
 
 
+def test_few_looks_at_all_copies_whatever_their_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Among thousands, one for each shard would take longer than the copying, while all ranks of the node wait."""
+    looks, plain_files = [], ShardCache._files
+    monkeypatch.setattr(ShardCache, "_files", lambda self: looks.append(None) or plain_files(self))
+    (tmp_path / "source").write_bytes(b"x" * 1000)
+
+    def num_copied(cache: ShardCache, first: int) -> int:
+        """Of 160 shards; they have the same bytes."""
+        hashes = [f"{number:064x}" for number in range(first, first + 160)]
+        cache.keep(hashes)
+        copied = 0
+        for sha256 in hashes:
+            monkeypatch.setattr("trsr_dist.shards.cache._copy_bytes", lambda *_, found=sha256: found)
+            descriptor = cache.open(tmp_path / "source", sha256, 1000)
+            if descriptor is not None:
+                os.close(descriptor)
+                copied += 1
+        return copied
+
+    first, second = (ShardCache(tmp_path / "disk", 160_000) for _ in range(2))
+    assert num_copied(first, 0) == 160
+    assert len(looks) == 1
+    assert num_copied(first, 160) == 0, "its own copies stay"
+    assert len(looks) <= 3
+    assert num_copied(second, 320) == 160, "copies of another set go"
+    assert len(looks) <= 40
+    assert len(copies(tmp_path / "disk")) <= 160
+
+
 def fetch(folder: Path, source: Path, content: bytes, results: Connection) -> None:
     """What a rank does at the first sample of a shard."""
     cache = ShardCache(folder, GIGABYTE)

@@ -29,13 +29,15 @@ def train_epoch(rank: int, world_size: int, folder: Path, max_data_errors: int |
     weight = torch.full((), 0.1, dtype=torch.float64)
     users: list[str] = []
     num_rows: list[int] = []
+    num_errors = 0
     for step in islice(stream, stream.steps_in_epoch(0)):
         gradient = sum((_gradient(weight, row) for row in step.rows), torch.zeros((), dtype=torch.float64))
         dist.all_reduce(gradient)
         weight = weight - 0.5 * gradient / step.num_answers
         users += [user for row in step.rows for user in row.users]
         num_rows.append(len(step.rows))
-    return {"weight": float(weight), "users": users, "num_rows": num_rows, "errors": stream.num_errors}
+        num_errors += len(step.errors)
+    return {"weight": float(weight), "users": users, "num_rows": num_rows, "errors": num_errors}
 
 
 def _gradient(weight: torch.Tensor, row: PackedRow) -> torch.Tensor:

@@ -18,6 +18,7 @@ from trsr_dist.config import dump_config, load_config
 CONFIG = "configs/quickstart.yaml"
 PROGRESS = "checkpoints/step-000100/state.json"
 NO_PROGRESS = ["logs/train-1/task-0000.log", "config/train.yaml", "shards/.tmp-1/a.tar", ".lock", "heartbeats/rank-0"]
+NO_PROGRESS += ["samples/000/summaries/progress/a/0.json", "samples/000/tensorboard/events"]
 
 
 def bash(script: str, folder: Path = REPOSITORY, **env: str) -> str:

@@ -212,6 +212,23 @@ def test_an_empty_run_and_no_run(tmp_path: Path) -> None:
         describe_run(tmp_path / "nothing")
 
 
+def test_sampled_summaries_are_seen(tmp_path: Path) -> None:
+    sampling = {"samples": 2, "temperature": 1.0, "failed_users": "skip"}
+    with serving(refusing("title")) as server:
+        run, config = prepared(tmp_path, server, **sampling, max_failures=3)
+        with pytest.raises(EngineError, match="summarize.max_failures"):
+            run_here(config)
+    text = describe_run(run)
+    assert "\nsummarize   not begun\nsample 000  stopped: " in text and "max_failures allows 3" in text
+    assert "sample 001" not in text
+    with serving(good) as server:
+        run, config = prepared(tmp_path / "other", server, **sampling)
+        run_here(config)
+    text = describe_run(run)
+    for sample in ("000", "001"):
+        assert f"\nsample {sample}  done\n            users: 30 of 30 done (100.0%), 0 in flight, 0 quarant" in text
+
+
 def test_the_command(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "tools/status.py", str(tmp_path / "nothing")], cwd=ROOT, capture_output=True, text=True

@@ -56,6 +56,14 @@ def test_fields_of_products() -> None:
     assert extract(SummaryPrompt("", (), (text,)), 20).startswith("dark blue, Sonorous; words: ")
 
 
+@pytest.mark.parametrize(
+    "name", ["product-title", "title (short)", "item/title", "title.en", "title #1", "title & more"]
+)
+def test_field_names_of_tables_are_no_words_of_the_summary(name: str) -> None:
+    items = tuple(f"{name}: {title}; brand: Acme" for title in ("A blue tent for all", "A green tent for two"))
+    assert extract(SummaryPrompt("", (), items), 20) == "Acme (2); words: tent (2), green, blue"
+
+
 @pytest.mark.parametrize("text", ["2020", "no", ";", "a: b", "plain words; not: fields"])
 def test_any_text_gives_some_summary(text: str) -> None:
     assert extract(SummaryPrompt("", (), (text,)), 10)

@@ -94,6 +94,19 @@ def test_users_who_go_on_cost_only_their_new_blocks(tmp_path: Path, scheme: str)
         assert len(after - before) <= 3
 
 
+def test_texts_without_a_model_are_not_looked_for_among_those_of_other_tasks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To read what all others write takes each of many tasks longer than to write its own share."""
+    looks, plain_refresh = [], TextCache.refresh
+    monkeypatch.setattr(TextCache, "refresh", lambda self: looks.append(None) or plain_refresh(self))
+    run_here(prepared(tmp_path / "extractive", users_per_shard=2)[1])
+    assert len(looks) == 1
+    with served(tmp_path / "served", users_per_shard=2) as (_, config, _):
+        run_here(config)
+    assert len(looks) > sum(USERS.values()) // 2
+
+
 def test_a_plan_of_ones_own_is_one_short_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plans").mkdir()
     (tmp_path / "plans" / "ends.py").write_text(_ENDS)

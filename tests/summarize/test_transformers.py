@@ -12,7 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tests.summarize.models import CONTEXT, small_model, tokenizer, write_model
 from tests.summarize.world import ROOT, engine_settings
@@ -80,6 +82,26 @@ def test_texts_are_those_of_generate_alone(model: object, slots: int, at_once: i
     assert [done[request.key].text for request in requests] == [generated(model, request) for request in requests]
     assert len({completion.text for completion in done.values()}) == len(requests)
     assert all(done[request.key].new_tokens <= request.max_new_tokens for request in requests)
+
+
+class Renamed(LlamaForCausalLM):
+    """Its cache has the name of transformers 5.24 and newer."""
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        **options: object,
+    ) -> CausalLMOutputWithPast:
+        return super().forward(input_ids, attention_mask, position_ids, cache, **options)
+
+
+def test_a_cache_by_another_name_is_the_same(model: object) -> None:
+    renamed, requests = Renamed(model.config).eval(), ragged(3)
+    renamed.load_state_dict(model.state_dict())
+    assert answers(engine(renamed), requests) == answers(engine(model), requests)
 
 
 def test_sampled_texts_depend_on_their_seed_alone(model: object) -> None:

@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from tests.summarize.world import tree_hash
+from trsr_dist import leases
 from trsr_dist.errors import DataError
 from trsr_dist.files import read_json
+from trsr_dist.leases import LeaseFolder
+from trsr_dist.liveness import Owner
 from trsr_dist.records import Candidate, Sample
 from trsr_dist.shards.reader import ShardSet
 from trsr_dist.summarize.units import SplitWork
+from trsr_dist.summarize.worker import Worker
 
 
 def samples(work: SplitWork, unit: int, summary: str = "likes tennis") -> list[Sample]:
@@ -55,6 +59,27 @@ def test_the_first_commit_counts_whoever_comes_late(tmp_path: Path) -> None:
         assert commit(work, unit)
     assert publish(work, tmp_path)
     assert summaries(tmp_path) == {"likes tennis"}
+
+
+def test_a_task_without_work_reads_few_leases_at_a_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thousand of them would read the leases of a thousand others every few seconds."""
+    work = SplitWork(tmp_path / "work" / "train-abc", "train", 300, 1)
+    work.open()
+    others, mine = (LeaseFolder(tmp_path / "leases", Owner("elsewhere", task=name), 100.0) for name in ("a", "b"))
+    held = [others.acquire(f"train-abc-{unit:06d}") for unit in range(300)]
+    read, plain_read = [], leases.read_sign
+    monkeypatch.setattr(leases, "read_sign", lambda path: read.append(path) or plain_read(path))
+    worker = Worker(None, [work], mine, None, "b", 0.3, lambda: None)
+    for _ in range(5):
+        worker._last_scan = float("-inf")
+        assert worker._claim() is None
+    assert 300 <= len(read) <= 350
+    assert len(set(read)) == 300, "each of them in its turn"
+    others.release(held[250])
+    worker._last_scan = float("-inf")
+    assert worker._claim().unit == 250, "a free one is seen at once"
+    for folder in (mine, others):
+        folder.close()
 
 
 def test_one_look_finds_what_all_tasks_have_committed(tmp_path: Path) -> None:

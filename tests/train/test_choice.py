@@ -67,6 +67,7 @@ class TestBest:
             "awaits_validation": False,
             "validation": None,
             "skipped_steps": 0,
+            "data_errors": 0,
             "seconds": 0.0,
             "settings": None,
         }

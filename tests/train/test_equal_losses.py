@@ -49,6 +49,28 @@ def test_losses_equal_a_plain_loop(
         assert [losses[step] for step in sorted(losses)] == pytest.approx(expected, abs=1e-5), name
 
 
+@pytest.mark.parametrize(
+    ("names", "compiled"),
+    [
+        (("zero1", "zero3"), False),
+        pytest.param(("zero0", "zero1", "zero2"), True, marks=[pytest.mark.long, pytest.mark.timeout(900)]),
+    ],
+)
+def test_losses_with_selective_recomputation_and_compiled_layers(
+    source: Path, tmp_path: Path, names: tuple[str, ...], compiled: bool
+) -> None:
+    for name in names:
+        run = link_run(tmp_path / name, source)
+        (run / "ds.json").write_text(json.dumps({"zero_optimization": STAGES[name]}))
+        changes = {"deepspeed_config": str(run / "ds.json"), "max_steps": 6, "activation_checkpointing": "selective"}
+        config = make_config(run, train=changes, model={"compile": compiled, "name_or_path": "RUN/base"})
+    run_ranks(train_all, 2, [tmp_path / name for name in names])
+    expected = plain_losses(config, 6)
+    for name in names:
+        losses = losses_of(tmp_path / name)
+        assert [losses[step] for step in sorted(losses)] == pytest.approx(expected, abs=1e-5), name
+
+
 def train_in_short_pieces(rank: int, world_size: int, run: Path) -> None:
     from trsr_dist.model import inputs
     from trsr_dist.train.job import train

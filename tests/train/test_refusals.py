@@ -16,9 +16,11 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests.shards.world import flip_byte
 from tests.spawn import run_ranks
 from tests.train.world import FEW_STEPS, make_run, start
 from tests.train.world import start as train_here
+from trsr_dist.cli import EXIT_REQUEUE
 from trsr_dist.errors import CheckpointError
 from trsr_dist.files import sha256_of
 from trsr_dist.shards.plan import TrainPlan
@@ -72,6 +74,10 @@ def start_many_times(rank: int, world_size: int, run: Path) -> dict[str, Any]:
     found["more steps"] = start(run, train=early | {"max_steps": 5})
     found["more patience"] = start(run, train=early | {"max_steps": 3, "early_stopping_patience": 2})
     found["kept after more patience"] = checkpoints(run)[-1]
+    other = early | {"best_metric": "mrr@3", "evaluate_every_steps": 9}
+    found["best before"] = best.read_text()
+    found["other metric"] = (start(run, train=other | {"max_steps": 3, "early_stopping_patience": 2}), best.read_text())
+    found["on by it"] = (start(run, train=other | {"max_steps": 9, "walltime_seconds": 0.1}), checkpoints(run))
     return found
 
 
@@ -101,6 +107,13 @@ def test_more_steps_after_an_early_end_need_more_patience(found: dict) -> None:
     assert "a larger train.early_stopping_patience" in found["more steps"]
     assert "train.max_steps" not in found["more steps"], "they would change nothing"
     assert found["more patience"] == "0" and found["kept after more patience"] == "step-000003"
+
+
+def test_the_best_by_one_metric_is_not_taken_for_that_by_another(found: dict) -> None:
+    assert found["other metric"][1] == found["best before"], "what is refused changes nothing"
+    assert "train.best_metric='ndcg@10', now 'mrr@3'; use another run.dir" in found["other metric"][0]
+    code, kept = found["on by it"]
+    assert code == str(EXIT_REQUEUE) and "step-000004" in kept and "best" not in kept, "nothing was ranked by it yet"
 
 
 def test_a_checkpoint_keeps_its_base_and_its_adapter(found: dict, run: Path) -> None:
@@ -204,3 +217,22 @@ def test_no_rank_trains_or_ranks_with_other_shards(found: dict, run: Path) -> No
             words = rf"/{split}: rank 1 on {host} finds manifest \w+\.\.\..*, rank 0 on {host} manifest"
             assert re.match(rf"DataError: .*{words}", rank[split])
         assert re.match(r"DataError: .*/train: rank 1 on .* finds rows of plan 0123 and teacher", rank["plan"])
+
+
+def train_on_damage(rank: int, world_size: int, run: Path) -> list[str]:
+    """Each start makes one step, until one ends otherwise."""
+    skip = {"data_errors": "skip", "max_data_errors": 5, "max_steps": 9, "walltime_seconds": 0.1}
+    found = [start(run, train=skip)]
+    if rank == 0:
+        shards = ShardSet(run / "shards" / "train")
+        for number in range(6):
+            flip_byte(shards.path(0), int(shards.shard(0).rows[number]["offset"]) + 9)
+    while len(found) < 9 and found[-1] == str(EXIT_REQUEUE):
+        found.append(start(run, train=skip))
+    return found
+
+
+def test_samples_left_out_are_counted_over_ranks_and_starts(tmp_path: Path) -> None:
+    one, two = run_ranks(train_on_damage, 2, make_run(tmp_path, num_users=20))
+    assert one == two and len(one) > 3
+    assert re.search(r"DataError: .*sample \d .*; that makes [6-9], train.max_data_errors allows 5$", one[-1])

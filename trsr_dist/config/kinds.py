@@ -59,7 +59,7 @@ NO_THOUGHTS: TemplateVariables = {"enable_thinking": False}
 
 
 class OnResume(Enum):
-    """Marks a setting that losses depend on. A setting without a mark may change at any time."""
+    """Marks a setting that losses or the choice of the best depend on. One without a mark may change at any time."""
 
     REFUSED = "refused"
     """It gives the checkpoint's weights their meaning or their start."""

@@ -222,14 +222,17 @@ class ModelSection(Section):
     """Pinned revision of a hub model; empty: the default branch."""
     trust_remote_code: bool = False
     """Run model code from the hub. Off unless you have read that code."""
-    attention: Literal["auto", "flash_attn", "torch", "flex", "cpu", "dense"] = "auto"
-    """Back end of the shared-prefix attention."""
+    attention: Literal["auto", "flash_attn", "flash_attn_4", "torch", "flex", "cpu", "dense"] = "auto"
+    """Back end of the shared-prefix attention; auto: the fastest of flash_attn, torch, cpu and dense that runs here
+    and gives the results of exact attention on a row, forward and backward."""
     kernels: Literal["auto", "none", "liger"] = "auto"
     """Liger-Kernel's fused norms, gated MLPs and rotary positions in training (extra: liger); auto: on a GPU that has
     them."""
     quantization: Annotated[Literal["none", "4bit", "8bit", "fp8"], OnResume.REFUSED] = "none"
     """Hold the frozen base's layers in fewer bits: 4bit and 8bit through bitsandbytes (extra: quantization); fp8: with
     FP8 products, on GPUs from compute capability 8.9 on."""
+    compile: bool = False
+    """Compile the decoder layers before a training's first step (minutes; needs a C++ compiler and Triton on GPUs)."""
 
 
 class LoraSection(Section):
@@ -292,8 +295,9 @@ class TrainSection(Section):
     an error in that file."""
     precision: Annotated[Literal["auto", "float32", "bfloat16"], OnResume.SAID] = "auto"
     """auto: bfloat16 on a GPU that has it, float32 on CPU."""
-    activation_checkpointing: bool = True
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    activation_checkpointing: bool | Literal["selective"] = True
+    """Recompute activations in the backward pass. true: all of a layer, the least memory, about a third more time;
+    selective: what is cheap, while products of matrices and the attention are kept; false: nothing."""
     num_workers: int = Field(1, ge=0)
     """Reader processes per rank; 0 reads in the training process."""
     shards_url: StorePath = ""
@@ -311,7 +315,7 @@ class TrainSection(Section):
     """Steps between rankings of the validation users; 0: never."""
     evaluate_users: int = Field(1000, ge=0)
     """Validation users ranked in training, the first of the split; 0: all."""
-    best_metric: str = "ndcg@10"
+    best_metric: Annotated[str, OnResume.SAID] = "ndcg@10"
     """Validation metric that names the best checkpoint."""
     early_stopping_patience: int = Field(0, ge=0)
     """Stop after this many evaluations without a better best_metric; 0: never."""
@@ -325,7 +329,7 @@ class TrainSection(Section):
     data_errors: Literal["fail", "skip"] = "fail"
     """A damaged sample stops the run, or is replaced by an empty one and counted."""
     max_data_errors: int = Field(100, ge=0)
-    """With data_errors: skip, more than this many stop the run."""
+    """With data_errors: skip, more than this many stop the run; those of all ranks and of earlier starts count."""
     max_bad_steps: int = Field(5, ge=0)
     """Steps with a non-finite loss or gradient are skipped; more than this many in a row stop the run."""
     walltime_seconds: float = Field(0, ge=0)

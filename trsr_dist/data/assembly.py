@@ -97,7 +97,9 @@ class CandidateMaker:
         clicks: int64 [splits, 2, items], see ``count_clicks``.
         items: the spooled catalogue.
         first_seen: int64 [items], see ``UserColumns.first_seen``.
-        retrieved: lists of the valid and test users; None: they are drawn too.
+
+    Attributes:
+        retrieved: lists of the valid and test users that come next; None: they are drawn too.
     """
 
     def __init__(
@@ -107,10 +109,9 @@ class CandidateMaker:
         clicks: np.ndarray,
         items: ArrowRows,
         first_seen: np.ndarray,
-        retrieved: RetrievedLists | None = None,
     ) -> None:
         self._rules = rules
-        self._retrieved = retrieved
+        self.retrieved: RetrievedLists | None = None
         self._pools: dict[str, PoolOf] = {}
         seen, categories = None, None
         if rules.seen_before_target:
@@ -154,7 +155,7 @@ class CandidateMaker:
     def _first_draws(self, users: UserColumns, split: str, wanted: int) -> tuple[np.ndarray, np.ndarray]:
         """int64 [users, wanted], negatives, and bool [users]: whose these are; the others' mean nothing."""
         drawn, is_plain = np.zeros((len(users), wanted), np.int64), np.zeros(len(users), bool)
-        is_retrieved = split != "train" and self._retrieved is not None
+        is_retrieved = split != "train" and self.retrieved is not None
         if self._rules.strategy == "impressions" or wanted > MOST_AT_ONCE or is_retrieved:
             return drawn[:, :0], is_plain
         names, members, single = users.names.to_pylist(), defaultdict(list), users.targets.lengths == 1
@@ -199,9 +200,9 @@ class CandidateMaker:
             DataError: too few eligible items, and the policy is ``fail``.
         """
         stream = random_stream(self._rules.seed, user.user, "negatives")
-        if split != "train" and self._retrieved is not None:
+        if split != "train" and self.retrieved is not None:
             wanted = least = 1
-            negatives = self._retrieved.negatives(user, split, counts)
+            negatives = self.retrieved.negatives(user, split, counts)
             if negatives is None:
                 return None
             problem = "data.candidates_file names no candidate of this user beside targets and history; add some"

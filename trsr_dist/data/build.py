@@ -3,14 +3,15 @@
 items        the catalogue
 log          units of the log, each cut into parts by user
 users        a part of all units: each user once, if the rules admit it, cut again by ranges of the users' hashes
+lists        units of the retriever's candidates, if there are any, cut by the same ranges
 clicks       of a range: how often its users met each item, and when first
 candidates   of a range: its users with their candidates, split by split
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,10 @@ from trsr_dist.data.candidates import split_by_time, split_by_user
 from trsr_dist.data.histories import HistoryRules, admit_all
 from trsr_dist.data.interactions import Interactions
 from trsr_dist.data.items import REMOVED, CatalogueRules
-from trsr_dist.data.jsonl import JsonlReader
+from trsr_dist.data.jsonl import JsonlReader, Listed
 from trsr_dist.data.logs import BITS_OF_A_ROW, LAST, NEVER, ItemCodes, UserColumns, gather, unit_table
-from trsr_dist.data.parts import hash64_many, hash_range, part_of_name, read_part, write_parts
-from trsr_dist.data.retrieved import RetrievedLists
+from trsr_dist.data.parts import hash64_many, hash_range, part_of_name, read_columns, read_part, write_parts
+from trsr_dist.data.retrieved import RetrievedLists, listed_users
 from trsr_dist.data.samples import SampleRules, Samples, check_keys, count_clicks
 from trsr_dist.data.shared import OrderedError, SharedWork
 from trsr_dist.data.source import Counts, Reader
@@ -45,7 +46,7 @@ from trsr_dist.log import get_logger, progress
 from trsr_dist.records import UserLog
 from trsr_dist.run import SPLITS
 
-ITEM_SPOOL, TABLE, CLICKS, FIRST_SEEN = "items.spool", "table.arrow", "clicks.npy", "first_seen.npy"
+ITEM_SPOOL, TABLE, CLICKS = "items.spool", "table.arrow", "clicks.npz"
 LARGE_SHARE = 0.05
 """Of unknown items: from here on they are called the cause of an error."""
 
@@ -89,7 +90,6 @@ class Build:
     ) -> None:
         self._config, self._data, self._reader, self._lists = config, config.data, reader, lists
         self._work, self._num_parts, self._is_first = work, num_parts, is_first
-        self._own_counts = Counts()
 
     def run(self, fields: tuple[str, ...]) -> None:
         """Return when all pieces are there.
@@ -111,13 +111,18 @@ class Build:
         )
         work.make("users", self._numbers, self._make_users)
         work.check("log", "users")
-        retrieved = self._retrieved(rows)
+        if self._lists is not None:
+            lists = self._lists
+            self._num_list_units = work.make(
+                "lists", lambda: ((unit[0], unit) for unit in lists.candidates()), partial(self._make_lists, rows)
+            )
+            work.check("lists")
         rows.clear()
         unknown, share = self._unknown()
         try:
             self._kept = self._choose()
             work.make("clicks", self._numbers, self._make_clicks)
-            self._make_all_candidates(retrieved)
+            self._make_all_candidates()
         except DataError as error:
             if share < LARGE_SHARE:
                 raise
@@ -132,7 +137,6 @@ class Build:
         facts = [self._work.facts("candidates", number) for number in range(self._num_parts)]
         splits = {split: join_split(folder, split, parts, [part[split] for part in facts]) for split in SPLITS}
         counts = self._work.total()
-        counts.update(self._own_counts)
         counts["users_above_max_users"] += self._num_users - len(self._kept.times)
         return {
             "counts": dict(sorted(counts.items())),
@@ -163,6 +167,15 @@ class Build:
             raise OrderedError(number << BITS_OF_A_ROW | LAST, str(error))
         return {"unknown": codes.unknown}
 
+    def _make_lists(self, rows: Mapping[str, int], unit: tuple[int, Iterator[Listed]], folder: Path) -> None:
+        number, listed = unit
+        try:
+            table = listed_users(listed, rows, self._data.unknown_items, self._work.counts)
+        except DataError as error:
+            raise OrderedError(number, str(error)) from None
+        part_of = hash_range(hash64_many(table["user"].to_pylist()), self._num_parts)
+        write_parts(folder / TABLE, table, part_of, self._num_parts)
+
     def _make_users(self, part: int, folder: Path) -> None:
         data, counts = self._data, self._work.counts
         rules = HistoryRules(data.min_history, data.max_history, data.long_histories, data.repeated_target)
@@ -179,10 +192,13 @@ class Build:
 
     def _make_clicks(self, number: int, folder: Path) -> None:
         (users, splits), num_items = self._range(number), len(self._items)
-        np.save(folder / CLICKS, count_clicks(users, splits, self._samples(users, splits), num_items))
-        np.save(folder / FIRST_SEEN, users.first_seen(num_items))
+        clicks = count_clicks(users, splits, self._samples(users, splits), num_items)
+        first_seen = users.first_seen(num_items)
+        met = np.flatnonzero(clicks.any(axis=(0, 1)) | (first_seen < NEVER))  # of a large catalogue few
+        np.savez(folder / CLICKS, met=met, clicks=clicks[:, :, met], first_seen=first_seen[met])
 
     def _make_candidates(self, maker: CandidateMaker, number: int, folder: Path) -> dict[str, Any]:
+        maker.retrieved = self._retrieved(number)
         samples, facts = self._samples(*self._range(number)), {}
         for place, split in enumerate(SPLITS):
             own = samples.take(np.flatnonzero(samples.splits == place))
@@ -214,36 +230,33 @@ class Build:
 
     def _choose(self) -> KeptUsers:
         """Keep the first ``max_users`` by their key's hash (0: all), and split them."""
-        data, paths = self._data, self._tables("users", self._num_parts)
-        found, ends = [], [0]
-        for number in range(self._num_parts):
-            batches = read_part(paths, number)
-            columns = [
-                np.concatenate([batch.column(name).to_numpy() for batch in batches])
-                for name in ("hash", "time", "split")
-            ]
-            order = np.argsort(columns[0], kind="stable")
-            found.append([column[order] for column in columns])
-            ends.append(ends[-1] + len(order))
-        self._num_users = ends[-1]
+        data, names = self._data, ("hash", "time", "split")
+        tables = (read_columns(path, names) for path in self._tables("users", self._num_parts))
+        keys, times, splits = map(np.concatenate, zip(*tables, strict=True))
+        self._num_users = len(keys)
         if not self._num_users:
             left_out = describe(self._work.total())
             raise DataError(
                 f"{self._reader.log_file}: no user is left ({left_out}); widen data.min_history and the like"
             )
         kept = min(data.max_users or self._num_users, self._num_users)
-        keys, times, splits = (np.concatenate(column)[:kept] for column in zip(*found, strict=True))
+        ends = np.append(0, np.cumsum(np.bincount(hash_range(keys, self._num_parts), minlength=self._num_parts)))
+        order = np.argsort(keys, kind="stable")[:kept]
+        keys, times, splits = keys[order], times[order], splits[order]
         if data.split_by == "time":
             check_times(times, "data.split_by=time")
             splits = split_by_time(times, keys, data.split)
         return KeptUsers(times, splits, np.minimum(ends, kept))
 
-    def _retrieved(self, rows: Mapping[str, int]) -> RetrievedLists | None:
+    def _retrieved(self, number: int) -> RetrievedLists | None:
+        """Lists of the users of a range."""
         if self._lists is None:
             return None
-        policies, lines = (self._data.unknown_items, self._data.missed_targets), self._lists.lines
-        lists = replace(self._lists, lines=replace(lines, counts=self._own_counts))
-        return RetrievedLists(lists.log_file, lists.candidates(), rows, *policies, self._own_counts)
+        path, batches = self._lists.log_file, read_part(self._tables("lists", self._num_list_units), number)
+        try:
+            return RetrievedLists(path, batches, self._data.missed_targets, partial(self._items.value, 0))
+        except DataError as error:
+            raise OrderedError(number - LAST, str(error)) from None  # before what is wrong with a user of any split
 
     def _unknown(self) -> tuple[str, float]:
         """What there is to say about unknown items, and their share."""
@@ -256,16 +269,16 @@ class Build:
             log.warning("%s: %s; they are left out (data.unknown_items=skip)", self._reader.log_file, what)
         return f"{self._reader.log_file}: {what}", share
 
-    def _make_all_candidates(self, retrieved: RetrievedLists | None) -> None:
-        folders = [self._work.path("clicks", number) for number in range(self._num_parts)]
-        clicks, first_seen = np.load(folders[0] / CLICKS), np.load(folders[0] / FIRST_SEEN)
-        for folder in folders[1:]:
-            clicks += np.load(folder / CLICKS)
-            np.minimum(first_seen, np.load(folder / FIRST_SEEN), out=first_seen)
+    def _make_all_candidates(self) -> None:
+        num_items = len(self._items)
+        clicks, first_seen = np.zeros((len(SPLITS), 2, num_items), np.int64), np.full(num_items, NEVER)
+        for number in range(self._num_parts):
+            part = np.load(self._work.path("clicks", number) / CLICKS)
+            met = part["met"]
+            clicks[:, :, met] += part["clicks"]
+            first_seen[met] = np.minimum(first_seen[met], part["first_seen"])
         self._clicks = clicks, first_seen
-        maker = CandidateMaker(
-            candidate_rules(self._config), self._kept.times, clicks, self._items, first_seen, retrieved
-        )
+        maker = CandidateMaker(candidate_rules(self._config), self._kept.times, clicks, self._items, first_seen)
         self._work.make("candidates", self._numbers, partial(self._make_candidates, maker))
         self._work.check("candidates")
 

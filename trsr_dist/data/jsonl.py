@@ -76,6 +76,8 @@ LAYOUTS = {
 """RecBole: recbole.io/docs/user_guide/data/atomic_files.html. Amazon Reviews 2023: Hou et al., arXiv 2403.03952."""
 
 Row = tuple[dict[str, Any], Place]
+Listed = tuple[str, tuple[str, ...], Place]
+"""User, item ids and place of a row of candidates."""
 Block = tuple[pa.Table | None, int, Iterable[Row]]
 """User, item and time in columns, unless the block is to be read row by row; the number of its first row; its rows."""
 
@@ -136,10 +138,13 @@ class JsonlReader:
         single, whole = (", ".join(map(self._column, names)) for names in (INTERACTION, USER))
         raise DataError(f"{place}: fields {listed(first) or 'none'}; expected {single} or {whole} ({OWN_NAMES})")
 
-    def candidates(self) -> Iterator[tuple[str, tuple[str, ...], Place]]:
-        """Of a file of candidates in place of the log: user, item ids and place of each row."""
+    def candidates(self) -> Iterator[tuple[int, Iterator[Listed]]]:
+        """Of a file of candidates in place of the log: numbers of its units, as of ``units``, and what each holds."""
+        return ((number, self._listed(records)) for number, records in self._record_units())
+
+    def _listed(self, records: Iterable[Row]) -> Iterator[Listed]:
         user_name, list_name, item_name = map(self._column, ("user", "candidates", "item"))
-        for record, place in self._records(self.log_file):
+        for record, place in records:
             if list_name in record:
                 yield _id(record, user_name, place), _ids(record[list_name], list_name, place), place
             elif item_name in record:
@@ -225,8 +230,9 @@ class JsonlReader:
             return unix_seconds(value, self.time_format, counts)
         except (TypeError, ValueError, OverflowError):
             expected = "Unix seconds or ISO 8601; repair the row, or name the form with data.time_format"
-            if self.time_format:
-                expected = f"a time as data.time_format={self.time_format!r} or Unix seconds; repair the row"
+            if self.time_format:  # of text, numbers too: 20240131 may be of that form
+                number = "" if isinstance(value, str) else " or Unix seconds"
+                expected = f"a time as data.time_format={self.time_format!r}{number}; repair the row"
             raise DataError(f"{place}: time {shown(value)}, expected {expected}") from None
 
     def _records(self, path: Path) -> Iterator[Row]:

@@ -37,6 +37,12 @@ def read_part(paths: Iterable[Path], part: int) -> list[pa.RecordBatch]:
     return [pa.ipc.open_file(pa.memory_map(str(path))).get_batch(part) for path in paths]
 
 
+def read_columns(path: Path, names: Sequence[str]) -> list[np.ndarray]:
+    """Some columns of numbers of all parts, one part after the other."""
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+    return [table[name].to_numpy() for name in names]
+
+
 def part_of_name(names: pa.Array, num_parts: int) -> np.ndarray:
     """Which part a name belongs to, int64 [names]: by a polynomial of its bytes, computed for all names at once."""
     if num_parts == 1:

@@ -7,9 +7,11 @@ manifest.json                  settings, input hashes, counts, candidate hashes,
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -227,7 +229,8 @@ class HistoryStore:
         settings = read_manifest(folder).get("settings", {})
         self.within_category = POOLS in settings
         """Negatives of every strategy have the target's category."""
-        self._has_earlier = PREFIXES in settings
+        self.has_earlier = PREFIXES in settings
+        """Train users have several samples."""
         self.catalogue = Catalogue(folder / ITEMS)
         self._users = {split: ArrowRows(folder / f"{split}.arrow") for split in SPLITS}
 
@@ -262,13 +265,24 @@ class HistoryStore:
     def _latest(self, split: str) -> Iterator[pa.RecordBatch]:
         """The users, each once."""
         for batch in self._users[split].batches:
-            if split == "train" and self._has_earlier:
-                yield batch.filter(pc.invert(pc.match_substring_regex(batch.column("user"), EARLIER)))
-            else:
+            if split == "train" and self.has_earlier:
+                batch = batch.filter(pc.invert(pc.match_substring_regex(batch.column("user"), EARLIER)))
+            if batch.num_rows:
                 yield batch
 
     def user(self, split: str, index: int) -> UserRow:
         return UserRow(*self._users[split].row(index))
+
+    def first_users(self, split: str, most: int) -> list[list[UserRow]]:
+        """The samples of each of the split's first users."""
+        if split != "train" or not self.has_earlier:
+            return [[self.user(split, index)] for index in range(min(most, self.num_users(split)))]
+        latest = (name for name in self.names(split) if not re.search(EARLIER, name))
+        found: dict[str, list[UserRow]] = {name: [] for name in islice(latest, most)}
+        for index, name in enumerate(self.names(split)):
+            if (user := re.sub(EARLIER, "", name)) in found:
+                found[user].append(self.user(split, index))
+        return list(found.values())
 
     def candidates(self, row: UserRow) -> tuple[Candidate, ...]:
         """A row's candidates, as text."""

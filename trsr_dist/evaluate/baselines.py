@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,8 @@ Ranker = Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]]], list[np.nd
 MAX_VALIDATION_USERS = 5000
 """Users that choose settings and epoch: more add little."""
 USERS_AT_ONCE = 256
+KEPT_ITEMS = 65_536
+"""Whose terms are in memory, the last ones used: an item's take ten times the memory of its text."""
 FACTS = "trained"
 """In the header of a kept model: how it came about."""
 
@@ -82,25 +85,27 @@ class Bm25:
     """
 
     def __init__(self, texts: Sequence[str], k1: float = 1.2, b: float = 0.75) -> None:
-        self._terms = [Counter(search_terms(text)) for text in texts]
-        lengths = np.array([sum(count.values()) for count in self._terms], dtype=np.float64)
+        self._terms = lru_cache(KEPT_ITEMS)(lambda item: Counter(search_terms(texts[item])))
+        lengths, frequencies, total = np.empty(len(texts)), Counter(), len(texts)
+        for item, text in enumerate(texts):
+            terms = search_terms(text)
+            lengths[item] = len(terms)
+            frequencies.update({*terms})
         self._norms = k1 * (1 - b + b * lengths / max(lengths.mean(), 1.0))
         self._scale = k1 + 1
-        frequencies = Counter(word for count in self._terms for word in count)
-        total = len(self._terms)
         self._idf = {word: math.log(1 + (total - n + 0.5) / (n + 0.5)) for word, n in frequencies.items()}
 
     def __call__(self, history: Sequence[int], candidates: Sequence[int]) -> np.ndarray:
         query: Counter[str] = Counter()
         for item in history:
-            query.update(self._terms[item])
+            query.update(self._terms(item))
         return np.array([self._score(query, item) for item in candidates])
 
     def _score(self, query: Counter[str], item: int) -> float:
         norm = self._norms[item]
         return sum(
             query[word] * self._idf[word] * count * self._scale / (count + norm)
-            for word, count in self._terms[item].items()
+            for word, count in self._terms(item).items()
             if word in query
         )
 

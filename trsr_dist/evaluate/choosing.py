@@ -29,6 +29,7 @@ from trsr_dist.data.store import HistoryStore
 from trsr_dist.errors import ConfigError, DataError
 from trsr_dist.evaluate.teacher import plan_scoring
 from trsr_dist.files import atomic_file, atomic_folder, writing
+from trsr_dist.hashing import hash64
 from trsr_dist.locks import folder_lock
 from trsr_dist.log import setup_logging, show
 from trsr_dist.prompts.encoder import for_any_tokenizer
@@ -147,6 +148,7 @@ def write_choice(folder: Path, sets: Sequence[SampleSet], store: HistoryStore, m
     """Choose for every user and write what is learned from it; returns counts and mean rewards."""
     rows = {item: row for row, item in enumerate(store.catalogue.ids)}
     counts: Counter[str] = Counter()
+    taught: set[int] = set()
     rewards = np.empty((len(sets[0].shards), len(sets)))
     with ExitStack() as stack:
         files = {kind: stack.enter_context(atomic_file(folder / kind / "train.jsonl")) for kind in KINDS}
@@ -160,6 +162,10 @@ def write_choice(folder: Path, sets: Sequence[SampleSet], store: HistoryStore, m
             items = [store.catalogue.text(rows[item]) for item in samples[0].provenance["history"]]
             told = (sets[number].exchanges(samples[number], items) for number in (best, worst))
             learned = list(lessons(sets[best].shards.manifest["settings"]["summarizer"], *told))
+            if store.has_earlier:  # a user's samples ask for the same texts: the first one teaches them
+                keys = [hash64(kind, json.dumps(line["prompt"])) for kind, line in learned]
+                learned = [lesson for lesson, key in zip(learned, keys, strict=True) if key not in taught]
+                taught.update(keys)
             counts["users"] += bool(learned)  # none from a user whose best sample has no summary
             for kind, line in learned:
                 counts[kind] += 1

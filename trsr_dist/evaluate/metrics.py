@@ -127,12 +127,15 @@ class OutcomeTable:
         self._top_k = tuple(top_k)
         self._numbers: dict[Key, int] = {}
         self._rows: list[np.ndarray] = []
+        self._table = np.empty((0, 0))
         self._tie_rates: list[float] = []
 
     @property
     def rows(self) -> np.ndarray:
-        """Metrics of every outcome, float64, shape (num_outcomes, num_metrics)."""
-        return np.array(self._rows)
+        """Metrics of every outcome, float64, shape (num_outcomes, num_metrics); put together once for all slices."""
+        if len(self._table) < len(self._rows):
+            self._table = np.array(self._rows)
+        return self._table
 
     @property
     def tie_rates(self) -> np.ndarray:

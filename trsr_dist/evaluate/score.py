@@ -14,7 +14,7 @@ from torch import nn
 from trsr_dist import distributed
 from trsr_dist.bases import BaseName, is_path
 from trsr_dist.config.files import find_file, read_zero_config
-from trsr_dist.environment import Ranks, array_task, detect_ranks
+from trsr_dist.environment import Ranks, array_share, array_task, detect_ranks
 from trsr_dist.errors import ConfigError, DataError, ModelError, RunError
 from trsr_dist.evaluate.evaluation import Evaluation, check_draws
 from trsr_dist.evaluate.parts import Lockstep, score_samples
@@ -44,9 +44,14 @@ def complete(job: Evaluation, force: bool) -> Evaluation:
     Raises:
         ModelError: model or base is not there, or the base is another one than in training.
         RunError: the shards were made from other histories.
-        ConfigError: the candidate lists are other ones than the config says.
+        ConfigError: the candidate lists are other ones than the config says, or tasks of an array are forced.
         DataError: the split has no users.
     """
+    if force and array_task()[1] > 1:
+        raise ConfigError(
+            f"--force in a Slurm array would remove what other tasks write: remove {job.folder} and submit the array "
+            "again without it"
+        )
     # A run that still trains moves its pointers between two looks.
     model, output = distributed.on_rank_zero(lambda: (job.model, job.output))
     job = replace(job, model=model, output=output)
@@ -172,8 +177,8 @@ class Scorer:
         if self._device.type == "cpu":
             # Matrix products split their sums by threads: one thread gives the same digits for any number of ranks.
             torch.set_num_threads(1)
-        dtype, attention = getattr(torch, self._job.precision), self._job.config.model.attention
-        self._model = load_weights(self._prompts, self._device, dtype, attention, self._zero)
+        dtype, settings = getattr(torch, self._job.precision), self._job.config.model
+        self._model = load_weights(self._prompts, self._device, dtype, settings.attention, self._zero, settings.compile)
 
     def run(self, folders: dict[str, ScoreFolder]) -> None:
         """Score what is missing of all passes; the weights are given back at the end."""
@@ -229,7 +234,7 @@ def claim_folder(job: Evaluation) -> Any:
 
 def parts_of_worker(users: SplitUsers, ranks: Ranks) -> list[int]:
     """Those of this process among all ranks of all array tasks, shared out by cost."""
-    task, num_tasks = array_task()
+    task, num_tasks = array_share()
     costs = [users.cost(part) for part in split_parts(len(users))]
     return assign_parts(costs, num_tasks * ranks.world_size)[task * ranks.world_size + ranks.rank]
 

@@ -15,6 +15,7 @@ again.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -141,7 +142,7 @@ def mine_negatives(
         dry_run: say what would be mined, and touch nothing.
 
     Raises:
-        ConfigError: ``summarize.samples`` is set.
+        ConfigError: ``summarize.samples`` is set, or the samples keep fewer negatives.
         RunError: the model has not scored these shards, or a pool of other settings is there.
         DataError: shards or scores are damaged.
     """
@@ -161,7 +162,8 @@ def mine_negatives(
         if is_finished(folder, settings, {"shards": shards.manifest_hash}, force):
             show(f"{folder}: already mined with these settings; nothing to do (--force redoes it)")
             return 0
-        positives = (np.array(shards.outline(index).labels) > 0 for index in range(len(shards)))
+        positives = [np.array(shards.outline(index).labels) > 0 for index in range(len(shards))]
+        check_pools(shards, positives, num_negatives)
         chosen = [
             choose_hard(row[: len(is_positive)], is_positive, num_negatives, margin)
             for row, is_positive in zip(scores.values, positives, strict=True)
@@ -174,6 +176,21 @@ def mine_negatives(
     num_kept = sum(int(pool.sum()) for pool, _ in chosen)
     show(f"{folder}: {num_kept} candidates of {len(chosen)} train users stay, {num_filled} of them above the margin")
     return 0
+
+
+def check_pools(shards: ShardSet, positives: Sequence[np.ndarray], num_negatives: int) -> None:
+    """A few users may have less to choose from; not all of them taken together.
+
+    Raises:
+        ConfigError: nothing would be left out.
+    """
+    num_positives = sum(int(labels.sum()) for labels in positives)
+    kept = sum(map(len, positives)) // max(1, num_positives) - 1
+    if kept < num_negatives:
+        raise ConfigError(
+            f"--negatives {num_negatives}: the samples of {shards.folder} keep {kept} a positive; lower it, or prepare "
+            "again with a larger train.pool_size"
+        )
 
 
 def choose_hard(

@@ -127,7 +127,7 @@ class DrawnLists:
         return tuple(Candidate(catalogue.id(i), catalogue.text(i), int(i in targets)) for i in found.candidates)
 
 
-def item_weights(protocol: str, store: HistoryStore, clicks_of: Sequence[str] = HELD_OUT) -> np.ndarray:
+def item_weights(protocol: str, store: HistoryStore, clicks_of: Sequence[str]) -> np.ndarray:
     """How likely each item is drawn, as in the preparation: float64, shape (num_items,)."""
     if protocol == "uniform":
         return np.ones(len(store.catalogue))

@@ -56,7 +56,10 @@ class RowInputs:
 
     @cached_property
     def layout(self) -> Layout:
-        return Layout.of(self.row, self.device, self.suffixes_only)
+        layout = Layout.of(self.row, self.device, self.suffixes_only)
+        # Compiled layers read these, and cannot make them.
+        _ = layout.code, layout.answer_index
+        return layout
 
     @property
     def _start(self) -> int:

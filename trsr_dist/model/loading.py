@@ -39,12 +39,14 @@ from trsr_dist.model.artifacts import (
     read_provenance,
     run_of,
 )
-from trsr_dist.model.attention.backends import choose_backend
+from trsr_dist.model.attention.self_check import Heads, choose_checked
+from trsr_dist.model.compilation import check_compilable, compile_layers, warm_up
 from trsr_dist.model.fp8 import hold_in_fp8
-from trsr_dist.model.recommender import Recommender
+from trsr_dist.model.recommender import Recommender, length_limit
 from trsr_dist.model.zero3 import check_equal_calls, load_divided, scoring_engine
 from trsr_dist.pretrained import (
     BaseSource,
+    bitsandbytes_config,
     build_model,
     load_causal,
     load_config,
@@ -58,8 +60,6 @@ from trsr_dist.prompts.builder import PromptBuilder
 RESTORE = "restore it"
 PROVEN = ("llama", "mistral", "qwen2", "qwen3")
 """Values of ``model_type``. Their layers have q, k, v and o projections, optional norms of q and k, and a gated MLP."""
-LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
-"""Rotary scalings that change with the longest position of a call, so that a row's prompts would touch each other."""
 
 log = get_logger("model")
 
@@ -203,8 +203,10 @@ def load_weights(
     dtype: torch.dtype,
     attention: str = "auto",
     zero_config: dict[str, Any] | None = None,
+    compiled: bool = False,
 ) -> nn.Module:
-    """A ``Recommender``, or DeepSpeed's engine around one; arguments and errors as of ``open_model``."""
+    """A ``Recommender``, or DeepSpeed's engine around one; arguments and errors as of ``open_model``. With ``compiled``
+    its layers are, before this returns."""
     place, builder, device = prompts.found, prompts.builder, torch.device(device)
     adapter = None if place.adapter is None else read_adapter(place.adapter)
     source = local_source(BaseSource(place.base, place.revision, prompts.trust_remote_code))
@@ -213,6 +215,8 @@ def load_weights(
     held = prompts.provenance.get("config", {}).get("model", {}).get("quantization", "none")
     if held != "none":
         log.info("trained with model.quantization=%s; scored on the whole base", held)
+    if compiled:
+        check_compilable(backend, "none", 0 if zero_config is None else 3, "none")
     if zero_config is None:
         base = load_base(source, dtype, device, config)
     else:
@@ -220,6 +224,9 @@ def load_weights(
         base = load_base_divided(source, dtype, zero_config)
     causal = base if adapter is None else attach(base, adapter).get_base_model()
     model = Recommender(causal, builder.answer_ids, backend).requires_grad_(False).eval()
+    if compiled:
+        compile_layers(model)
+        warm_up(model, answers_only=True)
     return model if zero_config is None else scoring_engine(model, zero_config)
 
 
@@ -278,7 +285,7 @@ def load_base(
     """
     options: dict[str, Any] = {}
     if source.quantization in ("4bit", "8bit"):
-        options = {"quantization_config": _quantization(source.quantization, dtype), "device_map": {"": device}}
+        options = {"quantization_config": bitsandbytes_config(source.quantization, dtype), "device_map": {"": device}}
     model = load_causal(source, dtype, config, **options).requires_grad_(False)
     if source.quantization == "fp8":
         hold_in_fp8(model, device)
@@ -357,8 +364,10 @@ def shared_backend(
         log.info("prompts run as separate sequences: %s", reason)
         return None
     text = config.get_text_config()
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    return choose_backend(name, device, dtype, head_dim)
+    num_heads = text.num_attention_heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // num_heads
+    heads = Heads(num_heads, getattr(text, "num_key_value_heads", None) or num_heads, head_dim)
+    return choose_checked(name, device, dtype, heads)
 
 
 def why_not_shared(config: PretrainedConfig, max_tokens: int) -> str:
@@ -371,24 +380,6 @@ def why_not_shared(config: PretrainedConfig, max_tokens: int) -> str:
     window = int(getattr(text, "sliding_window", None) or 0) if slides else 0
     if window and max_tokens > window:
         return f"its sliding window of {window} tokens is shorter than a prompt of {max_tokens} (prompt.max_tokens)"
-    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type", "default")
-    if rope in LENGTH_DEPENDENT_ROPE:
-        return f"its rotary scaling {rope!r} depends on the longest prompt of a row"
+    if length_limit(config):
+        return f"its rotary scaling {text.rope_parameters['rope_type']!r} depends on the longest prompt of a row"
     return ""
-
-
-def _quantization(kind: str, dtype: torch.dtype) -> Any:
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            f"model.quantization={kind}: bitsandbytes is not installed (pip install 'trsr_dist[quantization]')"
-        ) from None
-    from transformers import BitsAndBytesConfig
-
-    if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    # NF4 with double quantization, as QLoRA (arXiv 2305.14314).
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )

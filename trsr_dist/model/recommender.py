@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -9,7 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, linear
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers import PretrainedConfig
 
 from trsr_dist.environment import leave_out_cudnn
 from trsr_dist.model.attention.backends import NAME, Attend, build_backend, register
@@ -20,6 +23,10 @@ from trsr_dist.rows import PackedRow
 Want = Literal["logits", "pair", "text"]
 SEPARATE_TOKENS = 8192
 """Tokens of a batch where prompts run as separate sequences."""
+MIN_ADAPTER_RATIO = 8
+"""From that on a product widens its input so much that computing it again is cheaper than keeping it: LoRA's B."""
+LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
+"""Rotary scalings that change with the longest position of a call, so that its prompts touch each other."""
 
 
 class Recommender(nn.Module):
@@ -37,6 +44,7 @@ class Recommender(nn.Module):
         self.causal = causal
         self.answer_ids = answer_ids
         self.shares_prefix = backend is not None
+        self._length_limit = length_limit(causal.config)
         if backend is not None:
             register()
             causal.set_attn_implementation(NAME)
@@ -79,7 +87,9 @@ class Recommender(nn.Module):
         if want == "pair":
             return self.pair_logits(states)
         if want == "logits":
-            return self.causal.lm_head(states)
+            head = self.causal.lm_head
+            logits = head(states)
+            return logits if self._is_adapted else self._answers_in_float32(head, (states,), logits)
         assert targets is not None
         return self._text_loss(states, targets)
 
@@ -105,9 +115,11 @@ class Recommender(nn.Module):
         return linear(states.float(), self._answer_rows.to(states.device), bias)
 
     def _answers_in_float32(self, head: nn.Module, args: tuple[torch.Tensor], logits: torch.Tensor) -> torch.Tensor:
-        """A hook for heads whose logits the model or an adapter goes on with (it may scale, cap or add to them): in 16
-        bits those of 16 and more are multiples of 1/8, so that most candidates of a user would be tied."""
-        if logits.dtype == torch.float32:
+        """In 16 bits logits of 16 and more are multiples of 1/8, so that most candidates of a user would be tied.
+
+        Also a hook, for heads whose logits the model or an adapter goes on with: it may scale, cap or add to them.
+        """
+        if logits.dtype == torch.float32 or self._answer_rows is None:
             return logits
         logits = logits.float()
         logits[..., list(self.answer_ids)] = self._exact_logits(args[0])
@@ -126,17 +138,36 @@ class Recommender(nn.Module):
     def _separate(self, inputs: RowInputs, want: Want) -> torch.Tensor:
         if want == "text":
             raise ValueError("the loss of the full text needs shared prefixes")
-        ids, mask = inputs.separate
-        size = max(1, SEPARATE_TOKENS // ids.shape[1])
-        batches = zip(ids.split(size), mask.split(size), strict=True)
-        logits = torch.cat([self._last_logits(*batch) for batch in batches])
+        logits = torch.cat([self._last_logits(*batch) for batch in self._batches(*inputs.separate)])
         return logits if want == "logits" else logits[:, list(self.answer_ids)].float()
+
+    def _batches(self, ids: torch.Tensor, mask: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Padded prompts of shape (num_answers, longest), some at a time; each alone and unpadded where the longest
+        one would change the others."""
+        if not self._length_limit or ids.shape[1] < self._length_limit:
+            size = max(1, SEPARATE_TOKENS // ids.shape[1])
+            yield from zip(ids.split(size), mask.split(size), strict=True)
+            return
+        for place, length in enumerate(mask.sum(1).tolist()):
+            for module in self.causal.modules():
+                if getattr(module, "rope_type", "") == "dynamic":  # it keeps a long prompt's frequencies for later ones
+                    module(ids.float(), torch.zeros_like(ids[:1, :1]))
+            yield ids[place, None, :length], mask[place, None, :length]
 
     def _last_logits(self, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         ends = mask.sum(1) - 1
         out = self.causal(input_ids=ids, attention_mask=mask, use_cache=False, logits_to_keep=ends.unique())
         kept = torch.searchsorted(ends.unique(), ends)
         return out.logits[torch.arange(len(ids), device=ids.device), kept]
+
+
+def length_limit(config: PretrainedConfig) -> int:
+    """Tokens of a prompt up to which the rotary scaling is the same for all; 0: it depends on no length."""
+    text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") not in LENGTH_DEPENDENT_ROPE:
+        return 0
+    return min(rope.get("original_max_position_embeddings") or sys.maxsize, text.max_position_embeddings)
 
 
 def unadapted(module: nn.Module) -> nn.Module:
@@ -174,18 +205,35 @@ def score_row(model: nn.Module, row: PackedRow, device: torch.device) -> np.ndar
     return (pair[:, 0] - pair[:, 1]).cpu().numpy()
 
 
-def enable_recomputation(model: nn.Module) -> None:
+def enable_recomputation(model: nn.Module, selective: bool = False) -> None:
     """Activation checkpointing (Chen et al., arXiv 1604.06174) without reentrant autograd: keeps layers' inputs only.
 
-    The last layer at the answers alone keeps its activations, which would be computed again at once; versions of
-    transformers that recompute a layer's call instead of its ``forward`` (5.17) recompute that one too.
+    With ``selective`` also what is costly to compute: the attention and the products of the base's matrices, so that
+    norms, activations and the adapters' products are computed again. The last layer at the answers alone keeps its
+    activations, which would be computed again at once; versions of transformers that recompute a layer's call instead
+    of its ``forward`` (5.17) recompute that one too.
     """
     # transformers renamed the method in version 5.2x.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
+    options: dict[str, Any] = {"use_reentrant": False}
+    if selective:
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, model.config))
+    enable(options)
     # transformers also makes the embeddings' output require gradients, for reentrant autograd. Without that, no
     # gradient is computed below the first adapter.
     model.disable_input_require_grads()
+
+
+def _policy(config: Any, ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """What a layer keeps: outputs that cost many operations a number. An MLP's output is no one's input in it."""
+    if operator is torch.ops.trsr_dist.tree_attention.default:
+        return CheckpointPolicy.MUST_SAVE
+    if operator not in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+        return CheckpointPolicy.PREFER_RECOMPUTE
+    inner, outer = args[-1].shape
+    is_adapter = outer >= MIN_ADAPTER_RATIO * inner
+    is_mlp_output = (inner, outer) == (config.intermediate_size, config.hidden_size)
+    return CheckpointPolicy.PREFER_RECOMPUTE if is_adapter or is_mlp_output else CheckpointPolicy.MUST_SAVE
 
 
 def _answer_states(

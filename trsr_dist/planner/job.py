@@ -237,6 +237,7 @@ def train_stage(config: Config, inputs: Inputs) -> PlannedStage:
             answers_only=inputs.shares_prefix and not full_head,
             dropout=lora.dropout > 0,
             quantization=config.model.quantization,
+            compiled=config.model.compile,
         ),
     )
     shape, chosen = inputs.shape, zero_setting(train.deepspeed_config)

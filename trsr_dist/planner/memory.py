@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 from trsr_dist.planner.shape import ModelShape
 
@@ -48,8 +49,8 @@ class StepSettings:
 
     row_tokens: int
     precision: str
-    recompute: bool
-    """With activation checkpointing."""
+    recompute: bool | Literal["selective"]
+    """``train.activation_checkpointing``."""
     target_modules: Collection[str] | str
     """With LoRA layers: these need their inputs."""
     answers_only: bool
@@ -58,6 +59,8 @@ class StepSettings:
     """On the inputs of the LoRA layers."""
     quantization: str = "none"
     """Of the base."""
+    compiled: bool = False
+    """``model.compile``."""
 
 
 def rank_memory(
@@ -125,7 +128,8 @@ def key_value_bytes(shape: ModelShape, num_tokens: int, precision: str) -> int:
 def activation_bytes(shape: ModelShape, step: StepSettings, frozen_inputs: bool) -> int:
     """What the backward pass needs of a row, and what it makes in the layer where it is.
 
-    With recomputation every layer keeps its input only, and one layer at a time the rest.
+    With recomputation every layer keeps its input only, selectively also its attention and its large products, and one
+    layer at a time the rest.
 
     Args:
         shape: the base model.
@@ -133,14 +137,26 @@ def activation_bytes(shape: ModelShape, step: StepSettings, frozen_inputs: bool)
         frozen_inputs: linear layers without LoRA keep their inputs too (ZeRO-3).
     """
     row_tokens, size = step.row_tokens, BYTES[step.precision]
+    products = row_tokens * product_bytes_per_token(shape, size)
     layer = row_tokens * layer_bytes_per_token(shape, size, step.target_modules, step.dropout, frozen_inputs)
+    if step.compiled:  # what is cheap is computed again where it is needed
+        layer = products + row_tokens * shape.hidden_size * size
     keys = 2 * shape.num_kv_heads * shape.head_dim
     last = row_tokens * (4 * shape.hidden_size + size * (shape.hidden_size + keys)) if step.answers_only else layer
     gradients = row_tokens * size * 2 * (shape.intermediate_size + shape.hidden_size)
-    if step.recompute:
-        inputs = shape.num_layers * row_tokens * shape.hidden_size * size
-        return inputs + layer + gradients + (last if step.answers_only else 0)
-    return (shape.num_layers - 1) * layer + last + gradients
+    whole_layers = shape.num_layers - step.answers_only
+    if not step.recompute:
+        return whole_layers * layer + (last if step.answers_only else 0) + gradients
+    kept = products if step.recompute == "selective" else 0
+    inputs = shape.num_layers * row_tokens * shape.hidden_size * size
+    return inputs + whole_layers * kept + max(0, layer - kept) + gradients + (last if step.answers_only else 0)
+
+
+def product_bytes_per_token(shape: ModelShape, size: int) -> int:
+    """What selective recomputation keeps of a layer: queries, keys, values, the attention's output with its float32
+    log-sum-exp, that of o_proj, and both products of the MLP."""
+    attention = 2 * (shape.num_heads + shape.num_kv_heads) * shape.head_dim
+    return size * (attention + shape.hidden_size + 2 * shape.intermediate_size) + 4 * shape.num_heads
 
 
 def layer_bytes_per_token(

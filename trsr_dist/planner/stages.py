@@ -95,9 +95,7 @@ def forecast_summaries(
     return SummaryForecast(work, weights, most, cost)
 
 
-def generation(
-    shape: ModelShape, work: SummaryWork, num_in_flight: int, engine: str, precision: str = SUMMARY_PRECISION
-) -> Generation:
+def generation(shape: ModelShape, work: SummaryWork, num_in_flight: int, engine: str, precision: str) -> Generation:
     """The work in operations and bytes. A new token reads its prompt and, on average, half of the answer.
 
     Args:
@@ -170,7 +168,7 @@ def forecast_training(
     num_steps = settings.max_steps or max(1, round(settings.num_epochs * epoch_steps))
     done = work.shared if settings.shares_prefix else work.separate
     answer_pairs = work.separate.tokens if step.answers_only else None
-    flops = training_flops(shape, done, lora, settings.full_head, step.recompute, answer_pairs)
+    flops = training_flops(shape, done, lora, settings.full_head, step.recompute is True, answer_pairs)
     size = cluster.world_size
     stages = {name: zero for name, zero in ZERO_SETTINGS.items() if step.quantization == "none" or zero.stage < DIVIDED}
     copies = 1.0 if settings.shares_prefix else work.separate.tokens / work.shared.tokens

@@ -129,7 +129,7 @@ def training_lines(
         lines.append(f"{INDENT}this model's prompts run as separate sequences (docs/training.md)")
     lines += [
         f"{INDENT}an epoch: {work.num_rows:,} rows of {settings.step.row_tokens:,}, {big(computed)} tokens, "
-        f"{big(found.flops_per_epoch)} FLOPs" + (" with recomputation" if settings.step.recompute else ""),
+        f"{big(found.flops_per_epoch)} FLOPs" + (" with recomputation" if settings.step.recompute is True else ""),
         f"{INDENT}{found.num_steps:,} steps of {settings.rows_per_step} rows in all",
         f"{INDENT}{cost_text(found.cost)}",
     ]

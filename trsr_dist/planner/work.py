@@ -4,7 +4,7 @@ prompts; prompts of the summarization, from the histories."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ from trsr_dist.data.store import HistoryStore, UserRow
 from trsr_dist.hashing import hash64
 from trsr_dist.planner.flops import Workload, triangle
 from trsr_dist.prompts.builder import PromptBuilder
-from trsr_dist.prompts.text import recommend_instruction
+from trsr_dist.prompts.text import SummaryPrompt, recommend_instruction
 from trsr_dist.records import Sample, TokenizedUser
 from trsr_dist.rows import head_length
 from trsr_dist.run import SPLITS
@@ -223,21 +223,29 @@ def summary_work(store: HistoryStore, settings: SummarySettings) -> SummaryWork:
     totals = [0.0] * 4
     splits, copies = (("train",), settings.samples) if settings.samples else (SPLITS, 1)
     for split in splits:
-        size = store.num_users(split)
-        looked_at = min(size, SUMMARIZED)
-        for index in range(looked_at):
-            items = [store.catalogue.text(item) for item in store.user(split, index).history]
-            for tokens in summary_prompt_tokens(items, settings):
+        users = store.first_users(split, SUMMARIZED)
+        factor = copies * store.num_users(split) / max(1, sum(map(len, users)))
+        for samples in users:
+            histories = [[store.catalogue.text(item) for item in sample.history] for sample in samples]
+            for tokens in summary_prompt_tokens(histories, settings):
                 for place, count in enumerate((1, tokens, settings.max_new_tokens, triangle(tokens))):
-                    totals[place] += copies * count * size / looked_at
+                    totals[place] += factor * count
     num_users = [store.num_users(split) for split in splits]
     num_units = copies * sum(-(-users // settings.users_per_unit) for users in num_users)
     return SummaryWork(sum(num_users), num_units, *(round(total) for total in totals))
 
 
-def summary_prompt_tokens(items: list[str], settings: SummarySettings) -> Iterator[int]:
-    """Estimated tokens of a user's prompts; summaries that they read are taken for as long as they may be."""
+def summary_prompt_tokens(histories: Sequence[Sequence[str]], settings: SummarySettings) -> Iterator[int]:
+    """Estimated tokens of the prompts for a user's samples, each prompt once; summaries that they read are taken for as
+    long as they may be."""
     summary = "x" * round(settings.max_new_tokens * BYTES_PER_TOKEN)
-    for node in scheme_of(settings.scheme)(len(items), settings.block_size, settings.fan_in):
-        prompt = node_prompt(node, items, [summary] * len(node.parents), settings.domain)
-        yield min(settings.max_prompt_tokens, round(len(prompt.text().encode()) / BYTES_PER_TOKEN))
+    numbers: dict[SummaryPrompt, str] = {}  # which stand for the texts
+    for items in histories:
+        texts: list[str] = []
+        for node in scheme_of(settings.scheme)(len(items), settings.block_size, settings.fan_in):
+            prompt = node_prompt(node, items, [texts[parent] for parent in node.parents], settings.domain)
+            is_new = prompt not in numbers
+            texts.append(numbers.setdefault(prompt, str(len(numbers))))
+            if is_new:
+                written = replace(prompt, previous=(summary,) * len(node.parents)).text()
+                yield min(settings.max_prompt_tokens, round(len(written.encode()) / BYTES_PER_TOKEN))

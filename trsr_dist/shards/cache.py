@@ -2,6 +2,7 @@
 
 Every copy is locked by its users (flock, which the kernel lifts when a process dies): shared by those who read it,
 exclusively by the one who makes it. So a second rank waits for the first one's copy, and whatever nobody holds may go.
+The bytes that all copies take up at most stand in the folder's lock file: a fetch among thousands of copies lists none.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from trsr_dist.stores import parts_of
 COPY, PARTIAL = ".tar", ".partial"
 CHUNK_BYTES = 1 << 22
 FULL = (errno.ENOSPC, errno.EDQUOT)
+NOTE_DIGITS = 20
+TURNS = 16
+"""In which the copies of other sets make room, since all copies are looked at for each."""
 
 log = get_logger("cache")
 
@@ -49,6 +53,8 @@ class ShardCache:
         self.max_bytes = max_bytes
         self._kept: set[str] = set()
         self._refused: set[str] = set()
+        self._full_at: int | None = None
+        """Bytes of the copies when this process found no room among them: nothing has changed while they are noted."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with self._alone():
@@ -75,7 +81,7 @@ class ShardCache:
         """
         copy = self.folder / f"{sha256}{COPY}"
         while sha256 not in self._refused:
-            with self._alone():
+            with self._alone() as lock:
                 descriptor = _open_locked(copy, fcntl.LOCK_SH)
                 if descriptor is not None and os.fstat(descriptor).st_size == num_bytes:
                     with suppress(PermissionError):  # another user's copy
@@ -84,7 +90,7 @@ class ShardCache:
                 _remove(copy, descriptor)
                 maker = _open_if_locked(copy.with_suffix(PARTIAL))
                 if maker is None:
-                    descriptor = self._reserve(copy.with_suffix(PARTIAL), num_bytes)
+                    descriptor = self._reserve(lock, copy.with_suffix(PARTIAL), num_bytes)
             if maker is not None:
                 fcntl.flock(maker, fcntl.LOCK_SH)  # until the copy is made, or its maker has died
                 os.close(maker)
@@ -100,30 +106,40 @@ class ShardCache:
         (self.folder / f"{sha256}{COPY}").unlink(missing_ok=True)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _alone(self) -> Iterator[int]:
         """Only one process of the node looks for copies and room at a time. Opened again, since a fork shares locks."""
         descriptor = os.open(self.folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            yield
+            yield descriptor
         finally:
             os.close(descriptor)
 
-    def _reserve(self, partial: Path, num_bytes: int) -> int | None:
+    def _reserve(self, lock: int, partial: Path, num_bytes: int) -> int | None:
         """A locked file of that size, which takes up its space at once; None: there is no room."""
-        files = self._files()
-        used = sum(status.st_size for status in files.values())
-        # What may make room: leftovers of killed processes first, then other sets' copies, longest unopened first.
-        free = [path for path in files if path.suffix == PARTIAL or path.stem not in self._kept]
-        victims = iter(sorted(free, key=lambda path: (path.suffix == COPY, files[path].st_mtime_ns)))
-        while used + num_bytes > self.max_bytes:
-            freed = _remove_next(victims)
-            if not freed:
-                if not self._refused:
-                    log.info("%s: full with %d bytes; further shards are read where they lie", self.folder, used)
+        used, victims = _noted(lock), self._victims()
+        if used is None or used + num_bytes > self.max_bytes:
+            if used is not None and used == self._full_at:
                 return None
-            used -= freed
-        return _allocate(partial, num_bytes, victims)
+            used = sum(status.st_size for status in self._files().values())
+            room = max(num_bytes, self.max_bytes // TURNS) if used + num_bytes > self.max_bytes else 0
+            while used + room > self.max_bytes and (freed := _remove_next(victims)):
+                used -= freed
+        descriptor = None
+        if used + num_bytes <= self.max_bytes:
+            descriptor = _allocate(partial, num_bytes, victims)
+        else:
+            self._full_at = used
+            if not self._refused:
+                log.info("%s: full with %d bytes; further shards are read where they lie", self.folder, used)
+        _note(lock, used + num_bytes * (descriptor is not None))
+        return descriptor
+
+    def _victims(self) -> Iterator[Path]:
+        """What may make room: leftovers of killed processes first, then other sets' copies, longest unopened first."""
+        files = self._files()
+        free = [path for path in files if path.suffix == PARTIAL or path.stem not in self._kept]
+        yield from sorted(free, key=lambda path: (path.suffix == COPY, files[path].st_mtime_ns))
 
     def _files(self) -> dict[Path, os.stat_result]:
         """Copies, finished and not; those that vanish meanwhile do not count."""
@@ -133,6 +149,16 @@ class ShardCache:
                 with suppress(FileNotFoundError):
                     found[path] = path.stat()
         return found
+
+
+def _noted(lock: int) -> int | None:
+    """Bytes of all copies, or more where some are gone; None where nobody has counted."""
+    digits = os.pread(lock, NOTE_DIGITS, 0)
+    return int(digits) if digits.isdigit() else None
+
+
+def _note(lock: int, num_bytes: int) -> None:
+    os.pwrite(lock, b"%0*d" % (NOTE_DIGITS, num_bytes), 0)
 
 
 def _fetch(source: Path | str, sha256: str, num_bytes: int, descriptor: int, copy: Path) -> bool:

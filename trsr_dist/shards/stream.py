@@ -42,8 +42,8 @@ class TrainStream:
         builder: writes the prompts.
         settings: packing, draw of negatives, seed.
         share: of this process; its workers read, none: it reads itself.
-        max_data_errors: damaged samples are left out and counted; more than this many on one rank stop the run. None:
-            the first one does.
+        max_data_errors: damaged samples are left out, at most this many (``check_errors``). None: the first one stops
+            the run.
         state: go on after this step; None: from the start.
         teacher: scores of the split's candidates, which the rows carry along.
         pool: whether each candidate may be drawn as a negative; None: all may.
@@ -77,8 +77,10 @@ class TrainStream:
         self._reader = StepReader(shards, builder, None if teacher is None else teacher.values)
         self._share = share
         self._max_data_errors = max_data_errors
-        self.num_errors = 0
-        self._check_damage(lengths.facts.num_damaged, f"{lengths.folder}: {lengths.facts.damaged} hold damaged samples")
+        if lengths.facts.num_damaged:
+            error = f"{lengths.folder}: {lengths.facts.damaged} hold damaged samples"
+            self._leave_out(error)
+            self.check_errors(lengths.facts.num_damaged, error)
 
     def steps_in_epoch(self, epoch: int) -> int:
         """Exact number of steps. Every rank calls it: rank 0 counts, once, see ``epoch_facts``."""
@@ -90,18 +92,27 @@ class TrainStream:
         with load_steps(self._reader, advised, self._share.num_workers) as steps:
             for step in steps:
                 for error in step.errors:
-                    self.num_errors += 1
-                    self._check_damage(self.num_errors, error)
+                    self._leave_out(error)
                 self._state = step.state
                 yield step
 
-    def _check_damage(self, count: int, error: str) -> None:
-        if count and self._max_data_errors is None:
-            raise DataError(error)
-        if count > (self._max_data_errors or 0):
+    def check_errors(self, count: int, error: str) -> None:
+        """Stop a run that lacks too much.
+
+        Args:
+            count: of damaged samples, on all ranks and in all starts.
+            error: of one of them.
+
+        Raises:
+            DataError: there are more than allowed.
+        """
+        if count > self._max_data_errors:
             raise DataError(f"{error}; that makes {count}, train.max_data_errors allows {self._max_data_errors}")
-        if count:
-            log.warning("left out: %s", error)
+
+    def _leave_out(self, error: str) -> None:
+        if self._max_data_errors is None:
+            raise DataError(error)
+        log.warning("left out: %s", error)
 
 
 def advise_ahead(specs: Iterator[StepSpec], shards: ShardSet) -> Iterator[StepSpec]:

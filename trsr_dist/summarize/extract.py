@@ -26,7 +26,7 @@ from trsr_dist.words import (
     split_words,
 )
 
-EXTRACT_VERSION = 4
+EXTRACT_VERSION = 5
 """Raised whenever the texts change; part of their keys."""
 SHORT_WORDS = 3
 """A field's value of up to this many words is a topic, a longer one is free text."""
@@ -40,7 +40,7 @@ MIN_DENSE_LETTERS = 2
 TOPIC_SHARE = 0.75
 """Share of the words that topics may take while there are free-text words to show."""
 WORDS_MARK = "words:"
-_FIELD = re.compile(rf"(?:^|; )([\w{MARKS} ]{{1,30}}): ")
+_FIELD = re.compile(rf"(?:^|; )([\w{MARKS} ()/.&%#+-]{{1,30}}): ")
 _WORDS = re.compile(f"(?:^|; ){WORDS_MARK} ")
 _TERM = re.compile(r"(?P<term>.+?)(?: \((?P<count>\d+)\))?\Z", re.DOTALL)
 _WORD = re.compile(rf"[^\W\d_][\w{MARKS}'-]+")

@@ -205,8 +205,10 @@ class Job:
 
     def _with_engine(self, leases: LeaseFolder, cache: TextCache) -> None:
         works, first = list(self.unpublished.values()), self.task.index / self.task.count
-        worker = Worker(self.store, works, leases, self._recipe(), self.task.name, first, cache.refresh)
         settings = self.config.summarize
+        # A text without a model costs no more to write again than to look for among those of all other tasks.
+        refresh = cache.refresh if settings.asks_model else lambda: None
+        worker = Worker(self.store, works, leases, self._recipe(), self.task.name, first, refresh)
         revision = revision_to_load(settings, self.identity)
         engine = LazyEngine(lambda: build_engine(settings, self.model, revision, self.task.ranks.local_rank))
         scheduler = Scheduler(

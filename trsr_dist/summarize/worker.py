@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +23,9 @@ from trsr_dist.summarize.plans.graph import Plan
 from trsr_dist.summarize.scheduler import Result, Work
 from trsr_dist.summarize.units import SplitWork
 from trsr_dist.words import comparable
+
+LOOKED_AT = 64
+"""Leases of others that a task without work reads at once: all leases, read by all tasks, would be the square."""
 
 log = get_logger("summarize")
 
@@ -119,6 +122,7 @@ class Worker:
         self._ring = units[start:] + units[:start]
         self._open: list[OpenUnit] = []
         self._last_scan = float("-inf")
+        self._num_looked_at = 0
 
     @property
     def num_uncommitted(self) -> int:
@@ -194,11 +198,8 @@ class Worker:
             return None
         committed = {work.split: work.committed(self.leases.look_seconds) for work in self.works}
         self._ring = [(work, unit) for work, unit in self._ring if unit not in committed[work.split]]
-        mine = {(open_unit.work.split, open_unit.unit) for open_unit in self._open}
-        for work, unit in self._ring:
-            if (work.split, unit) in mine:
-                continue
-            lease = self.leases.acquire(f"{work.folder.name}-{unit:06d}")
+        for work, unit in self._claimable():
+            lease = self.leases.acquire(_lease_name(work, unit))
             if lease is None:
                 continue
             if work.is_done(unit):
@@ -210,6 +211,21 @@ class Worker:
             return self._open[-1]
         self._last_scan = now
         return None
+
+    def _claimable(self) -> Iterator[tuple[SplitWork, int]]:
+        """Units that nobody has; then some of those that others have, who may be dead: other ones at each look."""
+        mine = {(open_unit.work.split, open_unit.unit) for open_unit in self._open}
+        taken, held = self.leases.taken(), []
+        for work, unit in self._ring:
+            if (work.split, unit) in mine:
+                continue
+            if _lease_name(work, unit) in taken:
+                held.append((work, unit))
+            else:
+                yield work, unit
+        self._num_looked_at += LOOKED_AT
+        start = self._num_looked_at % max(len(held), 1)
+        yield from (held[start:] + held[:start])[:LOOKED_AT]
 
     def _sample(self, started: Started, result: Result) -> Sample:
         row, unit = started.row, started.unit
@@ -241,6 +257,10 @@ class Worker:
             facts = {"num_users": len(samples), "failed": failed, "counts": dict(sorted((+unit.counts).items()))}
             unit.work.commit(unit.unit, samples, facts, self.task)
         self.leases.release(unit.lease)
+
+
+def _lease_name(work: SplitWork, unit: int) -> str:
+    return f"{work.folder.name}-{unit:06d}"
 
 
 def check_leaks(user: str, history: Sequence[Item], targets: Sequence[Item], repeated_kept: bool) -> SampleFacts:

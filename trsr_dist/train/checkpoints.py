@@ -61,6 +61,8 @@ class TrainerState:
     validation: dict[str, Any] | None = None
     """What the best value depends on: metric, users."""
     skipped_steps: int = 0
+    data_errors: int = 0
+    """Damaged samples that were left out."""
     seconds: float = 0.0
     """Of training, over all starts."""
     settings: dict[str, Any] | None = None
@@ -165,6 +167,12 @@ class CheckpointFolder:
         self.point("latest", checkpoint.folder)
         self.mark_best(checkpoint.state.best_step)
         if self._best() in {folder.name for folder in self._later(checkpoint.folder)}:
+            (self.root / "best").unlink()
+
+    def forget_best(self) -> None:
+        """No checkpoint is the best: none was validated by the metric and on the users of now."""
+        if name := self._best():
+            log.info("%s was the best by another metric or other users; none is until the next validation", name)
             (self.root / "best").unlink()
 
     def point(self, name: str, folder: Path) -> None:

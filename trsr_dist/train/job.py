@@ -96,7 +96,7 @@ def _train(
             return Ending(True, "")
         check_settings(checkpoint, settings, marks)
     trainer = build_trainer(config, run, ranks, prepared, checkpoints, checkpoint, state, control)
-    distributed.on_rank_zero(lambda: _begin(config, run, checkpoints, force))
+    distributed.on_rank_zero(lambda: _begin(config, run, checkpoints, state, force))
     ending = trainer.run()
     _say_ending(ending, trainer.state.step, prepared.num_steps)
     return ending
@@ -226,10 +226,12 @@ def _provenance(
     return describe
 
 
-def _begin(config: Config, run: RunFolder, checkpoints: CheckpointFolder, force: bool) -> None:
+def _begin(config: Config, run: RunFolder, checkpoints: CheckpointFolder, state: TrainerState, force: bool) -> None:
     """Only now, when all is checked and loaded, is anything of an earlier training replaced."""
     if force:
         checkpoints.clear()
+    if not state.best_step:
+        checkpoints.forget_best()
     run.write_config("train", dump_config(config))
 
 

@@ -37,6 +37,8 @@ class Sums:
     wait_seconds: float = 0.0
     """For data, summed over ranks."""
     num_ranks: float = 0.0
+    errors: float = 0.0
+    """Damaged samples that were left out."""
     stops: float = 0.0
     """Ranks that have a reason to stop."""
 

@@ -18,6 +18,7 @@ from trsr_dist.environment import Ranks, available_memory_bytes, return_large_bl
 from trsr_dist.errors import ConfigError, TrsrError
 from trsr_dist.log import get_logger
 from trsr_dist.model.adapters import adapter_config, add_lora
+from trsr_dist.model.compilation import check_compilable, compile_layers, warm_up
 from trsr_dist.model.fp8 import check_fp8
 from trsr_dist.model.kernels import choose_kernels, use_kernels
 from trsr_dist.model.loading import load_base, load_base_divided, resolve_precision, shared_backend
@@ -76,7 +77,7 @@ def set_up_model(config: Config, run: RunFolder, ranks: Ranks) -> ModelSetup:
     backend = shared_backend(model_config, config.model.attention, device, dtype, builder.max_tokens)
     if config.model.quantization == "fp8":
         check_fp8(device, dtype)
-    fused = choose_kernels(config.model.kernels, device, model_config)
+    fused = not config.model.compile and choose_kernels(config.model.kernels, device, model_config)
     rows_per_rank = -(-train.rows_per_step // ranks.world_size)
     zero_config = complete_zero_config(
         settings, rows_per_rank, ranks.world_size, precision, train.max_grad_norm, device.type == "cuda"
@@ -89,6 +90,8 @@ def set_up_model(config: Config, run: RunFolder, ranks: Ranks) -> ModelSetup:
                 "weights cannot be divided; take ds_configs/zero1.json"
             )
         check_equal_calls(backend, ranks.world_size)
+    if config.model.compile:
+        check_compilable(backend, config.model.quantization, zero.stage, config.model.kernels)
     return ModelSetup(source, name, model_config, builder, zero, zero_config, precision, backend, fused)
 
 
@@ -127,12 +130,17 @@ def build_model(config: Config, ranks: Ranks, setup: ModelSetup) -> tuple[Recomm
     else:
         base = load_base(setup.source, setup.dtype, device_of(ranks), setup.config)
     layers = add_lora(base, config.run.seed, **config.lora.model_dump())
-    if config.train.activation_checkpointing:
-        enable_recomputation(base)
+    recompute = config.train.activation_checkpointing
+    # A compiler that sees forward and backward pass recomputes what is cheap by itself.
+    if recompute is True or (recompute and not config.model.compile):
+        enable_recomputation(base, selective=recompute == "selective")
     if setup.fused:
         log.info("norms, MLPs and rotary positions run on the kernels of liger-kernel (model.kernels)")
         use_kernels(base)
     model = Recommender(base, setup.builder.answer_ids, setup.backend)
+    if config.model.compile:
+        compile_layers(model)
+        warm_up(model, answers_only=config.train.loss != "full_text")
     return model, adapter_config(layers, setup.name, config.model.revision)
 
 
@@ -151,6 +159,7 @@ def planned_bytes(config: Config, setup: ModelSetup, world_size: int) -> int:
         target_modules=lora.target_modules,
         answers_only=train.loss != "full_text",
         dropout=lora.dropout > 0,
+        compiled=config.model.compile,
     )
     planned = rank_memory(shape, num_lora_parameters, step, setup.zero, world_size)
     return planned.device + planned.host

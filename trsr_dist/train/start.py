@@ -210,6 +210,12 @@ def read_initial(place: str, lora: dict[str, Any], base: BaseSource, fingerprint
     for key in UNKNOWN:
         if getattr(config, key):
             raise ModelError(f"{path}: {key}={getattr(config, key)!r} is not trained here; merge it into a base first")
+    for name in adapter.tensors:
+        if ".lora_" not in name:  # PEFT adds a copy of an embedding or output head that has LoRA layers
+            raise ModelError(
+                f"{folder}: holds {name} beside the LoRA layers, which is not trained here; save the adapter with "
+                "save_pretrained(..., save_embedding_layers=False), or merge it into a base first"
+            )
     for key, own in OWNED.items():
         if getattr(config, key) != lora[own]:
             raise ConfigError(f"{path}: {key}={getattr(config, key)}, lora.{own}={lora[own]}; set the latter so")

@@ -54,7 +54,7 @@ class StepRunner:
 
     def backward(self, step: Step) -> tuple[Sums, tuple[str, ...]]:
         """Forward and backward of this rank's rows; returns its own sums and the users of rows with a bad loss."""
-        sums = Sums(num_ranks=1.0)
+        sums = Sums(num_ranks=1.0, errors=len(step.errors))
         results = []
         for row, number in zip(step.rows, step.numbers, strict=True):
             self._heartbeat.at(step.state.step, f"{ROW} of {row.num_tokens} tokens")

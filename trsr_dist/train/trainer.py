@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from trsr_dist.distributed import gather_objects
 from trsr_dist.errors import ModelError
 from trsr_dist.log import get_logger
 from trsr_dist.shards.steps import Step
+from trsr_dist.shards.stream import TrainStream
 from trsr_dist.train.checkpoints import TrainerState
 from trsr_dist.train.elastic import Saving
 from trsr_dist.train.engine import Engine, StepOutcome, check_gradients
@@ -77,7 +78,7 @@ class Trainer:
     def __init__(
         self,
         engine: Engine,
-        steps: Iterable[Step],
+        steps: TrainStream,
         runner: StepRunner,
         settings: LoopSettings,
         saving: Saving,
@@ -104,7 +105,7 @@ class Trainer:
 
         Raises:
             ModelError: too many steps in a row were not finite, or a LoRA layer gets no gradient.
-            DataError: a sample is damaged.
+            DataError: a sample is damaged, or too many are.
         """
         try:
             return self._run()
@@ -163,12 +164,16 @@ class Trainer:
             step=step.state.step,
             adam_step=self.state.adam_step + outcome.is_applied,
             skipped_steps=self.state.skipped_steps + (not outcome.is_applied),
+            data_errors=self.state.data_errors + round(total.errors),
             stream=step.state.to_dict(),
             seconds=self.state.seconds + seconds,
         )
         made = Progress(self.state.step, step.epoch, rate, outcome.grad_norm, seconds, outcome.is_applied)
         self._monitor.add(made, total)
         self._note_outcome(step, outcome, bad_users)
+        if total.errors:
+            errors = [error for found in gather_objects(step.errors) for error in found]
+            self._steps.check_errors(self.state.data_errors, errors[0])
         return self._all_reasons(reason) if total.stops else ""
 
     def _all_reasons(self, own: str) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import cache
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from transformers import AttentionInterface
 
 from trsr_dist.errors import ConfigError
 from trsr_dist.model.attention import cpu, gpu
-from trsr_dist.model.attention.cascade import Cascade, HeadCopies, Kernel
+from trsr_dist.model.attention.cascade import Kernel, register_kernel, tree_attention
 from trsr_dist.model.attention.layout import Layout
 
 NAME = "trsr_tree"
@@ -20,6 +21,10 @@ NAME = "trsr_tree"
 FLASH_DTYPES = (torch.float16, torch.bfloat16)
 MAX_FLASH_HEAD = 256
 MIN_FLEX_HEAD = 16
+PACKAGES = {
+    "flash_attn": ("flash-attn", "flash_attn.flash_attn_interface"),
+    "flash_attn_4": ("flash-attn-4", "flash_attn.cute.interface"),
+}
 AUTO = ("flash_attn", "torch", "cpu", "dense")
 """Fastest first. FlexAttention is compiled for minutes, and what is left to the mask are float32 and large heads."""
 
@@ -28,21 +33,24 @@ Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Layout, bool, float
 whether the queries are the answers' alone, and the scale, to the output (num_queries, num_heads, head_dim)."""
 
 
-def choose_backend(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """``auto`` becomes the fastest of ``AUTO`` that can run here; another name is checked.
+def choose_backend(
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, refused: Collection[str] = ()
+) -> str:
+    """``auto`` becomes the fastest of ``AUTO`` that can run here and is not ``refused``; another name is checked.
 
     Raises:
         ConfigError: the asked back end cannot run here.
     """
     reasons = {choice: _unusable(choice, device, dtype, head_dim) for choice in _BUILDERS}
     if name == "auto":
-        return next(choice for choice in AUTO if not reasons[choice])
+        return next(choice for choice in AUTO if not reasons[choice] and choice not in refused)
     if reasons[name]:
         usable = ", ".join(choice for choice, reason in reasons.items() if not reason)
         raise ConfigError(f"model.attention={name}: {reasons[name]}; usable here: auto, {usable}")
     return name
 
 
+@cache
 def build_backend(name: str) -> Attend:
     """The function of a back end that ``choose_backend`` gave."""
     return _BUILDERS[name]()
@@ -56,15 +64,12 @@ def cascade(kernel: Kernel, copies_head: bool = True) -> Attend:
         copies_head: whether it takes causal segments with more keys than queries.
     """
 
+    number = register_kernel(kernel, copies_head)
+
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layout: Layout, answers_only: bool, scale: float
     ) -> torch.Tensor:
-        if answers_only:
-            return Cascade.apply(q, k, v, layout.answer_calls, kernel, scale)
-        if not (copies_head and layout.head):
-            return Cascade.apply(q, k, v, layout.calls, kernel, scale)
-        k, v = HeadCopies.apply(k, layout), HeadCopies.apply(v, layout)
-        return Cascade.apply(q, k, v, layout.copied_calls, kernel, scale)
+        return tree_attention(q, k, v, layout.code, number, answers_only, scale)[0]
 
     return attend
 
@@ -110,16 +115,17 @@ def _attention_of_module(
 
 def _unusable(name: str, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Why a back end cannot run here; empty where it can."""
-    if name in ("flash_attn", "torch"):
+    if name in ("flash_attn", "flash_attn_4", "torch"):
         if device.type != "cuda":
             return "needs a GPU"
         if dtype not in FLASH_DTYPES or head_dim > MAX_FLASH_HEAD or head_dim % 8:
             return f"needs 16-bit weights and heads of a multiple of 8 up to {MAX_FLASH_HEAD}, not {dtype}, {head_dim}"
-        if name == "flash_attn":
+        if name in PACKAGES:
+            package, module = PACKAGES[name]
             try:
-                importlib.import_module("flash_attn.flash_attn_interface")
+                importlib.import_module(module)
             except ImportError as error:
-                return f"the flash-attn package cannot be used ({error}; pip install flash-attn)"
+                return f"the {package} package cannot be used ({error}; pip install {package})"
     if name == "cpu" and not (device.type == "cpu" and cpu.is_available()):
         return "needs the CPU, and a PyTorch with its flash kernel for CPUs"
     if name == "flex" and device.type != "cuda":
@@ -131,6 +137,7 @@ def _unusable(name: str, device: torch.device, dtype: torch.dtype, head_dim: int
 
 _BUILDERS: dict[str, Callable[[], Attend]] = {
     "flash_attn": lambda: cascade(gpu.FlashAttnKernel()),
+    "flash_attn_4": lambda: cascade(gpu.FlashAttn4Kernel()),
     "torch": lambda: cascade(gpu.TorchFlashKernel()),
     "cpu": lambda: cascade(cpu.CpuKernel(), copies_head=False),
     "flex": lambda: gpu.flex_attention_tree,

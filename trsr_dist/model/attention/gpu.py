@@ -1,8 +1,10 @@
-"""Attention on a GPU: FlashAttention 2 of PyTorch or of the flash-attn package, FlexAttention (arXiv 2412.05496)."""
+"""Attention on a GPU: FlashAttention 2 of PyTorch or of the flash-attn package, FlashAttention 4, FlexAttention (arXiv
+2412.05496)."""
 
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import torch._dynamo
@@ -118,6 +120,39 @@ class FlashAttnKernel:
             deterministic=False,
         )
         return dq, dk, dv
+
+
+class FlashAttn4Kernel:
+    """``cascade.Kernel`` by the flash-attn-4 package (FlashAttention 4 in CuTe; Hopper and newer)."""
+
+    def __init__(self) -> None:
+        from flash_attn.cute import interface
+
+        self._forward, self._backward = interface._flash_attn_fwd, interface._flash_attn_bwd
+
+    def forward(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: Call, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        out, lse, *_ = self._forward(q, k, v, **self._options(call, scale), return_lse=True)
+        return out, lse
+
+    def backward(
+        self, grad: torch.Tensor, tensors: tuple[torch.Tensor, ...], call: Call, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v, out, lse = tensors
+        dq, dk, dv, *_ = self._backward(q, k, v, out, grad, lse, **self._options(call, scale))
+        return dq, dk, dv
+
+    @staticmethod
+    def _options(call: Call, scale: float) -> dict[str, Any]:
+        return {
+            "cu_seqlens_q": call.query_starts,
+            "cu_seqlens_k": call.key_starts,
+            "max_seqlen_q": call.longest_query,
+            "max_seqlen_k": call.longest_key,
+            "softmax_scale": scale,
+            "causal": call.causal,
+        }
 
 
 def flex_attention_tree(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import accumulate, chain, pairwise
+from functools import cached_property, lru_cache
+from itertools import accumulate, chain, islice, pairwise
 
 import torch
 
@@ -77,6 +77,14 @@ class Layout:
             return cls(0, row.prefix_lengths, row.suffix_lengths, device, sum(row.prefix_lengths))
         prefixes = tuple(length - row.head_length for length in row.prefix_lengths)
         return cls(row.head_length, prefixes, row.suffix_lengths, device)
+
+    @cached_property
+    def code(self) -> torch.Tensor:
+        """int64, on the CPU, shape (3 + 2 * num_users + num_answers,): the lengths, for an operator that takes no
+        Python objects; ``decoded`` is the inverse."""
+        counts = map(len, self.suffixes)
+        numbers = (self.num_kept, self.head, len(self.prefixes), *self.prefixes, *counts, *self._suffix_lengths)
+        return torch.tensor(numbers, dtype=torch.int64)
 
     @cached_property
     def num_tokens(self) -> int:
@@ -181,3 +189,17 @@ class Layout:
     @property
     def _suffix_lengths(self) -> tuple[int, ...]:
         return tuple(length for lengths in self.suffixes for length in lengths)
+
+
+def decoded(code: torch.Tensor, device: torch.device) -> Layout:
+    """The layout that has this ``Layout.code``. All layers of a row get the same object."""
+    return _decoded(tuple(code.tolist()), device)
+
+
+@lru_cache(maxsize=16)
+def _decoded(numbers: tuple[int, ...], device: torch.device) -> Layout:
+    num_kept, head, num_users, *lengths = numbers
+    prefixes, counts = lengths[:num_users], lengths[num_users : 2 * num_users]
+    suffixes = iter(lengths[2 * num_users :])
+    parts = tuple(tuple(islice(suffixes, count)) for count in counts)
+    return Layout(head, tuple(prefixes), parts, device, num_kept)

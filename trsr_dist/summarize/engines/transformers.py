@@ -9,10 +9,11 @@ from __future__ import annotations
 import sys
 from collections import deque
 from dataclasses import dataclass, field
+from inspect import signature
 
 import torch
 from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from trsr_dist.environment import leave_out_cudnn
 from trsr_dist.errors import DataError, ModelError
@@ -77,6 +78,8 @@ class TransformersEngine:
         ids = configured if isinstance(configured, list) else [configured]
         self._stop_ids = {token for token in (*ids, encoder.tokenizer.eos_token_id) if token is not None}
         self._context = context_tokens(model)
+        # transformers 5.24 renamed it; models with code of their own keep the old name.
+        self._cache_name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
         self._waiting: deque[Sequence] = deque()
         self._prefilling: list[Sequence] = []
         self._active: list[Sequence] = []
@@ -172,9 +175,7 @@ class TransformersEngine:
         last = torch.tensor([length - 1 for length in lengths], device=self.model.device)
         wanted, place = torch.unique(last, return_inverse=True)
         cache = DynamicCache()
-        logits = self.model(
-            input_ids=ids.to(self.model.device), past_key_values=cache, use_cache=True, logits_to_keep=wanted
-        ).logits
+        logits = self._run(cache, input_ids=ids.to(self.model.device), logits_to_keep=wanted)
         room = max(length + s.request.max_new_tokens for length, s in zip(lengths, taken, strict=True))
         self._slots.admit(cache, lengths, room)
         self._active += taken
@@ -185,15 +186,14 @@ class TransformersEngine:
     def _decode(self) -> None:
         """One token for every active sequence."""
         ids = torch.tensor([[sequence.tokens[-1]] for sequence in self._active], device=self.model.device)
-        logits = self.model(
-            input_ids=ids,
-            position_ids=self._slots.positions[:, None],
-            attention_mask=self._slots.mask(self.model.dtype),
-            past_key_values=self._slots,
-            use_cache=True,
-        ).logits[:, -1]
+        positions, mask = self._slots.positions[:, None], self._slots.mask(self.model.dtype)
+        logits = self._run(self._slots, input_ids=ids, position_ids=positions, attention_mask=mask)
         self._slots.advance()
-        self._append(logits, 0)
+        self._append(logits[:, -1], 0)
+
+    def _run(self, cache: Cache, **inputs: torch.Tensor) -> torch.Tensor:
+        """The model's logits; it reads the cache, and writes to it."""
+        return self.model(**inputs, **{self._cache_name: cache}, use_cache=True).logits
 
     def _append(self, logits: torch.Tensor, first: int) -> None:
         """Add a token to the active sequences from ``first`` on; those that end leave their place.
