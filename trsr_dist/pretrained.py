@@ -27,7 +27,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 
 from trsr_dist.bases import BaseName, base_folder, read_model_config
-from trsr_dist.errors import ConfigError, ModelError, TrsrError
+from trsr_dist.errors import ModelError, TrsrError
 from trsr_dist.log import get_logger
 from trsr_dist.weights import TensorEntry, has_weights, is_equal, named_entries
 
@@ -218,28 +218,6 @@ def load_causal(
         )  # fmt: skip
     _refuse_missing(local, sorted(info["missing_keys"]))
     return model
-
-
-def bitsandbytes_config(kind: str, dtype: torch.dtype) -> Any:
-    """What transformers needs to load a base in 4bit or 8bit.
-
-    Raises:
-        ConfigError: bitsandbytes is not installed.
-    """
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise ConfigError(
-            f"model.quantization={kind}: bitsandbytes is not installed (pip install 'trsr_dist[quantization]')"
-        ) from None
-    from transformers import BitsAndBytesConfig
-
-    if kind == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    # NF4 with double quantization, as QLoRA (arXiv 2305.14314).
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
 
 
 def warn_without_gpu(model: PreTrainedModel, name: str) -> None:
