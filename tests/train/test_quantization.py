@@ -50,7 +50,7 @@ def test_losses_stay_near_and_the_adapter_merges(
     quantized = train(tmp_path / kind, source, kind)
     assert quantized != whole and sorted(quantized) == list(range(1, STEPS + 1))
     assert quantized == pytest.approx(whole, rel=near)
-    with caplog.at_level("INFO"):
+    with caplog.at_level("INFO", "trsr"):
         open_model(str(tmp_path / kind / "checkpoints" / "latest"), "cpu", torch.float32, {})
     assert f"trained with model.quantization={kind}; scored on the whole base" in caplog.text
     merge(tmp_path / kind / "checkpoints" / f"step-{STEPS:06d}", tmp_path / "merged", MergeOptions(verify="weights"))
