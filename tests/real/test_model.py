@@ -41,6 +41,7 @@ TRAIN = {
     "rows_per_step": 2,
     "activation_checkpointing": False,
     "timeout_seconds": 600,
+    "hang_seconds": 300,
 }
 
 
