@@ -8,14 +8,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModelForCausalLM, Gemma2Config, GPT2Config
 
 from tests.model.world import (
     ANSWERS,
     CONFIGS,
     CPU,
     ROPES,
+    Counted,
     gradients,
     make_model,
     make_row,
@@ -25,6 +25,7 @@ from tests.model.world import (
     relative,
     run,
 )
+from trsr_dist.model.adapters import add_lora
 from trsr_dist.model.attention import backends
 from trsr_dist.model.attention.cpu import CpuKernel
 from trsr_dist.model.attention.layout import Layout, decoded
@@ -100,18 +101,17 @@ def test_selective_recomputation_runs_no_large_product_twice(kind: str) -> None:
     assert selective.products == whole.products <= every.products - 2 * 6, "q, k, v, o, gate and up of two layers"
 
 
-class Counted(TorchDispatchMode):
-    """Counts forward attentions, and products by the base's matrices in forward direction."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = self.products = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
-        self.attention += func is torch.ops.trsr_dist.tree_attention.default
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
-            self.products += min(args[-1].shape) > 4 and args[-1].stride(0) == 1
-        return func(*args, **kwargs or {})
+def test_selective_recomputation_of_an_architecture_without_shared_prefixes() -> None:
+    """GPT-2's config has no intermediate_size, and its weights lie the other way round."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 300, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512}
+    base = AutoModelForCausalLM.from_config(GPT2Config(**sizes, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))
+    layers = add_lora(base, 0, r=4, alpha=8, dropout=0.0, target_modules=["c_attn"], use_rslora=False, init="kaiming")
+    assert layers
+    row = make_row(12)
+    whole, selective = run(recommender(base, None), row), run(recommender(base, None, "selective"), row)
+    assert torch.equal(whole[0], selective[0]) and float(whole[1].norm()) > 0
+    assert relative(selective[1], whole[1]) < 1e-6
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from tests.merge.models import make_base
-from tests.model.world import CPU, make_row, model_config, recommender, relative
+from tests.model.world import CPU, Counted, make_row, model_config, recommender, relative
 from tests.model.world import run as run_row
 from trsr_dist.errors import ConfigError
 from trsr_dist.model.adapters import add_lora
@@ -169,19 +168,7 @@ def test_selective_recomputation_runs_no_product_twice() -> None:
     counts = {}
     for mode in (False, "selective", True):
         reader = recommender(base, "cpu", mode)
-        with Products() as products:
+        with Counted() as counted:
             run_row(reader, make_row(12))
-        counts[mode] = products.count
+        counts[mode] = counted.fp8_products
     assert 0 < counts["selective"] == counts[False] < counts[True]
-
-
-class Products(TorchDispatchMode):
-    """Counts FP8 products."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
-        self.count += func is torch.ops.aten._scaled_mm.default
-        return func(*args, **kwargs or {})

@@ -8,6 +8,7 @@ import random
 import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PretrainedConfig, Qwen2Config, Qwen3Config
 
 from trsr_dist.model.inputs import RowInputs
@@ -112,3 +113,18 @@ def run(model: Recommender, row: PackedRow, want: str = "logits") -> tuple[torch
 def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     """Relative L2 difference."""
     return float((found - expected).norm() / expected.norm())
+
+
+class Counted(TorchDispatchMode):
+    """Counts forward attentions, and products by the base's matrices in forward direction; of an FP8 base in both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = self.products = self.fp8_products = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # noqa: ANN001, ANN204
+        self.attention += func is torch.ops.trsr_dist.tree_attention.default
+        self.fp8_products += func is torch.ops.aten._scaled_mm.default
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            self.products += min(args[-1].shape) > 4 and args[-1].stride(0) == 1
+        return func(*args, **kwargs or {})

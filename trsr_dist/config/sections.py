@@ -227,7 +227,7 @@ class ModelSection(Section):
     attention: Literal["auto", "flash_attn", "flash_attn_4", "torch", "flex", "cpu", "dense"] = "auto"
     """Back end of the shared-prefix attention; auto: the fastest of flash_attn, torch, cpu and dense that runs here
     and gives the results of exact attention on a row, forward and backward."""
-    kernels: Literal["auto", "none", "liger"] = "auto"
+    kernels: Literal["auto", "none", "liger"] = "none"
     """Liger-Kernel's fused norms, gated MLPs and rotary positions in training (extra: liger); auto: on a GPU that has
     them."""
     quantization: Annotated[Literal["none", "4bit", "8bit", "fp8"], OnResume.REFUSED] = "none"

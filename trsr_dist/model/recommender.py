@@ -219,14 +219,16 @@ def enable_recomputation(model: nn.Module, selective: bool = False) -> None:
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     options: dict[str, Any] = {"use_reentrant": False}
     if selective:
-        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, model.config))
+        text = model.config.get_text_config()
+        mlp_output = getattr(text, "intermediate_size", None), text.hidden_size
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_policy, mlp_output))
     enable(options)
     # transformers also makes the embeddings' output require gradients, for reentrant autograd. Without that, no
     # gradient is computed below the first adapter.
     model.disable_input_require_grads()
 
 
-def _policy(config: Any, ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _policy(mlp_output: tuple[int | None, int], ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """What a layer keeps: outputs that cost many operations a number. An MLP's output is no one's input in it, and the
     recomputation ends before it; where it is a function of our own, behind it."""
     if operator is torch.ops.trsr_dist.tree_attention.default:
@@ -236,7 +238,7 @@ def _policy(config: Any, ctx: Any, operator: Any, *args: Any, **kwargs: Any) -> 
     inner, outer = args[WEIGHTS_OF[operator]].shape
     is_adapter = outer >= MIN_ADAPTER_RATIO * inner
     is_native = operator is not torch.ops.aten._scaled_mm.default
-    is_mlp_output = is_native and (inner, outer) == (config.intermediate_size, config.hidden_size)
+    is_mlp_output = is_native and (inner, outer) == mlp_output
     return CheckpointPolicy.PREFER_RECOMPUTE if is_adapter or is_mlp_output else CheckpointPolicy.MUST_SAVE
 
 
